@@ -1,0 +1,1 @@
+"""Command line and Ray: where a stage runs and how often, never what it computes."""

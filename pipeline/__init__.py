@@ -1,0 +1,1 @@
+"""Stages as plain functions, sample sources, recipes and reports. No Ray."""

@@ -1,0 +1,137 @@
+"""The settings of every stage, as frozen dataclasses; flags, help and `--config` files follow.
+
+Two kinds live side by side: what changes the stored numbers (it ends up in the cache's
+`CacheSpec` or the run's objective) and how the work is carried out (workers, batch sizes of a
+loader, devices). Imports nothing heavy, so that `emkd --help` answers at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from student_train.objective import ObjectiveConfig
+from teacher_cache.decode import Strict
+from teacher_cache.manifest import ShardFormatName
+from teacher_cache.schema import RecordKind
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig(Strict):
+    """Where samples come from: LLaVA JSON, WebDataset tars or Parquet, told by the path's end."""
+
+    path: str
+    """A .json / .jsonl file, a .tar (or a brace pattern such as data/{000..009}.tar), or a
+    .parquet file or folder."""
+    image_root: Path | None = None
+    """Folder that image paths of a LLaVA JSON are relative to; default: the file's own folder."""
+    limit: int | None = None
+    """Read the first samples only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildConfig(Strict):
+    """Run the teacher once over a source and write a cache of its outputs."""
+
+    source: SourceConfig
+    teacher: str
+    """Local path or hub id of any image-text-to-text model of transformers."""
+    out: Path
+    format: ShardFormatName = "arrow"
+    records: RecordKind = "topk+sketch"
+    top_k: int = 64
+    sketch_rank: int = 128
+    """Directions of the PCA sketch; capped at the teacher's width, where it is lossless but for
+    the rounding to int8."""
+    calibration_samples: int = 256
+    """Samples, from the first on, whose vision states fit the sketch's basis."""
+    hidden_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    affinity_dtype: Literal["float32", "float16"] = "float16"
+    system_prompt: str | None = None
+    samples_per_shard: int = 256
+    batch_size: int = 8
+    """Samples of one forward pass of the teacher."""
+    device: str = "auto"
+    """`auto` takes CUDA where it is available."""
+    dtype: Dtype | None = None
+    """Compute dtype; default: the checkpoint's own."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    on_bad_sample: Literal["refuse", "record"] = "refuse"
+    """`refuse` stops before anything is published and names the samples; `record` goes on, and
+    lists them in plan, commit records and seal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(Strict):
+    """Train one student from a sealed cache; no teacher is loaded."""
+
+    cache: Path
+    student: str
+    """A vanilla model (the projector below is put into it) or a student written by `emkd train`."""
+    out: Path
+    projector: Literal["avgpool"] = "avgpool"
+    stride: int = 2
+    """Vision tokens are pooled by stride x stride."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train_parts: tuple[Literal["vision_tower", "projector", "language_model"], ...] = (
+        "projector",
+        "language_model",
+    )
+    """Parts whose weights are trained; the others are frozen."""
+    seed: int = 0
+    max_steps: int | None = None
+    """Optimizer steps; default: as many as `epochs` need."""
+    epochs: float = 1.0
+    batch_size: int = 32
+    """Samples of one optimizer step, over all workers and accumulation steps."""
+    micro_batch_size: int = 8
+    """Samples of one forward pass of one worker."""
+    learning_rate: float = 1e-5
+    min_lr_ratio: float = 0.0
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    dtype: Dtype = "float32"
+    """Dtype of the computation; weights stay float32 (mixed precision) unless it is float32."""
+    device: str = "auto"
+    loader_threads: int = 2
+    save_steps: int = 500
+    log_steps: int = 10
+    grad_norm_steps: int = 50
+    """Measure each loss term's own gradient norm every so many steps; 0 never does."""
+    torch_threads: int | None = None
+    """CPU threads of torch; fix it where bits must repeat on other machines."""
+    expect_cache: str | None = None
+    """Refuse a cache whose fingerprint does not begin with this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig(Strict):
+    """Generate answers for a source and score them against the last assistant turn."""
+
+    model: str
+    source: SourceConfig
+    out: Path
+    scores: tuple[ScoreName, ...] = ("exact_match", "word_accuracy")
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    device: str = "auto"
+    dtype: Dtype | None = None
+    system_prompt: str | None = None
+    cache: Path | None = None
+    """A cache of the same source: draws, for its first samples, whom each student token is
+    matched to and what the teacher's vision tokens say."""
+    num_pictures: int = 4
+    torch_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig(Strict):
+    """Compare runs in one self-contained HTML page."""
+
+    runs: tuple[Path, ...]
+    out: Path = Path("report.html")

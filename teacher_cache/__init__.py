@@ -1,0 +1,1 @@
+"""Vocabulary types, record codecs, identity, shards, and the teacher's forward pass."""

@@ -1,0 +1,63 @@
+"""JSON and YAML into frozen dataclasses, strictly: unknown, missing and mistyped fields are named.
+
+Dataclasses that are read from files inherit from `Strict`. Pydantic does the checking; nothing is
+coerced (a "3" is not a 3) and nothing unknown is ignored.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+
+T = TypeVar("T")
+
+
+class Strict:
+    """Base of the dataclasses that are decoded from files: extra fields forbidden, types exact."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+
+
+class DecodeError(ValueError):
+    """A file does not describe the record that was expected; names file, field and remedy."""
+
+
+def decode_json(cls: type[T], text: str | bytes, where: str) -> T:
+    """Build `cls` from JSON text; `where` (a file name) opens the error message."""
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        lines = [_describe(cls, problem) for problem in error.errors(include_url=False)]
+    raise DecodeError(f"{where} is not a valid {cls.__name__}:\n" + "\n".join(lines))
+
+
+def decode_mapping(cls: type[T], data: object, where: str) -> T:
+    """Build `cls` from plain mappings and lists (as YAML gives them), as strictly as from JSON."""
+    return decode_json(cls, json.dumps(data), where)
+
+
+def _describe(cls: type, problem: Any) -> str:
+    location: tuple[Any, ...] = problem["loc"]
+    path = ".".join(map(str, location)) or "(top level)"
+    if problem["type"] == "unexpected_keyword_argument":
+        names = _field_names(cls, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(names))}"
+        return f"  {path}: unknown field; {hint}"
+    if problem["type"] == "missing_keyword_only_argument" or problem["type"] == "missing":
+        return f"  {path}: missing"
+    found = repr(problem.get("input"))
+    return f"  {path}: {problem['msg'].lower()}, found {found[:100]}"
+
+
+def _field_names(cls: type, path: tuple[Any, ...]) -> list[str]:
+    owner: Any = cls
+    for name in path:
+        fields = {f.name: f.type for f in dataclasses.fields(owner)}
+        owner = fields.get(name)
+        if not dataclasses.is_dataclass(owner):
+            return []
+    return [f.name for f in dataclasses.fields(owner)]

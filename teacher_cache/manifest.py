@@ -1,0 +1,183 @@
+"""What a cache says about itself: spec, plan, commit records, seal, and how two are compared.
+
+    plan.json            written once, before any teacher work: the spec, and which samples make
+                         up which shard
+    commits/<k>.json     created exclusively when shard k is complete: file, bytes, checksum, rows
+    SEALED.json          created last, when every shard is committed; the only entry for readers
+
+`CacheSpec` holds every setting that changes the stored numbers, and nothing else: its digest with
+the plan's keys is the cache's fingerprint. Disagreement is an error that lists field, stored and
+wanted value. This module knows types, no files; `decode.decode_json` reads what `to_json` writes.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from teacher_cache.decode import Strict
+from teacher_cache.fingerprint import digest_json, short
+from teacher_cache.schema import RecordKind, RejectedSample
+
+LAYOUT_VERSION = 1
+"""Raised whenever the bytes of a shard or the meaning of a field change."""
+
+ShardFormatName = Literal["arrow", "webdataset"]
+
+
+class CacheMismatchError(ValueError):
+    """Two descriptions that must agree do not; the message is a table of the fields."""
+
+
+class IncompleteCacheError(ValueError):
+    """The cache has no seal: its build has not finished."""
+
+
+class ShardCorruptError(ValueError):
+    """A stored file does not hold what its record says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec(Strict):
+    """Every setting that changes the numbers in a cache. Digests are over content, not names."""
+
+    layout_version: int
+    records: RecordKind
+    top_k: int | None
+    """Kept entries per position; None for the hidden tier."""
+    sketch_rank: int | None
+    sketch_digest: str | None
+    """Content of the calibrated PCA basis."""
+    head_digest: str | None
+    """Content of the stored LM head; hidden tier only."""
+    vocab_size: int
+    """Rows of the LM head that the teacher and its tokenizer share with students."""
+    hidden_size: int
+    logits_dtype: str
+    hidden_dtype: str | None
+    affinity_dtype: str | None
+    teacher_class: str
+    teacher_weights: str
+    teacher_config: str
+    compute_dtype: str
+    attention: str
+    tokenizer: str
+    chat_template: str
+    image_processor: str
+    """Class (backend included) and settings of the image processor, as one digest."""
+    system_prompt: str | None
+    batch_size: int
+    """Samples of one forward pass; other sizes may change the last bits of a GPU's numbers."""
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits over every field."""
+        return digest_json(self)
+
+    def __repr__(self) -> str:
+        return f"CacheSpec({short(self.fingerprint)}, {self.records}, V={self.vocab_size})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Strict):
+    """Which samples make up which shard, fixed before the teacher sees any of them.
+
+    `shards[k]` lists (key, position in the source) of shard k in order. `rejected` lists the
+    samples that could not even be read.
+    """
+
+    spec: CacheSpec
+    format: ShardFormatName
+    source: str
+    """What the samples were read from, for people; identity is in the keys."""
+    shards: tuple[tuple[tuple[str, int], ...], ...]
+    rejected: tuple[RejectedSample, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that were planned, the rejected ones not counted."""
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """The cache's identity: its spec and the ordered keys of its shards (not the format)."""
+        keys = [[key for key, _ in shard] for shard in self.shards]
+        return digest_json({"spec": self.spec.fingerprint, "keys": keys})
+
+    def __repr__(self) -> str:
+        return f"Plan({short(self.fingerprint)}, {self.num_samples} in {len(self.shards)} shards)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCommit(Strict):
+    """The record that makes shard `index` exist: one file, its size and checksums, its rows."""
+
+    index: int
+    file: str
+    """Path relative to the cache folder."""
+    num_bytes: int
+    sha256: str
+    num_rows: int
+    num_vision_tokens: int
+    num_response_tokens: int
+    rejected: tuple[RejectedSample, ...] = ()
+    seconds: float = 0.0
+    """Wall time of the attempt that was committed, for the report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal(Strict):
+    """A finished cache: plan identity and every shard's commit record, in shard order."""
+
+    fingerprint: str
+    spec: CacheSpec
+    format: ShardFormatName
+    source: str
+    shards: tuple[ShardCommit, ...]
+    rejected: tuple[RejectedSample, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that readers will see."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def __repr__(self) -> str:
+        return f"Seal({short(self.fingerprint)}, {self.num_samples} in {len(self.shards)} shards)"
+
+
+def differences(stored: object, wanted: object, prefix: str = "") -> list[tuple[str, str, str]]:
+    """List (field, stored value, wanted value) where two records of one type differ."""
+    if type(stored) is type(wanted) and dataclasses.is_dataclass(stored):
+        return [
+            row
+            for f in dataclasses.fields(stored)
+            for row in differences(
+                getattr(stored, f.name), getattr(wanted, f.name), f"{prefix}{f.name}."
+            )
+        ]
+    if stored == wanted:
+        return []
+    return [(prefix.rstrip("."), _brief(stored), _brief(wanted))]
+
+
+def require_equal(stored: object, wanted: object, what: str, remedy: str) -> None:
+    """Raise `CacheMismatchError` with a table of differing fields unless the records are equal."""
+    rows = differences(stored, wanted)
+    if rows:
+        table = "\n".join(f"  {field}: stored {have}, wanted {want}" for field, have, want in rows)
+        raise CacheMismatchError(f"{what} differs:\n{table}\n{remedy}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def to_json(record: CacheSpec | Plan | ShardCommit | Seal) -> str:
+    """Canonical text of a record: sorted keys, one trailing newline; equal records, equal bytes."""
+    return json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1) + "\n"
