@@ -11,8 +11,7 @@ from typing import Literal
 
 from student_train.objective import ObjectiveConfig
 from teacher_cache.decode import Strict
-from teacher_cache.manifest import ShardFormatName
-from teacher_cache.schema import RecordKind
+from teacher_cache.settings import RecordKind, ShardFormatName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]

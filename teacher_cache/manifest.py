@@ -13,16 +13,14 @@ wanted value. This module knows types, no files; `decode.decode_json` reads what
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Literal
 
 from teacher_cache.decode import Strict
 from teacher_cache.fingerprint import digest_json, short
-from teacher_cache.schema import RecordKind, RejectedSample
+from teacher_cache.schema import RejectedSample
+from teacher_cache.settings import RecordKind, ShardFormatName
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a shard or the meaning of a field change."""
-
-ShardFormatName = Literal["arrow", "webdataset"]
 
 
 class CacheMismatchError(ValueError):

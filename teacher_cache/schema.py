@@ -25,7 +25,6 @@ IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of one image inside the text of a message, as in LLaVA's JSON files."""
 
 Role = Literal["system", "user", "assistant"]
-RecordKind = Literal["topk", "topk+sketch", "hidden"]
 
 
 class SampleError(ValueError):
