@@ -1,0 +1,92 @@
+"""Top-k records: the largest logits of each position and exactly what was left out.
+
+Promise: entries descend, ties go to the smaller id, and the log of the left-out mass is computed
+from the left-out logits themselves (1 minus the kept mass loses everything when little is left,
+cache.md 3.3 and 5.1). Work is cut into chunks of rows, so that no logits tensor of more than
+`MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from teacher_cache.head import LmHead
+from teacher_cache.schema import TopKRecord
+
+MAX_LOGITS = 2**25
+"""Most logits held at once (128 MiB in float32)."""
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Cut rows into slices whose logits stay within `MAX_LOGITS` entries (one row at least)."""
+    step = max(1, MAX_LOGITS // max(1, vocab_size))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def top_k_from_hidden(hidden: Float[Tensor, "N D"], head: LmHead, k: int) -> TopKRecord:
+    """Record of the logits that `head` gives to final hidden states; results stay on the device."""
+    chunks = row_chunks(len(hidden), head.vocab_size)
+    records = [top_k_record(head.logits(hidden[rows]), k) for rows in chunks]
+    if not records:
+        return top_k_record(head.logits(hidden), k)
+    return TopKRecord(
+        ids=torch.cat([record.ids for record in records]),
+        logits=torch.cat([record.logits for record in records]),
+        logsumexp=torch.cat([record.logsumexp for record in records]),
+        log_tail=torch.cat([record.log_tail for record in records]),
+        vocab_size=head.vocab_size,
+    )
+
+
+def top_k_record(logits: Float[Tensor, "N V"], k: int) -> TopKRecord:
+    """Record of raw logits; `ids` int32, `logits` in the dtype given, normalisers in float32.
+
+    Float64 logits (of tests) give float64 normalisers.
+    """
+    num_rows, vocab_size = logits.shape
+    if not 1 <= k <= vocab_size:
+        raise ValueError(
+            f"top_k is {k}, expected 1..{vocab_size}: the teacher and its tokenizer share "
+            f"{vocab_size} vocabulary rows; lower top_k"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        bad = int((~torch.isfinite(logits)).any(dim=1).sum())
+        raise ValueError(f"the logits of {bad} of {num_rows} positions are NaN or infinite")
+    ids = _largest_ids(logits, k)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logsumexp = wide.logsumexp(dim=1)
+    tail = wide.scatter(1, ids, -torch.inf).logsumexp(dim=1) - logsumexp
+    return TopKRecord(
+        ids=ids.to(torch.int32),
+        logits=logits.gather(1, ids),
+        logsumexp=logsumexp,
+        log_tail=tail,
+        vocab_size=vocab_size,
+    )
+
+
+def _largest_ids(logits: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N K"]:
+    """Ids of the k largest, descending, ties by smaller id (torch.topk promises no tie order)."""
+    num_rows, vocab_size = logits.shape
+    if k == vocab_size or num_rows == 0:
+        ids = torch.arange(k, device=logits.device).expand(num_rows, k)
+    else:
+        smallest_kept = logits.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        kept = logits >= smallest_kept
+        crowded = kept.sum(dim=1) > k
+        if bool(crowded.any()):
+            kept[crowded] = _first_ties(logits[crowded], smallest_kept[crowded], k)
+        ids = kept.nonzero()[:, 1].reshape(num_rows, k)
+    order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, order)
+
+
+def _first_ties(logits: Tensor, smallest_kept: Tensor, k: int) -> Tensor:
+    """Mask of exactly k entries per row where more than k reach the smallest kept value."""
+    above = logits > smallest_kept
+    equal = logits == smallest_kept
+    room = k - above.sum(dim=1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=1) <= room))
