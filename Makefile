@@ -1,0 +1,48 @@
+# One command from a bare clone: each target makes the virtual environment that it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# pytest, pyright and friends read these; one thread keeps small models fast on small machines.
+export OMP_NUM_THREADS ?= 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
+
+.PHONY: help setup setup-dev demo test test-ray check format bench clean
+
+help:            ## List the targets
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/\t/'
+
+setup: $(VENV)/.ready            ## Virtual environment with the tested versions
+
+setup-dev: $(VENV)/.ready-dev    ## The same with the tools of test and check
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup                      ## Teacher, cache, six students and a report in miniature: demo/report.html
+	$(BIN)/emkd demo --out demo
+
+test: setup-dev                  ## All tests: the fast ones first, then those that start Ray
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m ray
+
+test-ray: setup-dev              ## Only the tests that start Ray
+	$(BIN)/python -m pytest -m ray
+
+check: setup-dev                 ## Lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup-dev                ## Rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:                           ## Remove what the demo wrote
+	rm -rf demo

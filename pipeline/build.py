@@ -1,0 +1,264 @@
+"""The build stage: a source and a teacher in, a sealed cache out. Knows nothing of Ray.
+
+Promises: the work is cut into shards by a plan that is written before the teacher sees a sample;
+`build_shard` is deterministic and idempotent, so any process may run it, any number of times, in
+any order, and the sealed shards hold the same bytes. Resuming is running the same command again:
+committed shards are skipped. A cache that was begun with other settings, another teacher or other
+samples is refused with the fields that differ; a bad sample is named, never silently dropped.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from pipeline.config import BuildConfig
+from pipeline.sources import SampleSource, open_source, scan
+from teacher_cache.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema import (
+    CachedSample,
+    RejectedSample,
+    Sample,
+    SampleError,
+    TeacherOutput,
+)
+from teacher_cache.sharding import even_split
+from teacher_cache.teacher import RecordSettings, Teacher
+from teacher_cache.writer import (
+    committed,
+    read_plan,
+    read_seal,
+    read_sketch,
+    seal_cache,
+    write_assets,
+    write_atomic,
+    write_plan,
+    write_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done so far, total)."""
+
+SETTINGS_FILE = "build.json"
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+class CacheBuilder:
+    """One worker of the build: holds the teacher and the source, plans, and builds shards.
+
+    A plain class: `jobs.build_cache` makes Ray actors of it, tests call it as it is.
+    """
+
+    def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
+        self.config = config
+        self.progress = progress
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+
+    @cached_property
+    def source(self) -> SampleSource:
+        """The samples, opened on first use."""
+        return open_source(self.config.source)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded on first use."""
+        config = self.config
+        return Teacher.load(
+            config.teacher,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            system_prompt=config.system_prompt,
+        )
+
+    @cached_property
+    def records(self) -> RecordSettings:
+        """What is stored of the teacher, in the teacher's terms."""
+        config = self.config
+        return RecordSettings(
+            records=config.records,
+            top_k=config.top_k,
+            sketch_rank=config.sketch_rank,
+            hidden_dtype=config.hidden_dtype,
+            affinity_dtype=config.affinity_dtype,
+        )
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now.
+
+        Reads every sample once (keys are content digests) and fits the sketch's basis; both are
+        skipped when settings, source and teacher files are untouched since the plan was written.
+        """
+        config, cache = self.config, self.config.out
+        begun = read_plan(cache)
+        if begun is not None and _unchanged(config):
+            self._load_basis(begun)
+            return begun
+        keys, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+        self._refuse(rejected)
+        if not keys:
+            raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
+        if config.records == "topk+sketch":
+            self._fit_basis([index for _, index in keys[: config.calibration_samples]])
+        num_shards = -(-len(keys) // config.samples_per_shard)
+        plan = Plan(
+            spec=self.teacher.spec(self.records, batch_size=config.batch_size),
+            format=config.format,
+            source=config.source.path,
+            shards=tuple(
+                tuple(keys[i] for i in part) for part in even_split(len(keys), num_shards)
+            ),
+            rejected=tuple(rejected),
+        )
+        head = self.teacher.head if config.records == "hidden" else None
+        write_plan(cache, plan)
+        write_assets(cache, head=head, sketch=self.teacher.sketch)
+        write_atomic(cache / SETTINGS_FILE, _settings(config).encode())
+        return plan
+
+    def build_shard(self, index: int) -> ShardCommit:
+        """Run the teacher over shard `index` of the plan and commit it; returns its record.
+
+        Raises `SampleError` for a sample that cannot be used, unless the settings record those.
+        """
+        done = committed(self.config.out).get(index)
+        if done is not None:
+            return done
+        plan, started = self._plan, time.monotonic()
+        rows: list[CachedSample] = []
+        rejected: list[RejectedSample] = []
+        for samples in self._batches(plan.shards[index]):
+            outputs = self.teacher.outputs(samples, self.records)
+            for sample, output in zip(samples, outputs, strict=True):
+                if isinstance(output, TeacherOutput):
+                    rows.append(CachedSample(sample=sample, output=output))
+                else:
+                    rejected.append(output)
+            self.progress(f"shard {index}", len(rows) + len(rejected), len(plan.shards[index]))
+        self._refuse(rejected)
+        seconds = time.monotonic() - started
+        return write_shard(self.config.out, plan, index, rows, rejected, seconds)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        plan = read_plan(self.config.out)
+        if plan is None:
+            raise ValueError(f"{self.config.out}: there is no plan yet; call prepare first")
+        self._load_basis(plan)
+        return plan
+
+    def _batches(self, shard: Sequence[tuple[str, int]]) -> Iterator[list[Sample]]:
+        """Batches of one shard in plan order, the next one being read while one is in use."""
+        size = self.config.batch_size
+        parts = [shard[start : start + size] for start in range(0, len(shard), size)]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            reads = [pool.submit(self._read, part) for part in parts[:2]]
+            for number in range(len(parts)):
+                yield reads[number].result()
+                if number + 2 < len(parts):
+                    reads.append(pool.submit(self._read, parts[number + 2]))
+
+    def _read(self, part: Sequence[tuple[str, int]]) -> list[Sample]:
+        return [self._sample(key, index) for key, index in part]
+
+    def _sample(self, key: str, index: int) -> Sample:
+        sample = self.source[index]
+        if sample.key != key.split("-")[0]:
+            raise SampleError(
+                sample.source_id,
+                f"{self.config.source.path} has changed since the plan was made: sample {index} "
+                f"has content {sample.key}, planned {key}; build into a new folder",
+            )
+        return dataclasses.replace(sample, key=key)
+
+    def _fit_basis(self, indices: Sequence[int]) -> None:
+        size = self.config.batch_size
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+
+        def samples() -> Iterator[list[Sample]]:
+            for number, batch in enumerate(batches):
+                yield [self.source[index] for index in batch]
+                self.progress("calibrate", number + 1, len(batches))
+
+        self.teacher.fit_sketch(samples(), self.config.sketch_rank)
+
+    def _load_basis(self, plan: Plan) -> None:
+        if plan.spec.sketch_digest is not None and self.teacher.sketch is None:
+            self.teacher.sketch = read_sketch(self.config.out, plan.spec)
+
+    def _refuse(self, rejected: Sequence[RejectedSample]) -> None:
+        if not rejected or self.config.on_bad_sample == "record":
+            return
+        lines = [f"  {r.source_id}: {r.reason}" for r in rejected[:20]]
+        more = f"\n  ... and {len(rejected) - 20} more" if len(rejected) > 20 else ""
+        raise ValueError(
+            f"{self.config.source.path}: {len(rejected)} samples cannot be used:\n"
+            + "\n".join(lines)
+            + more
+            + "\nMend them, or build with --on-bad-sample record to list and leave them out."
+        )
+
+
+def finished(config: BuildConfig) -> Seal | None:
+    """The seal, if this very build is complete and none of its inputs has been touched since."""
+    seal = read_seal(config.out)
+    return seal if seal is not None and _unchanged(config) else None
+
+
+def missing_shards(cache: Path) -> list[int]:
+    """Numbers of the planned shards that are not committed yet."""
+    plan = read_plan(cache)
+    if plan is None:
+        raise ValueError(f"{cache}: there is no plan yet")
+    done = committed(cache)
+    return [index for index in range(len(plan.shards)) if index not in done]
+
+
+def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
+    """Build the whole cache in this process, shard after shard; resumes what is there."""
+    seal = finished(config)
+    if seal is not None:
+        return seal
+    builder = CacheBuilder(config, progress)
+    builder.prepare()
+    for index in missing_shards(config.out):
+        builder.build_shard(index)
+    return seal_cache(config.out)
+
+
+def _settings(config: BuildConfig) -> str:
+    """The build's settings and the state of its input files, as text to compare."""
+    state = {
+        "config": dataclasses.asdict(config),
+        "teacher": _files(Path(config.teacher)),
+        "source": _files(Path(config.source.path)),
+    }
+    return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
+
+
+def _files(path: Path) -> list[tuple[str, int, int]] | None:
+    """(name, bytes, time of change) of a file or of a folder's files; None where not local."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if not path.exists():
+        return None
+    stats = [(str(file), file.stat()) for file in found if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _unchanged(config: BuildConfig) -> bool:
+    file = config.out / SETTINGS_FILE
+    known = file.exists() and file.read_text() == _settings(config)
+    # What is not on a local disk cannot be seen to be unchanged: compare its content again.
+    return known and Path(config.teacher).exists() and Path(config.source.path).exists()
