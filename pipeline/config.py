@@ -18,6 +18,16 @@ ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "rel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DigitsConfig(Strict):
+    """Write the demo's data: grids of scikit-learn's handwritten digits, as LLaVA JSON."""
+
+    out: Path
+    num_train: int = 4096
+    num_heldout: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig(Strict):
     """Where samples come from: LLaVA JSON, WebDataset tars or Parquet, told by the path's end."""
 
@@ -58,8 +68,10 @@ class BuildConfig(Strict):
     """Compute dtype; default: the checkpoint's own."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     on_bad_sample: Literal["refuse", "record"] = "refuse"
-    """`refuse` stops before anything is published and names the samples; `record` goes on, and
+    """`refuse` stops before the cache is sealed and names the samples; `record` goes on, and
     lists them in plan, commit records and seal."""
+    torch_threads: int | None = None
+    """CPU threads of torch in each worker; default: torch's own choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
