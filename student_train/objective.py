@@ -15,6 +15,12 @@ TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 VladText = Literal["all", "instruction", "response"]
 ObjectiveName = Literal["supervised", "rld", "emkd"]
 
+_ABSENT_TERMS: dict[ObjectiveName, tuple[str, ...]] = {
+    "supervised": ("rld", "vsd", "vlad"),
+    "rld": ("vsd", "vlad"),
+    "emkd": (),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchingConfig(Strict):
@@ -55,6 +61,12 @@ class ObjectiveConfig(Strict):
         for term in ("supervised", "rld", "vsd", "vlad"):
             if getattr(self, f"{term}_weight") < 0:
                 raise ValueError(f"{term}_weight must be >= 0")
+        for term in _ABSENT_TERMS[self.name]:
+            if getattr(self, f"{term}_weight") != 0:
+                raise ValueError(
+                    f"objective {self.name!r} has no {term} term, found {term}_weight "
+                    f"{getattr(self, f'{term}_weight')}; set it to 0 or take objective 'emkd'"
+                )
         if self.supervised_weight + self.rld_weight + self.vsd_weight + self.vlad_weight == 0:
             raise ValueError("every term has weight 0; there is nothing to train on")
         if self.temperature <= 0:

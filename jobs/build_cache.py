@@ -1,0 +1,89 @@
+"""`emkd build`: a pool of teacher actors takes shard numbers; each writes and commits its own.
+
+Teacher tensors never pass through Ray: an actor returns the commit record of a shard, a few
+hundred bytes. With `--no-ray` the same functions run in a plain loop and write the same bytes.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs.options import RayOptions
+from jobs.progress import Bars
+from jobs.ray_pool import ActorPool, get, ray_session, require_resources
+from pipeline.build import CacheBuilder, build, finished, missing_shards
+from pipeline.config import BuildConfig
+from teacher_cache.manifest import Plan, Seal
+from teacher_cache.writer import seal_cache
+
+
+class TeacherWorker(CacheBuilder):
+    """A `CacheBuilder` that can be asked, from another thread, how far it is."""
+
+    def __init__(self, config: BuildConfig) -> None:
+        super().__init__(config, self._note)
+        self._lock = threading.Lock()
+        self._state = ("load", 0, 1)
+
+    def _note(self, what: str, done: int, total: int) -> None:
+        with self._lock:
+            self._state = (what, done, total)
+
+    def status(self) -> tuple[str, int, int]:
+        """What is being done, how much of it, of how much."""
+        with self._lock:
+            return self._state
+
+
+def run_build(config: BuildConfig, options: RayOptions) -> Seal:
+    """Build, or finish building, the cache of `config`; returns its seal."""
+    seal = finished(config)
+    if seal is not None:
+        return seal
+    with Bars() as bars:
+        if not options.ray:
+            return build(config, bars.update)
+        with ray_session():
+            require_resources(options)
+            first = _make(config, options)
+            plan: Plan = _wait(first.prepare.remote(), first, bars)
+            _build_shards(
+                config.out, plan, ActorPool(lambda: _make(config, options), first, options), bars
+            )
+    return seal_cache(config.out)
+
+
+def _make(config: BuildConfig, options: RayOptions) -> Any:
+    # Two threads: one works, the other answers `status`. Restarts are the pool's business.
+    actor = ray.remote(TeacherWorker).options(
+        num_cpus=options.cpus_per_worker,
+        num_gpus=options.gpus_per_worker,
+        max_restarts=0,
+        max_task_retries=0,
+        max_concurrency=2,
+    )
+    return actor.remote(config)
+
+
+def _wait(reference: Any, actor: Any, bars: Bars) -> Any:
+    while not ray.wait([reference], timeout=0.5)[0]:
+        bars.update(*get(actor.status.remote()))
+    return get(reference)
+
+
+def _build_shards(cache: Path, plan: Plan, pool: ActorPool, bars: Bars) -> None:
+    missing = missing_shards(cache)
+    sizes = [len(shard) for shard in plan.shards]
+    done = plan.num_samples - sum(sizes[index] for index in missing)
+
+    def show(actors: Sequence[Any]) -> None:
+        states = ray.get([actor.status.remote() for actor in actors], timeout=30)
+        running = sum(part for what, part, _ in states if what.startswith("shard"))
+        bars.update("samples", min(done + running, plan.num_samples), plan.num_samples)
+
+    for index, _ in pool.map("build_shard", missing, show):
+        done += sizes[index]
+        bars.update("samples", done, plan.num_samples)

@@ -1,0 +1,105 @@
+"""The `emkd` command: one subcommand for each stage, flags and help from the settings' fields.
+
+Exit codes: 0 done; 1 a crash (with its traceback) or a failed job; 2 bad input, named in one
+message; 3 `verify` found problems. `--config FILE` (JSON or YAML, or inline JSON) gives a stage's
+settings; flags beside it override them. Heavy libraries are imported by the command that needs
+them, not before, so that `emkd --help` answers at once.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from jobs import commands, flags
+from jobs.commands import Submit
+from teacher_cache.decode import decode_json, decode_mapping
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return parse(arguments)()
+    except (ValueError, OSError) as error:
+        if os.environ.get("EMKD_DEBUG"):
+            raise
+        print(f"emkd {' '.join(arguments[:1])}: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: Sequence[str]) -> commands.Command:
+    """Build the command that the arguments describe; exits with usage and code 2 where they err.
+
+    What follows `--` belongs to the stage that `emkd submit` sends, and is parsed as that stage's
+    own arguments.
+    """
+    arguments, behind = _split(list(arguments))
+    config_text, arguments = _take_config(arguments)
+    defaults = commands.defaults()
+    if config_text is not None:
+        name = arguments[0] if arguments else ""
+        config_class = commands.CONFIG_CLASSES.get(name)
+        if config_class is None:
+            raise ValueError(
+                f"--config goes with {', '.join(commands.CONFIG_CLASSES)}; found {name!r}"
+            )
+        config = _decode(config_class, config_text)
+        defaults[name] = dataclasses.replace(defaults[name], config=config)
+    kind = tyro.extras.subcommand_type_from_defaults(
+        defaults, {name: command.__doc__ or "" for name, command in defaults.items()}
+    )
+    with flags.REGISTRY:
+        command: Any = tyro.cli(
+            kind,
+            prog="emkd",
+            description=commands.__doc__,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    if behind is not None:
+        if not isinstance(command, Submit):
+            raise ValueError("'--' goes with emkd submit: emkd submit STAGE ... -- FLAGS")
+        return command.with_stage(parse([command.stage, *behind]))
+    return command
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    if "--" not in arguments:
+        return arguments, None
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Remove `--config VALUE` (or `--config=VALUE`) from the arguments and return VALUE."""
+    for at, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:at] + arguments[at + 1 :]
+        if argument == "--config":
+            if at + 1 == len(arguments):
+                raise ValueError("--config needs a file, or JSON")
+            return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    return None, arguments
+
+
+def _decode(config_class: type, text: str) -> object:
+    if text.lstrip().startswith("{"):
+        return decode_json(config_class, text, "--config")
+    file = Path(text)
+    if not file.exists():
+        raise ValueError(f"--config {file}: no such file")
+    if file.suffix in (".yaml", ".yml"):
+        return decode_mapping(config_class, yaml.safe_load(file.read_text()), str(file))
+    return decode_json(config_class, file.read_text(), str(file))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Distil a vanilla multimodal LLM into one with few vision tokens, from a cache of its outputs.
+
+data makes the demo's images; build runs the teacher once; verify and inspect look at a cache;
+train makes a student from it; evaluate and report compare students; submit sends a stage to a Ray
+cluster; demo does it all in miniature.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.options import RayOptions
+from pipeline.config import BuildConfig, EvaluateConfig, TrainConfig
+
+Command = Callable[[], int]
+Stage = Literal["build", "train", "evaluate"]
+
+CONFIG_CLASSES: dict[str, type] = {
+    "build": BuildConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Make a data set that needs no network: grids of scikit-learn's handwritten digits."""
+
+    name: tyro.conf.Positional[Literal["digits"]]
+    out: Path
+    num_train: int = 4096
+    num_heldout: int = 512
+    seed: int = 0
+
+    def __call__(self) -> int:
+        """Write the images and the JSON files."""
+        from pipeline.digits import write_digits
+
+        write_digits(
+            self.out, num_train=self.num_train, num_heldout=self.num_heldout, seed=self.seed
+        )
+        _say(f"{self.out}: {self.num_train} training and {self.num_heldout} held-out samples")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Run the teacher once over a source and write a cache; run again to resume."""
+
+    config: BuildConfig
+    run: RayOptions = RayOptions()
+
+    def __call__(self) -> int:
+        """Build, and print the seal."""
+        from jobs.build_cache import run_build
+
+        seal = run_build(self.config, self.run)
+        megabytes = seal.num_bytes / 1e6
+        _say(
+            f"{self.config.out}: {seal.num_samples} samples in {len(seal.shards)} shards, "
+            f"{megabytes:.1f} MB, fingerprint {seal.fingerprint[:12]}"
+        )
+        for rejected in seal.rejected:
+            _say(f"  rejected {rejected.source_id}: {rejected.reason}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong."""
+
+    cache: tyro.conf.Positional[Path]
+    json: bool = False
+    """Print the report as JSON."""
+
+    def __call__(self) -> int:
+        """Verify, and print what was found."""
+        from jobs.progress import Bars
+        from teacher_cache.verify import verify_cache
+
+        with Bars() as bars:
+            report = verify_cache(self.cache, partial(bars.update, "verify"))
+        if self.json:
+            _say(json.dumps(dataclasses.asdict(report)))
+        else:
+            for problem in report.problems:
+                _say(f"PROBLEM {problem}")
+            state = f"{len(report.problems)} problems" if report.problems else "no problem found"
+            _say(f"{self.cache}: {report.samples} samples in {report.shards} shards, {state}")
+        return 3 if report.problems else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show what a cache says of itself, or one of its samples, in words."""
+
+    cache: tyro.conf.Positional[Path]
+    sample: str | None = None
+    """Key (or its beginning) of the sample to show."""
+    json: bool = False
+
+    def __call__(self) -> int:
+        """Print the description."""
+        from pipeline.inspect_cache import describe_cache, describe_sample, render
+
+        described = (
+            describe_cache(self.cache)
+            if self.sample is None
+            else describe_sample(self.cache, self.sample)
+        )
+        _say(json.dumps(described, indent=1) if self.json else render(described))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a student from a sealed cache; no teacher is loaded. Run again to resume."""
+
+    config: TrainConfig
+    run: RayOptions = RayOptions()
+
+    def __call__(self) -> int:
+        """Train, and say where the student is."""
+        from jobs.train_student import run_train
+
+        final = run_train(self.config, self.run)
+        _say(f"student written to {final}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Generate answers and score them; predictions already written are not made again."""
+
+    config: EvaluateConfig
+    run: RayOptions = RayOptions(ray=False)
+
+    def __call__(self) -> int:
+        """Evaluate, and print the scores."""
+        from jobs.evaluate_model import run_evaluate
+
+        _say(json.dumps(run_evaluate(self.config, self.run), indent=1))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Compare runs in one self-contained HTML page."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("report.html")
+
+    def __call__(self) -> int:
+        """Write the page."""
+        from pipeline.config import ReportConfig
+        from pipeline.report import write_report
+
+        for line in write_report(ReportConfig(runs=self.runs, out=self.out)):
+            _say(line)
+        _say(f"report written to {self.out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submit:
+    """Send a stage to a Ray cluster: emkd submit STAGE --address URL -- FLAGS OF THE STAGE."""
+
+    stage: tyro.conf.Positional[Stage]
+    address: str = "http://127.0.0.1:8265"
+    """The cluster's dashboard (job server)."""
+    working_dir: Path | None = None
+    """Folder to send along; default: emkd is installed on the cluster."""
+    driver_cpus: float = 0.0
+    """CPUs that the job's driver reserves (0: it may run on a busy head node)."""
+    stop_wait_s: int = 20
+    """Seconds between SIGTERM and SIGKILL when the job is stopped."""
+    wait: bool = True
+    """Follow the log to the end."""
+    payload: Annotated[Any, tyro.conf.Suppress] = None
+
+    def with_stage(self, command: Any) -> "Submit":
+        """This submission with the parsed stage in it."""
+        return dataclasses.replace(self, payload=command)
+
+    def __call__(self) -> int:
+        """Submit the stage; exit code 0 when the job succeeded."""
+        from jobs.submit import Echo, entrypoint, resolved_json, run_flags, submit
+
+        if self.payload is None:
+            raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")
+        settings = resolved_json(self.payload.config)
+        command = entrypoint(self.stage, settings, run_flags(self.payload.run))
+        return submit(
+            address=self.address,
+            stage=self.stage,
+            command=command,
+            identity=json.loads(settings),
+            working_dir=self.working_dir,
+            driver_cpus=self.driver_cpus,
+            stop_wait_s=self.stop_wait_s,
+            wait=self.wait,
+            echo=Echo(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Teacher, cache, students, evaluation and report in miniature; run again to resume."""
+
+    out: Path = Path("demo")
+    seeds: tuple[int, ...] = (0, 1)
+
+    def __call__(self) -> int:
+        """Run what is missing of the demo."""
+        from jobs.demo import run_demo
+
+        _say(f"open {run_demo(self.out, self.seeds)}")
+        return 0
+
+
+def defaults() -> dict[str, Any]:
+    """A command for each name, its required settings still missing."""
+    return {
+        "data": _required(Data),
+        "build": Build(config=_required(BuildConfig)),
+        "verify": _required(Verify),
+        "inspect": _required(Inspect),
+        "train": Train(config=_required(TrainConfig)),
+        "evaluate": Evaluate(config=_required(EvaluateConfig)),
+        "report": _required(Report),
+        "submit": _required(Submit),
+        "demo": Demo(),
+    }
+
+
+def _required(cls: type) -> Any:
+    """An instance whose fields without a default are marked as missing, for tyro to ask for."""
+    return cls(
+        **{
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING
+        }
+    )

@@ -1,0 +1,18 @@
+"""Where a stage runs; apart from Ray itself, so that `emkd --help` need not import it."""
+
+from dataclasses import dataclass
+
+from teacher_cache.decode import Strict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions(Strict):
+    """Where a stage runs, never what it computes."""
+
+    ray: bool = True
+    """Run under Ray: the cluster of RAY_ADDRESS (inside a submitted job), else an embedded one."""
+    num_workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    max_retries: int = 2
+    """How often work whose worker died is tried again."""
