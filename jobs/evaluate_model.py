@@ -1,0 +1,26 @@
+"""`emkd evaluate`: the evaluation stage in this process, or as one task of a Ray cluster."""
+
+from typing import Any
+
+import ray
+
+from jobs.options import RayOptions
+from jobs.progress import Bars
+from jobs.ray_pool import get, ray_session, require_resources
+from pipeline.config import EvaluateConfig
+from pipeline.evaluate import evaluate
+
+
+def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
+    """Evaluate and return the metrics, as they are written to metrics.json."""
+    if not options.ray:
+        with Bars() as bars:
+            return evaluate(config, lambda done, total: bars.update("evaluate", done, total))
+    with ray_session():
+        require_resources(options)
+        task = ray.remote(evaluate).options(
+            num_cpus=options.cpus_per_worker,
+            num_gpus=options.gpus_per_worker,
+            max_retries=options.max_retries,
+        )
+        return get(task.remote(config))
