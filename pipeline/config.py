@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from student_train.objective import ObjectiveConfig
+from student_train.settings import TrainerSettings
 from teacher_cache.decode import Strict
 from teacher_cache.settings import RecordKind, ShardFormatName
 
@@ -25,6 +25,13 @@ class DigitsConfig(Strict):
     num_train: int = 4096
     num_heldout: int = 512
     seed: int = 0
+
+
+def at_least_one(record: object, *names: str) -> None:
+    """Raise ValueError for the first of the named counts that is below 1."""
+    for name in names:
+        if getattr(record, name) < 1:
+            raise ValueError(f"{name} must be >= 1, found {getattr(record, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +80,13 @@ class BuildConfig(Strict):
     torch_threads: int | None = None
     """CPU threads of torch in each worker; default: torch's own choice."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "top_k", "sketch_rank", "calibration_samples", "samples_per_shard")
+        at_least_one(self, "batch_size")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(Strict):
+class TrainConfig(TrainerSettings):
     """Train one student from a sealed cache; no teacher is loaded."""
 
     cache: Path
@@ -85,39 +96,10 @@ class TrainConfig(Strict):
     projector: Literal["avgpool"] = "avgpool"
     stride: int = 2
     """Vision tokens are pooled by stride x stride."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    train_parts: tuple[Literal["vision_tower", "projector", "language_model"], ...] = (
-        "projector",
-        "language_model",
-    )
-    """Parts whose weights are trained; the others are frozen."""
-    seed: int = 0
-    max_steps: int | None = None
-    """Optimizer steps; default: as many as `epochs` need."""
-    epochs: float = 1.0
-    batch_size: int = 32
-    """Samples of one optimizer step, over all workers and accumulation steps."""
-    micro_batch_size: int = 8
-    """Samples of one forward pass of one worker."""
-    learning_rate: float = 1e-5
-    min_lr_ratio: float = 0.0
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    dtype: Dtype = "float32"
-    """Dtype of the computation; weights stay float32 (mixed precision) unless it is float32."""
-    device: str = "auto"
-    loader_threads: int = 2
-    save_steps: int = 500
-    log_steps: int = 10
-    grad_norm_steps: int = 50
-    """Measure each loss term's own gradient norm every so many steps; 0 never does."""
-    torch_threads: int | None = None
-    """CPU threads of torch; fix it where bits must repeat on other machines."""
     expect_cache: str | None = None
     """Refuse a cache whose fingerprint does not begin with this."""
+    torch_threads: int | None = None
+    """CPU threads of torch; fix it where bits must repeat on other machines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +120,11 @@ class EvaluateConfig(Strict):
     matched to and what the teacher's vision tokens say."""
     num_pictures: int = 4
     torch_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "max_new_tokens")
+        if not self.scores:
+            raise ValueError("scores is empty; name at least one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
