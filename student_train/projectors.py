@@ -1,0 +1,96 @@
+"""Projectors that turn many vision features into few language-model inputs.
+
+A compressing projector takes the vision tower's patch features [B, side * side, C] of square
+images (the class token already dropped) and returns [B, pooled * pooled, D]. It alone knows both
+sides of that arithmetic, `pooled_side`; models, processors and tests ask it. Each is a subclass of
+the family's own multi-modal projector without parameters added or renamed, so that the weights of
+a vanilla checkpoint fit unchanged. Features that do not fill a square grid are refused.
+
+Legend of dimensions: B images or tiles, C width of the vision features, D width of the language
+model, side / pooled the grid's side before and after.
+"""
+
+import math
+from typing import Protocol
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaNextConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+
+class CompressingProjector(Protocol):
+    """What a student model asks of its projector."""
+
+    def pooled_side(self, side: int) -> int:
+        """The side of the grid that comes out, for a grid of side x side that goes in."""
+        ...
+
+    def __call__(self, image_features: Tensor) -> Tensor:
+        """Project features [B, side * side, C] to [B, pooled * pooled, D]."""
+        ...
+
+
+def pooled_side(side: int, stride: int) -> int:
+    """Side of a side x side grid after pooling by `stride`: floor(side / stride).
+
+    The processors of the LLaVA family count placeholders as floor(pixels / (patch * stride)); this
+    is the same number for every stride, because floors of quotients nest.
+    """
+    if not 1 <= stride <= side:
+        raise ValueError(
+            f"vision_pool_stride is {stride} on a grid of {side} x {side} vision tokens; choose a "
+            f"stride from 1 (no pooling) to {side} (one token)"
+        )
+    return side // stride
+
+
+def average_pool(features: Float[Tensor, "B n C"], stride: int) -> Float[Tensor, "B m C"]:
+    """Average features over a square grid, row by row, down to floor(side / stride) per side.
+
+    Adaptive average pooling (DeCo, arXiv 2405.20985): where the stride does not divide the side,
+    output cell i covers rows floor(i * side / pooled) up to ceil((i + 1) * side / pooled), so that
+    every feature takes part. Stride 1 returns the same bits. Raises `ValueError` when n is not a
+    square number.
+    """
+    num_features = features.shape[1]
+    side = math.isqrt(num_features)
+    if side * side != num_features:
+        raise ValueError(
+            f"found {num_features} vision features per image, expected a square grid (such as "
+            f"{side} x {side} = {side * side}); set vision_feature_select_strategy to 'default' "
+            "for vision towers with a class token (CLIP) and to 'full' for those without (SigLIP)"
+        )
+    grid_BCss = features.transpose(1, 2).unflatten(2, (side, side))
+    pooled_BCpp = F.adaptive_avg_pool2d(grid_BCss, pooled_side(side, stride))
+    return pooled_BCpp.flatten(2).transpose(1, 2)
+
+
+class _AveragePooling(nn.Module):
+    """Pools first, then projects: the MLP of the family runs on few features (DeCo)."""
+
+    stride: int
+
+    def pooled_side(self, side: int) -> int:
+        return pooled_side(side, self.stride)
+
+    def forward(self, image_features: Float[Tensor, "B n C"]) -> Float[Tensor, "B m D"]:
+        return super().forward(average_pool(image_features, self.stride))
+
+
+class AvgPoolLlavaProjector(_AveragePooling, LlavaMultiModalProjector):
+    """LLaVA's two-layer projector behind average pooling."""
+
+    def __init__(self, config: LlavaConfig, stride: int) -> None:
+        super().__init__(config)
+        self.stride = stride
+
+
+class AvgPoolLlavaNextProjector(_AveragePooling, LlavaNextMultiModalProjector):
+    """LLaVA-NeXT's two-layer projector behind average pooling, tile by tile."""
+
+    def __init__(self, config: LlavaNextConfig, stride: int) -> None:
+        super().__init__(config)
+        self.stride = stride
