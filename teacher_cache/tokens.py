@@ -1,0 +1,202 @@
+"""From a sample to model inputs, and to the positions of its vision, content and response tokens.
+
+Promise: the conversation is rendered with the processor's own chat template and nothing is cut
+off. Characters are followed to tokens through the tokenizer's offsets and the processor's record
+of how it spelled out each image. Content tokens are those of the user's and assistant's texts.
+The response is what the model must generate: all tokens behind the generation prompt, up to and
+including the first control token behind the assistant's text (a template without one, such as
+that of llava-1.5-hf, teaches no end of turn). What does not add up is a `SampleError`.
+"""
+
+import io
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.rendering import Rendering, Turn, locate, to_turns
+from teacher_cache.schema import Sample, SampleError, TokenSpans, ViewGrid
+from teacher_cache.views import ImageInputs, layout_images, require_supported
+
+
+class SampleEncoder:
+    """Encodes samples for one model: holds its processor and its config.
+
+    `system_prompt` opens every conversation that has no system message of its own. ValueError for
+    models of an unknown family, slow tokenizers and processors without a chat template.
+    """
+
+    def __init__(self, processor: Any, model_config: Any, system_prompt: str | None = None) -> None:
+        require_supported(model_config.model_type)
+        if not processor.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(processor.tokenizer).__name__} gives no character offsets; convert it to "
+                "a fast tokenizer (tokenizer.json)"
+            )
+        if not processor.chat_template:
+            raise ValueError(
+                f"the {type(processor).__name__} has no chat template; add chat_template.jinja "
+                "to the model's folder"
+            )
+        self.processor = processor
+        self.config = model_config
+        self.system_prompt = system_prompt
+        self._control_ids = frozenset(processor.tokenizer.all_special_ids)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id for padded positions, which are masked (0 where the tokenizer names none)."""
+        pad: int | None = self.processor.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """The whole conversation; raises `SampleError`."""
+        return self._encode(sample, to_turns(sample, self.system_prompt), False)
+
+    def encode_prompt(self, sample: Sample) -> EncodedSample:
+        """The conversation without its last answer, ending with the generation prompt."""
+        return self._encode(sample, to_turns(sample, self.system_prompt)[:-1], True)
+
+    def _encode(
+        self, sample: Sample, turns: list[Turn], add_generation_prompt: bool
+    ) -> EncodedSample:
+        try:
+            rendering = locate(turns, self._render, add_generation_prompt)
+            outputs = self._process(sample, rendering.text)
+            replaced: list[dict[str, Any]] = outputs.pop("text_replacement_offsets")
+            offsets: Tensor = outputs.pop("offset_mapping")[0]
+            inputs: dict[str, Tensor] = {
+                name: values[0] if name in SEQUENCE_KEYS else values
+                for name, values in outputs.items()
+            }
+            views, vision = self._vision(inputs, offsets, replaced)
+            content, is_response = self._content(rendering, inputs["input_ids"], offsets, replaced)
+            spans = TokenSpans(
+                views=views,
+                vision=vision,
+                content=content,
+                content_ids=inputs["input_ids"][content],
+                is_response=is_response,
+                after_image=content > vision[0] if len(vision) else is_response & False,
+            )
+        except SampleError:
+            raise
+        except ValueError as error:
+            raise SampleError(sample.source_id, str(error)) from error
+        return EncodedSample(key=sample.key, source_id=sample.source_id, inputs=inputs, spans=spans)
+
+    def _render(self, turns: list[Turn], add_generation_prompt: bool) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template's own raise_exception, and jinja's errors
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def _process(self, sample: Sample, text: str) -> dict[str, Any]:
+        """Run the processor on one sample, with the character maps that `_encode` needs."""
+        images = [_decode(sample, index) for index in range(len(sample.images))]
+        tokenizer = self.processor.tokenizer
+        opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        outputs = dict(
+            self.processor(
+                text=[text],
+                images=[images] if images else None,
+                return_tensors="pt",
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                return_token_type_ids=False,
+                add_special_tokens=not opened,
+            )
+        )
+        # One list per text; without images Idefics3 gives nothing and InternVL an empty tensor.
+        of_texts = outputs.pop("text_replacement_offsets", None)
+        outputs["text_replacement_offsets"] = of_texts[0] if images and of_texts else []
+        return outputs
+
+    def _vision(
+        self, inputs: dict[str, Tensor], offsets: Tensor, replaced: list[dict[str, Any]]
+    ) -> tuple[tuple[ViewGrid, ...], Int[Tensor, " M"]]:
+        """Views and vision positions; every image's placeholders are checked on their own."""
+        is_placeholder = inputs["input_ids"] == self.config.image_token_id
+        per_image = [
+            (is_placeholder & _overlap(offsets, *item["new_span"])).nonzero()[:, 0]
+            for item in replaced
+        ]
+        found = sum(len(positions) for positions in per_image)
+        if found != int(is_placeholder.sum()):
+            raise ValueError(
+                f"{int(is_placeholder.sum())} placeholder tokens in the sequence, {found} of them "
+                "written for images; a message may not spell the placeholder token"
+            )
+        images = ImageInputs(
+            tensors=inputs,
+            placeholders=tuple(len(positions) for positions in per_image),
+            replacements=tuple(item["replacement"] for item in replaced),
+        )
+        layouts = layout_images(self.config, images)
+        views = tuple(view for layout in layouts for view in layout.views)
+        positions = [
+            found[layout.is_vision] for found, layout in zip(per_image, layouts, strict=True)
+        ]
+        empty = torch.zeros(0, dtype=torch.int64)
+        return views, torch.cat([empty, *positions])
+
+    def _content(
+        self,
+        rendering: Rendering,
+        input_ids: Tensor,
+        offsets: Tensor,
+        replaced: list[dict[str, Any]],
+    ) -> tuple[Int[Tensor, " T"], Bool[Tensor, " T"]]:
+        """Content positions, ascending, and which of them are the response."""
+
+        def tokens(start: int, end: int) -> Tensor:
+            return _overlap(offsets, _expanded(start, replaced), _expanded(end, replaced))
+
+        is_content = torch.zeros(len(input_ids), dtype=torch.bool)
+        is_response = torch.zeros_like(is_content)
+        for start, end in rendering.instructions:
+            is_content |= tokens(start, end)
+        for turn in rendering.responses:
+            is_response |= tokens(turn.start, turn.text_end)
+            behind = tokens(turn.text_end, turn.turn_end) & ~is_response
+            behind = behind.nonzero()[:, 0].tolist()
+            ids: list[int] = [int(input_ids[position]) for position in behind]
+            stop = next((i for i, token in enumerate(ids) if token in self._control_ids), None)
+            if stop is not None:
+                is_response[behind[: stop + 1]] = True
+        content = (is_content | is_response).nonzero()[:, 0]
+        return content, is_response[content]
+
+
+def _decode(sample: Sample, index: int) -> Image.Image:
+    data = sample.images[index]
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise SampleError(
+            sample.source_id,
+            f"image {index} ({len(data)} bytes) cannot be decoded: {error}; replace the file",
+        ) from error
+
+
+def _expanded(position: int, replaced: list[dict[str, Any]]) -> int:
+    """Where a character of the rendering stands once each image is spelled out in full."""
+    before = [item for item in replaced if item["span"][1] <= position]
+    return position + sum(len(item["replacement"]) - len(item["text"]) for item in before)
+
+
+def _overlap(offsets: Int[Tensor, "L 2"], start: int, end: int) -> Bool[Tensor, " L"]:
+    """Tokens that hold characters of [start, end).
+
+    Byte-level tokenizers that trim their offsets leave whitespace tokens with an empty interval
+    at their right end; those count where that end lies in (start, end].
+    """
+    first, last = offsets[:, 0], offsets[:, 1]
+    trimmed = (first == last) & (first > start) & (last <= end)
+    return trimmed | ((first < end) & (last > start) & (first < last))

@@ -1,0 +1,23 @@
+"""Fixtures shared by all tests: small real models, built once per session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import FAMILIES
+
+TinyFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
+    """Folder of the tiny model of a family, by model type."""
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
+        return built[family]
+
+    return folder
