@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from jobs.options import RayOptions
+from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import ActorPool, get, ray_session, require_resources
 from pipeline.build import CacheBuilder, build, finished, missing_shards
@@ -40,6 +41,7 @@ class TeacherWorker(CacheBuilder):
 
 def run_build(config: BuildConfig, options: RayOptions) -> Seal:
     """Build, or finish building, the cache of `config`; returns its seal."""
+    config = absolute(config)
     seal = finished(config)
     if seal is not None:
         return seal

@@ -194,11 +194,12 @@ class Submit:
 
     def __call__(self) -> int:
         """Submit the stage; exit code 0 when the job succeeded."""
-        from jobs.submit import Echo, entrypoint, resolved_json, run_flags, submit
+        from jobs.paths import to_json
+        from jobs.submit import Echo, entrypoint, run_flags, submit
 
         if self.payload is None:
             raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")
-        settings = resolved_json(self.payload.config)
+        settings = to_json(self.payload.config)
         command = entrypoint(self.stage, settings, run_flags(self.payload.run))
         return submit(
             address=self.address,

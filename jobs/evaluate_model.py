@@ -5,6 +5,7 @@ from typing import Any
 import ray
 
 from jobs.options import RayOptions
+from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import get, ray_session, require_resources
 from pipeline.config import EvaluateConfig
@@ -13,6 +14,7 @@ from pipeline.evaluate import evaluate
 
 def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     """Evaluate and return the metrics, as they are written to metrics.json."""
+    config = absolute(config)
     if not options.ray:
         with Bars() as bars:
             return evaluate(config, lambda done, total: bars.update("evaluate", done, total))

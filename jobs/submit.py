@@ -8,7 +8,6 @@ stage again gives the next attempt, and the stage resumes by itself.
 
 import asyncio
 import dataclasses
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,23 +31,6 @@ def run_flags(options: RayOptions) -> list[str]:
             name = field.name.replace("_", "-")
             flags += [f"--{name}", str(getattr(options, field.name))]
     return flags
-
-
-def resolved_json(config: object) -> str:
-    """A stage's settings as JSON, with every path that exists here made absolute."""
-    return json.dumps(_absolute(dataclasses.asdict(config)), sort_keys=True)  # pyright: ignore[reportArgumentType]
-
-
-def _absolute(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_absolute(item) for item in value]
-    if isinstance(value, Path):
-        return str(value.absolute())
-    if isinstance(value, str) and ("/" in value or "." in value) and Path(value).exists():
-        return str(Path(value).absolute())
-    return value
 
 
 def submit(

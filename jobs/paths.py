@@ -1,0 +1,42 @@
+"""Settings whose paths mean the same everywhere: Ray's workers do not share our folder.
+
+A worker of Ray Train runs in a folder of its own and a job's driver on another machine, so every
+path of a stage is made absolute before it leaves this process.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from teacher_cache.decode import decode_json
+
+Config = TypeVar("Config")
+
+
+def absolute(config: Config) -> Config:
+    """The same settings with every path absolute (hub ids and other names stay as they are)."""
+    return decode_json(type(config), to_json(config), type(config).__name__)
+
+
+def to_json(config: object) -> str:
+    """The settings as one line of JSON, every path absolute; `--config` reads it back."""
+    return json.dumps(_absolute(dataclasses.asdict(config)), sort_keys=True)  # pyright: ignore[reportArgumentType]
+
+
+def _absolute(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _absolute(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_absolute(item) for item in value]
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, str) and _names_a_local_path(value):
+        return str(Path(value).absolute())
+    return value
+
+
+def _names_a_local_path(text: str) -> bool:
+    """Whether a string that may be a hub id or a name is the path of something here."""
+    looks_like_path = "/" in text or "." in text
+    return looks_like_path and (Path(text).exists() or any(c in text for c in "{*"))
