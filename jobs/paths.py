@@ -13,6 +13,8 @@ from teacher_cache.decode import decode_json
 
 Config = TypeVar("Config")
 
+_MAY_BE_LOCAL = ("path", "teacher", "student", "model")
+
 
 def absolute(config: Config) -> Config:
     """The same settings with every path absolute (hub ids and other names stay as they are)."""
@@ -26,17 +28,19 @@ def to_json(config: object) -> str:
 
 def _absolute(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
+        return {
+            key: str(Path(item).absolute())
+            if key in _MAY_BE_LOCAL and isinstance(item, str) and _is_local(item)
+            else _absolute(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_absolute(item) for item in value]
     if isinstance(value, Path):
         return str(value.absolute())
-    if isinstance(value, str) and _names_a_local_path(value):
-        return str(Path(value).absolute())
     return value
 
 
-def _names_a_local_path(text: str) -> bool:
-    """Whether a string that may be a hub id or a name is the path of something here."""
-    looks_like_path = "/" in text or "." in text
-    return looks_like_path and (Path(text).exists() or any(c in text for c in "{*"))
+def _is_local(text: str) -> bool:
+    """Whether a string that may be a hub id is a path here, or a brace pattern of paths."""
+    return Path(text).exists() or "{" in text
