@@ -1,0 +1,212 @@
+"""KL divergence between the student and a teacher of whom perhaps only the top-k is known.
+
+    reverse  KL(q || p) = sum_v q_v (log q_v - log p_v)      q student, p teacher (EM-KD 3.3, 3.5)
+    forward  KL(p || q) = sum_v p_v (log p_v - log q_v)
+
+Split the vocabulary into the K kept entries and the tail. The chain rule is exact:
+
+    KL(q || p) = KL(bucketed)  +  q_tail KL(q | tail || p | tail)
+
+The first term merges the tail into one bucket of known mass tau; the second needs a shape of p in
+the tail, which a top-k record does not have and a sketch estimates. The policy says what is done:
+`bucket` drops the second term, `blend` weighs it, `renormalise` restricts both sides to K, `exact`
+refuses to assume anything. Signals that know every logit are computed exactly under any policy.
+
+Promise: gradients reach the student's logits and nothing else; sums run in float32 or wider.
+Dimensions as in schema.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.objective import TailPolicy
+from student_train.signals import Signal, TopKSignal, at_least_float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """One KL value per row in nats, times the temperature squared, and what it is made of.
+
+    `value = head + tail`. `lower` and `upper` bound the true divergence from the full teacher
+    distribution (not `value`), as far as what is stored allows: 0 and infinity where it tells
+    nothing. `student_tail_mass` is the student's probability outside the kept entries.
+    """
+
+    value: Float[Tensor, " P"]
+    head: Float[Tensor, " P"]
+    tail: Float[Tensor, " P"]
+    student_tail_mass: Float[Tensor, " P"]
+    lower: Float[Tensor, " P"]
+    upper: Float[Tensor, " P"]
+
+
+def resolve_tail(policy: TailPolicy, signal: Signal) -> TailPolicy:
+    """The policy that is really used on a signal; the one place where a default changes.
+
+    Exact signals are `exact` whatever was asked. `blend` needs a sketch for the tail's shape;
+    without one it is `bucket`, because a uniform tail would point the gradient of the reverse KL
+    away from the teacher (cosine about -0.9 for a flat student, maths.md 3.2). `exact` on a
+    signal that is not raises ValueError.
+    """
+    if not isinstance(signal, TopKSignal) or signal.exact:
+        return "exact"
+    if policy == "exact":
+        raise ValueError(
+            f"tail=exact, but the cache holds the {signal.ids.shape[1]} largest of "
+            f"{signal.vocab_size} logits; build it with records `hidden`, or choose the tail "
+            "policy blend, bucket or renormalise"
+        )
+    if policy == "blend" and signal.sketch is None:
+        return "bucket"
+    return policy
+
+
+def reverse_kl(
+    student_logits: Float[Tensor, "P W"],
+    teacher: Signal,
+    policy: TailPolicy = "blend",
+    temperature: float = 1.0,
+    blend: float = 0.5,
+) -> Divergence:
+    """KL(student || teacher) of each row; the student's W >= V logits are cut to V rows first.
+
+    Cutting before the softmax lets both sides normalise over the same support (methods.md 1.8).
+    ValueError for row counts that differ, fewer student than teacher rows of the vocabulary, a
+    policy that the signal cannot serve, or a temperature that a lumped tail cannot follow.
+    """
+    return _divergence(_reverse_terms, student_logits, teacher, policy, temperature, blend)
+
+
+def forward_kl(
+    student_logits: Float[Tensor, "P W"],
+    teacher: Signal,
+    policy: TailPolicy = "blend",
+    temperature: float = 1.0,
+    blend: float = 0.5,
+) -> Divergence:
+    """KL(teacher || student) of each row; otherwise as `reverse_kl`."""
+    return _divergence(_forward_terms, student_logits, teacher, policy, temperature, blend)
+
+
+Terms = Callable[[Tensor, Tensor], Tensor]
+"""From (log q, log p) to the summands of a KL, entry by entry."""
+
+
+def _reverse_terms(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return log_q.exp() * (log_q - log_p)
+
+
+def _forward_terms(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q)
+
+
+def _divergence(
+    terms: Terms,
+    student_logits: Tensor,
+    teacher: Signal,
+    policy: TailPolicy,
+    temperature: float,
+    blend: float,
+) -> Divergence:
+    if len(student_logits) != teacher.num_rows or student_logits.shape[1] < teacher.vocab_size:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} do not face a teacher of "
+            f"{teacher.num_rows} rows over {teacher.vocab_size} vocabulary rows"
+        )
+    cut = at_least_float32(student_logits[:, : teacher.vocab_size])
+    resolved = resolve_tail(policy, teacher)
+    if resolved == "exact" or not isinstance(teacher, TopKSignal):
+        return _exact(terms, cut, teacher.dense_logits(), temperature)
+    if resolved == "renormalise":
+        return _renormalised(terms, cut, teacher, temperature)
+    return _bucketed(terms, cut, teacher, temperature, blend if resolved == "blend" else 0.0)
+
+
+def _exact(terms: Terms, student: Tensor, teacher: Tensor, temperature: float) -> Divergence:
+    log_q = functional.log_softmax(student / temperature, dim=1)
+    log_p = functional.log_softmax(teacher.to(log_q.dtype) / temperature, dim=1)
+    value = terms(log_q, log_p).sum(dim=1) * temperature**2
+    zero = torch.zeros_like(value)
+    bound = value.detach()
+    return Divergence(
+        value=value, head=value, tail=zero, student_tail_mass=zero, lower=bound, upper=bound
+    )
+
+
+def _renormalised(
+    terms: Terms, student: Tensor, teacher: TopKSignal, temperature: float
+) -> Divergence:
+    """Both sides restricted to K: nothing says anything of student mass outside (biased)."""
+    ids_PK = teacher.ids.long()
+    log_q = functional.log_softmax(student.gather(1, ids_PK) / temperature, dim=1)
+    kept = teacher.logits.detach().to(log_q.dtype)
+    log_p = functional.log_softmax(kept / temperature, dim=1)
+    value = terms(log_q, log_p).sum(dim=1) * temperature**2
+    full_q = functional.log_softmax(student.detach() / temperature, dim=1)
+    return Divergence(
+        value=value,
+        head=value,
+        tail=torch.zeros_like(value),
+        student_tail_mass=_outside(full_q, ids_PK).exp(),
+        lower=torch.zeros_like(value),
+        upper=torch.full_like(value, torch.inf),
+    )
+
+
+def _bucketed(
+    terms: Terms, student: Tensor, teacher: TopKSignal, temperature: float, blend: float
+) -> Divergence:
+    """(1 - blend) KL(bucketed) + blend KL with the estimated tail, through the chain rule."""
+    ids_PK = teacher.ids.long()
+    log_q = functional.log_softmax(student / temperature, dim=1)
+    log_q_tail = _outside(log_q, ids_PK)
+    log_p_kept, log_p_tail, estimate = _teacher_parts(teacher, temperature, blend)
+    log_p_kept, log_p_tail = log_p_kept.to(log_q.dtype), log_p_tail.to(log_q.dtype)
+    head = terms(log_q.gather(1, ids_PK), log_p_kept).sum(dim=1)
+    bucket = terms(log_q_tail, log_p_tail)
+    tail = bucket
+    if estimate is not None:
+        outside = terms(log_q, estimate.to(log_q.dtype)).scatter(1, ids_PK, 0.0).sum(dim=1)
+        tail = bucket + blend * (outside - bucket)
+    # Merging outcomes never raises a divergence (data processing inequality), and the bucket's
+    # masses are the true ones at temperature 1; at others they are estimates and bound nothing.
+    bounded = temperature == 1
+    lower = (head + bucket).detach().clamp(min=0) if bounded else torch.zeros_like(head)
+    scale = temperature**2
+    return Divergence(
+        value=(head + tail) * scale,
+        head=head * scale,
+        tail=tail * scale,
+        student_tail_mass=log_q_tail.detach().exp(),
+        lower=lower,
+        upper=torch.full_like(lower, torch.inf),
+    )
+
+
+@torch.no_grad()
+def _teacher_parts(
+    teacher: TopKSignal, temperature: float, blend: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log p of the kept entries [P, K], of the whole tail [P], and of everything [P, V] or None."""
+    if temperature == 1:
+        estimate = teacher.estimated_log_probs() if blend > 0 else None
+        return teacher.kept_log_probs(), at_least_float32(teacher.log_tail), estimate
+    if teacher.sketch is None:
+        raise ValueError(
+            f"at temperature {temperature} the mass of the tail is not the stored one, and a "
+            "top-k record without a sketch cannot recompute it; use temperature 1, "
+            "tail=renormalise, or records `topk+sketch` or `hidden`"
+        )
+    estimate = functional.log_softmax(teacher.estimated_log_probs() / temperature, dim=1)
+    ids_PK = teacher.ids.long()
+    return estimate.gather(1, ids_PK), _outside(estimate, ids_PK), estimate if blend > 0 else None
+
+
+def _outside(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Log of the mass outside the kept ids, summed over the tail itself (never 1 - kept)."""
+    return log_probs.scatter(1, ids, -torch.inf).logsumexp(dim=1)

@@ -1,0 +1,327 @@
+"""EM-KD's objective (section 3.6): four terms, each a function of tensors that are aligned already.
+
+    total = a supervised + (1 - a) RLD + b VSD + c VLAD        a = 0.5, b = 0.25, c = 25
+
+    supervised  next-token cross-entropy on the response           mean over response tokens
+    RLD         reverse KL on the response's logits                mean over response tokens
+    VSD         reverse KL on matched vision logits                mean over pairs, then samples
+    VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
+
+The means over tokens run over the micro-batch, those over samples over its samples that have an
+image (VLAD: and text to compare). A mean over nothing is a zero that still has a gradient (of
+zero). The term functions know no matching; `distillation_loss` brings the two together.
+
+Refuses states and teacher outputs that do not belong to one text. Dimensions as in schema.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.divergence import Divergence, resolve_tail, reverse_kl
+from student_train.matching import Assignment, match_tokens
+from student_train.metrics import assignment_stats, kept_mass, row_mean_spread
+from student_train.objective import ObjectiveConfig, TailPolicy
+from student_train.signals import (
+    Signal,
+    TeacherAssets,
+    concatenate,
+    response_signal,
+    vision_signal,
+)
+from teacher_cache.affinity import cosine_affinity
+from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""The student's LM head: final hidden states [n, D] to logits [n, W], W >= V, with gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleStates:
+    """The student's final hidden states of one sample, gathered: padding has left no trace.
+
+    `predicting[i]` is the state whose logits predict `response_ids[i]`; `text` are the content
+    tokens after the image, of which `text_is_response` tells the response from the instruction.
+    """
+
+    views: tuple[ViewGrid, ...]
+    vision: Float[Tensor, "N D"]
+    text: Float[Tensor, "X D"]
+    predicting: Float[Tensor, "R D"]
+    text_is_response: Bool[Tensor, " X"]
+    response_ids: Int[Tensor, " R"]
+    content_ids: Int[Tensor, " T"]
+    """Kept to be compared with the teacher's, so that no sample is distilled from another."""
+
+
+def gather_states(
+    hidden: Float[Tensor, "B L D"], spans: Sequence[TokenSpans], offsets: Sequence[int]
+) -> list[SampleStates]:
+    """Pick the states that the losses need from a padded batch, with gradient.
+
+    Position p of sample i sits at column `p + offsets[i]`, so left and right padding gather the
+    same states.
+    """
+    device = hidden.device
+    states: list[SampleStates] = []
+    for row, span, offset in zip(hidden, spans, offsets, strict=True):
+        states.append(
+            SampleStates(
+                views=span.views,
+                vision=row[(span.vision + offset).to(device)],
+                text=row[(span.vlad_text + offset).to(device)],
+                predicting=row[(span.predicting + offset).to(device)],
+                text_is_response=span.is_response[span.after_image].to(device),
+                response_ids=span.content_ids[span.is_response].to(device),
+                content_ids=span.content_ids,
+            )
+        )
+    return states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """The loss of a micro-batch, and everything that was computed on the way to it.
+
+    `total` is the weighted sum; `terms` are unweighted and have gradients, by name, only those
+    of positive weight. `tails` names the tail policy that each divergence really used, because
+    values under different policies do not compare. `assignments` has one entry per sample, None
+    without an image or without a vision term. `diagnostics` are plain numbers for the log.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    weights: dict[str, float]
+    tails: dict[str, TailPolicy]
+    assignments: tuple[Assignment | None, ...]
+    diagnostics: dict[str, float]
+
+
+def supervised_loss(
+    logits: Float[Tensor, "R W"], response_ids: Int[Tensor, " R"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the response tokens over the student's whole vocabulary."""
+    if not len(response_ids):
+        return logits.sum()
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(wide, response_ids.long())
+
+
+def rld_loss(divergence: Divergence) -> Float[Tensor, ""]:
+    """Response logit distillation (EM-KD 3.5): mean of the divergence over response tokens."""
+    return divergence.value.mean() if len(divergence.value) else divergence.value.sum()
+
+
+def vsd_loss(
+    divergence: Divergence, pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Vision semantic distillation (EM-KD 3.3): mean over a sample's pairs, then over samples.
+
+    The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
+    """
+    parts = divergence.value.split(list(pairs_per_sample))
+    return mean_of([part.mean() for part in parts if len(part)], zero)
+
+
+def vlad_loss(
+    student: Float[Tensor, "X P"], teacher: Float[Tensor, "X P"], beta: float = 1.0
+) -> Float[Tensor, ""]:
+    """Affinity distillation of one sample (EM-KD 3.4): smooth L1, mean over all X P entries."""
+    return functional.smooth_l1_loss(student, teacher.to(student.dtype).detach(), beta=beta)
+
+
+def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The mean of some scalars, or the given (differentiable) zero where there are none."""
+    return torch.stack(list(values)).mean() if values else zero
+
+
+def distillation_loss(
+    states: Sequence[SampleStates],
+    outputs: Sequence[TeacherOutput],
+    head: LogitsOf,
+    objective: ObjectiveConfig,
+    assets: TeacherAssets | None = None,
+) -> LossTerms:
+    """The objective of one micro-batch: student states against cached teacher outputs.
+
+    Terms of weight 0 are not computed, and what only they need is not touched. Runs on the device
+    and in the dtype of the states; put `assets` on that device once (`TeacherAssets.to`).
+    ValueError where a sample's text differs between student and teacher, where a record that an
+    active term needs is absent, and for whatever matching and divergence refuse.
+    """
+    if not states:
+        raise ValueError("a micro-batch needs at least one sample")
+    for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
+        _require_same_text(position, state, output)
+    batch = _Batch(states, outputs, head, objective, assets or TeacherAssets())
+    parts = _Parts({}, {}, {})
+    if objective.supervised_weight > 0 or objective.rld_weight > 0:
+        _response_terms(batch, parts)
+    assignments: list[Assignment | None] = [None] * len(states)
+    if objective.needs_vision:
+        assignments = _vision_terms(batch, parts)
+    weights = {name: getattr(objective, f"{name}_weight") for name in parts.terms}
+    weighted = [weights[name] * term for name, term in parts.terms.items()]
+    return LossTerms(
+        total=torch.stack(weighted).sum(),
+        terms=parts.terms,
+        weights=weights,
+        tails=parts.tails,
+        assignments=tuple(assignments),
+        diagnostics=parts.diagnostics,
+    )
+
+
+class _Batch(NamedTuple):
+    states: Sequence[SampleStates]
+    outputs: Sequence[TeacherOutput]
+    head: LogitsOf
+    objective: ObjectiveConfig
+    assets: TeacherAssets
+
+    def divergence(self, student_logits: Tensor, teacher: Signal) -> Divergence:
+        chosen = self.objective
+        return reverse_kl(student_logits, teacher, chosen.tail, chosen.temperature, chosen.blend)
+
+
+class _Parts(NamedTuple):
+    terms: dict[str, Tensor]
+    tails: dict[str, TailPolicy]
+    diagnostics: dict[str, float]
+
+    def add_divergence(
+        self, name: str, term: Tensor, teacher: Signal, policy: TailPolicy, values: Divergence
+    ) -> None:
+        """Record a KL term with what its value rests on, where that is not the whole teacher."""
+        self.terms[name] = term
+        self.tails[name] = resolve_tail(policy, teacher)
+        if self.tails[name] != "exact" and len(values.value):
+            self.diagnostics[f"{name}_tail_part"] = float(values.tail.detach().mean())
+            self.diagnostics[f"{name}_lower_bound"] = float(values.lower.mean())
+            self.diagnostics[f"{name}_student_tail_mass"] = float(values.student_tail_mass.mean())
+            self.diagnostics[f"{name}_teacher_kept_mass"] = kept_mass(teacher)
+
+
+def _response_terms(batch: _Batch, parts: _Parts) -> None:
+    logits_RW = batch.head(torch.cat([state.predicting for state in batch.states]))
+    if batch.objective.supervised_weight > 0:
+        labels = torch.cat([state.response_ids for state in batch.states])
+        parts.terms["supervised"] = supervised_loss(logits_RW, labels)
+    if batch.objective.rld_weight > 0:
+        signals = [response_signal(output, batch.assets) for output in batch.outputs]
+        teacher = concatenate(signals).to(logits_RW.device)
+        values = batch.divergence(logits_RW, teacher)
+        parts.add_divergence("rld", rld_loss(values), teacher, batch.objective.tail, values)
+
+
+def _vision_terms(batch: _Batch, parts: _Parts) -> list[Assignment | None]:
+    """Match every sample that has an image, then compare what was matched."""
+    objective, states = batch.objective, batch.states
+    zero = torch.cat([state.vision for state in states])[:0].sum()
+    logits_NW = _vision_logits(batch)
+    per_sample = [None] * len(states) if logits_NW is None else _split(logits_NW, states)
+    assignments: list[Assignment | None] = []
+    matched_signals: list[Signal] = []
+    affinity_losses: list[Tensor] = []
+    for state, output, logits in zip(states, batch.outputs, per_sample, strict=True):
+        if not state.views and not output.views:
+            assignments.append(None)
+            continue
+        teacher = vision_signal(output, batch.assets).to(state.vision.device)
+        pairs = match_tokens(
+            state.vision, logits, state.views, teacher, output.views, objective.matching
+        )
+        assignments.append(pairs)
+        matched_signals.append(teacher.rows(pairs.teacher))
+        chosen = _vlad_rows(state, objective)
+        if objective.vlad_weight > 0 and bool(chosen.any()):
+            own = cosine_affinity(state.text[chosen], state.vision[pairs.student])
+            theirs = _teacher_affinity(output, chosen, pairs.teacher)
+            affinity_losses.append(vlad_loss(own, theirs, objective.smooth_l1_beta))
+    if objective.vsd_weight > 0:
+        if logits_NW is None or not matched_signals:
+            parts.terms["vsd"] = zero
+        else:
+            teacher = concatenate(matched_signals)
+            values = batch.divergence(_matched_rows(logits_NW, states, assignments), teacher)
+            num_pairs = [0 if pairs is None else pairs.num_pairs for pairs in assignments]
+            term = vsd_loss(values, num_pairs, zero)
+            parts.add_divergence("vsd", term, teacher, objective.tail, values)
+    if objective.vlad_weight > 0:
+        parts.terms["vlad"] = mean_of(affinity_losses, zero)
+    solved = [pairs for pairs in assignments if pairs is not None]
+    if solved:
+        stats = assignment_stats(solved)
+        parts.diagnostics["match_mean_cost"] = stats.mean_cost
+        parts.diagnostics["match_separability"] = stats.separability
+        parts.diagnostics["match_hubness"] = stats.hubness
+        if logits_NW is not None:
+            parts.diagnostics["student_row_mean_spread"] = row_mean_spread(logits_NW)
+    return assignments
+
+
+def _vision_logits(batch: _Batch) -> Tensor | None:
+    """The student's vision logits, sample after sample; with gradient only where VSD needs it."""
+    if batch.objective.vsd_weight == 0 and batch.objective.matching.metric == "hidden_cosine":
+        return None
+    hidden = torch.cat([state.vision for state in batch.states])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and batch.objective.vsd_weight > 0):
+        return batch.head(hidden)
+
+
+def _split(rows: Tensor, states: Sequence[SampleStates]) -> list[Tensor]:
+    return list(rows.split([len(state.vision) for state in states]))
+
+
+def _matched_rows(
+    rows: Tensor, states: Sequence[SampleStates], assignments: Sequence[Assignment | None]
+) -> Tensor:
+    """Rows of the batch's vision tokens that were matched, in the order of the pairs."""
+    chosen: list[Tensor] = []
+    start = 0
+    for state, pairs in zip(states, assignments, strict=True):
+        if pairs is not None:
+            chosen.append(pairs.student + start)
+        start += len(state.vision)
+    index = torch.cat(chosen)
+    return rows if len(index) == len(rows) else rows[index]
+
+
+def _vlad_rows(state: SampleStates, objective: ObjectiveConfig) -> Tensor:
+    """Which of the text tokens after the image take part in VLAD: a mask [X]."""
+    if objective.vlad_text == "response":
+        return state.text_is_response
+    if objective.vlad_text == "instruction":
+        return ~state.text_is_response
+    return torch.ones_like(state.text_is_response)
+
+
+def _teacher_affinity(output: TeacherOutput, text_rows: Tensor, vision_rows: Tensor) -> Tensor:
+    """The stored affinity, or that of the stored states: rows by mask, columns by matching."""
+    device = vision_rows.device
+    if output.affinity is not None:
+        return output.affinity.cosine.to(device)[text_rows][:, vision_rows]
+    if output.hidden is None:
+        raise ValueError("the cached sample was read without its part `affinity` (or `hidden`)")
+    text, vision = output.hidden.text.to(device), output.hidden.vision.to(device)
+    return cosine_affinity(text[text_rows], vision[vision_rows])
+
+
+def _require_same_text(position: int, state: SampleStates, output: TeacherOutput) -> None:
+    if not torch.equal(state.content_ids.cpu(), output.content_ids.cpu().to(torch.int64)):
+        raise ValueError(
+            f"sample {position} of the batch: the student's {len(state.content_ids)} text tokens "
+            f"are not the teacher's {len(output.content_ids)}; train a student that has the "
+            "teacher's tokenizer and chat template"
+        )
+    text_is_response = output.is_response[output.after_image].cpu()
+    if not torch.equal(state.text_is_response.cpu(), text_is_response):
+        raise ValueError(
+            f"sample {position} of the batch: student and teacher disagree on which text tokens "
+            "follow the image or belong to the response; use one chat template for both"
+        )

@@ -1,0 +1,102 @@
+"""Numbers that tell whether distillation is healthy; none of them enters a loss.
+
+Promise: detached Python floats, computed without gradient (`term_gradient_norms` apart, which
+asks autograd and leaves every `.grad` alone). Dimensions as in schema.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from student_train.matching import Assignment
+from student_train.signals import Signal, TopKSignal, at_least_float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssignmentStats:
+    """What a cost matrix says about the matching drawn from it (means over its problems).
+
+    `separability`: spread of the costs left after row and column means are taken off, over their
+    whole spread. Near 0 the cost is row + column, any pairing costs the same and the matching is
+    arbitrary; raw logits with a large free constant get there (maths.md 1.3).
+    `hubness`: distinct nearest teacher tokens per student token; 1 where each has its own.
+    """
+
+    mean_cost: float
+    separability: float
+    hubness: float
+
+
+@torch.no_grad()
+def separability(cost: Float[Tensor, "N M"]) -> float:
+    """Standard deviation of the interaction over that of the costs; 1 where these are constant."""
+    wide = cost.to(torch.float64)
+    centred = wide - wide.mean()
+    interaction = centred - centred.mean(dim=1, keepdim=True) - centred.mean(dim=0, keepdim=True)
+    spread = float(centred.square().mean().sqrt())
+    return float(interaction.square().mean().sqrt()) / spread if spread > 0 else 1.0
+
+
+@torch.no_grad()
+def hubness(cost: Float[Tensor, "N M"]) -> float:
+    """Number of distinct row minima over the number of rows."""
+    return len(cost.argmin(dim=1).unique()) / len(cost)
+
+
+def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
+    """Averages over every problem of every assignment; all 0 where nothing was matched."""
+    costs = [cost for assignment in assignments for cost in assignment.costs]
+    num_pairs = sum(assignment.num_pairs for assignment in assignments)
+    total_cost = sum(assignment.total_cost for assignment in assignments)
+    return AssignmentStats(
+        mean_cost=total_cost / max(1, num_pairs),
+        separability=_mean(separability(cost) for cost in costs),
+        hubness=_mean(hubness(cost) for cost in costs),
+    )
+
+
+@torch.no_grad()
+def kept_mass(signal: Signal) -> float:
+    """Mean teacher probability inside what the record keeps; 1 for exact signals, 0 for no rows."""
+    if signal.num_rows == 0:
+        return 0.0
+    if not isinstance(signal, TopKSignal) or signal.exact:
+        return 1.0
+    return 1.0 - float(at_least_float32(signal.log_tail).exp().mean())
+
+
+@torch.no_grad()
+def row_mean_spread(logits: Float[Tensor, "N V"]) -> float:
+    """Standard deviation over positions of the mean logit, the constant that softmax ignores."""
+    if len(logits) < 2:
+        return 0.0
+    return float(at_least_float32(logits).mean(dim=1).std())
+
+
+def term_gradient_norms(
+    terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
+) -> dict[str, float]:
+    """Norm of each term's own gradient over the trainable parameters, unweighted.
+
+    Costs one backward pass per term and keeps the graph, so call it before the real backward.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    norms: dict[str, float] = {}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            norms[name] = 0.0
+            continue
+        gradients = torch.autograd.grad(
+            term, trainable, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        squares = [float(gradient.to(torch.float64).square().sum()) for gradient in gradients]
+        norms[name] = sum(squares) ** 0.5
+    return norms
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(1, len(found))
