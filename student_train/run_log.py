@@ -1,0 +1,97 @@
+"""What a run says of itself while it trains: means over logging windows, one JSON line for each.
+
+Promise: metrics.jsonl holds every step at most once, whatever was killed and resumed, and the same
+values as without the kill (`seconds` apart, which add up over all attempts). A loss that is not
+finite ends the run with the step it happened in.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher_cache.storage import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Window:
+    """Sum and count of named values since the last logged line; tensors are not synchronised."""
+
+    def __init__(self, sums: Mapping[str, tuple[float, int]] | None = None) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        for name, (total, count) in (sums or {}).items():
+            self._sums[name] = torch.tensor(total, dtype=torch.float64)
+            self._counts[name] = count
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one value of each name; names may come and go."""
+        for name, value in values.items():
+            wide = torch.as_tensor(value).detach().to(torch.float64)
+            self._sums[name] = self._sums.get(name, torch.zeros(())).to(wide) + wide
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def sums(self) -> dict[str, tuple[float, int]]:
+        """(sum, count) of each name, as numbers."""
+        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+
+
+def merge(windows: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """The sums and counts of several ranks together."""
+    merged: dict[str, tuple[float, int]] = {}
+    for window in windows:
+        for name, (total, count) in window.items():
+            have, num = merged.get(name, (0.0, 0))
+            merged[name] = (have + total, num + count)
+    return merged
+
+
+def means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Sum over count."""
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+class MetricsLog:
+    """metrics.jsonl of a run that goes on from `step`: lines of later steps, lost, are dropped.
+
+    Only the rank that `writes` touches the file; the others keep the time.
+    """
+
+    def __init__(self, run: Path, *, step: int, seconds: float, writes: bool) -> None:
+        self._path = run / METRICS_FILE
+        self._writes = writes
+        self._earlier = seconds
+        self._started = time.monotonic()
+        if writes and self._path.exists():
+            lines = _read_lines(self._path)
+            kept = [line for line in lines if line["step"] <= step]
+            write_atomic(self._path, "".join(map(_line, kept)).encode())
+            # the time of lost work was spent all the same
+            self._earlier = max([seconds, *(line["seconds"] for line in lines)])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this attempt and of all earlier ones, as far as they logged."""
+        return self._earlier + time.monotonic() - self._started
+
+    def append(self, line: Mapping[str, float]) -> None:
+        """Add one line; it must hold `step` and `seconds`."""
+        if self._writes:
+            with self._path.open("a") as file:
+                file.write(_line(line))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _line(values: Mapping[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(finite) + "\n"

@@ -1,0 +1,279 @@
+"""The optimizer loop: a transformers.Trainer whose data is the stream and whose loss is LossTerms.
+
+How a step's loss adds up: each term is a mean inside one micro-batch (losses.py says over what); a
+step takes the plain mean over its micro-batches and ranks, which all hold equally many samples. So
+micro_batch_size and world size never change *which* samples form a step, only, slightly, how much
+a token weighs that stands in a micro-batch with few others. No B x L x V logits are ever computed.
+
+Refuses to skip or re-shard data (the stream alone decides), to go on after a loss that is not
+finite, and trainable weights in half precision.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from student_train.checkpoint import (
+    CheckpointRecord,
+    RunIdentity,
+    claim_run,
+    mark_complete,
+    prune_checkpoints,
+)
+from student_train.losses import LossTerms, distillation_loss, gather_states
+from student_train.metrics import term_gradient_norms
+from student_train.run_log import MetricsLog, Window, means, merge
+from student_train.settings import TrainerSettings
+from student_train.signals import TeacherAssets
+from student_train.stream import StudentBatch, TrainingStream
+from student_train.student import final_hidden, output_head
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Mapping[str, float]], None]
+"""Called on every rank with each line of the metrics log."""
+Progress = Callable[[int, int], None]
+"""Called on rank 0 after each optimizer step with (steps done, steps in all)."""
+
+
+def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> TrainingArguments:
+    """The settings in transformers' words; logging and saving stay in our hands."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {settings.device!r}, expected auto, cpu or cuda")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device; use device auto or cpu")
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=num_steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
+        warmup_steps=round(settings.warmup_ratio * num_steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.dtype == "bfloat16",
+        fp16=settings.dtype == "float16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=settings.device == "cpu",
+        seed=settings.seed,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        ignore_data_skip=True,
+        ddp_find_unused_parameters=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:  # one process drives one device; DataParallel would split our batches
+        arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+    arguments.gradient_accumulation_steps = settings.batch_size // (
+        settings.micro_batch_size * arguments.world_size
+    )
+    return arguments
+
+
+class EmkdTrainer(Trainer):
+    """Trains `model` on `stream`; `train` runs to the end, `save_final` writes what remains."""
+
+    loss_is_scaled_for_ga = False
+    """Our loss is a mean per micro-batch; transformers divides it by the accumulation steps."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        arguments: TrainingArguments,
+        settings: TrainerSettings,
+        stream: TrainingStream,
+        assets: TeacherAssets,
+        identity: RunIdentity,
+        resumed: CheckpointRecord | None = None,
+        report: Report | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+        if dtypes != {torch.float32}:
+            raise ValueError(
+                f"trainable weights are {sorted(map(str, dtypes))}; load the student in float32: "
+                "mixed precision (dtype) casts inside the forward pass"
+            )
+        use_cache: bool = model.config.use_cache
+        self._run = Path(str(arguments.output_dir))
+        flow = _Flow(settings.save_steps, lambda: claim_run(self._run, identity), progress)
+        super().__init__(model=model, args=arguments, callbacks=[flow])
+        model.config.use_cache = use_cache  # it is saved with the model, and generation needs it
+        self.remove_callback(PrinterCallback)
+        self.processing_class = processor
+        self.settings = settings
+        self.stream = stream
+        self.assets = assets.to(arguments.device)
+        self.identity = identity
+        self.report = report
+        first = self.is_world_process_zero()
+        self.window = Window(resumed.window if resumed is not None and first else None)
+        self.run_log = MetricsLog(
+            self._run,
+            step=resumed.step if resumed is not None else 0,
+            seconds=resumed.seconds if resumed is not None else 0.0,
+            writes=first,
+        )
+        self._measured_step: int | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """The stream itself: endless, of this rank, already at the right position."""
+        return self.stream
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StudentBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[StudentBatch], None]:
+        """The micro-batches of one step; None: the loss is not normalised by a count of labels."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers' estimate does not know the vision tower."""
+        return 0
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch: StudentBatch = inputs
+        return StudentBatch(model=batch.model.to(self.args.device), outputs=batch.outputs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The objective of one micro-batch, in float32 whatever the forward pass ran in."""
+        batch: StudentBatch = inputs
+        loss = student_loss(model, batch, self.settings, self.assets)
+        self.window.add({"loss": loss.total, **_named("term", loss.terms)})
+        self.window.add(_named("weight", loss.weights))
+        self.window.add(_named("diagnostic", loss.diagnostics))
+        step, every = self.state.global_step + 1, self.settings.grad_norm_steps
+        if every and step % every == 0 and self._measured_step != step:
+            self._measured_step = step  # the first micro-batch speaks for the step
+            self.window.add(_named("gradient", term_gradient_norms(loss.terms, model.parameters())))
+        return loss.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete transformers' line with the window's means and write it to metrics.jsonl."""
+        if "loss" in logs:  # the other call, at the end of training, has only run times
+            logs |= means(self._merged_window())
+            self.window = Window()
+            self.state.epoch = self.num_samples / self.stream.num_rows
+            logs |= {
+                "epoch": self.state.epoch,
+                "step": self.state.global_step,
+                "samples": self.num_samples,
+                "seconds": self.run_log.seconds,
+            }
+            self.run_log.append(logs)
+            if self.report is not None:
+                self.report(logs)
+        super().log(logs, start_time)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that optimizer steps have used: the stream's position."""
+        return self.state.global_step * self.settings.batch_size
+
+    def _merged_window(self) -> dict[str, tuple[float, int]]:
+        merged = merge(gather_object([self.window.sums()]))
+        total = merged["loss"][0] if "loss" in merged else 0.0
+        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(
+                f"the loss became {total} within the logging window that ends at step "
+                f"{self.state.global_step}; lower learning_rate or max_grad_norm, raise "
+                "warmup_ratio, or use dtype float32. Checkpoints before it are intact"
+            )
+        return merged
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Transformers' own files, then, when every rank has written, the one that counts."""
+        window = self._merged_window()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            record = CheckpointRecord(
+                identity=self.identity,
+                step=step,
+                stream=self.stream.state(self.num_samples),
+                seconds=self.run_log.seconds,
+                window=window,
+            )
+            mark_complete(self._run / f"checkpoint-{step}", record)
+            prune_checkpoints(self._run)
+        self.accelerator.wait_for_everyone()
+
+    def save_student(self, folder: Path) -> None:
+        """Write model and processor so that `from_pretrained` loads them; call on every rank."""
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody needs it
+
+
+class _Flow(TrainerCallback):
+    """Saves every so many steps but not at the last one, where `final/` follows; logs there.
+
+    Claims the run's folder after the first step: what cannot work at all has failed before.
+    """
+
+    def __init__(
+        self, save_steps: int, claim: Callable[[], None], progress: Progress | None
+    ) -> None:
+        self._save_steps = save_steps
+        self._claim: Callable[[], None] | None = claim
+        self._progress = progress
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._claim is not None and state.is_world_process_zero:
+            self._claim()
+            self._claim = None
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
+        control.should_save = not last and state.global_step % self._save_steps == 0
+        if self._progress is not None and state.is_world_process_zero:
+            self._progress(state.global_step, state.max_steps)
+
+
+def student_loss(
+    model: nn.Module, batch: StudentBatch, settings: TrainerSettings, assets: TeacherAssets
+) -> LossTerms:
+    """Forward pass of one micro-batch and its loss terms; the head runs at needed rows only."""
+    hidden = final_hidden(model, batch.model.inputs)
+    spans = [sample.spans for sample in batch.model.samples]
+    states = gather_states(hidden, spans, batch.model.offsets)
+    return distillation_loss(states, batch.outputs, output_head(model), settings.objective, assets)
+
+
+def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}

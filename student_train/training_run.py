@@ -1,0 +1,142 @@
+"""One training run from beginning to end, or from where it was killed: `train_student`.
+
+The same function runs in a plain process, under torchrun and inside a Ray Train worker: rank and
+world size come from the process group, if there is one. Running it again after it has finished
+returns at once; after a kill it goes on from the newest complete checkpoint. A run folder that
+holds another run is refused with the fields that differ, and nothing in it is changed.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.utils import wait_for_everyone
+from transformers import PreTrainedModel, ProcessorMixin
+
+from student_train.checkpoint import (
+    FINAL_FOLDER,
+    FinishedRun,
+    RunIdentity,
+    finished_run,
+    newest_checkpoint,
+    prune_checkpoints,
+    publish_final,
+    require_same_run,
+)
+from student_train.objective import ObjectiveConfig
+from student_train.settings import TrainerSettings
+from student_train.signals import TeacherAssets
+from student_train.stream import BatchPlan, TrainingStream, parts_needed
+from student_train.student import output_head, set_trainable
+from student_train.trainer import EmkdTrainer, Progress, Report, training_arguments
+from teacher_cache.reader import CacheReader
+from teacher_cache.tokens import SampleEncoder
+
+logger = logging.getLogger(__name__)
+
+LoadStudent = Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+
+
+def train_student(
+    run: Path,
+    reader: CacheReader,
+    load: LoadStudent,
+    settings: TrainerSettings,
+    *,
+    student: str,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> FinishedRun:
+    """Train the student that `load` returns and leave it in `run/final`; every rank calls this.
+
+    `student` identifies what `load` returns (a digest of its weights and projector), so that a
+    finished run is recognised without loading anything. `report` is called on every rank with each
+    line of the metrics log, `progress` on rank 0 after each step.
+
+    CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
+    differ between student and teacher, ValueError for settings that do not fit together.
+    """
+    num_steps = settings.num_steps(len(reader))
+    identity = RunIdentity(
+        cache=reader.fingerprint,
+        teacher=reader.spec.teacher_weights,
+        student=student,
+        num_steps=num_steps,
+        recipe=settings.recipe,
+    )
+    arguments = training_arguments(settings, run, num_steps)
+    plan = BatchPlan(
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
+    require_same_run(run, identity)
+    finished = finished_run(run)
+    if finished is not None:
+        logger.info("%s has finished already", run)
+        return finished
+    resumed = newest_checkpoint(run, identity)
+
+    model, processor = load()
+    set_trainable(model, settings.train_parts)
+    _require_vocabulary(model, reader)
+    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
+    stream = TrainingStream(
+        reader,
+        encoder.encode,
+        objective=settings.objective,
+        pad_token_id=encoder.pad_token_id,
+        seed=settings.seed,
+        plan=plan,
+        num_threads=settings.loader_threads,
+    )
+    if resumed is not None:
+        stream.seek(resumed.record.stream)
+        logger.info("Going on from step %d of %d", resumed.record.step, num_steps)
+    wait_for_everyone()  # every rank has looked before anything is removed
+    if arguments.process_index == 0:
+        prune_checkpoints(run)
+    trainer = EmkdTrainer(
+        model=model,
+        processor=processor,
+        arguments=arguments,
+        settings=settings,
+        stream=stream,
+        assets=_assets(reader, settings.objective),
+        identity=identity,
+        resumed=None if resumed is None else resumed.record,
+        report=report,
+        progress=progress,
+    )
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
+    partial = run / f"{FINAL_FOLDER}.partial"
+    trainer.save_student(partial)
+    record = FinishedRun(
+        identity=identity,
+        settings=settings,
+        num_samples=trainer.num_samples,
+        seconds=trainer.run_log.seconds,
+    )
+    if arguments.process_index == 0:
+        publish_final(run, partial, record)
+    wait_for_everyone()
+    return record
+
+
+def _assets(reader: CacheReader, objective: ObjectiveConfig) -> TeacherAssets:
+    parts = parts_needed(objective, reader.spec.records)
+    return TeacherAssets(
+        head=reader.head() if "hidden" in parts else None,
+        sketch=reader.sketch_basis() if "sketch" in parts else None,
+    )
+
+
+def _require_vocabulary(model: PreTrainedModel, reader: CacheReader) -> None:
+    head = output_head(model).get_parameter("weight")
+    found, expected = head.shape[0], reader.spec.vocab_size
+    if found < expected:
+        raise ValueError(
+            f"the student's head has {found} rows, the cache's teacher {expected}; use a student "
+            "with the vocabulary of the teacher"
+        )
