@@ -1,4 +1,4 @@
-"""EM-KD's objective (section 3.6): four terms, each a function of tensors that are aligned already.
+"""EM-KD's objective of a micro-batch (section 3.6): states and cached outputs in, four terms out.
 
     total = a supervised + (1 - a) RLD + b VSD + c VLAD        a = 0.5, b = 0.25, c = 25
 
@@ -8,10 +8,9 @@
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
 The means over tokens run over the micro-batch, those over samples over its samples that have an
-image (VLAD: and text to compare). A mean over nothing is a zero that still has a gradient (of
-zero). The term functions know no matching; `distillation_loss` brings the two together.
-
-Refuses states and teacher outputs that do not belong to one text. Dimensions as in schema.py.
+image (VLAD: and text to compare). `matching.py` finds the pairs, `terms.py` compares what is
+paired, and this module alone knows both. Refuses states and teacher outputs that do not belong to
+one text. Dimensions as in schema.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from student_train.divergence import Divergence, resolve_tail, reverse_kl
 from student_train.matching import Assignment, match_tokens
@@ -34,6 +32,7 @@ from student_train.signals import (
     response_signal,
     vision_signal,
 )
+from student_train.terms import mean_of, rld_loss, supervised_loss, vlad_loss, vsd_loss
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
 
@@ -100,44 +99,6 @@ class LossTerms:
     tails: dict[str, TailPolicy]
     assignments: tuple[Assignment | None, ...]
     diagnostics: dict[str, float]
-
-
-def supervised_loss(
-    logits: Float[Tensor, "R W"], response_ids: Int[Tensor, " R"]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the response tokens over the student's whole vocabulary."""
-    if not len(response_ids):
-        return logits.sum()
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(wide, response_ids.long())
-
-
-def rld_loss(divergence: Divergence) -> Float[Tensor, ""]:
-    """Response logit distillation (EM-KD 3.5): mean of the divergence over response tokens."""
-    return divergence.value.mean() if len(divergence.value) else divergence.value.sum()
-
-
-def vsd_loss(
-    divergence: Divergence, pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Vision semantic distillation (EM-KD 3.3): mean over a sample's pairs, then over samples.
-
-    The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
-    """
-    parts = divergence.value.split(list(pairs_per_sample))
-    return mean_of([part.mean() for part in parts if len(part)], zero)
-
-
-def vlad_loss(
-    student: Float[Tensor, "X P"], teacher: Float[Tensor, "X P"], beta: float = 1.0
-) -> Float[Tensor, ""]:
-    """Affinity distillation of one sample (EM-KD 3.4): smooth L1, mean over all X P entries."""
-    return functional.smooth_l1_loss(student, teacher.to(student.dtype).detach(), beta=beta)
-
-
-def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The mean of some scalars, or the given (differentiable) zero where there are none."""
-    return torch.stack(list(values)).mean() if values else zero
 
 
 def distillation_loss(
@@ -219,50 +180,37 @@ def _response_terms(batch: _Batch, parts: _Parts) -> None:
         parts.add_divergence("rld", rld_loss(values), teacher, batch.objective.tail, values)
 
 
+class _Matched(NamedTuple):
+    """A sample with an image, after matching."""
+
+    state: SampleStates
+    output: TeacherOutput
+    pairs: Assignment
+    teacher: Signal
+    """The teacher at the matched positions, pair by pair."""
+
+
 def _vision_terms(batch: _Batch, parts: _Parts) -> list[Assignment | None]:
     """Match every sample that has an image, then compare what was matched."""
-    objective, states = batch.objective, batch.states
-    zero = torch.cat([state.vision for state in states])[:0].sum()
     logits_NW = _vision_logits(batch)
-    per_sample = [None] * len(states) if logits_NW is None else _split(logits_NW, states)
-    assignments: list[Assignment | None] = []
-    matched_signals: list[Signal] = []
-    affinity_losses: list[Tensor] = []
-    for state, output, logits in zip(states, batch.outputs, per_sample, strict=True):
-        if not state.views and not output.views:
-            assignments.append(None)
-            continue
-        teacher = vision_signal(output, batch.assets).to(state.vision.device)
-        pairs = match_tokens(
-            state.vision, logits, state.views, teacher, output.views, objective.matching
-        )
-        assignments.append(pairs)
-        matched_signals.append(teacher.rows(pairs.teacher))
-        chosen = _vlad_rows(state, objective)
-        if objective.vlad_weight > 0 and bool(chosen.any()):
-            own = cosine_affinity(state.text[chosen], state.vision[pairs.student])
-            theirs = _teacher_affinity(output, chosen, pairs.teacher)
-            affinity_losses.append(vlad_loss(own, theirs, objective.smooth_l1_beta))
-    if objective.vsd_weight > 0:
-        if logits_NW is None or not matched_signals:
-            parts.terms["vsd"] = zero
-        else:
-            teacher = concatenate(matched_signals)
-            values = batch.divergence(_matched_rows(logits_NW, states, assignments), teacher)
-            num_pairs = [0 if pairs is None else pairs.num_pairs for pairs in assignments]
-            term = vsd_loss(values, num_pairs, zero)
-            parts.add_divergence("vsd", term, teacher, objective.tail, values)
-    if objective.vlad_weight > 0:
-        parts.terms["vlad"] = mean_of(affinity_losses, zero)
-    solved = [pairs for pairs in assignments if pairs is not None]
-    if solved:
-        stats = assignment_stats(solved)
+    found = _match_samples(batch, logits_NW)
+    matched = [sample for sample in found if sample is not None]
+    zero = torch.cat([state.vision for state in batch.states])[:0].sum()
+    if batch.objective.vsd_weight > 0:
+        parts.terms["vsd"] = zero
+        if logits_NW is not None and matched:
+            _add_vsd(batch, parts, logits_NW, found)
+    if batch.objective.vlad_weight > 0:
+        losses = [_sample_vlad(sample, batch.objective) for sample in matched]
+        parts.terms["vlad"] = mean_of([loss for loss in losses if loss is not None], zero)
+    if matched:
+        stats = assignment_stats([sample.pairs for sample in matched])
         parts.diagnostics["match_mean_cost"] = stats.mean_cost
         parts.diagnostics["match_separability"] = stats.separability
         parts.diagnostics["match_hubness"] = stats.hubness
         if logits_NW is not None:
             parts.diagnostics["student_row_mean_spread"] = row_mean_spread(logits_NW)
-    return assignments
+    return [None if sample is None else sample.pairs for sample in found]
 
 
 def _vision_logits(batch: _Batch) -> Tensor | None:
@@ -274,22 +222,49 @@ def _vision_logits(batch: _Batch) -> Tensor | None:
         return batch.head(hidden)
 
 
-def _split(rows: Tensor, states: Sequence[SampleStates]) -> list[Tensor]:
-    return list(rows.split([len(state.vision) for state in states]))
+def _match_samples(batch: _Batch, logits_NW: Tensor | None) -> list[_Matched | None]:
+    config = batch.objective.matching
+    found: list[_Matched | None] = []
+    start = 0
+    for state, output in zip(batch.states, batch.outputs, strict=True):
+        rows = slice(start, start + len(state.vision))
+        start = rows.stop
+        if not state.views and not output.views:
+            found.append(None)
+            continue
+        teacher = vision_signal(output, batch.assets).to(state.vision.device)
+        logits = None if logits_NW is None else logits_NW[rows]
+        pairs = match_tokens(state.vision, logits, state.views, teacher, output.views, config)
+        found.append(_Matched(state, output, pairs, teacher.rows(pairs.teacher)))
+    return found
 
 
-def _matched_rows(
-    rows: Tensor, states: Sequence[SampleStates], assignments: Sequence[Assignment | None]
-) -> Tensor:
-    """Rows of the batch's vision tokens that were matched, in the order of the pairs."""
+def _add_vsd(
+    batch: _Batch, parts: _Parts, logits_NW: Tensor, found: Sequence[_Matched | None]
+) -> None:
     chosen: list[Tensor] = []
     start = 0
-    for state, pairs in zip(states, assignments, strict=True):
-        if pairs is not None:
-            chosen.append(pairs.student + start)
+    for state, sample in zip(batch.states, found, strict=True):
+        if sample is not None:
+            chosen.append(sample.pairs.student + start)
         start += len(state.vision)
     index = torch.cat(chosen)
-    return rows if len(index) == len(rows) else rows[index]
+    # Usually every student token is matched, in order: then the logits need no copy.
+    matched_PW = logits_NW if len(index) == len(logits_NW) else logits_NW[index]
+    teacher = concatenate([sample.teacher for sample in found if sample is not None])
+    values = batch.divergence(matched_PW, teacher)
+    term = vsd_loss(values, [len(rows) for rows in chosen], logits_NW[:0].sum())
+    parts.add_divergence("vsd", term, teacher, batch.objective.tail, values)
+
+
+def _sample_vlad(sample: _Matched, objective: ObjectiveConfig) -> Tensor | None:
+    """VLAD of one sample, or None where it has no text to compare."""
+    chosen = _vlad_rows(sample.state, objective)
+    if not bool(chosen.any()):
+        return None
+    own = cosine_affinity(sample.state.text[chosen], sample.state.vision[sample.pairs.student])
+    theirs = _teacher_affinity(sample.output, chosen, sample.pairs.teacher)
+    return vlad_loss(own, theirs, objective.smooth_l1_beta)
 
 
 def _vlad_rows(state: SampleStates, objective: ObjectiveConfig) -> Tensor:

@@ -16,7 +16,7 @@ or all views of an image together (`scope=global`). Dimensions as in schema.py.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ class Assignment:
     num_student: int
     num_teacher: int
     total_cost: float
-    costs: tuple[Float[Tensor, "_ _"], ...]
+    costs: tuple[Float[Tensor, "_ _"], ...] = field(repr=False)
 
     @property
     def num_pairs(self) -> int:

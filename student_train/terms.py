@@ -1,0 +1,54 @@
+"""The four terms of EM-KD as functions of tensors that are aligned already.
+
+Row i of one side faces row i of the other; who brought them together (`matching.py`) is not known
+here. Every reduction is a mean, because the paper's weights only make sense with means: a sum over
+144 tokens under beta = 0.25 would drown the supervised loss (methods.md 1.4, 1.5). A mean over
+nothing is a zero that still has a gradient (of zero). Dimensions as in schema.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.divergence import Divergence
+from student_train.signals import at_least_float32
+
+
+def supervised_loss(
+    logits: Float[Tensor, "R W"], response_ids: Int[Tensor, " R"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the response tokens over the student's whole vocabulary."""
+    if not len(response_ids):
+        return logits.sum()
+    return functional.cross_entropy(at_least_float32(logits), response_ids.long())
+
+
+def rld_loss(divergence: Divergence) -> Float[Tensor, ""]:
+    """Response logit distillation (EM-KD 3.5): mean of the divergence over response tokens."""
+    return divergence.value.mean() if len(divergence.value) else divergence.value.sum()
+
+
+def vsd_loss(
+    divergence: Divergence, pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Vision semantic distillation (EM-KD 3.3): mean over a sample's pairs, then over samples.
+
+    The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
+    """
+    parts = divergence.value.split(list(pairs_per_sample))
+    return mean_of([part.mean() for part in parts if len(part)], zero)
+
+
+def vlad_loss(
+    student: Float[Tensor, "X P"], teacher: Float[Tensor, "X P"], beta: float = 1.0
+) -> Float[Tensor, ""]:
+    """Affinity distillation of one sample (EM-KD 3.4): smooth L1, mean over all X P entries."""
+    return functional.smooth_l1_loss(student, teacher.to(student.dtype).detach(), beta=beta)
+
+
+def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The mean of some scalars, or the given (differentiable) zero where there are none."""
+    return torch.stack(list(values)).mean() if values else zero
