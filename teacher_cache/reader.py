@@ -1,0 +1,139 @@
+"""Reads a sealed cache: any sample, any set of its parts, every byte checked before it is used.
+
+Promises: only the seal says what exists (folders are never listed); a cache that is not complete,
+of another layout, or whose files are not those that were committed is refused with the remedy;
+damage is a `ShardCorruptError` that names file and sample, never a wrong number. `read` may be
+called from several threads; a reader that is sent to another process opens its folder anew.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from itertools import accumulate
+from pathlib import Path
+
+from teacher_cache.codec import Part
+from teacher_cache.folder import (
+    open_shard,
+    read_head,
+    read_sketch,
+    require_same_plan,
+    require_seal,
+    require_shard_file,
+    shard_keys,
+)
+from teacher_cache.head import LmHead
+from teacher_cache.manifest import (
+    LAYOUT_VERSION,
+    CacheMismatchError,
+    CacheSpec,
+    Plan,
+    Seal,
+)
+from teacher_cache.rows import read_sample, require_parts, tier_parts
+from teacher_cache.schema import CachedSample
+from teacher_cache.shard_format import Shard
+from teacher_cache.sharding import shard_of
+from teacher_cache.sketch import SketchBasis
+
+_MAX_OPEN_SHARDS = 64
+
+
+class CacheReader:
+    """Random access to the samples of a sealed cache; sample i is row i over all shards."""
+
+    def __init__(self, cache: Path, plan: Plan, seal: Seal) -> None:
+        """Use `CacheReader.open`."""
+        self.cache = cache
+        self.seal = seal
+        self._plan = plan
+        keys_of_shards = [shard_keys(plan, commit) for commit in seal.shards]
+        self.keys: tuple[str, ...] = tuple(key for keys in keys_of_shards for key in keys)
+        """The key of every sample, in order."""
+        self.shard_sizes: tuple[int, ...] = tuple(len(keys) for keys in keys_of_shards)
+        """Rows of every shard, in order."""
+        self._starts = [0, *accumulate(self.shard_sizes)]
+        self._numbers: dict[str, int] = {}
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, cache: Path) -> "CacheReader":
+        """Open a sealed cache; every shard is there in its committed size.
+
+        Raises `IncompleteCacheError`, `CacheMismatchError` (another layout; seal and plan differ)
+        and `ShardCorruptError`.
+        """
+        seal = require_seal(cache)
+        if seal.spec.layout_version != LAYOUT_VERSION:
+            raise CacheMismatchError(
+                f"{cache} has layout {seal.spec.layout_version}, this emkd reads {LAYOUT_VERSION}; "
+                "build it again"
+            )
+        plan = require_same_plan(cache, seal)
+        for commit in seal.shards:
+            require_shard_file(cache, commit)
+        return cls(cache, plan, seal)
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (CacheReader.open, (self.cache,))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        return f"CacheReader({str(self.cache)!r}, {self.seal!r})"
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What the cache holds, and of which teacher."""
+        return self.seal.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the cache."""
+        return self.seal.fingerprint
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The parts that every sample has."""
+        return tier_parts(self.spec)
+
+    def read(self, index: int, parts: Collection[Part]) -> CachedSample:
+        """Sample `index` with the given parts; the others are None and their bytes untouched.
+
+        Raises ValueError for parts that the cache does not hold, `ShardCorruptError` for damage.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        require_parts(parts, self.spec)
+        number = shard_of(self._starts, index)
+        shard = self._shard(number)
+        row = index - self._starts[number]
+        return read_sample(shard, row, self.keys[index], parts, self.spec)
+
+    def find(self, key: str) -> int:
+        """The number of the sample with this key; ValueError where there is none."""
+        if not self._numbers:
+            self._numbers = {known: number for number, known in enumerate(self.keys)}
+        if key not in self._numbers:
+            raise ValueError(f"{self.cache} has no sample {key!r}; it has {len(self)} others")
+        return self._numbers[key]
+
+    def head(self) -> LmHead:
+        """The teacher's LM head (hidden tier); its content is checked against the spec."""
+        return read_head(self.cache, self.spec)
+
+    def sketch_basis(self) -> SketchBasis:
+        """The basis of the sketch records; its content is checked against the spec."""
+        return read_sketch(self.cache, self.spec)
+
+    def _shard(self, number: int) -> Shard:
+        with self._lock:
+            shard = self._open.pop(number, None)
+            if shard is None:
+                shard = open_shard(self.cache, self._plan, self.seal.shards[number])
+            self._open[number] = shard
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return shard

@@ -1,0 +1,136 @@
+"""Shards as WebDataset tars: the same frames, readable by plain webdataset and tarfile.
+
+Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<plane>.zst, <key>.sample.json. The
+first member, __shard__/metadata.json, is one that webdataset skips. Times, owners and order are
+fixed, so equal rows give equal bytes. Opening reads the headers only; a row is then some preads.
+Refuses members of any other name or kind (links, folders, pickles), and never extracts to a path.
+"""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+from teacher_cache.manifest import ShardCorruptError
+from teacher_cache.shard_format import KEY_PATTERN, EncodedRow, Shard, require_planes
+
+_METADATA = "__shard__/metadata"
+_MEMBER = re.compile(
+    rf"(?P<key>{KEY_PATTERN.pattern})\."
+    r"(sample\.json|(?P<image>[0-9]+)\.image\.[a-z]+|(?P<plane>[a-z][a-z_]*)\.zst)"
+)
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
+
+_Place = tuple[int, int]  # offset and size of a member's payload
+
+
+class WebDatasetFormat:
+    """Tar in webdataset's layout; see `ShardFormat`."""
+
+    suffix = ".tar"
+
+    def write(
+        self,
+        path: Path,
+        rows: Iterable[EncodedRow],
+        planes: Collection[str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Write a new file at `path`, row after row; each row has exactly the planes named."""
+        with path.open("xb") as file, TarWriter(file, user="", group="", mtime=0) as writer:
+            text = json.dumps(dict(sorted(metadata.items())), indent=1)
+            writer.write({"__key__": _METADATA, "json": text.encode()})
+            for row in rows:
+                require_planes(row, planes)
+                writer.write({"__key__": row.key, **_members(row)})
+
+    def open(self, path: Path) -> "TarShard":
+        """Index a file by its headers; raises `ShardCorruptError` for what is not a shard."""
+        try:
+            return TarShard(path)
+        except (tarfile.TarError, OSError, ValueError, KeyError, EOFError) as error:
+            raise ShardCorruptError(f"{path} is not an intact shard: {error}") from error
+
+
+def _members(row: EncodedRow) -> dict[str, bytes]:
+    text = {"source_id": row.source_id, "messages": row.messages, "checks": row.checks}
+    members = {f"{name}.zst": frame for name, frame in row.planes.items()}
+    for number, image in enumerate(row.images):
+        kinds = [kind for magic, kind in _MAGIC.items() if image.startswith(magic)]
+        members[f"{number}.image.{kinds[0] if kinds else 'bin'}"] = image
+    return {**members, "sample.json": json.dumps(text, indent=1).encode()}
+
+
+class TarShard(Shard):
+    """A tar with an index from member to place; payloads are read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._names: set[str] = set()
+        self._text: dict[str, _Place] = {}
+        self._images: dict[str, dict[int, _Place]] = {}
+        self._planes: dict[str, dict[str, _Place]] = {}
+        metadata, end = self._index()
+        # tarfile takes a damaged header for the end; after the true end there are only zeros.
+        if len(tail := self._bytes(end, self._size - end)) < 1024 or any(tail):
+            raise ValueError(f"the tar does not end at byte {end}, where its members do")
+        self._keys = list(self._text)
+        super().__init__(path, metadata, len(self._keys))
+
+    def _index(self) -> tuple[dict[str, str], int]:
+        metadata: dict[str, str] | None = None
+        end = 0
+        with tarfile.open(fileobj=self._file, mode="r:") as tar:
+            for member in tar:
+                # isreg() would let sparse files through, whose bytes are not where they seem.
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.pax_headers:
+                    raise ValueError(f"member {member.name!r} is not a plain file")
+                place = (member.offset_data, member.size)
+                end = member.offset_data + -(-member.size // 512) * 512
+                if end > self._size:
+                    raise ValueError(f"member {member.name!r} is cut off")
+                if metadata is None:
+                    if member.name != f"{_METADATA}.json":
+                        raise ValueError(f"its first member is {member.name!r}")
+                    metadata = json.loads(self._bytes(*place))
+                else:
+                    self._place(member.name, place)
+        if metadata is None:
+            raise ValueError("it is empty")
+        return metadata, end
+
+    def _place(self, name: str, place: _Place) -> None:
+        match = _MEMBER.fullmatch(name)
+        if match is None:
+            raise ValueError(f"member {name!r} does not belong in a shard")
+        key, plane, image = match["key"], match["plane"], match["image"]
+        if name in self._names:
+            raise ValueError(f"member {name!r} is there twice")
+        self._names.add(name)
+        if plane is not None:
+            self._planes.setdefault(key, {})[plane] = place
+        elif image is not None:
+            self._images.setdefault(key, {})[int(image)] = place
+        else:
+            self._text[key] = place
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
+        key = self._keys[row]
+        text = json.loads(self._bytes(*self._text[key]))
+        images = self._images.get(key, {})
+        encoded = EncodedRow(
+            key=key,
+            source_id=text["source_id"],
+            messages=text["messages"],
+            images=tuple(self._bytes(*images[number]) for number in range(len(images))),
+            planes={name: self._bytes(*self._planes[key][name]) for name in planes},
+        )
+        return encoded, text["checks"]

@@ -1,0 +1,193 @@
+"""Hypothesis strategies and makers for samples, teacher outputs, specs and plans.
+
+Values cover what records allow: empty axes, every dtype, -0.0, subnormals; -inf as the log tail
+where all of the vocabulary is kept. Random numbers come from a drawn seed, so that shrinking works
+on sizes and not on floats.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Plan
+from teacher_cache.schema import (
+    IMAGE_PLACEHOLDER,
+    AffinityRecord,
+    CachedSample,
+    HiddenRecord,
+    Message,
+    Sample,
+    SketchRecord,
+    TeacherOutput,
+    TopKRecord,
+    ViewGrid,
+    make_sample,
+)
+from teacher_cache.settings import RecordKind, ShardFormatName
+
+VOCAB_SIZE = 11
+WIDTH = 6
+RANK = 3
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_spec(records: RecordKind = "topk", **changes: object) -> CacheSpec:
+    """A spec of a made-up teacher; `changes` replace its fields."""
+    fields: dict[str, object] = {
+        "layout_version": LAYOUT_VERSION,
+        "records": records,
+        "top_k": None if records == "hidden" else 4,
+        "sketch_rank": RANK if records == "topk+sketch" else None,
+        "sketch_digest": None,
+        "head_digest": None,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": WIDTH,
+        "logits_dtype": "float32",
+        "hidden_dtype": "float32" if records == "hidden" else None,
+        "affinity_dtype": "float32",
+        "teacher_class": "Teacher",
+        "teacher_weights": "1" * 64,
+        "teacher_config": "2" * 64,
+        "compute_dtype": "float32",
+        "attention": "sdpa",
+        "tokenizer": "3" * 64,
+        "chat_template": "4" * 64,
+        "image_processor": "5" * 64,
+        "system_prompt": None,
+        "batch_size": 1,
+    }
+    return CacheSpec(**{**fields, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def make_plan(
+    shards: Sequence[Sequence[CachedSample]],
+    spec: CacheSpec | None = None,
+    form: ShardFormatName = "arrow",
+) -> Plan:
+    """The plan of a cache that holds these samples, shard by shard."""
+    keys = [[cached.sample.key for cached in shard] for shard in shards]
+    return Plan(
+        spec=spec or make_spec(),
+        format=form,
+        source="made-up",
+        shards=tuple(tuple((key, n) for n, key in enumerate(shard)) for shard in keys),
+    )
+
+
+def _floats(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    values = torch.randn(shape, generator=generator) * 10
+    values[torch.rand(shape, generator=generator) < 0.1] = -0.0
+    values[torch.rand(shape, generator=generator) < 0.1] = 1e-40  # subnormal or zero
+    return values.to(dtype)
+
+
+def _top_k(
+    generator: torch.Generator, dtype: torch.dtype, num_rows: int, num_kept: int
+) -> TopKRecord:
+    ids = torch.stack(
+        [torch.randperm(VOCAB_SIZE, generator=generator)[:num_kept] for _ in range(num_rows)]
+        or [torch.zeros(num_kept, dtype=torch.int64)]
+    )[:num_rows]
+    tail = _floats(generator, torch.float32, num_rows)
+    return TopKRecord(
+        ids=ids.to(torch.int32),
+        logits=_floats(generator, dtype, num_rows, num_kept).sort(1, descending=True).values,
+        logsumexp=_floats(generator, torch.float32, num_rows),
+        log_tail=tail.fill_(-torch.inf) if num_kept == VOCAB_SIZE else tail,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def make_output(
+    records: RecordKind,
+    seed: int,
+    views: Sequence[tuple[int, int]] = ((2, 2),),
+    num_text: int = 5,
+    num_kept: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> TeacherOutput:
+    """An output with random numbers for the given grids and number of content tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    num_vision = sum(rows * cols for rows, cols in views)
+    is_response = torch.rand(num_text, generator=generator) < 0.5
+    after_image = torch.rand(num_text, generator=generator) < 0.7
+    num_response, num_after = int(is_response.sum()), int(after_image.sum())
+    spans = {
+        "views": tuple(
+            ViewGrid(image=n, view=0, rows=rows, cols=cols) for n, (rows, cols) in enumerate(views)
+        ),
+        "content_ids": torch.randint(0, VOCAB_SIZE, (num_text,), generator=generator),
+        "is_response": is_response,
+        "after_image": after_image,
+    }
+    if records == "hidden":
+        hidden = HiddenRecord(
+            vision=_floats(generator, dtype, num_vision, WIDTH),
+            text=_floats(generator, dtype, num_after, WIDTH),
+            predicting=_floats(generator, dtype, num_response, WIDTH),
+        )
+        return TeacherOutput(**spans, hidden=hidden)
+    codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator).to(torch.int8)
+    sketch = SketchRecord(
+        codes=codes,
+        scale=_floats(generator, torch.float32, num_vision),
+        tail_shift=_floats(generator, torch.float32, num_vision),
+    )
+    return TeacherOutput(
+        **spans,
+        vision=_top_k(generator, dtype, num_vision, num_kept),
+        sketch=sketch if records == "topk+sketch" else None,
+        affinity=AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision)),
+        response=_top_k(generator, dtype, num_response, num_kept),
+    )
+
+
+def make_cached(number: int, records: RecordKind = "topk") -> CachedSample:
+    """The `number`th of a row of small samples that differ from one another."""
+    image = b"\x89PNG" + bytes([number % 256]) * (10 + number)
+    messages = (
+        Message(role="user", text=f"{IMAGE_PLACEHOLDER} what is {number}?"),
+        Message(role="assistant", text=f"it is {number}"),
+    )
+    return CachedSample(
+        sample=make_sample(f"sample-{number}", [image], messages),
+        output=make_output(records, number),
+    )
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    """Any sample: several turns, several images or none, any text."""
+    images: list[bytes] = []
+    messages: list[Message] = []
+    texts = st.text(max_size=20).filter(lambda text: IMAGE_PLACEHOLDER not in text)
+    if draw(st.booleans()):
+        messages.append(Message(role="system", text=draw(texts)))
+    for _ in range(draw(st.integers(1, 3))):
+        shown = draw(st.lists(st.binary(max_size=30), max_size=2))
+        images += shown
+        messages.append(Message(role="user", text=IMAGE_PLACEHOLDER * len(shown) + draw(texts)))
+        messages.append(Message(role="assistant", text=draw(texts)))
+    return make_sample(draw(st.text(max_size=10)), images, messages)
+
+
+@st.composite
+def teacher_outputs(draw: st.DrawFn, records: RecordKind) -> TeacherOutput:
+    """Any output of a tier."""
+    sides = st.integers(1, 4)
+    return make_output(
+        records,
+        draw(st.integers(0, 2**32 - 1)),
+        views=draw(st.lists(st.tuples(sides, sides), max_size=3)),
+        num_text=draw(st.integers(0, 8)),
+        num_kept=draw(st.integers(1, VOCAB_SIZE)),
+        dtype=draw(st.sampled_from(FLOATS)),
+    )
+
+
+@st.composite
+def cached_samples(draw: st.DrawFn, records: RecordKind) -> CachedSample:
+    """Any row of a cache of a tier."""
+    return CachedSample(sample=draw(samples()), output=draw(teacher_outputs(records)))
