@@ -37,7 +37,7 @@ test-ray: setup-dev              ## Only the tests that start Ray
 check: setup-dev                 ## Lint, format, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: setup-dev                ## Rewrite the sources in the house format

@@ -27,7 +27,7 @@ class TeacherWorker(CacheBuilder):
     def __init__(self, config: BuildConfig) -> None:
         super().__init__(config, self._note)
         self._lock = threading.Lock()
-        self._state = ("load", 0, 1)
+        self._state = ("load teacher", 0, 1)
 
     def _note(self, what: str, done: int, total: int) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.options import RayOptions
-from pipeline.config import BuildConfig, EvaluateConfig, TrainConfig
+from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]
@@ -37,19 +37,16 @@ class Data:
     """Make a data set that needs no network: grids of scikit-learn's handwritten digits."""
 
     name: tyro.conf.Positional[Literal["digits"]]
-    out: Path
-    num_train: int = 4096
-    num_heldout: int = 512
-    seed: int = 0
+    config: DigitsConfig
 
     def __call__(self) -> int:
         """Write the images and the JSON files."""
+        from jobs.progress import Bars
         from pipeline.digits import write_digits
 
-        write_digits(
-            self.out, num_train=self.num_train, num_heldout=self.num_heldout, seed=self.seed
-        )
-        _say(f"{self.out}: {self.num_train} training and {self.num_heldout} held-out samples")
+        with Bars() as bars:
+            out = write_digits(self.config, partial(bars.update, "digits"))
+        _say(f"{out}: train.json, heldout.json")
         return 0
 
 
@@ -232,7 +229,7 @@ class Demo:
 def defaults() -> dict[str, Any]:
     """A command for each name, its required settings still missing."""
     return {
-        "data": _required(Data),
+        "data": Data(name=tyro.MISSING, config=_required(DigitsConfig)),
         "build": Build(config=_required(BuildConfig)),
         "verify": _required(Verify),
         "inspect": _required(Inspect),

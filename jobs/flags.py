@@ -56,6 +56,10 @@ _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
 }
 
 
+def _field(name: str, kind: Any, default: Any, text: str) -> StructFieldSpec:
+    return StructFieldSpec(name=name, type=kind, default=default, helptext=text)
+
+
 def _default(info: StructTypeInfo) -> Any:
     """The record that `--config` gave, or None."""
     return info.default if dataclasses.is_dataclass(info.default) else None
@@ -73,24 +77,23 @@ def _source_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(
         instantiate=build,
         fields=(
-            StructFieldSpec(
-                name="source",
-                type=str,
-                default=known.path if known else tyro.MISSING,
-                helptext="LLaVA .json/.jsonl, WebDataset .tar (braces allowed), Parquet file "
-                "or folder.",
+            _field(
+                "source",
+                str,
+                known.path if known else tyro.MISSING,
+                "LLaVA .json/.jsonl, WebDataset .tar (braces allowed), Parquet file or folder.",
             ),
-            StructFieldSpec(
-                name="image_root",
-                type=Path | None,
-                default=known.image_root if known else None,
-                helptext="Folder of a LLaVA JSON's images; default: the file's own.",
+            _field(
+                "image_root",
+                Path | None,
+                known.image_root if known else None,
+                "Folder of a LLaVA JSON's images; default: the file's own.",
             ),
-            StructFieldSpec(
-                name="limit",
-                type=int | None,
-                default=known.limit if known else None,
-                helptext="Read the first samples only.",
+            _field(
+                "limit",
+                int | None,
+                known.limit if known else None,
+                "Read the first samples only.",
             ),
         ),
     )
@@ -111,14 +114,14 @@ def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             base, **terms, matching=dataclasses.replace(base.matching, **matching)
         )
 
-    name = StructFieldSpec(
-        name="objective",
-        type=ObjectiveName,
-        default=known.name if known else "emkd",
-        helptext="Preset: supervised only, + response logits, or EM-KD whole.",
+    name = _field(
+        "objective",
+        ObjectiveName,
+        known.name if known else "emkd",
+        "Preset: supervised only, + response logits, or EM-KD whole.",
     )
     fields = [
-        StructFieldSpec(name=flag, type=kind | _Preset, default=_PRESET, helptext=text)
+        _field(flag, kind | _Preset, _PRESET, text)
         for flag, kind, text in (
             [(flag, kind, text) for flag, (kind, text) in _OBJECTIVE_FLAGS.items()]
             + [(flag, kind, text) for flag, (_, kind, text) in _MATCHING_FLAGS.items()]

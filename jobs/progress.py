@@ -1,4 +1,4 @@
-"""Progress bars of the commands: one line for each thing that is being done, on stderr."""
+"""Progress bars of the commands, on stderr: one line for each thing that is done, in turn."""
 
 from types import TracebackType
 from typing import Any
@@ -7,10 +7,15 @@ from tqdm import tqdm
 
 
 class Bars:
-    """Turns (what, done, total) into tqdm bars; a context manager that closes them."""
+    """Turns (what, done, total) into tqdm bars, one at a time; a context manager.
+
+    Something new ends the bar before it; what has been finished once is not shown again.
+    """
 
     def __init__(self) -> None:
-        self._bars: dict[str, Any] = {}
+        self._bar: Any = None
+        self._what = ""
+        self._finished: set[str] = set()
 
     def __enter__(self) -> "Bars":
         return self
@@ -21,16 +26,23 @@ class Bars:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        self._close()
 
     def update(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; a finished bar stays on the screen."""
-        bar = self._bars.get(what)
-        if bar is None:
-            bar = self._bars[what] = tqdm(total=total, desc=what, mininterval=0.5)
-        bar.total = total
-        bar.update(done - bar.n)
+        """Show that `done` of `total` are done."""
+        if what in self._finished:
+            return
+        if what != self._what or self._bar is None:
+            self._close()
+            self._what = what
+            self._bar = tqdm(total=total, initial=done, desc=what, mininterval=0.5)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
         if done >= total:
-            bar.close()
-            del self._bars[what]
+            self._finished.add(what)
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -7,7 +7,7 @@ fresh one; nothing but work numbers and small records travels through Ray.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ class WorkerLostError(RuntimeError):
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session() -> Generator[None]:
     """Join the cluster that runs this job, or start a private one for the length of the block."""
     if ray.is_initialized():
         yield
@@ -32,7 +32,8 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     ray.init(
         address=address,
-        include_dashboard=None if address != "local" else False,
+        include_dashboard=False if address == "local" else None,
+        log_to_driver=address != "local",
         logging_level=logging.WARNING,
     )
     try:

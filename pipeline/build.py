@@ -13,14 +13,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from pipeline.config import BuildConfig
 from pipeline.sources import SampleSource, open_source, scan
+from teacher_cache.folder import committed, read_plan, read_seal, read_sketch, require_plan
 from teacher_cache.manifest import Plan, Seal, ShardCommit
+from teacher_cache.records import RecordSettings
+from teacher_cache.rows import content_key
 from teacher_cache.schema import (
     CachedSample,
     RejectedSample,
@@ -29,18 +32,9 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.sharding import even_split
-from teacher_cache.teacher import RecordSettings, Teacher
-from teacher_cache.writer import (
-    committed,
-    read_plan,
-    read_seal,
-    read_sketch,
-    seal_cache,
-    write_assets,
-    write_atomic,
-    write_plan,
-    write_shard,
-)
+from teacher_cache.storage import write_atomic
+from teacher_cache.teacher import Teacher
+from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +147,7 @@ class CacheBuilder:
 
     @cached_property
     def _plan(self) -> Plan:
-        plan = read_plan(self.config.out)
-        if plan is None:
-            raise ValueError(f"{self.config.out}: there is no plan yet; call prepare first")
+        plan = require_plan(self.config.out)
         self._load_basis(plan)
         return plan
 
@@ -175,7 +167,7 @@ class CacheBuilder:
 
     def _sample(self, key: str, index: int) -> Sample:
         sample = self.source[index]
-        if sample.key != key.split("-")[0]:
+        if sample.key != content_key(key):
             raise SampleError(
                 sample.source_id,
                 f"{self.config.source.path} has changed since the plan was made: sample {index} "
@@ -219,11 +211,8 @@ def finished(config: BuildConfig) -> Seal | None:
 
 def missing_shards(cache: Path) -> list[int]:
     """Numbers of the planned shards that are not committed yet."""
-    plan = read_plan(cache)
-    if plan is None:
-        raise ValueError(f"{cache}: there is no plan yet")
     done = committed(cache)
-    return [index for index in range(len(plan.shards)) if index not in done]
+    return [index for index in range(len(require_plan(cache).shards)) if index not in done]
 
 
 def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
@@ -232,10 +221,18 @@ def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
     if seal is not None:
         return seal
     builder = CacheBuilder(config, progress)
-    builder.prepare()
-    for index in missing_shards(config.out):
+    plan = builder.prepare()
+    missing = missing_shards(config.out)
+    done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
+    for index in missing:
+        builder.progress = partial(_in_all, progress, done, plan.num_samples)
         builder.build_shard(index)
+        done += len(plan.shards[index])
     return seal_cache(config.out)
+
+
+def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
+    progress("samples", before + done, total)
 
 
 def _settings(config: BuildConfig) -> str:
