@@ -11,12 +11,12 @@ model, side / pooled the grid's side before and after.
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
@@ -31,6 +31,12 @@ class CompressingProjector(Protocol):
     def __call__(self, image_features: Tensor) -> Tensor:
         """Project features [B, side * side, C] to [B, pooled * pooled, D]."""
         ...
+
+
+def grid_side(config: PreTrainedConfig) -> int:
+    """Patches per side of the square images that a LLaVA-family model's vision tower takes."""
+    vision: Any = config.vision_config
+    return vision.image_size // vision.patch_size
 
 
 def pooled_side(side: int, stride: int) -> int:

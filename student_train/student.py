@@ -13,7 +13,7 @@ states and the head, both of which work under DistributedDataParallel.
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from student_train.projectors import pooled_side
+from student_train.projectors import grid_side, pooled_side
 from student_train.student_llava import AvgPoolLlavaConfig, AvgPoolLlavaForConditionalGeneration
 from student_train.student_llava_next import (
     AvgPoolLlavaNextConfig,
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 ProjectorName = Literal["avgpool"]
 Part = Literal["vision_tower", "projector", "language_model"]
 
+PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.",),
     "projector": ("model.multi_modal_projector.", "model.image_newline"),
@@ -123,12 +124,23 @@ def load_student(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load any image-text-to-text model with its processor, students and vanilla models alike.
 
-    `dtype` defaults to the checkpoint's own. The model is in eval mode, on the CPU.
+    `dtype` defaults to the checkpoint's own. The model is in eval mode, on the CPU. Raises
+    `ValueError` when weights are missing (transformers would go on with random ones) and when a
+    student's processor does not fit it.
     """
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype="auto" if dtype is None else dtype, trust_remote_code=False
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype="auto" if dtype is None else dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint, "
+            f"such as {missing[0]}; download or save it again"
+        )
+    processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     if any(isinstance(model.config, family.config_class) for family in FAMILIES):
         _require_placeholders_match(path, model, processor)
     return model, processor
@@ -137,22 +149,24 @@ def load_student(
 def _convert(
     path: str, family: StudentFamily, stride: int, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    vanilla, processor = load_student(path, dtype)
+    loaded: Any = load_student(path, dtype)
+    vanilla, processor = loaded
     if type(processor) is not family.processor_class:
         raise ValueError(
             f"{path} has a {type(processor).__name__}, expected {family.processor_class.__name__}; "
             "its vision tower has no fixed square grid to pool"
         )
     _require_square_grid(path, vanilla)
-    config = _student_config(vanilla.config, family, stride)
+    config: Any = _student_config(vanilla.config, family, stride)
     # Through transformers' own loader: it ties heads, fills buffers and reports every key.
-    model, info = family.model_class.from_pretrained(
+    loaded = family.model_class.from_pretrained(
         None,
         config=config,
         state_dict=vanilla.state_dict(),
         dtype=vanilla.dtype,
         output_loading_info=True,
     )
+    model, info = loaded
     unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
     assert not unmatched, f"the student's parameters are not the vanilla model's: {unmatched}"
     model.generation_config = vanilla.generation_config
@@ -182,14 +196,11 @@ def _student_config(
     fields = vanilla.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)
-    side = vanilla.vision_config.image_size // vanilla.vision_config.patch_size
-    fields["image_seq_length"] = pooled_side(side, stride) ** 2
+    fields["image_seq_length"] = pooled_side(grid_side(vanilla), stride) ** 2
     return family.config_class(**fields, vision_pool_stride=stride)
 
 
-def _require_placeholders_match(
-    path: str, model: PreTrainedModel, processor: ProcessorMixin
-) -> None:
+def _require_placeholders_match(path: str, model: PreTrainedModel, processor: Any) -> None:
     """Refuse a processor that would not emit one placeholder per vision token of the student.
 
     Encodes one blank image. One is enough: past the image size, the class token and the tiles,
@@ -197,7 +208,7 @@ def _require_placeholders_match(
     """
     config = model.config
     vision = config.vision_config
-    side = pooled_side(vision.image_size // vision.patch_size, config.vision_pool_stride)
+    side = pooled_side(grid_side(config), config.vision_pool_stride)
     blank = np.zeros((vision.image_size, 2 * vision.image_size, 3), dtype=np.uint8)
     images = processor.image_processor(images=[blank], return_tensors="pt")
     facts: list[tuple[str, object, object]] = [
@@ -240,24 +251,23 @@ def _require_placeholders_match(
 def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part, int]:
     """Train the named parts and freeze all others; return each part's number of trained weights.
 
-    A head that is tied to the input embeddings is counted once. Raises `ValueError` for unknown
-    parts, for parameters that belong to no part, and when nothing would be trained.
+    A head that is tied to the input embeddings is counted once. Raises `ValueError` when no part
+    is named and for models with parameters that belong to no part.
     """
-    unknown = sorted(set(parts) - set(get_args(Part)))
-    if unknown or not parts:
-        raise ValueError(
-            f"parts to train are {sorted(parts)}; name at least one of {', '.join(get_args(Part))}"
-        )
-    counts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
+    if not parts:
+        raise ValueError(f"nothing to train; name at least one of {', '.join(PARTS)}")
+    counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        owners = [part for part, prefixes in PART_PREFIXES.items() if name.startswith(prefixes)]
-        if len(owners) != 1:
+        owner: Part | None = next(
+            (part for part in PARTS if name.startswith(PART_PREFIXES[part])), None
+        )
+        if owner is None:
             raise ValueError(
                 f"parameter {name} of {type(model).__name__} belongs to none of the parts "
-                f"{', '.join(PART_PREFIXES)}; only LLaVA and LLaVA-NeXT students are trained"
+                f"{', '.join(PARTS)}; only LLaVA and LLaVA-NeXT students are trained"
             )
-        parameter.requires_grad_(owners[0] in parts)
-        counts[owners[0]] += parameter.numel() if owners[0] in parts else 0
+        parameter.requires_grad_(owner in parts)
+        counts[owner] += parameter.numel() if owner in parts else 0
     return counts
 
 

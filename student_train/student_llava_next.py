@@ -8,6 +8,9 @@ with `AutoConfig` and `AutoModelForImageTextToText`. A stride larger than a tile
 when the configuration is made.
 """
 
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,9 +26,10 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from student_train.projectors import AvgPoolLlavaNextProjector, pooled_side
+from student_train.projectors import AvgPoolLlavaNextProjector, grid_side, pooled_side
 
 
+@no_type_check  # tests check signatures; transformers wraps __init__ to take more than its own
 class AvgPoolLlavaNextConfig(LlavaNextConfig):
     """LLaVA-NeXT's configuration and the stride by which each tile's vision tokens are pooled."""
 
@@ -36,12 +40,13 @@ class AvgPoolLlavaNextConfig(LlavaNextConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
-        vision = self.vision_config
-        pooled_side(vision.image_size // vision.patch_size, self.vision_pool_stride)
+        pooled_side(grid_side(self), self.vision_pool_stride)
+        vision: Any = self.vision_config
         tile = vision.image_size
-        if any(height % tile or width % tile for height, width in self.image_grid_pinpoints):
+        pinpoints: Any = self.image_grid_pinpoints
+        if any(height % tile or width % tile for height, width in pinpoints):
             raise ValueError(
-                f"image_grid_pinpoints {self.image_grid_pinpoints} are not all multiples of the "
+                f"image_grid_pinpoints {pinpoints} are not all multiples of the "
                 f"vision tower's image_size {tile}; tiles would not cover the image"
             )
 
@@ -49,16 +54,16 @@ class AvgPoolLlavaNextConfig(LlavaNextConfig):
 class AvgPoolLlavaNextModel(LlavaNextModel):
     """LLaVA-NeXT's backbone with average pooling before its projector."""
 
-    config: AvgPoolLlavaNextConfig
+    config_class = AvgPoolLlavaNextConfig
 
     def __init__(self, config: AvgPoolLlavaNextConfig) -> None:
         super().__init__(config)
         self.multi_modal_projector = AvgPoolLlavaNextProjector(config, config.vision_pool_stride)
         self.post_init()
 
-    def pack_image_features(
+    def pack_image_features(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        image_features: tuple[Float[Tensor, "_ m D"], ...],
+        image_features: Sequence[Float[Tensor, "_ m D"]],
         image_sizes: Int[Tensor, "I 2"],
         vision_feature_select_strategy: str,
         image_newline: Float[Tensor, " D"],
@@ -70,8 +75,8 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
         placeholders, and how many they are. Overrides the stock method, for the pooled side of a
         tile; the strategy has already been applied and is not read.
         """
-        vision = self.config.vision_config
-        side = self.multi_modal_projector.pooled_side(vision.image_size // vision.patch_size)
+        side = self.multi_modal_projector.pooled_side(grid_side(self.config))
+        vision: Any = self.config.vision_config
         packed: list[Tensor] = []
         for tiles_tmD, size in zip(image_features, image_sizes, strict=True):
             tile_rows, tile_columns = get_anyres_image_grid_shape(
@@ -90,7 +95,7 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
 class AvgPoolLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):
     """LLaVA-NeXT with average pooling before its projector and its language-model head."""
 
-    config: AvgPoolLlavaNextConfig
+    config_class = AvgPoolLlavaNextConfig
 
     def __init__(self, config: AvgPoolLlavaNextConfig) -> None:
         super().__init__(config)
