@@ -79,7 +79,7 @@ def train_demo_teacher(
     """
     final = out / "final"
     digest = hashlib.sha256((data / "train.json").read_bytes()).hexdigest()
-    record = {**asdict(settings), "train.json": digest}
+    record: dict[str, object] = {**asdict(settings), "train.json": digest}
     if final.exists():
         _require_same(final / RECORD_FILE, record)
         return final

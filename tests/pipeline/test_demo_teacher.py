@@ -81,7 +81,7 @@ def test_the_prompt_is_a_prefix_and_every_turn_ends(data: Path) -> None:
 def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, teacher: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(teacher)
     processor = AutoProcessor.from_pretrained(teacher)
-    assert isinstance(model, LlavaForConditionalGeneration)
+    assert type(model) is LlavaForConditionalGeneration
     assert model.lm_head.weight is model.get_input_embeddings().weight
     entry = json.loads((data / "heldout.json").read_bytes())[0]
     prompt = processor.apply_chat_template(
@@ -93,7 +93,8 @@ def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, tea
         inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     num_placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
     assert num_placeholders == PATCHES_SIDE**2 == model.config.image_seq_length
-    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+    answer = generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
 
 
