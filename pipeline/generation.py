@@ -1,0 +1,70 @@
+"""Greedy answers from a model, several prompts at a time.
+
+Promise: an answer is what the model gives to that prompt alone, up to the last bits of its logits;
+control tokens are not part of it. It ends at the checkpoint's end tokens or at the chat template's
+own end of turn, whichever comes first. Dimensions as in schema.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from teacher_cache.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema import Sample
+from teacher_cache.tokens import SampleEncoder
+
+
+def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:
+    """A batch's inputs on the model's device, pixels in the model's dtype."""
+    return {
+        name: values.to(model.dtype) if values.is_floating_point() else values
+        for name, values in batch.to(model.device).inputs.items()
+    }
+
+
+class Generator:
+    """A model that answers samples greedily, several at a time."""
+
+    def __init__(
+        self, model: Any, processor: Any, system_prompt: str | None, max_new_tokens: int
+    ) -> None:
+        self.model = model
+        self.encoder = SampleEncoder(processor, model.config, system_prompt)
+        self._tokenizer = processor.tokenizer
+        self._max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[str]:
+        """The answer to each encoded prompt, without control tokens and outer white space.
+
+        Prompts are padded on the left; greedy, so that neither a seed nor the sampling settings
+        of the checkpoint matter.
+        """
+        batch = collate(prompts, self.encoder.pad_token_id, side="left")
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self._max_new_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=self.encoder.pad_token_id,
+        )
+        output_BL = self.model.generate(
+            **model_inputs(self.model, batch), generation_config=settings
+        )
+        new_BL = output_BL[:, batch.inputs["input_ids"].shape[1] :]
+        texts: list[str] = self._tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def stop_ids(self, sample: Sample) -> list[int]:
+        """Tokens that end an answer: the checkpoint's, and the template's own end of turn."""
+        known = self.model.generation_config.eos_token_id
+        found = set(known if isinstance(known, list) else [known])
+        found.add(self._tokenizer.eos_token_id)
+        spans = self.encoder.encode(sample).spans
+        last = int(spans.content_ids[spans.is_response][-1])
+        if last in self._tokenizer.all_special_ids:
+            found.add(last)
+        return sorted(found - {None})
