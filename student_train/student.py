@@ -63,7 +63,7 @@ class StudentFamily:
     vanilla_type: str
     config_class: type[AvgPoolLlavaConfig] | type[AvgPoolLlavaNextConfig]
     model_class: type[PreTrainedModel]
-    processor_class: type[ProcessorMixin]
+    processor_class: type[Any]
 
 
 FAMILIES = (

@@ -26,7 +26,12 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from student_train.projectors import AvgPoolLlavaNextProjector, grid_side, pooled_side
+from student_train.projectors import (
+    AvgPoolLlavaNextProjector,
+    CompressingProjector,
+    grid_side,
+    pooled_side,
+)
 
 
 @no_type_check  # tests check signatures; transformers wraps __init__ to take more than its own
@@ -75,7 +80,8 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
         placeholders, and how many they are. Overrides the stock method, for the pooled side of a
         tile; the strategy has already been applied and is not read.
         """
-        side = self.multi_modal_projector.pooled_side(grid_side(self.config))
+        projector: CompressingProjector = self.multi_modal_projector
+        side = projector.pooled_side(grid_side(self.config))
         vision: Any = self.config.vision_config
         packed: list[Tensor] = []
         for tiles_tmD, size in zip(image_features, image_sizes, strict=True):
