@@ -80,6 +80,7 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
         logging_nan_inf_filter=False,
         save_strategy="no",
         ignore_data_skip=True,
+        use_cache=True,  # ends up in the saved config, for generation; the forward pass says False
         ddp_find_unused_parameters=True,
         disable_tqdm=True,
         report_to="none",
@@ -118,11 +119,9 @@ class EmkdTrainer(Trainer):
                 f"trainable weights are {sorted(map(str, dtypes))}; load the student in float32: "
                 "mixed precision (dtype) casts inside the forward pass"
             )
-        use_cache: bool = model.config.use_cache
         self._run = Path(str(arguments.output_dir))
         flow = _Flow(settings.save_steps, lambda: claim_run(self._run, identity), progress)
         super().__init__(model=model, args=arguments, callbacks=[flow])
-        model.config.use_cache = use_cache  # it is saved with the model, and generation needs it
         self.remove_callback(PrinterCallback)
         self.processing_class = processor
         self.settings = settings

@@ -1,0 +1,60 @@
+"""Small sealed caches of tiny teachers, and students that fit them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from student_train.student import student_from_vanilla
+from teacher_cache.manifest import Plan
+from teacher_cache.reader import CacheReader
+from teacher_cache.records import RecordSettings
+from teacher_cache.schema import CachedSample, Sample, TeacherOutput
+from teacher_cache.settings import ShardFormatName
+from teacher_cache.teacher import Teacher
+from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
+
+
+def build_cache(
+    cache: Path,
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    settings: RecordSettings,
+    *,
+    form: ShardFormatName = "arrow",
+    samples_per_shard: int = 4,
+) -> CacheReader:
+    """A sealed cache of the samples, all of which the teacher must accept."""
+    sketched = settings.records == "topk+sketch"
+    sketch = teacher.fit_sketch([samples], settings.sketch_rank) if sketched else None
+    keys = [(sample.key, position) for position, sample in enumerate(samples)]
+    plan = write_plan(
+        cache,
+        Plan(
+            spec=teacher.spec(settings, batch_size=samples_per_shard),
+            format=form,
+            source="tests",
+            shards=tuple(
+                tuple(keys[start : start + samples_per_shard])
+                for start in range(0, len(keys), samples_per_shard)
+            ),
+        ),
+    )
+    write_assets(cache, teacher.head if settings.records == "hidden" else None, sketch)
+    for index, shard in enumerate(plan.shards):
+        members = [samples[position] for _, position in shard]
+        outputs = teacher.outputs(members, settings)
+        rows = [
+            CachedSample(sample=sample, output=output)
+            for sample, output in zip(members, outputs, strict=True)
+            if isinstance(output, TeacherOutput)
+        ]
+        write_shard(cache, plan, index, rows, [], 0.0)
+    seal_cache(cache)
+    return CacheReader.open(cache)
+
+
+def student_loader(folder: Path) -> Callable[[], tuple[PreTrainedModel, ProcessorMixin]]:
+    """Loads a vanilla folder as a float32 student that pools 2 x 2."""
+    return lambda: student_from_vanilla(str(folder), stride=2, dtype=torch.float32)
