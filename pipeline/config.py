@@ -5,7 +5,7 @@ Two kinds live side by side: what changes the stored numbers (it ends up in the 
 loader, devices). Imports nothing heavy, so that `emkd --help` answers at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -100,6 +100,11 @@ class TrainConfig(TrainerSettings):
     """Refuse a cache whose fingerprint does not begin with this."""
     torch_threads: int | None = None
     """CPU threads of torch; fix it where bits must repeat on other machines."""
+
+    @property
+    def settings(self) -> TrainerSettings:
+        """The trainer's share of the settings, without paths."""
+        return TrainerSettings(**{f.name: getattr(self, f.name) for f in fields(TrainerSettings)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

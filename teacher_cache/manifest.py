@@ -60,6 +60,8 @@ class CacheSpec(Strict):
     compute_dtype: str
     attention: str
     tokenizer: str
+    vocabulary: str
+    """Which token each of the `vocab_size` ids stands for; a student must agree."""
     chat_template: str
     image_processor: str
     """Class (backend included) and settings of the image processor, as one digest."""

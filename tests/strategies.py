@@ -1,4 +1,4 @@
-"""Hypothesis strategies and makers for samples, teacher outputs, specs and plans.
+"""Hypothesis strategies, makers and comparisons of samples, teacher outputs, specs and plans.
 
 Values cover what records allow: empty axes, every dtype, -0.0, subnormals; -inf as the log tail
 where all of the vocabulary is kept. Random numbers come from a drawn seed, so that shrinking works
@@ -7,10 +7,13 @@ on sizes and not on floats.
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from teacher_cache.codec import output_planes, parts_in
+from teacher_cache.fingerprint import tensor_bytes
 from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Plan
 from teacher_cache.schema import (
     IMAGE_PLACEHOLDER,
@@ -27,6 +30,11 @@ from teacher_cache.schema import (
 )
 from teacher_cache.settings import RecordKind, ShardFormatName
 
+BEARTYPE_DRAWS = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strat")
+"""Mark of the tests that use these strategies: beartype picks the item of a tuple that it checks
+with `random`, which Hypothesis takes for a draw of ours."""
+
+TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
 VOCAB_SIZE = 11
 WIDTH = 6
 RANK = 3
@@ -53,6 +61,7 @@ def make_spec(records: RecordKind = "topk", **changes: object) -> CacheSpec:
         "compute_dtype": "float32",
         "attention": "sdpa",
         "tokenizer": "3" * 64,
+        "vocabulary": "6" * 64,
         "chat_template": "4" * 64,
         "image_processor": "5" * 64,
         "system_prompt": None,
@@ -114,33 +123,36 @@ def make_output(
     is_response = torch.rand(num_text, generator=generator) < 0.5
     after_image = torch.rand(num_text, generator=generator) < 0.7
     num_response, num_after = int(is_response.sum()), int(after_image.sum())
-    spans = {
-        "views": tuple(
-            ViewGrid(image=n, view=0, rows=rows, cols=cols) for n, (rows, cols) in enumerate(views)
-        ),
-        "content_ids": torch.randint(0, VOCAB_SIZE, (num_text,), generator=generator),
-        "is_response": is_response,
-        "after_image": after_image,
-    }
+    hidden = vision = sketch = affinity = response = None
     if records == "hidden":
         hidden = HiddenRecord(
             vision=_floats(generator, dtype, num_vision, WIDTH),
             text=_floats(generator, dtype, num_after, WIDTH),
             predicting=_floats(generator, dtype, num_response, WIDTH),
         )
-        return TeacherOutput(**spans, hidden=hidden)
-    codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator).to(torch.int8)
-    sketch = SketchRecord(
-        codes=codes,
-        scale=_floats(generator, torch.float32, num_vision),
-        tail_shift=_floats(generator, torch.float32, num_vision),
-    )
+    else:
+        vision = _top_k(generator, dtype, num_vision, num_kept)
+        affinity = AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision))
+        response = _top_k(generator, dtype, num_response, num_kept)
+    if records == "topk+sketch":
+        codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator)
+        sketch = SketchRecord(
+            codes=codes.to(torch.int8),
+            scale=_floats(generator, torch.float32, num_vision),
+            tail_shift=_floats(generator, torch.float32, num_vision),
+        )
     return TeacherOutput(
-        **spans,
-        vision=_top_k(generator, dtype, num_vision, num_kept),
-        sketch=sketch if records == "topk+sketch" else None,
-        affinity=AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision)),
-        response=_top_k(generator, dtype, num_response, num_kept),
+        views=tuple(
+            ViewGrid(image=n, view=0, rows=rows, cols=cols) for n, (rows, cols) in enumerate(views)
+        ),
+        content_ids=torch.randint(0, VOCAB_SIZE, (num_text,), generator=generator),
+        is_response=is_response,
+        after_image=after_image,
+        vision=vision,
+        sketch=sketch,
+        affinity=affinity,
+        response=response,
+        hidden=hidden,
     )
 
 
@@ -191,3 +203,22 @@ def teacher_outputs(draw: st.DrawFn, records: RecordKind) -> TeacherOutput:
 def cached_samples(draw: st.DrawFn, records: RecordKind) -> CachedSample:
     """Any row of a cache of a tier."""
     return CachedSample(sample=draw(samples()), output=draw(teacher_outputs(records)))
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    assert (left.dtype, left.shape) == (right.dtype, right.shape)
+    assert tensor_bytes(left) == tensor_bytes(right)
+
+
+def assert_same_outputs(left: TeacherOutput, right: TeacherOutput) -> None:
+    assert left.views == right.views
+    assert parts_in(left) == parts_in(right)
+    here, there = output_planes(left), output_planes(right)
+    assert here.keys() == there.keys()
+    for name, values in here.items():
+        assert_same_bits(values, there[name])
+
+
+def assert_same(left: CachedSample, right: CachedSample) -> None:
+    assert left.sample == right.sample
+    assert_same_outputs(left.output, right.output)

@@ -1,0 +1,77 @@
+"""`emkd train`: Ray Train starts the workers, the train stage does everything else.
+
+Our loader and our checkpoints run inside; Ray's run folder holds nothing that resuming needs, so
+each attempt gets one of its own and a damaged one can harm nothing. After the loss of a worker
+Ray starts the group again and the stage goes on from its newest complete checkpoint.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from jobs.options import RayOptions
+from jobs.paths import absolute, to_json
+from jobs.progress import Bars
+from jobs.ray_pool import ray_session, require_resources
+from pipeline.config import TrainConfig
+from pipeline.train import train
+from student_train.checkpoint import FINAL_FOLDER
+from teacher_cache.decode import decode_json
+
+
+def run_train(config: TrainConfig, options: RayOptions) -> Path:
+    """Train, or go on training, the student of `config`; returns the folder of the result."""
+    config = absolute(config)
+    if not options.ray:
+        with Bars() as bars:
+            return train(config, progress=lambda done, total: bars.update("steps", done, total))
+    with ray_session():
+        require_resources(options)
+        trainer = TorchTrainer(
+            train_in_worker,
+            train_loop_config={"config": to_json(config)},
+            scaling_config=ScalingConfig(
+                num_workers=options.num_workers,
+                use_gpu=options.gpus_per_worker > 0,
+                resources_per_worker=_resources(options),
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(config.out / "ray"),
+                failure_config=FailureConfig(max_failures=options.max_retries),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from None
+    return config.out / FINAL_FOLDER
+
+
+def train_in_worker(loop_config: dict[str, str]) -> None:
+    """What each Ray Train worker runs: the stage, with the process group that Ray has set up."""
+    train(decode_json(TrainConfig, loop_config["config"], "train_loop_config"), report=_report)
+
+
+def _report(line: Mapping[str, float]) -> None:
+    ray.train.report(dict(line))
+
+
+def _resources(options: RayOptions) -> dict[str, float]:
+    resources = {"CPU": options.cpus_per_worker}
+    if options.gpus_per_worker:
+        resources["GPU"] = options.gpus_per_worker
+    return resources
+
+
+def _cause(error: TrainingFailedError) -> BaseException:
+    """The exception of the first worker that failed, as that worker raised it."""
+    failures: Mapping[int, Any] = getattr(error, "worker_failures", {})
+    first = next((failure for _, failure in sorted(failures.items())), None)
+    return first if isinstance(first, BaseException) else error
