@@ -1,0 +1,109 @@
+"""From a sample's final hidden states to the records that are stored of it; plain tensors in, out.
+
+Three tiers (schema.py, TeacherOutput): `hidden` stores the states that enter the LM head and
+everything else follows from them; `topk` stores the largest logits at vision positions and at the
+positions that predict the response, and the affinity matrix; `topk+sketch` adds a PCA code of the
+vision states. Records lie on the CPU. ValueError where the teacher's numbers are not finite.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from teacher_cache.affinity import cosine_affinity
+from teacher_cache.head import LmHead
+from teacher_cache.schema import (
+    AffinityRecord,
+    HiddenRecord,
+    SketchRecord,
+    TeacherOutput,
+    TokenSpans,
+    TopKRecord,
+)
+from teacher_cache.settings import RecordKind
+from teacher_cache.sketch import SketchBasis, encode_sketch
+from teacher_cache.topk import top_k_from_hidden
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes by the names that settings and specs use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSettings:
+    """What is stored of the teacher, and how exactly.
+
+    `top_k`, `sketch_rank` and `affinity_dtype` belong to the top-k tiers, `hidden_dtype` to the
+    hidden tier; a `CacheSpec` leaves out what its tier has no use for.
+    """
+
+    records: RecordKind
+    top_k: int = 64
+    sketch_rank: int = 128
+    hidden_dtype: str = "bfloat16"
+    affinity_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dtype", "affinity_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(DTYPES)}"
+                )
+
+
+def make_output(
+    spans: TokenSpans,
+    states: Float[Tensor, "L D"],
+    head: LmHead,
+    settings: RecordSettings,
+    sketch: SketchBasis | None = None,
+) -> TeacherOutput:
+    """Records of one sample from its final hidden states, which may lie on any device.
+
+    `sketch` is the basis of the `topk+sketch` tier; it lies on the states' device.
+    """
+    vision, text = states[spans.vision], states[spans.vlad_text]
+    predicting = states[spans.predicting]
+    hidden = top = code = affinity = response = None
+    if settings.records == "hidden":
+        dtype = DTYPES[settings.hidden_dtype]
+        hidden = HiddenRecord(
+            vision=vision.to("cpu", dtype),
+            text=text.to("cpu", dtype),
+            predicting=predicting.to("cpu", dtype),
+        )
+    else:
+        top = top_k_from_hidden(vision, head, settings.top_k)
+        response = _on_cpu(top_k_from_hidden(predicting, head, settings.top_k))
+        cosine = cosine_affinity(text, vision)
+        affinity = AffinityRecord(cosine=cosine.to("cpu", DTYPES[settings.affinity_dtype]))
+        if settings.records == "topk+sketch":
+            if sketch is None:
+                raise ValueError("the topk+sketch tier needs a basis; fit one first")
+            here = encode_sketch(sketch, vision, top)
+            code = SketchRecord(
+                codes=here.codes.cpu(), scale=here.scale.cpu(), tail_shift=here.tail_shift.cpu()
+            )
+        top = _on_cpu(top)
+    return TeacherOutput(
+        views=spans.views,
+        content_ids=spans.content_ids,
+        is_response=spans.is_response,
+        after_image=spans.after_image,
+        vision=top,
+        sketch=code,
+        affinity=affinity,
+        response=response,
+        hidden=hidden,
+    )
+
+
+def _on_cpu(record: TopKRecord) -> TopKRecord:
+    return TopKRecord(
+        ids=record.ids.cpu(),
+        logits=record.logits.cpu(),
+        logsumexp=record.logsumexp.cpu(),
+        log_tail=record.log_tail.cpu(),
+        vocab_size=record.vocab_size,
+    )

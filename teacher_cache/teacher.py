@@ -1,0 +1,261 @@
+"""The teacher's forward pass: samples in, records out. One route for every model family.
+
+Promise: hidden states come from the backbone after its final norm, logits from the LM head at the
+needed rows only, in eval mode, without gradients and with right padding, so that a sample's
+numbers depend on its neighbours in the batch by rounding at most. The same batch gives the same
+bits. A sample that cannot be used comes back as a `RejectedSample`; a model whose logits are not
+simply head(hidden) (scaled or soft-capped heads), or a top-k larger than the vocabulary, is
+refused at once.
+
+The shared vocabulary: heads are padded to round numbers of rows that no token has, by different
+amounts within one model family. Rows are cut to the ids that the tokenizer can emit, so that
+teacher and student normalise over the same support.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from teacher_cache.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.head import LmHead
+from teacher_cache.identity import (
+    chat_template_digest,
+    config_digest,
+    image_processor_digest,
+    tokenizer_digest,
+    vocabulary_digest,
+    weights_digest,
+)
+from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec
+from teacher_cache.records import DTYPES, RecordSettings, make_output
+from teacher_cache.schema import RejectedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
+from teacher_cache.tokens import SampleEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A model and its processor, on the model's device, ready to give records.
+
+    `head` is the LM head cut to the shared vocabulary, `encoder` turns samples into model inputs.
+    """
+
+    def __init__(self, model: Any, processor: Any, system_prompt: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.encoder = SampleEncoder(processor, model.config, system_prompt)
+        self.device: torch.device = model.device
+        self.head = shared_head(model, processor.tokenizer)
+        self._sketch: SketchBasis | None = None
+        require_plain_head(model, processor.tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        attention: str = "sdpa",
+        system_prompt: str | None = None,
+    ) -> "Teacher":
+        """Load an image-text-to-text model and its processor from a folder or a hub id.
+
+        `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available.
+        Code that a checkpoint brings along is not run.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else DTYPES[dtype],
+            attn_implementation=attention,
+        )
+        processor = AutoProcessor.from_pretrained(path)
+        teacher = cls(model.to(torch.device(device)), processor, system_prompt)
+        logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)
+        return teacher
+
+    @property
+    def sketch(self) -> SketchBasis | None:
+        """Basis of the sketch tier: fitted by `fit_sketch`, or set to the one a cache stores."""
+        return self._sketch
+
+    @sketch.setter
+    def sketch(self, basis: SketchBasis | None) -> None:
+        if basis is not None:
+            found = (basis.vocab_size, len(basis.hidden_mean))
+            if found != tuple(self.head.weight.shape):
+                raise ValueError(
+                    f"the sketch's basis has {found[0]} vocabulary rows and width {found[1]}, "
+                    f"this teacher's head {tuple(self.head.weight.shape)}; refit it"
+                )
+            basis = basis.to(self.device)
+        self._sketch = basis
+
+    def fit_sketch(self, batches: Iterable[Sequence[Sample]], rank: int) -> SketchBasis:
+        """Fit the sketch's basis to the vision states of calibration samples, and keep it.
+
+        Samples that cannot be used are passed over here: `outputs` names them in their turn.
+        """
+        moments = HiddenMoments(self.head.weight.shape[1])
+        for samples in batches:
+            items = [self._encode(sample) for sample in samples]
+            encoded = [item for item in items if isinstance(item, EncodedSample)]
+            for sample, states in zip(encoded, self._states(encoded), strict=True):
+                vision = states[sample.spans.vision]
+                if bool(torch.isfinite(vision).all()):
+                    moments.update(vision)
+        self.sketch = basis = basis_from_moments(moments, self.head, rank)
+        return basis
+
+    def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:
+        """Last hidden states of a batch, after the final norm; no gradients."""
+        inputs = {
+            name: values.to(self.model.dtype) if values.is_floating_point() else values
+            for name, values in batch.to(self.device).inputs.items()
+        }
+        with torch.no_grad():
+            return self.model.model(**inputs, use_cache=False).last_hidden_state
+
+    def outputs(
+        self, samples: Sequence[Sample], settings: RecordSettings
+    ) -> list[TeacherOutput | RejectedSample]:
+        """Records of samples, in their order; they go through the model as one batch.
+
+        ValueError where the settings themselves cannot work: `top_k` beyond the vocabulary, a
+        sketch without a basis.
+        """
+        self._require(settings)
+        items = [self._encode(sample) for sample in samples]
+        states = self._states([item for item in items if isinstance(item, EncodedSample)])
+        rest = iter(states)
+        return [
+            self._record(item, next(rest), settings) if isinstance(item, EncodedSample) else item
+            for item in items
+        ]
+
+    def spec(self, settings: RecordSettings, *, batch_size: int) -> CacheSpec:
+        """Everything that the stored numbers depend on, as digests and settings."""
+        self._require(settings)
+        hidden = settings.records == "hidden"
+        basis = self.sketch if settings.records == "topk+sketch" else None
+        processor = self.encoder.processor
+        return CacheSpec(
+            layout_version=LAYOUT_VERSION,
+            records=settings.records,
+            top_k=None if hidden else settings.top_k,
+            sketch_rank=None if basis is None else basis.rank,
+            sketch_digest=None if basis is None else basis.digest,
+            head_digest=self.head.digest if hidden else None,
+            vocab_size=self.head.vocab_size,
+            hidden_size=self.head.weight.shape[1],
+            logits_dtype=_name(self.head.weight.dtype),
+            hidden_dtype=settings.hidden_dtype if hidden else None,
+            affinity_dtype=None if hidden else settings.affinity_dtype,
+            teacher_class=type(self.model).__name__,
+            teacher_weights=self._weights_digest,
+            teacher_config=config_digest(self.model.config),
+            compute_dtype=_name(self.model.dtype),
+            attention=self.model.config._attn_implementation,
+            tokenizer=tokenizer_digest(processor.tokenizer),
+            vocabulary=vocabulary_digest(processor.tokenizer, self.head.vocab_size),
+            chat_template=chat_template_digest(processor),
+            image_processor=image_processor_digest(processor),
+            system_prompt=self.encoder.system_prompt,
+            batch_size=batch_size,
+        )
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        return weights_digest(self.model)
+
+    def _require(self, settings: RecordSettings) -> None:
+        if settings.records == "hidden":
+            return
+        if not 1 <= settings.top_k <= self.head.vocab_size:
+            raise ValueError(
+                f"top_k is {settings.top_k}, but the teacher and its tokenizer share "
+                f"{self.head.vocab_size} vocabulary rows; lower top_k"
+            )
+        if settings.records == "topk+sketch" and self.sketch is None:
+            raise ValueError("the topk+sketch tier needs a basis; call fit_sketch first")
+
+    def _encode(self, sample: Sample) -> EncodedSample | RejectedSample:
+        try:
+            return self.encoder.encode(sample)
+        except SampleError as error:
+            return RejectedSample(key=sample.key, source_id=sample.source_id, reason=error.reason)
+
+    def _states(self, encoded: Sequence[EncodedSample]) -> list[Tensor]:
+        """States [L, D] of each sample (padding behind), of one forward pass over all of them."""
+        if not encoded:
+            return []
+        return list(self.hidden_states(collate(encoded, self.encoder.pad_token_id, "right")))
+
+    def _record(
+        self, sample: EncodedSample, states: Tensor, settings: RecordSettings
+    ) -> TeacherOutput | RejectedSample:
+        try:
+            return make_output(sample.spans, states, self.head, settings, self.sketch)
+        except ValueError as error:
+            return RejectedSample(
+                key=sample.key, source_id=sample.source_id, reason=f"the teacher's output: {error}"
+            )
+
+
+def shared_head(model: Any, tokenizer: Any) -> LmHead:
+    """The model's LM head, cut to the rows that its tokenizer has ids for."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has {type(head).__name__} for an LM head, expected one "
+            "linear layer; its logits cannot be rebuilt from hidden states"
+        )
+    num_rows = min(len(head.weight), 1 + max(tokenizer.get_vocab().values()))
+    bias: Any = head.bias  # declared a Parameter, None where the layer has no bias
+    return LmHead(
+        weight=head.weight.detach()[:num_rows],
+        bias=None if bias is None else bias.detach()[:num_rows],
+    )
+
+
+def require_plain_head(model: Any, tokenizer: Any) -> None:
+    """Run a few text tokens and refuse a model whose logits are not head(last hidden state).
+
+    What enters and leaves the head is compared with the backbone's output and the model's logits:
+    to the bit, since a soft-cap hardly moves small logits.
+    """
+    head = model.get_output_embeddings()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def remember(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    ids = tokenizer("1 2 3", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = ids.to(model.device)
+    mask = torch.ones_like(ids)
+    hook = head.register_forward_hook(remember)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            states = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    entered, left = seen[0] if len(seen) == 1 else (torch.zeros(0), torch.zeros(0))
+    hidden = states.last_hidden_state
+    if not torch.equal(left.to(logits.dtype), logits) or not torch.equal(entered, hidden):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not its LM head applied to the last hidden "
+            "state (a scaled or soft-capped head?); such teachers are not supported"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
