@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 
 from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.shard_format import EncodedRow, Shard, require_planes
+from teacher_cache.shard_format import EncodedRow, Shard, ShardFormat, require_planes
 
 _TEXTS = ("key", "source_id", "messages", "checks")
 
 
-class ArrowFormat:
+class ArrowFormat(ShardFormat):
     """Arrow IPC file format; see `ShardFormat`."""
 
     suffix = ".arrow"

@@ -95,8 +95,15 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
         raise ShardCorruptError(
             f"shape {list(shape)} of {DTYPES[code]} does not fill {len(content) - start} bytes"
         )
-    values = np.frombuffer(content, dtype=np.uint8, offset=start).copy()
-    return torch.from_numpy(values).view(DTYPES[code]).reshape(shape)
+    try:
+        values = torch.empty(shape, dtype=DTYPES[code])
+    except RuntimeError as error:  # sizes beyond 64 bits, beside an axis of size 0
+        raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
+    if values.numel():
+        # A copy: torch wants aligned memory that it may write to.
+        stored = np.frombuffer(content, dtype=np.uint8, offset=start)
+        values.reshape(-1).view(torch.uint8).numpy()[:] = stored
+    return values
 
 
 def _decompress(frame: bytes) -> bytes:

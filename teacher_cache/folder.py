@@ -11,7 +11,7 @@ Names that begin with a dot are private files of a running or a killed build and
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import safetensors
 from safetensors.torch import load_file
@@ -37,13 +37,7 @@ SEAL_FILE = "SEALED.json"
 HEAD_FILE = "head.safetensors"
 SKETCH_FILE = "sketch.safetensors"
 
-
-class _Asset(Protocol):
-    @property
-    def digest(self) -> str: ...
-
-
-A = TypeVar("A", bound=_Asset)
+A = TypeVar("A", LmHead, SketchBasis)
 
 
 def read_plan(cache: Path) -> Plan | None:

@@ -1,4 +1,4 @@
-"""What the two shard formats have in common: encoded rows, their checks, and one protocol.
+"""What the two shard formats have in common: encoded rows, their checks, and one interface.
 
 A row is stored as its parts plus `checks`, a JSON text that binds them together: the xxh3 sums of
 every image and frame, and `row`, the sum over key, source id, messages and all those sums. So a
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import xxhash
 
@@ -85,13 +85,13 @@ class Shard(ABC):
 
     @abstractmethod
     def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
-        """Row and checks as stored; raises `ShardCorruptError`, ValueError, KeyError or OSError."""
+        """Row and checks as stored; raises ValueError, KeyError, TypeError or OSError."""
 
     def read(self, row: int, planes: Collection[str]) -> EncodedRow:
         """Row `row` with the given planes only; every byte returned has been checked."""
         try:
             encoded, checks = self._fetch(row, planes)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ShardCorruptError(f"{self.path}: row {row} cannot be read: {error}") from error
         try:
             encoded.verify(checks)
@@ -107,14 +107,13 @@ class Shard(ABC):
         return tuple(self.read(row, ()).key for row in range(self.num_rows))
 
 
-class ShardFormat(Protocol):
+class ShardFormat(ABC):
     """One way to put rows in a file: equal rows give equal bytes."""
 
-    @property
-    def suffix(self) -> str:
-        """End of a shard's file name."""
-        ...
+    suffix: ClassVar[str]
+    """End of a shard's file name."""
 
+    @abstractmethod
     def write(
         self,
         path: Path,
@@ -126,11 +125,10 @@ class ShardFormat(Protocol):
 
         Raises ValueError for a row with other planes; the file is then of no use.
         """
-        ...
 
+    @abstractmethod
     def open(self, path: Path) -> Shard:
         """Open a file for random access; raises `ShardCorruptError` for what is not a shard."""
-        ...
 
 
 def require_planes(row: EncodedRow, planes: Collection[str]) -> None:

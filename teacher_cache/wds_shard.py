@@ -2,21 +2,22 @@
 
 Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<plane>.zst, <key>.sample.json. The
 first member, __shard__/metadata.json, is one that webdataset skips. Times, owners and order are
-fixed, so equal rows give equal bytes. Opening reads the headers only; a row is then some preads.
+fixed, so equal rows give equal bytes. Opening reads headers only; payloads are mapped into memory.
 Refuses members of any other name or kind (links, folders, pickles), and never extracts to a path.
 """
 
 import json
-import os
+import mmap
 import re
 import tarfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from webdataset.writer import TarWriter
 
 from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.shard_format import KEY_PATTERN, EncodedRow, Shard, require_planes
+from teacher_cache.shard_format import KEY_PATTERN, EncodedRow, Shard, ShardFormat, require_planes
 
 _METADATA = "__shard__/metadata"
 _MEMBER = re.compile(
@@ -28,7 +29,7 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp
 _Place = tuple[int, int]  # offset and size of a member's payload
 
 
-class WebDatasetFormat:
+class WebDatasetFormat(ShardFormat):
     """Tar in webdataset's layout; see `ShardFormat`."""
 
     suffix = ".tar"
@@ -66,38 +67,38 @@ def _members(row: EncodedRow) -> dict[str, bytes]:
 
 
 class TarShard(Shard):
-    """A tar with an index from member to place; payloads are read when they are asked for."""
+    """A tar with an index from member to place; payloads stay on the disk until they are read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._size = os.fstat(self._file.fileno()).st_size
         self._names: set[str] = set()
         self._text: dict[str, _Place] = {}
         self._images: dict[str, dict[int, _Place]] = {}
         self._planes: dict[str, dict[str, _Place]] = {}
-        metadata, end = self._index()
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            metadata, end = self._index(file)
         # tarfile takes a damaged header for the end; after the true end there are only zeros.
-        if len(tail := self._bytes(end, self._size - end)) < 1024 or any(tail):
+        if len(tail := self._map[end:]) < 1024 or any(tail):
             raise ValueError(f"the tar does not end at byte {end}, where its members do")
         self._keys = list(self._text)
         super().__init__(path, metadata, len(self._keys))
 
-    def _index(self) -> tuple[dict[str, str], int]:
+    def _index(self, file: BinaryIO) -> tuple[dict[str, str], int]:
         metadata: dict[str, str] | None = None
         end = 0
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 # isreg() would let sparse files through, whose bytes are not where they seem.
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.pax_headers:
                     raise ValueError(f"member {member.name!r} is not a plain file")
                 place = (member.offset_data, member.size)
                 end = member.offset_data + -(-member.size // 512) * 512
-                if end > self._size:
+                if end > len(self._map):
                     raise ValueError(f"member {member.name!r} is cut off")
                 if metadata is None:
                     if member.name != f"{_METADATA}.json":
                         raise ValueError(f"its first member is {member.name!r}")
-                    metadata = json.loads(self._bytes(*place))
+                    metadata = json.loads(self._bytes(place))
                 else:
                     self._place(member.name, place)
         if metadata is None:
@@ -119,18 +120,19 @@ class TarShard(Shard):
         else:
             self._text[key] = place
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset)
+    def _bytes(self, place: _Place) -> bytes:
+        offset, size = place
+        return self._map[offset : offset + size]
 
     def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
         key = self._keys[row]
-        text = json.loads(self._bytes(*self._text[key]))
+        text = json.loads(self._bytes(self._text[key]))
         images = self._images.get(key, {})
         encoded = EncodedRow(
             key=key,
             source_id=text["source_id"],
             messages=text["messages"],
-            images=tuple(self._bytes(*images[number]) for number in range(len(images))),
-            planes={name: self._bytes(*self._planes[key][name]) for name in planes},
+            images=tuple(self._bytes(images[number]) for number in range(len(images))),
+            planes={name: self._bytes(self._planes[key][name]) for name in planes},
         )
         return encoded, text["checks"]

@@ -24,9 +24,7 @@ from teacher_cache.folder import (
     commit_path,
     committed,
     open_shard,
-    read_plan,
     read_seal,
-    read_sketch,
     require_plan,
     shard_keys,
     shard_metadata,
@@ -52,22 +50,8 @@ from teacher_cache.storage import (
     private_path,
     publish,
     sha256_file,
-    sync_file,
     write_atomic,
 )
-
-__all__ = [
-    "committed",
-    "read_plan",
-    "read_seal",
-    "read_sketch",
-    "seal_cache",
-    "write_assets",
-    "write_atomic",
-    "write_plan",
-    "write_shard",
-]
-"""All that a build needs of a cache folder, reading included."""
 
 
 def write_plan(cache: Path, plan: Plan) -> Plan:
@@ -128,7 +112,6 @@ def write_shard(
         planes = planes_of(tier_parts(plan.spec))
         encoded = (encode_row(row, plan.spec) for row in rows)
         form.write(attempt, encoded, planes, shard_metadata(plan, index))
-        sync_file(attempt)
         shard = form.open(attempt)
         found = tuple(shard.read(row, planes).key for row in range(shard.num_rows))
         if found != tuple(row.sample.key for row in rows):
@@ -171,8 +154,14 @@ def seal_cache(cache: Path) -> Seal:
         remedy = "Delete SEALED.json and run the same emkd build again."
         require_equal(sealed.fingerprint, plan.fingerprint, f"{cache}: the seal's plan", remedy)
         return sealed
+    unplanned = sorted(index for index in commits if index >= len(plan.shards))
+    if unplanned:
+        raise CacheMismatchError(
+            f"{cache}: shards {unplanned} are committed, the plan has {len(plan.shards)}; "
+            "the folder is a mixture of two caches, build into a new one"
+        )
     missing = [index for index in range(len(plan.shards)) if index not in commits]
-    if missing or len(commits) != len(plan.shards):
+    if missing:
         raise IncompleteCacheError(
             f"{cache}: {len(commits)} of {len(plan.shards)} shards are committed; "
             f"missing: {missing[:10]}; run the same emkd build again"

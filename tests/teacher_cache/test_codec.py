@@ -1,0 +1,163 @@
+"""Tensors and records come back to the bit, and damage never becomes a number."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_cache.codec import (
+    DTYPES,
+    PART_PLANES,
+    TIER_PARTS,
+    decode_frame,
+    encode_frame,
+    output_from_planes,
+    output_planes,
+    parts_in,
+    planes_of,
+)
+from teacher_cache.manifest import ShardCorruptError
+from teacher_cache.settings import RecordKind
+from tests.strategies import (
+    BEARTYPE_DRAWS,
+    TIERS,
+    VOCAB_SIZE,
+    assert_same_bits,
+    assert_same_outputs,
+    make_output,
+    teacher_outputs,
+)
+
+pytestmark = BEARTYPE_DRAWS
+
+
+@settings(deadline=None)
+@given(
+    dtype=st.sampled_from(list(DTYPES.values())),
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_tensor_of_any_dtype_comes_back_to_the_bit(
+    dtype: torch.dtype, shape: list[int], seed: int
+) -> None:
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    # Random bits: NaNs with payloads, infinities and subnormals among the floats.
+    values = np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
+    tensor = torch.zeros(shape, dtype=dtype)
+    if num_bytes:
+        bits = values % 2 if dtype == torch.bool else values
+        tensor = torch.from_numpy(bits).view(dtype).reshape(shape)
+    assert_same_bits(decode_frame(encode_frame(tensor)), tensor)
+
+
+def test_views_that_are_not_contiguous_are_stored_by_their_values() -> None:
+    tensor = torch.arange(12).reshape(3, 4).T[::2]
+    assert_same_bits(decode_frame(encode_frame(tensor)), tensor.contiguous())
+
+
+def test_a_frame_can_be_read_without_this_package() -> None:
+    content = zstandard.decompress(encode_frame(torch.tensor([[1.5, -2.0]])))
+    assert content == struct.pack("<BBII2f", 1, 2, 1, 2, 1.5, -2.0)
+
+
+def test_a_dtype_without_a_code_is_refused() -> None:
+    with pytest.raises(ValueError, match="complex64"):
+        encode_frame(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_every_flipped_bit_of_a_frame_is_noticed() -> None:
+    tensor = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    frame = encode_frame(tensor)
+    for place in range(len(frame)):
+        for bit in range(8):
+            damaged = bytearray(frame)
+            damaged[place] ^= 1 << bit
+            try:
+                # Two header bits mean nothing to zstd; then the numbers must be right.
+                assert_same_bits(decode_frame(bytes(damaged)), tensor)
+            except ShardCorruptError:
+                continue
+
+
+def test_every_cut_and_every_addition_is_noticed() -> None:
+    frame = encode_frame(torch.arange(24))
+    for end in range(len(frame)):
+        with pytest.raises(ShardCorruptError):
+            decode_frame(frame[:end])
+    for addition in (b"\0", frame):
+        with pytest.raises(ShardCorruptError):
+            decode_frame(frame + addition)
+
+
+def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> bytes:
+    return zstandard.ZstdCompressor(
+        write_checksum=checksum, write_content_size=content_size
+    ).compress(content)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        _frame(struct.pack("<BBI", 1, 1, 2) + bytes(8), checksum=False),
+        _frame(struct.pack("<BBI", 1, 1, 2) + bytes(8), content_size=False),
+        _frame(struct.pack("<BBI", 99, 1, 2) + bytes(8)),
+        _frame(struct.pack("<BBI", 1, 1, 3) + bytes(8)),
+        _frame(struct.pack("<BBIII", 1, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(8)),
+        _frame(struct.pack("<BB4I", 1, 4, 0, *[2**32 - 1] * 3)),
+        _frame(struct.pack("<BB", 1, 200) + bytes(8)),
+        _frame(b""),
+    ],
+    ids=[
+        "no-checksum",
+        "no-size",
+        "dtype",
+        "shape",
+        "huge-shape",
+        "huge-empty",
+        "many-dims",
+        "empty",
+    ],
+)
+def test_frames_that_were_not_written_by_encode_frame_are_refused(frame: bytes) -> None:
+    with pytest.raises(ShardCorruptError):
+        decode_frame(frame)
+
+
+def test_a_frame_that_claims_a_huge_content_takes_no_memory_for_it() -> None:
+    # Frame header with an 8-byte content size of 2**50, then nothing that could fill it.
+    claim = b"\x28\xb5\x2f\xfd" + bytes([0b11100100]) + struct.pack("<Q", 2**50) + bytes(64)
+    with pytest.raises(ShardCorruptError, match="claims 1125899906842624 bytes"):
+        decode_frame(claim)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), records=st.sampled_from(TIERS))
+def test_any_output_comes_back_from_its_planes(data: st.DataObject, records: RecordKind) -> None:
+    output = data.draw(teacher_outputs(records))
+    planes = output_planes(output)
+    assert set(planes) == planes_of(TIER_PARTS[records])
+    decoded = {name: decode_frame(encode_frame(values)) for name, values in planes.items()}
+    assert_same_outputs(output_from_planes(decoded, VOCAB_SIZE), output)
+
+
+@pytest.mark.parametrize("records", TIERS)
+def test_parts_that_were_not_asked_for_are_none(records: RecordKind) -> None:
+    planes = output_planes(make_output(records, seed=0))
+    for part in TIER_PARTS[records]:
+        asked = {name: values for name, values in planes.items() if name in planes_of({part})}
+        assert parts_in(output_from_planes(asked, VOCAB_SIZE)) == {part}
+
+
+@pytest.mark.parametrize("part", [part for part, names in PART_PLANES.items() if len(names) > 1])
+def test_half_a_part_is_an_error(part: str) -> None:
+    records: RecordKind = "hidden" if part == "hidden" else "topk+sketch"
+    planes = output_planes(make_output(records, seed=0))
+    for name, names in PART_PLANES.items():
+        if name == part:
+            del planes[names[0]]
+    with pytest.raises(KeyError):
+        output_from_planes(planes, VOCAB_SIZE)

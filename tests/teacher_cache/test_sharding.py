@@ -1,0 +1,115 @@
+"""Laws of splitting, of the endless shuffled order, and of sharing batches."""
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from teacher_cache.sharding import SampleOrder, even_split, micro_batches, owned_positions, shard_of
+
+SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+@given(count=st.integers(0, 200), num_parts=st.integers(1, 30))
+def test_a_split_covers_everything_once_and_evenly(count: int, num_parts: int) -> None:
+    parts = even_split(count, num_parts)
+    assert [i for part in parts for i in part] == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == num_parts
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(sizes=SIZES)
+def test_every_row_is_found_in_its_shard(sizes: list[int]) -> None:
+    starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    found = [shard_of(starts, index) for index in range(sum(sizes))]
+    assert found == [shard for shard, size in enumerate(sizes) for _ in range(size)]
+
+
+@settings(deadline=None)
+@given(sizes=SIZES, seed=SEEDS, window=st.integers(1, 9), epoch=st.integers(0, 3))
+def test_every_epoch_is_a_permutation(sizes: list[int], seed: int, window: int, epoch: int) -> None:
+    order, num_rows = SampleOrder(sizes, seed, window), sum(sizes)
+    rows = [order.index_at(epoch * num_rows + offset) for offset in range(num_rows)]
+    assert sorted(rows) == list(range(num_rows))
+
+
+@settings(deadline=None)
+@given(sizes=SIZES, seed=SEEDS, window=st.integers(1, 9))
+def test_few_shards_are_touched_at_a_time(sizes: list[int], seed: int, window: int) -> None:
+    order, num_rows = SampleOrder(sizes, seed, window), sum(sizes)
+    starts = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    shards = [shard_of(starts, order.index_at(offset)) for offset in range(num_rows)]
+    open_shards: set[int] = set()
+    for offset, shard in enumerate(shards):
+        open_shards.add(shard)
+        open_shards &= set(shards[offset:])  # a shard whose rows are all read can be closed
+        assert len(open_shards) <= window
+
+
+@settings(deadline=None)
+@given(sizes=SIZES, seed=SEEDS, window=st.integers(1, 9), positions=st.lists(st.integers(0, 60)))
+def test_a_position_means_the_same_row_whatever_was_read_before(
+    sizes: list[int], seed: int, window: int, positions: list[int]
+) -> None:
+    order = SampleOrder(sizes, seed, window)
+    whole = [SampleOrder(sizes, seed, window).index_at(p) for p in range(61)]
+    assert [order.index_at(p) for p in positions] == [whole[p] for p in positions]
+
+
+def test_the_order_stays_the_same_from_version_to_version() -> None:
+    order = SampleOrder([3, 0, 4, 2], seed=7, window=2)
+    assert [order.index_at(p) for p in range(18)] == GOLDEN
+
+
+GOLDEN = [8, 7, 1, 2, 0, 6, 5, 4, 3, 7, 8, 0, 4, 6, 5, 2, 1, 3]
+
+
+def test_seeds_and_epochs_give_different_orders() -> None:
+    sizes = [10] * 10
+    orders = [
+        tuple(SampleOrder(sizes, seed, 4).index_at(epoch * 100 + p) for p in range(100))
+        for seed in range(3)
+        for epoch in range(3)
+    ]
+    assert len(set(orders)) == 9
+
+
+@given(data=st.data(), world_size=st.integers(1, 8), share=st.integers(1, 5))
+def test_the_workers_shares_are_the_global_batch(
+    data: st.DataObject, world_size: int, share: int
+) -> None:
+    start, size = data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 7))
+    batch_size = share * world_size
+    positions = [
+        position
+        for rank in range(world_size)
+        for micro in micro_batches(owned_positions(start, batch_size, rank, world_size), size)
+        for position in micro
+    ]
+    assert positions == list(range(start, start + batch_size))
+
+
+@given(batch_size=st.integers(1, 40), world_size=st.integers(2, 8))
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size: int, world_size: int) -> None:
+    assume(batch_size % world_size)
+    with pytest.raises(ValueError, match="multiple of"):
+        owned_positions(0, batch_size, 0, world_size)
+
+
+def test_senseless_numbers_are_refused() -> None:
+    for call in (
+        lambda: even_split(3, 0),
+        lambda: SampleOrder([], 0, 1),
+        lambda: SampleOrder([0, 0], 0, 1),
+        lambda: SampleOrder([2, -1], 0, 1),
+        lambda: SampleOrder([2], -1, 1),
+        lambda: SampleOrder([2], 0, 0),
+        lambda: SampleOrder([2], 0, 1).index_at(-1),
+        lambda: owned_positions(0, 4, 2, 2),
+        lambda: owned_positions(0, 0, 0, 1),
+        lambda: micro_batches(range(3), 0),
+    ):
+        with pytest.raises(ValueError, match=r"found|give|share|rank|expected"):
+            call()
