@@ -1,23 +1,17 @@
 """Real models of six families, random and small, saved with real processors; and tiny samples.
 
-Each builder writes a folder that `AutoModelForImageTextToText` and `AutoProcessor` load. Where a
-family's processor needs a video processor (which needs torchvision), a subclass leaves it out and
-is registered under its own name; its text and image paths are the library's.
+Each builder writes a folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
 """
 
 import io
-import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     GotOcr2ImageProcessor,
@@ -27,7 +21,6 @@ from transformers import (
     Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    InternVLProcessor,
     InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -39,13 +32,9 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2Config,
     Qwen2VLImageProcessor,
     SiglipImageProcessor,
@@ -53,59 +42,18 @@ from transformers import (
 )
 
 from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from tests.tiny_processors import (
+    StillInternVLProcessor,
+    StillOnevisionProcessor,
+    StillQwenProcessor,
+    template,
+    token_id,
+    tokenizer,
+)
 
 WIDTH = 32
 HEAD_ROWS = 384
 """Rows of every LM head: more than the tokenizers have entries, as in released models."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-_CORPUS = (
-    "what is in the picture? a red square and a blue circle. user assistant system "
-    "how many digits do you see? there are three of them: one, two, four. describe both images"
-)
-
-
-@cache
-def _bpe(special: tuple[str, ...]) -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>", *special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_CORPUS], trainer)
-    return tokenizer.to_str()
-
-
-def tokenizer(extra: dict[str, str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with named extra special tokens (name -> text)."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_bpe(tuple(extra.values()))),
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=extra,
-    )
-
-
-def token_id(words: PreTrainedTokenizerFast, text: str) -> int:
-    """Id of one special token."""
-    found = words.convert_tokens_to_ids(text)
-    assert isinstance(found, int)
-    return found
-
-
-def _template(image: str) -> str:
-    return CHAT_TEMPLATE.replace("IMAGE", image)
 
 
 def _text_settings() -> dict[str, Any]:
@@ -165,7 +113,7 @@ def tiny_llava(folder: Path, vision: str = "siglip", seed: int = 0) -> Path:
         patch_size=4,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1 if clip else 0,
-        chat_template=_template("<image>"),
+        chat_template=template("<image>"),
     )
     return _save(folder, LlavaForConditionalGeneration(config), processor)
 
@@ -195,29 +143,9 @@ def tiny_llava_next(folder: Path, vision: str = "siglip", seed: int = 0) -> Path
         patch_size=4,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1 if clip else 0,
-        chat_template=_template("<image>"),
+        chat_template=template("<image>"),
     )
     return _save(folder, LlavaNextForConditionalGeneration(config), processor)
-
-
-class StillOnevisionProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor without videos."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        num_image_tokens: int = 16,
-        vision_aspect_ratio: str = "anyres_max_9",
-        chat_template: str | None = None,
-    ) -> None:
-        self.num_image_tokens = num_image_tokens
-        self.vision_feature_select_strategy = "full"
-        self.vision_aspect_ratio = vision_aspect_ratio
-        self.image_token, self.video_token = "<image>", "<video>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        self.video_token_id = tokenizer.convert_tokens_to_ids("<video>")
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def tiny_onevision(folder: Path, seed: int = 0) -> Path:
@@ -237,21 +165,9 @@ def tiny_onevision(folder: Path, seed: int = 0) -> Path:
         image_processor=LlavaOnevisionImageProcessor(size=_SIZE, image_grid_pinpoints=_PINPOINTS),
         tokenizer=words,
         vision_aspect_ratio="anyres_max_2",
-        chat_template=_template("<image>"),
+        chat_template=template("<image>"),
     )
     return _save(folder, LlavaOnevisionForConditionalGeneration(config), processor)
-
-
-class StillQwenProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without videos."""
-
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-    ) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def tiny_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
@@ -291,29 +207,9 @@ def tiny_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
             size={"shortest_edge": 64, "longest_edge": 2048}, patch_size=4, merge_size=2
         ),
         tokenizer=words,
-        chat_template=_template("<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
     return _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
-
-
-class StillInternVLProcessor(InternVLProcessor):
-    """InternVL's processor without videos."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        image_seq_length: int = 4,
-        chat_template: str | None = None,
-    ) -> None:
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.image_seq_length = image_seq_length
-        self.start_image_token, self.end_image_token = "<img>", "</img>"
-        self.start_image_token_id = tokenizer.convert_tokens_to_ids("<img>")
-        self.end_image_token_id = tokenizer.convert_tokens_to_ids("</img>")
-        self.image_token, self.video_token = "<IMG_CONTEXT>", "<video>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)")
 
 
 def tiny_internvl(folder: Path, seed: int = 0) -> Path:
@@ -344,7 +240,7 @@ def tiny_internvl(folder: Path, seed: int = 0) -> Path:
     processor = StillInternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=_SIZE, crop_to_patches=True, max_patches=4),
         tokenizer=words,
-        chat_template=_template("<IMG_CONTEXT>"),
+        chat_template=template("<IMG_CONTEXT>"),
     )
     return _save(folder, InternVLForConditionalGeneration(config), processor)
 
@@ -375,7 +271,7 @@ def tiny_idefics3(folder: Path, seed: int = 0) -> Path:
         ),
         tokenizer=words,
         image_seq_len=4,
-        chat_template=_template("<image>"),
+        chat_template=template("<image>"),
     )
     return _save(folder, Idefics3ForConditionalGeneration(config), processor)
 
@@ -388,10 +284,6 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "internvl": tiny_internvl,
     "idefics3": tiny_idefics3,
 }
-
-AutoProcessor.register(LlavaOnevisionConfig, StillOnevisionProcessor, exist_ok=True)
-AutoProcessor.register(Qwen2_5_VLConfig, StillQwenProcessor, exist_ok=True)
-AutoProcessor.register(InternVLConfig, StillInternVLProcessor, exist_ok=True)
 
 
 def tiny_image(seed: int, width: int = 24, height: int = 16) -> bytes:
