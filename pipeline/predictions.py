@@ -31,6 +31,13 @@ class Prediction(Strict):
     """This sample's share of its batch's wall time."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionLines(Strict):
+    """All lines of a file, decoded together."""
+
+    lines: tuple[Prediction, ...]
+
+
 def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of a file that may end in a torn line; none where there is no file."""
     if not path.exists():
@@ -38,7 +45,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     # JSON escapes every line break inside a string: splitting at "\n" alone is exact.
     lines = whole.split("\n") if whole else []
-    return decode_json(list[Prediction], f"[{','.join(lines)}]", str(path))
+    wrapped = f'{{"lines": [{",".join(lines)}]}}'
+    return list(decode_json(PredictionLines, wrapped, str(path)).lines)
 
 
 def drop_torn_line(path: Path) -> None:

@@ -1,0 +1,191 @@
+"""Curves and matching pictures for the report, as SVG that needs nothing outside the page.
+
+Promises: the same numbers give the same bytes (no dates, no random ids); ids inside one figure do
+not clash with those of another. Curves are drawn by matplotlib; a matching picture is laid out
+here as plain cells, and the page's template, which escapes all text, writes them down.
+"""
+
+import colorsys
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#5b6770", "#0f7b8a", "#c2571a", "#6b4fa0", "#3f7d3a", "#a8324f", "#8a6d1d", "#2f5fb3")
+PANEL_PIXELS = 232
+PANEL_GAP = 24
+MIN_LABEL_PIXELS = 26
+MAX_LABEL = 5
+
+_IDENTIFIER = re.compile(r'( id="|url\(#|href="#)')
+
+Curve = Sequence[tuple[int, float]]
+"""(step, value), ascending."""
+
+
+def draw_curves(
+    name: str,
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
+    colours: Mapping[str, str],
+) -> str:
+    """One SVG with a panel for each term: panel title -> label -> curves of its seeds.
+
+    Values are drawn on a logarithmic axis where all of them are positive. `name` keeps the ids of
+    several figures in one page apart.
+    """
+    num_columns = min(4, max(1, len(panels)))
+    num_rows = math.ceil(len(panels) / num_columns)
+    settings: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 8.5}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(2.65 * num_columns, 2.1 * num_rows), layout="constrained")
+        for number, (title, groups) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(num_rows, num_columns, number)
+            _draw_panel(axes, title, groups, colours)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    return _IDENTIFIER.sub(rf"\1{name}-", svg[svg.index("<svg") :])
+
+
+def _draw_panel(
+    axes: Axes, title: str, groups: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
+) -> None:
+    values = [value for curves in groups.values() for curve in curves for _, value in curve]
+    for label, curves in groups.items():
+        for curve in curves:
+            steps, heights = zip(*curve, strict=True)
+            axes.plot(steps, heights, color=colours[label], linewidth=1.1, alpha=0.85)
+    if values and min(values) > 0 and max(values) > 4 * min(values):
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize=9, loc="left", color="#22282d")
+    axes.tick_params(labelsize=7, colors="#5b6770", length=2)
+    axes.grid(color="#e6e9eb", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#c3cace")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One vision token in a picture."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str | None
+    """Colour of the student token it is, or is matched to; None for an unmatched teacher token."""
+    label: str | None
+    """What is written into it, where there is room."""
+    title: str
+    """Shown when the pointer rests on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchingPicture:
+    """Three panels side by side: the image, the teacher's tokens, the student's tokens."""
+
+    width: float
+    height: float
+    panels: tuple[float, float, float]
+    """Left edge of each panel."""
+    panel_width: float
+    panel_height: float
+    image: str
+    """PNG as base64."""
+    teacher: tuple[Cell, ...]
+    student: tuple[Cell, ...]
+    caption: str
+
+
+def lay_out_matching(view: Mapping[str, Any], image: str, aspect: float) -> MatchingPicture:
+    """Place the cells of one view of pictures.json; `aspect` is the image's width over height.
+
+    A student token's colour follows its place (hue by column, lightness by row): where the
+    matching keeps neighbours together the teacher's panel looks like the student's.
+    """
+    width = PANEL_PIXELS * min(1.0, aspect)
+    height = PANEL_PIXELS * min(1.0, 1 / aspect)
+    edges = (0.0, width + PANEL_GAP, 2 * (width + PANEL_GAP))
+    teacher, student = view["teacher"], view["student"]
+    partner = {j: i for i, j in view["pairs"]}
+    teacher_of = dict(view["pairs"])
+    colours = _grid_colours(student["rows"], student["cols"])
+    size = (width, height)
+
+    def teacher_cell(index: int, word: str, share: float) -> Cell:
+        match = partner.get(index)
+        said = f"teacher token {index}: {word!r} ({share:.0%})"
+        fate = "not matched" if match is None else f"matched to student token {match}"
+        colour = None if match is None else colours[match]
+        return _cell(teacher, index, edges[1], size, colour, word, f"{said}, {fate}")
+
+    def student_cell(index: int, word: str, share: float) -> Cell:
+        match = teacher_of.get(index)
+        said = f"student token {index}: {word!r} ({share:.0%})"
+        fate = "not matched" if match is None else f"matched to teacher token {match}"
+        return _cell(student, index, edges[2], size, colours[index], word, f"{said}, {fate}")
+
+    return MatchingPicture(
+        width=edges[2] + width,
+        height=height,
+        panels=edges,
+        panel_width=width,
+        panel_height=height,
+        image=image,
+        teacher=tuple(teacher_cell(i, *token) for i, token in enumerate(teacher["tokens"])),
+        student=tuple(student_cell(i, *token) for i, token in enumerate(student["tokens"])),
+        caption=(
+            f"{len(teacher['tokens'])} teacher tokens ({teacher['rows']} x {teacher['cols']}), "
+            f"{len(student['tokens'])} student tokens ({student['rows']} x {student['cols']}), "
+            f"{len(view['pairs'])} pairs"
+        ),
+    )
+
+
+def _cell(
+    grid: Mapping[str, Any],
+    index: int,
+    left: float,
+    size: tuple[float, float],
+    colour: str | None,
+    word: str,
+    title: str,
+) -> Cell:
+    row, column = divmod(index, grid["cols"])
+    width, height = size[0] / grid["cols"], size[1] / grid["rows"]
+    roomy = min(width, height) >= MIN_LABEL_PIXELS
+    return Cell(
+        x=left + column * width,
+        y=row * height,
+        width=width,
+        height=height,
+        colour=colour,
+        label=_shorten(word) if roomy else None,
+        title=title,
+    )
+
+
+def _shorten(word: str) -> str:
+    """A token's text that fits a cell; white space and control characters are spelled out."""
+    shown = word.strip() or word.encode("unicode_escape").decode() or "(none)"
+    return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}\u2026"
+
+
+def _grid_colours(rows: int, columns: int) -> list[str]:
+    colours: list[str] = []
+    for row in range(rows):
+        for column in range(columns):
+            hue = 0.86 * column / max(1, columns)
+            lightness = 0.80 - 0.32 * row / max(1, rows - 1)
+            channels = colorsys.hls_to_rgb(hue, lightness, 0.62)
+            colours.append("#" + "".join(f"{round(255 * value):02x}" for value in channels))
+    return colours

@@ -1,0 +1,198 @@
+"""What a run folder holds, read for comparison: settings, loss terms, answers, pictures, cost.
+
+Promises: nothing is guessed or passed over in silence: every piece that a folder lacks is named in
+`missing`, with what would make it. Three kinds of folders are told apart by their files: a trained
+student (emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json).
+Refuses files that are there but not what they should be.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ScoreName
+from pipeline.predictions import PREDICTIONS_FILE, Prediction, read_predictions, score_predictions
+from pipeline.scores import SCORES
+from student_train.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
+from student_train.run_log import METRICS_FILE
+from teacher_cache.decode import decode_json
+from teacher_cache.manifest import Seal
+
+CONFIG_FILE = "config.json"
+"""The settings that `emkd train` was given; says where the cache is."""
+SEAL_FILE = "SEALED.json"
+EVALUATION_FOLDER = "eval"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The finished evaluation of one model: mean scores, and every sample's score by its key."""
+
+    samples_digest: str
+    num_samples: int
+    seconds: float
+    scores: dict[str, float]
+    by_sample: dict[str, dict[str, float]]
+    """Score name -> sample key -> score."""
+    predictions: dict[str, Prediction]
+    """By sample key."""
+    pictures: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """One model that is compared: a student that was trained here, or any other model."""
+
+    path: Path
+    identity: RunIdentity | None
+    """None for a model that `emkd train` did not make."""
+    finished: FinishedRun | None
+    metrics: tuple[dict[str, Any], ...]
+    """Lines of metrics.jsonl: step, loss, term/<name>, gradient/<name>, ..."""
+    evaluation: Evaluation | None
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFolder:
+    """A sealed teacher cache that some of the runs were trained from."""
+
+    path: Path
+    seal: Seal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """Everything found, and what is lacking."""
+
+    runs: tuple[RunFolder, ...]
+    caches: tuple[CacheFolder, ...]
+    missing: tuple[str, ...]
+
+
+def collect(folders: Iterable[Path]) -> Collection:
+    """Read the folders; ValueError where none of them is a run."""
+    folders = list(folders)
+    runs: list[RunFolder] = []
+    caches: dict[str, CacheFolder] = {}
+    missing: list[str] = []
+    for folder in folders:
+        if (folder / SEAL_FILE).exists():
+            _add_cache(caches, folder)
+        elif _is_run(folder):
+            runs.append(_read_run(folder, caches, missing))
+        else:
+            missing.append(
+                f"{folder}: is left out; found neither {RUN_FILE} nor {SEAL_FILE} nor "
+                f"{EVALUATION_FOLDER}/metrics.json in it"
+            )
+    if not runs:
+        raise ValueError(
+            f"found no run in {', '.join(map(str, folders)) or 'an empty list of folders'}; name "
+            "folders that emkd train or emkd evaluate have written"
+        )
+    known = set(caches)
+    wanted = {run.identity.cache for run in runs if run.identity is not None}
+    missing += [
+        f"cache {fingerprint[:12]}: its folder was not found, its cost is unknown; name the "
+        "folder beside the runs"
+        for fingerprint in sorted(wanted - known)
+    ]
+    return Collection(runs=tuple(runs), caches=tuple(caches.values()), missing=tuple(missing))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_FILE).exists() or (folder / EVALUATION_FOLDER / "metrics.json").exists()
+
+
+def _add_cache(caches: dict[str, CacheFolder], folder: Path) -> None:
+    path = folder / SEAL_FILE
+    seal = decode_json(Seal, path.read_bytes(), str(path))
+    caches.setdefault(seal.fingerprint, CacheFolder(path=folder, seal=seal))
+
+
+def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> RunFolder:
+    identity = finished = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    path = folder / RUN_FILE
+    if path.exists():
+        identity = decode_json(RunIdentity, path.read_bytes(), str(path))
+        finished = finished_run(folder)
+        if finished is None:
+            missing.append(f"{folder}: final/ is missing, training has not ended; emkd train it")
+        metrics = _read_metrics(folder, missing)
+        _find_cache(folder, caches)
+    return RunFolder(
+        path=folder,
+        identity=identity,
+        finished=finished,
+        metrics=metrics,
+        evaluation=_read_evaluation(folder, missing),
+    )
+
+
+def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...]:
+    path = folder / METRICS_FILE
+    if not path.exists():
+        missing.append(f"{folder}: {METRICS_FILE} is missing, no loss curves")
+        return ()
+    whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
+    lines = tuple(json.loads(line) for line in whole.splitlines())
+    if not any(name.startswith("gradient/") for line in lines for name in line):
+        missing.append(f"{folder}: no gradient norms were measured; train with grad_norm_steps > 0")
+    return lines
+
+
+def _find_cache(folder: Path, caches: dict[str, CacheFolder]) -> None:
+    """Add the cache that the run's settings point to, if it still lies there."""
+    path = folder / CONFIG_FILE
+    if path.exists():
+        cache = Path(str(json.loads(path.read_text())["cache"]))
+        if (cache / SEAL_FILE).exists():
+            _add_cache(caches, cache)
+
+
+def _read_evaluation(folder: Path, missing: list[str]) -> Evaluation | None:
+    place = folder / EVALUATION_FOLDER
+    path = place / "metrics.json"
+    if not path.exists():
+        missing.append(
+            f"{folder}: {EVALUATION_FOLDER}/metrics.json is missing; emkd evaluate --model "
+            f"{folder}/final --out {place} writes it"
+        )
+        return None
+    metrics = json.loads(path.read_text())
+    predictions = read_predictions(place / PREDICTIONS_FILE)
+    if len(predictions) != metrics["num_samples"]:
+        raise ValueError(
+            f"{place}: {PREDICTIONS_FILE} holds {len(predictions)} answers, metrics.json speaks of "
+            f"{metrics['num_samples']}; remove the folder and evaluate again"
+        )
+    names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
+    pictures = place / "pictures.json"
+    if not pictures.exists():
+        missing.append(
+            f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
+            "a cache of the evaluated samples, draws the matching"
+        )
+    return Evaluation(
+        samples_digest=metrics["samples_digest"],
+        num_samples=metrics["num_samples"],
+        seconds=metrics["seconds"],
+        scores={name: metrics["scores"][name] for name in names},
+        by_sample={
+            name: {
+                p.key: score
+                for p, score in zip(predictions, score_predictions(predictions, name), strict=True)
+            }
+            for name in names
+        },
+        predictions={prediction.key: prediction for prediction in predictions},
+        pictures=json.loads(pictures.read_text()) if pictures.exists() else None,
+    )
