@@ -229,24 +229,28 @@ class Demo:
 def defaults() -> dict[str, Any]:
     """A command for each name, its required settings still missing."""
     return {
-        "data": Data(name=tyro.MISSING, config=_required(DigitsConfig)),
-        "build": Build(config=_required(BuildConfig)),
+        "data": _required(Data),
+        "build": _required(Build),
         "verify": _required(Verify),
         "inspect": _required(Inspect),
-        "train": Train(config=_required(TrainConfig)),
-        "evaluate": Evaluate(config=_required(EvaluateConfig)),
+        "train": _required(Train),
+        "evaluate": _required(Evaluate),
         "report": _required(Report),
         "submit": _required(Submit),
         "demo": Demo(),
     }
 
 
-def _required(cls: type) -> Any:
-    """An instance whose fields without a default are marked as missing, for tyro to ask for."""
-    return cls(
-        **{
-            field.name: tyro.MISSING
-            for field in dataclasses.fields(cls)
-            if field.default is dataclasses.MISSING
-        }
-    )
+def _required(cls: Any) -> Any:
+    """An instance whose fields without a default are marked as missing, for tyro to ask for.
+
+    Made without calling `cls`: a mark is none of the values that the fields may have.
+    """
+    template = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        value: Any = field.default
+        if value is dataclasses.MISSING:
+            nested = dataclasses.is_dataclass(field.type)
+            value = _required(field.type) if nested else tyro.MISSING
+        object.__setattr__(template, field.name, value)
+    return template

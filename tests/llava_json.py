@@ -1,0 +1,30 @@
+"""A small LLaVA JSON source on disk, made of the tiny samples."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from teacher_cache.schema import Sample
+
+_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def write_llava_json(folder: Path, samples: Sequence[Sample], name: str = "train.json") -> Path:
+    """Write samples as LLaVA JSON with their images beside it; returns the JSON file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, object]] = []
+    for sample in samples:
+        files = [f"{sample.source_id}-{number}.png" for number in range(len(sample.images))]
+        for file, image in zip(files, sample.images, strict=True):
+            (folder / file).write_bytes(image)
+        turns = [{"from": _NAMES[m.role], "value": m.text} for m in sample.messages]
+        entries.append({"id": sample.source_id, "image": files, "conversations": turns})
+    path = folder / name
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def shard_bytes(cache: Path) -> dict[str, bytes]:
+    """The plan and every shard file of a cache, by name."""
+    files = [cache / "plan.json", *sorted((cache / "shards").glob("[0-9]*"))]
+    return {file.name: file.read_bytes() for file in files}

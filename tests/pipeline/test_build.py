@@ -1,0 +1,221 @@
+"""Promises of pipeline/build.py: same bytes whatever happens, and refusal that names the cause."""
+
+import dataclasses
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.build import CacheBuilder, build, missing_shards
+from pipeline.config import BuildConfig, SourceConfig
+from teacher_cache.folder import read_seal
+from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
+from teacher_cache.reader import CacheReader
+from teacher_cache.teacher import Teacher
+from tests.conftest import TinyFolder
+from tests.llava_json import shard_bytes, write_llava_json
+from tests.tiny import tiny_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
+    source = write_llava_json(tmp_path / "data", tiny_samples(10))
+    return BuildConfig(
+        source=SourceConfig(path=str(source)),
+        teacher=str(tiny_folder("llava")),
+        out=tmp_path / "cache",
+        top_k=8,
+        samples_per_shard=3,
+        batch_size=2,
+        calibration_samples=4,
+    )
+
+
+def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:
+    return dataclasses.replace(config, out=config.out.parent / folder, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
+@pytest.mark.parametrize("form", ["arrow", "webdataset"])
+def test_building_twice_gives_the_same_bytes(config: BuildConfig, records: str, form: str) -> None:
+    first = build(_into(config, "a", records=records, format=form))
+    second = build(_into(config, "b", records=records, format=form))
+    assert first.num_samples == 10
+    assert shard_bytes(config.out.parent / "a") == shard_bytes(config.out.parent / "b")
+    assert first.fingerprint == second.fingerprint
+
+
+def test_the_format_does_not_change_the_identity(config: BuildConfig) -> None:
+    arrow = build(_into(config, "a", format="arrow"))
+    tar = build(_into(config, "b", format="webdataset"))
+    assert arrow.fingerprint == tar.fingerprint
+
+
+def test_every_sample_is_there_under_its_content_key(config: BuildConfig) -> None:
+    build(config)
+    reader = CacheReader.open(config.out)
+    assert sorted(reader.keys) == sorted(sample.key for sample in tiny_samples(10))
+    for index, key in enumerate(reader.keys):
+        assert reader.read(index, ["vision", "response"]).sample.key == key
+
+
+def test_shards_may_be_built_in_any_order_by_anyone(config: BuildConfig) -> None:
+    build(_into(config, "a"))
+    other = _into(config, "b")
+    CacheBuilder(other).prepare()
+    order = missing_shards(other.out)
+    random.Random(0).shuffle(order)
+    for index in order:
+        CacheBuilder(other).build_shard(index)
+    build(other)
+    assert shard_bytes(config.out.parent / "a") == shard_bytes(other.out)
+
+
+def test_a_finished_cache_never_loads_the_teacher(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = build(config)
+
+    def refuse(*_: object, **__: object) -> Teacher:
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(Teacher, "load", refuse)
+    assert build(config) == seal
+    with pytest.raises(AssertionError, match="the teacher was loaded"):
+        build(_into(config, "other"))  # the test can fail
+
+
+def test_a_half_built_cache_is_not_opened(config: BuildConfig) -> None:
+    builder = CacheBuilder(config)
+    builder.prepare()
+    builder.build_shard(1)
+    with pytest.raises(IncompleteCacheError, match="1 of 4 shards"):
+        CacheReader.open(config.out)
+    build(config)
+    assert len(CacheReader.open(config.out)) == 10
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_another_teacher_is_refused(
+    config: BuildConfig, tiny_folder: TinyFolder, tmp_path: Path, finish: bool
+) -> None:
+    from tests.tiny import tiny_llava
+
+    builder = CacheBuilder(config)
+    builder.prepare()
+    builder.build_shard(0)
+    if finish:
+        build(config)
+    before = shard_bytes(config.out)
+    other = tiny_llava(tmp_path / "other", seed=1)
+    with pytest.raises(CacheMismatchError, match="teacher_weights"):
+        build(dataclasses.replace(config, teacher=str(other)))
+    assert shard_bytes(config.out) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k", 9), ("records", "topk"), ("affinity_dtype", "float32")]
+)
+def test_other_settings_are_refused_by_field(
+    config: BuildConfig, field: str, value: object
+) -> None:
+    build(config)
+    with pytest.raises(CacheMismatchError, match=field):
+        build(dataclasses.replace(config, **{field: value}))  # pyright: ignore[reportArgumentType]
+
+
+def test_other_samples_are_refused(config: BuildConfig, tmp_path: Path) -> None:
+    build(config)
+    write_llava_json(tmp_path / "data", tiny_samples(9))
+    with pytest.raises(CacheMismatchError, match="shards"):
+        build(config)
+
+
+def test_a_sample_that_changes_during_the_build_is_refused(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    builder = CacheBuilder(config)
+    builder.prepare()
+    write_llava_json(tmp_path / "data", tiny_samples(10, seed=3))
+    with pytest.raises(ValueError, match="has changed since the plan was made"):
+        CacheBuilder(config).build_shard(2)
+
+
+def test_top_k_beyond_the_vocabulary_publishes_nothing(config: BuildConfig) -> None:
+    with pytest.raises(ValueError, match="top_k is 100000"):
+        build(dataclasses.replace(config, top_k=100_000))
+    assert not config.out.exists() or not list(config.out.iterdir())
+
+
+def _spoil(config: BuildConfig, how: str) -> str:
+    """Damage one sample of the source; returns its id."""
+    samples = tiny_samples(10)
+    victim = samples[5]
+    folder = Path(config.source.path).parent
+    image = folder / f"{victim.source_id}-0.png"
+    if how == "missing image":
+        image.unlink()
+    elif how == "corrupt image":
+        image.write_bytes(b"\x89PNG nothing of the kind")
+    else:
+        text = Path(config.source.path).read_text()
+        Path(config.source.path).write_text(text.replace("<image>", "<image> <image>", 1))
+        return samples[0].source_id
+    return victim.source_id
+
+
+@pytest.mark.parametrize("how", ["missing image", "corrupt image", "placeholders"])
+def test_a_bad_sample_stops_the_build_and_is_named(config: BuildConfig, how: str) -> None:
+    victim = _spoil(config, how)
+    with pytest.raises(ValueError, match=victim) as caught:
+        build(config)
+    assert config.source.path in str(caught.value)
+    assert "--on-bad-sample record" in str(caught.value)
+    assert read_seal(config.out) is None
+
+
+@pytest.mark.parametrize("how", ["missing image", "corrupt image", "placeholders"])
+def test_a_bad_sample_can_be_recorded_instead(config: BuildConfig, how: str) -> None:
+    victim = _spoil(config, how)
+    seal = build(dataclasses.replace(config, on_bad_sample="record"))
+    assert seal.num_samples == 9
+    assert [rejected.source_id for rejected in seal.rejected] == [victim]
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from pipeline.build import build
+from pipeline.config import BuildConfig
+from teacher_cache.decode import decode_json
+build(decode_json(BuildConfig, Path(sys.argv[1]).read_text(), "config"))
+"""
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfig) -> None:
+    from jobs.paths import to_json
+
+    build(_into(config, "undisturbed"))
+    file = config.out.parent / "config.json"
+    file.write_text(to_json(config))
+    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(file)]
+    draws = random.Random(7)
+    for kill in range(6):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        # wait until the attempt has come a little further than the one before, then kill it
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list(config.out.glob("commits/*.json"))) > kill // 2:
+                break
+            time.sleep(0.01)
+        time.sleep(draws.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    build(config)
+    assert shard_bytes(config.out) == shard_bytes(config.out.parent / "undisturbed")
