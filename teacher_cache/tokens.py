@@ -54,7 +54,10 @@ class SampleEncoder:
 
     def encode(self, sample: Sample) -> EncodedSample:
         """The whole conversation; raises `SampleError`."""
-        return self._encode(sample, to_turns(sample, self.system_prompt), False)
+        encoded = self._encode(sample, to_turns(sample, self.system_prompt), False)
+        if not bool(encoded.spans.is_response.any()):
+            raise SampleError(sample.source_id, "no token of it is a response; fill the answer in")
+        return encoded
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation without its last answer, ending with the generation prompt."""
