@@ -111,7 +111,8 @@ def distillation_loss(
     """The objective of one micro-batch: student states against cached teacher outputs.
 
     Terms of weight 0 are not computed, and what only they need is not touched. Runs on the device
-    and in the dtype of the states; put `assets` on that device once (`TeacherAssets.to`).
+    and in the dtype of the states (autocast reaches the head only); put `assets` on that device
+    once (`TeacherAssets.to`).
     ValueError where a sample's text differs between student and teacher, where a record that an
     active term needs is absent, and for whatever matching and divergence refuse.
     """
@@ -119,13 +120,16 @@ def distillation_loss(
         raise ValueError("a micro-batch needs at least one sample")
     for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
         _require_same_text(position, state, output)
-    batch = _Batch(states, outputs, head, objective, assets or TeacherAssets())
+    batch = _Batch(states, outputs, objective, assets or TeacherAssets())
+    response_logits, vision_logits = _student_logits(states, head, objective)
     parts = _Parts({}, {}, {})
-    if objective.supervised_weight > 0 or objective.rld_weight > 0:
-        _response_terms(batch, parts)
     assignments: list[Assignment | None] = [None] * len(states)
-    if objective.needs_vision:
-        assignments = _vision_terms(batch, parts)
+    # The head belongs to the model and runs in its precision; what is compared is float32.
+    with torch.autocast(states[0].predicting.device.type, enabled=False):
+        if response_logits is not None:
+            _response_terms(batch, response_logits, parts)
+        if objective.needs_vision:
+            assignments = _vision_terms(batch, vision_logits, parts)
     weights = {name: getattr(objective, f"{name}_weight") for name in parts.terms}
     weighted = [weights[name] * term for name, term in parts.terms.items()]
     return LossTerms(
@@ -141,7 +145,6 @@ def distillation_loss(
 class _Batch(NamedTuple):
     states: Sequence[SampleStates]
     outputs: Sequence[TeacherOutput]
-    head: LogitsOf
     objective: ObjectiveConfig
     assets: TeacherAssets
 
@@ -168,8 +171,24 @@ class _Parts(NamedTuple):
             self.diagnostics[f"{name}_teacher_kept_mass"] = kept_mass(teacher)
 
 
-def _response_terms(batch: _Batch, parts: _Parts) -> None:
-    logits_RW = batch.head(torch.cat([state.predicting for state in batch.states]))
+def _student_logits(
+    states: Sequence[SampleStates], head: LogitsOf, objective: ObjectiveConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of all predicting and of all vision states, each only where some term needs them.
+
+    Vision logits have a gradient only under VSD; matching alone needs none.
+    """
+    response_logits = vision_logits = None
+    if objective.supervised_weight > 0 or objective.rld_weight > 0:
+        response_logits = head(torch.cat([state.predicting for state in states]))
+    matches_logits = objective.needs_vision and objective.matching.metric != "hidden_cosine"
+    if objective.vsd_weight > 0 or matches_logits:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and objective.vsd_weight > 0):
+            vision_logits = head(torch.cat([state.vision for state in states]))
+    return response_logits, vision_logits
+
+
+def _response_terms(batch: _Batch, logits_RW: Tensor, parts: _Parts) -> None:
     if batch.objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
         parts.terms["supervised"] = supervised_loss(logits_RW, labels)
@@ -190,9 +209,10 @@ class _Matched(NamedTuple):
     """The teacher at the matched positions, pair by pair."""
 
 
-def _vision_terms(batch: _Batch, parts: _Parts) -> list[Assignment | None]:
+def _vision_terms(
+    batch: _Batch, logits_NW: Tensor | None, parts: _Parts
+) -> list[Assignment | None]:
     """Match every sample that has an image, then compare what was matched."""
-    logits_NW = _vision_logits(batch)
     found = _match_samples(batch, logits_NW)
     matched = [sample for sample in found if sample is not None]
     zero = torch.cat([state.vision for state in batch.states])[:0].sum()
@@ -211,15 +231,6 @@ def _vision_terms(batch: _Batch, parts: _Parts) -> list[Assignment | None]:
         if logits_NW is not None:
             parts.diagnostics["student_row_mean_spread"] = row_mean_spread(logits_NW)
     return [None if sample is None else sample.pairs for sample in found]
-
-
-def _vision_logits(batch: _Batch) -> Tensor | None:
-    """The student's vision logits, sample after sample; with gradient only where VSD needs it."""
-    if batch.objective.vsd_weight == 0 and batch.objective.matching.metric == "hidden_cosine":
-        return None
-    hidden = torch.cat([state.vision for state in batch.states])
-    with torch.set_grad_enabled(torch.is_grad_enabled() and batch.objective.vsd_weight > 0):
-        return batch.head(hidden)
 
 
 def _match_samples(batch: _Batch, logits_NW: Tensor | None) -> list[_Matched | None]:

@@ -135,12 +135,13 @@ def random_batch(
     student_vocab_size: int = 13,
     student_width: int = 5,
     teacher_width: int = 6,
+    dtype: torch.dtype = torch.float64,
 ) -> RandomBatch:
     """Normal states and heads; the student's head has a few rows more than the teacher's."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     states: list[SampleStates] = []
     outputs: list[TeacherOutput] = []
@@ -181,7 +182,7 @@ def random_batch(
                 ),
             )
         )
-    student_head = nn.Linear(student_width, student_vocab_size, bias=False, dtype=torch.float64)
+    student_head = nn.Linear(student_width, student_vocab_size, bias=False, dtype=dtype)
     with torch.no_grad():
         student_head.weight.copy_(normal(student_vocab_size, student_width))
     return RandomBatch(

@@ -192,6 +192,7 @@ def test_a_sketch_of_full_rank_makes_the_blend_exact_at_any_temperature() -> Non
         exact = reverse_kl(student, HiddenSignal(hidden=hidden, head=head), "exact", temperature)
         found = reverse_kl(student, signal, "blend", temperature, 1.0)
         torch.testing.assert_close(found.value, exact.value, rtol=0.03, atol=0.03)
+        assert bool((found.lower > 0).all()) == (temperature == 1.0), "estimates bound nothing"
 
 
 def test_far_from_the_teacher_the_blend_points_closer_to_the_true_gradient() -> None:

@@ -1,4 +1,4 @@
-"""States picked from a padded batch: padding leaves no trace, a label is predicted from its left."""
+"""States picked from a padded batch: no trace of padding, each label predicted from its left."""
 
 from collections.abc import Sequence
 

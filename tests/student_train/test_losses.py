@@ -272,6 +272,23 @@ def test_hidden_cosine_matches_without_any_vision_logits() -> None:
     assert found.terms["vlad"].item() > 0
 
 
+def test_mixed_precision_is_the_models_affair_and_not_the_losses() -> None:
+    batch = random_batch(23, [ONE_IMAGE, TWO_IMAGES], dtype=torch.float32)
+    plain = batch.student_head.weight
+
+    def head(hidden: Tensor) -> Tensor:
+        assert torch.is_autocast_enabled("cpu"), "the head runs in the model's precision"
+        return (hidden[:, None, :] * plain).sum(dim=2)
+
+    forms: tuple[RecordForm, ...] = ("hidden", "topk+sketch")
+    for form in forms:
+        expected = loss(batch, EMKD, form)
+        outputs, assets = batch.outputs(form), batch.assets(form)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = distillation_loss(batch.states, outputs, head, EMKD, assets)
+        assert values(found) == pytest.approx(values(expected), rel=1e-4)
+
+
 def test_another_text_or_an_empty_batch_is_refused() -> None:
     batch = random_batch(19, [ONE_IMAGE, TEXT_ONLY])
     changed = replace(batch.states[1], content_ids=batch.states[1].content_ids + 1)
