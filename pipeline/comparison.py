@@ -20,6 +20,14 @@ from teacher_cache.fingerprint import digest_json
 BASELINE = "supervised"
 NUM_RESAMPLES = 2000
 
+TERM_NAMES = {
+    "supervised": "supervised",
+    "rld": "RLD (response)",
+    "vsd": "VSD (vision)",
+    "vlad": "VLAD (affinity)",
+}
+"""Loss terms, as settings and logs call them, and their titles."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -83,7 +91,7 @@ class Difference:
 
 
 def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
-    """Pool runs over seeds; models that were not trained here come first, then the baseline."""
+    """Pool runs over seeds; models not trained here come first, then by number of terms."""
     pools: dict[str, list[RunFolder]] = {}
     for run in runs:
         pools.setdefault(_settings(run), []).append(run)
@@ -96,6 +104,14 @@ def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
         label = name if labels[name] == 1 else f"{name} #{labels[name]}"
         groups.append(Group(label=label, runs=tuple(sorted(pool, key=_seed))))
     return groups
+
+
+def num_terms(run: RunFolder) -> int:
+    """Loss terms that the run was trained with; 0 for a model that was not trained here."""
+    if run.identity is None:
+        return 0
+    objective = run.identity.recipe.objective
+    return sum(getattr(objective, f"{name}_weight") > 0 for name in TERM_NAMES)
 
 
 def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
@@ -195,8 +211,8 @@ def _seed(run: RunFolder) -> int:
     return 0 if run.identity is None else run.identity.recipe.seed
 
 
-def _rank(run: RunFolder) -> tuple[bool, bool, str]:
-    return (run.identity is not None, _name(run) != BASELINE, _name(run))
+def _rank(run: RunFolder) -> tuple[bool, int, str]:
+    return (run.identity is not None, num_terms(run), _name(run))
 
 
 def _samples(run: RunFolder) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 COLOURS = ("#5b6770", "#0f7b8a", "#c2571a", "#6b4fa0", "#3f7d3a", "#a8324f", "#8a6d1d", "#2f5fb3")
 PANEL_PIXELS = 232
@@ -63,6 +64,9 @@ def _draw_panel(
             axes.plot(steps, heights, color=colours[label], linewidth=1.1, alpha=0.85)
     if values and min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(title, fontsize=9, loc="left", color="#22282d")
     axes.tick_params(labelsize=7, colors="#5b6770", length=2)
     axes.grid(color="#e6e9eb", linewidth=0.6)
@@ -185,7 +189,7 @@ def _grid_colours(rows: int, columns: int) -> list[str]:
     for row in range(rows):
         for column in range(columns):
             hue = 0.86 * column / max(1, columns)
-            lightness = 0.80 - 0.32 * row / max(1, rows - 1)
+            lightness = 0.84 - 0.24 * row / max(1, rows - 1)
             channels = colorsys.hls_to_rgb(hue, lightness, 0.62)
             colours.append("#" + "".join(f"{round(255 * value):02x}" for value in channels))
     return colours

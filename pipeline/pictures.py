@@ -141,8 +141,12 @@ def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M
 def _tokens(
     tokenizer: Any, ids: Int[Tensor, " N"], probabilities: Float[Tensor, " N"]
 ) -> list[list[Any]]:
-    """[word, probability] of each token."""
+    """[word, probability] of each token; a piece of a character is spelled as the tokenizer does."""
     words = [tokenizer.decode([token]) for token in ids.tolist()]
+    words = [
+        tokenizer.convert_ids_to_tokens(token) if "\ufffd" in word else word
+        for token, word in zip(ids.tolist(), words, strict=True)
+    ]
     shares = [round(value, 4) for value in probabilities.tolist()]
     return [[word, share] for word, share in zip(words, shares, strict=True)]
 

@@ -16,18 +16,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.comparison import Difference, Group, compare, group_runs
+from pipeline.comparison import (
+    TERM_NAMES,
+    Difference,
+    Group,
+    compare,
+    group_runs,
+    num_terms,
+)
 from pipeline.config import ReportConfig
 from pipeline.figures import COLOURS, Curve, MatchingPicture, draw_curves, lay_out_matching
 from pipeline.run_folders import CacheFolder, Collection, RunFolder, collect
 from teacher_cache.storage import write_atomic
-
-TERM_NAMES = {
-    "supervised": "supervised",
-    "rld": "RLD (response)",
-    "vsd": "VSD (vision)",
-    "vlad": "VLAD (affinity)",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def _context(
         "loss_curves": _curves("loss", "term/", groups, colours),
         "gradient_curves": _curves("gradient", "gradient/", groups, colours),
         "caches": found.caches,
-        "runs": found.runs,
+        "ordered": [run for group in groups for run in group.runs],
         "painter": painter,
         "pictures": pictures,
         "missing": missing,
@@ -175,7 +175,7 @@ def _pictures(groups: Sequence[Group]) -> tuple[RunFolder | None, list[PictureSa
     """The pictures of one run: the first one of the group with most loss terms that has any."""
     drawn = [
         run
-        for group in sorted(groups, key=_num_terms, reverse=True)
+        for group in sorted(groups, key=lambda group: num_terms(group.runs[0]), reverse=True)
         for run in group.runs
         if run.evaluation is not None and run.evaluation.pictures is not None
     ]
@@ -186,14 +186,6 @@ def _pictures(groups: Sequence[Group]) -> tuple[RunFolder | None, list[PictureSa
     assert evaluation.pictures is not None
     samples = [_picture_sample(sample, groups) for sample in evaluation.pictures["samples"]]
     return drawn[0], samples
-
-
-def _num_terms(group: Group) -> int:
-    identity = group.runs[0].identity
-    if identity is None:
-        return 0
-    objective = identity.recipe.objective
-    return sum(getattr(objective, f"{name}_weight") > 0 for name in TERM_NAMES)
 
 
 def _picture_sample(sample: Mapping[str, Any], groups: Sequence[Group]) -> PictureSample:
