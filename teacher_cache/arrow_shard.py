@@ -32,10 +32,7 @@ class ArrowFormat(ShardFormat):
         metadata: Mapping[str, str],
     ) -> None:
         """Write a new file at `path`, row after row; each row has exactly the planes named."""
-        fields: list[Any] = [pa.field(name, pa.string(), nullable=False) for name in _TEXTS]
-        fields.append(pa.field("images", pa.list_(pa.large_binary()), nullable=False))
-        fields += [pa.field(name, pa.large_binary(), nullable=False) for name in sorted(planes)]
-        schema = pa.schema(fields, metadata=dict(sorted(metadata.items())))
+        schema = _schema(sorted(planes), metadata)
         with path.open("xb") as file, pa.ipc.new_file(file, schema) as writer:
             for row in rows:
                 require_planes(row, planes)
@@ -54,9 +51,20 @@ class ArrowFormat(ShardFormat):
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             stored: dict[bytes, bytes] = reader.schema.metadata or {}
             metadata = {name.decode(): value.decode() for name, value in stored.items()}
+            names: list[str] = reader.schema.names
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ShardCorruptError(f"{path} is not an intact Arrow file: {error}") from error
+        if not reader.schema.equals(_schema(names[len(_TEXTS) + 1 :], {})):
+            raise ShardCorruptError(f"{path} is not a shard: it has columns {reader.schema}")
         return ArrowShard(path, metadata, reader)
+
+
+def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
+    types = {name: pa.string() for name in _TEXTS}
+    types["images"] = pa.list_(pa.large_binary())
+    types.update((name, pa.large_binary()) for name in planes)
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
+    return pa.schema(fields, metadata=dict(sorted(metadata.items())))
 
 
 class ArrowShard(Shard):
@@ -68,12 +76,15 @@ class ArrowShard(Shard):
         self._lock = threading.Lock()
 
     def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
-        with self._lock:
-            batch = self._reader.get_batch(row)
-        # Damaged offsets would read outside the buffers; the check looks at offsets and texts.
-        batch.validate(full=True)
+        try:
+            with self._lock:
+                batch = self._reader.get_batch(row)
+            # Damaged offsets would read outside the buffers; the check looks at offsets and texts.
+            batch.validate(full=True)
+        except pa.ArrowException as error:
+            raise ValueError(str(error)) from error
         if batch.num_rows != 1 or any(column.null_count for column in batch.columns):
-            raise ShardCorruptError(f"expected one row without nulls, found {batch.num_rows} rows")
+            raise ValueError(f"expected one row without nulls, found {batch.num_rows} rows")
         key, source_id, messages, checks = (batch.column(name)[0].as_py() for name in _TEXTS)
         encoded = EncodedRow(
             key=key,

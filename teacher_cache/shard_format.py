@@ -95,7 +95,7 @@ class Shard(ABC):
             raise ShardCorruptError(f"{self.path}: row {row} cannot be read: {error}") from error
         try:
             encoded.verify(checks)
-        except ShardCorruptError as error:
+        except (ShardCorruptError, TypeError) as error:
             raise ShardCorruptError(
                 f"{self.path}: sample {encoded.key} (row {row}): {error}"
             ) from error

@@ -1,0 +1,80 @@
+"""Verification finds every kind of damage, and all of it."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacher_cache.head import LmHead
+from teacher_cache.manifest import IncompleteCacheError
+from teacher_cache.settings import ShardFormatName
+from teacher_cache.verify import verify_cache
+from teacher_cache.writer import write_plan
+from tests.builders import build, make_shards
+from tests.strategies import make_plan, make_spec
+
+FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_sound_cache_has_no_problems(tmp_path: Path, form: ShardFormatName) -> None:
+    build(tmp_path, make_shards(), form)
+    seen: list[tuple[int, int]] = []
+    report = verify_cache(tmp_path, lambda done, total: seen.append((done, total)))
+    assert (report.shards, report.samples, report.problems) == (3, 6, ())
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path, form: ShardFormatName) -> None:
+    seal = build(tmp_path, make_shards(1), form)
+    file = tmp_path / seal.shards[0].file
+    intact = file.read_bytes()
+    draws = random.Random(0)
+    for _ in range(32):
+        data = bytearray(intact)
+        data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
+        file.write_bytes(data)
+        assert any(file.name in problem for problem in verify_cache(tmp_path).problems)
+
+
+def test_all_problems_are_listed(tmp_path: Path) -> None:
+    head = LmHead(weight=torch.ones(11, 6))
+    spec = make_spec(head_digest=head.digest)
+    seal = build(tmp_path, make_shards(), spec=spec, head=head)
+    cut, missing, _ = (tmp_path / commit.file for commit in seal.shards)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    missing.unlink()
+    (tmp_path / "head.safetensors").unlink()
+    record = tmp_path / "commits" / "00002.json"
+    record.write_text(record.read_text().replace('"seconds": 0.0', '"seconds": 1.0'))
+    problems = "\n".join(verify_cache(tmp_path).problems)
+    for expected in (cut.name, f"{missing.name} is missing", "head.safetensors", "shard 2 is not"):
+        assert expected in problems
+
+
+def test_numbers_that_are_not_finite_are_found_behind_valid_checksums(tmp_path: Path) -> None:
+    shards = make_shards(1)
+    affinity = shards[0][1].output.affinity
+    assert affinity is not None
+    affinity.cosine[0, 0] = torch.nan  # after the record has checked itself
+    build(tmp_path, shards)
+    (problem,) = verify_cache(tmp_path).problems
+    assert shards[0][1].sample.key in problem
+    assert "NaN" in problem
+
+
+def test_an_unsealed_cache_is_refused(tmp_path: Path) -> None:
+    write_plan(tmp_path, make_plan(make_shards()))
+    with pytest.raises(IncompleteCacheError, match="0 of 3"):
+        verify_cache(tmp_path)
+
+
+def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path) -> None:
+    build(tmp_path, make_shards(1))
+    seal = json.loads((tmp_path / "SEALED.json").read_text())
+    seal["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "SEALED.json").write_text(json.dumps(seal))
+    assert any("SHA-256" in problem for problem in verify_cache(tmp_path).problems)
