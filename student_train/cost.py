@@ -6,8 +6,8 @@
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
 
 Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn once by a fixed seed for
-all images (the same quality as all V at a fraction of the work, maths.md 2.1 iv), and refused on
-a top-k record without a sketch, whose matching would be wrong (14-37 % regret, maths.md 1.2).
+all images (as good as all V at a fraction of the work), and refused on a top-k
+record without a sketch, whose matching would be wrong (errors of both: docs/method.md).
 No tensor of N x M x V entries appears, and no gradient. Dimensions as in schema.py.
 """
 
@@ -44,7 +44,7 @@ def cost_matrix(
     teacher: Signal,
     config: MatchingConfig,
 ) -> Float[Tensor, "N M"]:
-    """Cost of every pair under `config.metric` (EM-KD 3.2); float32 or wider.
+    """Cost of every pair under `config.metric` (EM-KD: vision token matching); float32 or wider.
 
     The student's W >= V logits are cut to the V rows of the teacher; hidden_cosine needs none.
     ValueError where the teacher's record cannot serve the metric, with the records that can.
@@ -108,7 +108,7 @@ def _probabilities(teacher: Signal) -> Tensor:
     """Teacher probabilities [M, V]; a top-k record without a sketch gets a uniform tail.
 
     The tail's mass tau is exact, so each entry of the cost is off by at most 2 tau, and in
-    practice matches hardly differ for tau below 0.02 (maths.md 1.2). A uniform tail misleads
+    practice matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail misleads
     gradients of the reverse KL, not this distance, in which tiny probabilities hardly count.
     """
     if not isinstance(teacher, TopKSignal) or teacher.exact:

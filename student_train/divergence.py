@@ -1,6 +1,6 @@
 """KL divergence between the student and a teacher of whom perhaps only the top-k is known.
 
-    reverse  KL(q || p) = sum_v q_v (log q_v - log p_v)      q student, p teacher (EM-KD 3.3, 3.5)
+    reverse  KL(q || p) = sum_v q_v (log q_v - log p_v)      q student, p teacher (EM-KD)
     forward  KL(p || q) = sum_v p_v (log p_v - log q_v)
 
 Split the vocabulary into the K kept entries and the tail. The chain rule is exact:
@@ -50,7 +50,7 @@ def resolve_tail(policy: TailPolicy, signal: Signal) -> TailPolicy:
 
     Exact signals are `exact` whatever was asked. `blend` needs a sketch for the tail's shape;
     without one it is `bucket`, because a uniform tail would point the gradient of the reverse KL
-    away from the teacher (cosine about -0.9 for a flat student, maths.md 3.2). `exact` on a
+    away from the teacher (cosine about -0.9 for a flat student, docs/method.md). `exact` on a
     signal that is not raises ValueError.
     """
     if not isinstance(signal, TopKSignal) or signal.exact:
@@ -75,7 +75,7 @@ def reverse_kl(
 ) -> Divergence:
     """KL(student || teacher) of each row; the student's W >= V logits are cut to V rows first.
 
-    Cutting before the softmax lets both sides normalise over the same support (methods.md 1.8).
+    Cutting before the softmax lets both sides normalise over the same support.
     ValueError for row counts that differ, fewer student than teacher rows of the vocabulary, a
     policy that the signal cannot serve, or a temperature that a lumped tail cannot follow.
     """

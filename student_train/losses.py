@@ -1,4 +1,4 @@
-"""EM-KD's objective of a micro-batch (section 3.6): states and cached outputs in, four terms out.
+"""EM-KD's objective of a micro-batch: states and cached outputs in, four terms out.
 
     total = a supervised + (1 - a) RLD + b VSD + c VLAD        a = 0.5, b = 0.25, c = 25
 
@@ -299,7 +299,7 @@ def _teacher_affinity(output: TeacherOutput, text_rows: Tensor, vision_rows: Ten
 
 
 def _require_same_text(position: int, state: SampleStates, output: TeacherOutput) -> None:
-    if not torch.equal(state.content_ids.cpu(), output.content_ids.cpu().to(torch.int64)):
+    if not torch.equal(state.content_ids.cpu().long(), output.content_ids.cpu().long()):
         raise ValueError(
             f"sample {position} of the batch: the student's {len(state.content_ids)} text tokens "
             f"are not the teacher's {len(output.content_ids)}; train a student that has the "

@@ -1,13 +1,13 @@
 """Vision token matching: who among the teacher's vision tokens is each student token's model?
 
-The student has compressed its vision tokens, so positions no longer correspond. EM-KD (3.2) asks
+The student has compressed its vision tokens, so positions no longer correspond. EM-KD asks
 the two LM heads instead: tokens that *say* similar things over the vocabulary belong together,
 and one assignment problem finds the pairing of least total cost,
 
     sigma = argmin over injective maps of  sum_j C[j, sigma(j)],
 
 with C from `cost.py`. Injectivity is the point: the nearest teacher token of most student tokens
-is one of a few hubs (maths.md 1.3), and only the constraint spreads them out. With N < M every
+is one of a few hubs (docs/method.md), and only the constraint spreads them out. With N < M every
 student token gets its own teacher token and M - N stay unused; with N > M it is the reverse.
 
 Promise: index pairs, optimal up to the solver's float64, sorted by student token; no gradient; no
@@ -114,7 +114,7 @@ def solve_assignment(
     """The min(N, M) pairs of least total cost, as (row, column) indices sorted by row; on the CPU.
 
     SciPy's shortest augmenting paths solve the rectangular problem in float64: one or two
-    milliseconds at 144 x 729, and no library measured was worth a dependency (maths.md 4).
+    milliseconds at 144 x 729, where the costs themselves take far longer.
     """
     matrix = cost.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):

@@ -21,7 +21,7 @@ class AssignmentStats:
 
     `separability`: spread of the costs left after row and column means are taken off, over their
     whole spread. Near 0 the cost is row + column, any pairing costs the same and the matching is
-    arbitrary; raw logits with a large free constant get there (maths.md 1.3).
+    arbitrary; raw logits with a large free constant get there (docs/method.md).
     `hubness`: distinct nearest teacher tokens per student token; 1 where each has its own.
     """
 

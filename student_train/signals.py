@@ -166,7 +166,7 @@ class TopKSignal:
 
         ValueError without a sketch: an id outside the top-k has no stored logit at all. The
         decoded values are not overwritten by the stored ones: it makes no difference to a
-        distance that sums over thousands of ids (maths.md 1.2), and keeps one error model.
+        distance that sums over thousands of ids (docs/method.md), and keeps one error model.
         """
         if self.exact:
             return self.dense_logits()[:, ids]
@@ -185,7 +185,7 @@ class TopKSignal:
         """Log-probabilities that are exact on the K entries and, outside, the sketch's.
 
         The stored shift gives the estimate its true mass outside the top-k, so that every row is
-        a distribution up to rounding (maths.md 3.1 h). ValueError without a sketch.
+        a distribution up to rounding (docs/method.md). ValueError without a sketch.
         """
         if self.sketch is None:
             raise ValueError("only records `topk+sketch` estimate the mass outside the top-k")

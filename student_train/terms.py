@@ -2,7 +2,7 @@
 
 Row i of one side faces row i of the other; who brought them together (`matching.py`) is not known
 here. Every reduction is a mean, because the paper's weights only make sense with means: a sum over
-144 tokens under beta = 0.25 would drown the supervised loss (methods.md 1.4, 1.5). A mean over
+144 tokens under beta = 0.25 would drown the supervised loss (docs/method.md). A mean over
 nothing is a zero that still has a gradient (of zero). Dimensions as in schema.py.
 """
 
@@ -27,14 +27,14 @@ def supervised_loss(
 
 
 def rld_loss(divergence: Divergence) -> Float[Tensor, ""]:
-    """Response logit distillation (EM-KD 3.5): mean of the divergence over response tokens."""
+    """Response logit distillation (EM-KD: RLD): mean of the divergence over response tokens."""
     return divergence.value.mean() if len(divergence.value) else divergence.value.sum()
 
 
 def vsd_loss(
     divergence: Divergence, pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Vision semantic distillation (EM-KD 3.3): mean over a sample's pairs, then over samples.
+    """Vision semantic distillation (EM-KD: VSD): mean over a sample's pairs, then over samples.
 
     The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
     """
@@ -45,7 +45,7 @@ def vsd_loss(
 def vlad_loss(
     student: Float[Tensor, "X P"], teacher: Float[Tensor, "X P"], beta: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Affinity distillation of one sample (EM-KD 3.4): smooth L1, mean over all X P entries."""
+    """Affinity distillation of one sample (EM-KD: VLAD): smooth L1, mean over all X P entries."""
     return functional.smooth_l1_loss(student, teacher.to(student.dtype).detach(), beta=beta)
 
 
