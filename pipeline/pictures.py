@@ -141,7 +141,7 @@ def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M
 def _tokens(
     tokenizer: Any, ids: Int[Tensor, " N"], probabilities: Float[Tensor, " N"]
 ) -> list[list[Any]]:
-    """[word, probability] of each token; a piece of a character is spelled as the tokenizer does."""
+    """[word, probability] of each token; pieces of characters as the tokenizer spells them."""
     words = [tokenizer.decode([token]) for token in ids.tolist()]
     words = [
         tokenizer.convert_ids_to_tokens(token) if "\ufffd" in word else word

@@ -133,7 +133,7 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
         identity=identity,
         finished=finished,
         metrics=metrics,
-        evaluation=_read_evaluation(folder, missing),
+        evaluation=_read_evaluation(folder, identity is not None, missing),
     )
 
 
@@ -158,7 +158,7 @@ def _find_cache(folder: Path, caches: dict[str, CacheFolder]) -> None:
             _add_cache(caches, cache)
 
 
-def _read_evaluation(folder: Path, missing: list[str]) -> Evaluation | None:
+def _read_evaluation(folder: Path, is_student: bool, missing: list[str]) -> Evaluation | None:
     place = folder / EVALUATION_FOLDER
     path = place / "metrics.json"
     if not path.exists():
@@ -176,7 +176,7 @@ def _read_evaluation(folder: Path, missing: list[str]) -> Evaluation | None:
         )
     names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
     pictures = place / "pictures.json"
-    if not pictures.exists():
+    if is_student and not pictures.exists():
         missing.append(
             f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
             "a cache of the evaluated samples, draws the matching"

@@ -32,7 +32,7 @@ def _right(seed: int, share: float) -> list[bool]:
 def _study(root: Path) -> list[Path]:
     """Two seeds of three objectives, a teacher, their cache; EM-KD loses."""
     cache = fake_cache(root / "cache")
-    runs = [fake_evaluation(root / "teacher", _right(9, 0.9), pictures=True)]
+    runs = [fake_evaluation(root / "teacher", _right(9, 0.9))]
     shares: dict[ObjectiveName, float] = {"supervised": 0.6, "rld": 0.7, "emkd": 0.2}
     for seed in (0, 1):
         for name, share in shares.items():
