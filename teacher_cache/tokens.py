@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
@@ -182,9 +182,12 @@ def _decode(sample: Sample, index: int) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        # Pillow prints the address of the stream; a reason is stored and must be the same again.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "its format is unknown" if unknown else str(error)
         raise SampleError(
             sample.source_id,
-            f"image {index} ({len(data)} bytes) cannot be decoded: {error}; replace the file",
+            f"image {index} ({len(data)} bytes) cannot be decoded: {why}; replace the file",
         ) from error
 
 
