@@ -1,16 +1,8 @@
-"""Promises of a training run: exact resume after SIGKILL, refusals, logs, and no teacher."""
+"""Promises of a training run: what it leaves and logs, what it refuses, and no teacher."""
 
 import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from student_train.checkpoint import CHECKPOINT_FILE, FinishedRun, RunIdentity
+from student_train.checkpoint import RunIdentity
 from student_train.objective import ObjectiveConfig, preset
-from student_train.settings import TrainerSettings
 from student_train.signals import TeacherAssets
 from student_train.stream import BatchPlan, TrainingStream
 from student_train.student import set_trainable
@@ -31,25 +21,11 @@ from student_train.trainer import student_loss
 from student_train.training_run import train_student
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
 from teacher_cache.teacher import Teacher
 from teacher_cache.tokens import SampleEncoder
-from tests.caches import build_cache, student_loader
+from tests.caches import student_loader
 from tests.conftest import TinyFolder
-from tests.tiny import tiny_samples
-
-ROOT = Path(__file__).resolve().parents[2]
-PAIRS = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)
-SETTINGS = TrainerSettings(
-    max_steps=7,
-    batch_size=4,
-    micro_batch_size=2,
-    learning_rate=1e-3,
-    save_steps=3,
-    log_steps=2,
-    grad_norm_steps=4,
-    device="cpu",
-)
+from tests.runs import SETTINGS, lines, tiny_cache, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +35,10 @@ def vanilla(tiny_folder: TinyFolder) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    teacher = Teacher.load(str(vanilla), device="cpu", dtype="float32")
-    cache = tmp_path_factory.mktemp("trainer") / "cache"
-    return build_cache(cache, teacher, tiny_samples(10), PAIRS)
+    return tiny_cache(tmp_path_factory.mktemp("trainer") / "cache", vanilla)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -72,37 +46,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def train(
-    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings = SETTINGS, **kw: Any
-) -> FinishedRun:
-    return train_student(run, reader, student_loader(vanilla), settings, **{"student": "tiny"} | kw)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(
     reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    torch.set_num_threads(1)
     train(run, reader, vanilla)
     return run
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Equal final weights to the bit, and equal metrics, wall time apart."""
-    mine, theirs = weights(run / "final"), weights(other / "final")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for line, wanted in zip(lines(run), lines(other), strict=True):
-        assert {**line, "seconds": 0} == {**wanted, "seconds": 0}
 
 
 def test_a_run_leaves_a_student_its_identity_and_a_log(
@@ -163,67 +113,29 @@ def test_a_finished_run_returns_at_once_and_other_runs_are_refused(
 def test_another_cache_is_refused_before_anything_is_overwritten(
     undisturbed: Path, vanilla: Path, tmp_path: Path
 ) -> None:
-    teacher = Teacher.load(str(vanilla), device="cpu", dtype="float32")
-    other = build_cache(tmp_path / "cache", teacher, tiny_samples(9), PAIRS)
+    other = tiny_cache(tmp_path / "cache", vanilla, num_samples=9)
     with pytest.raises(CacheMismatchError, match="cache: stored"):
         train(undisturbed, other, vanilla)
 
 
-def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
-    reader: CacheReader, vanilla: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    every_step = replace(SETTINGS, log_steps=1)
-    straight = tmp_path / "straight"
-    train(straight, reader, vanilla, every_step)
-    command = run_command(run, reader, vanilla, every_step)
-    victim = random.Random(os.getpid()).randint(1, 6)
-    log = run / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (
-            log.exists() and len(log.read_text().splitlines()) >= victim
-        ):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert_same_run(run, straight)
-
-
-@pytest.mark.parametrize("step", [3, 6])
-def test_resuming_continues_logging_windows_and_drops_lines_of_lost_steps(
-    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path, step: int
-) -> None:
-    """As if killed after the last step and before `final/`, with a half-written checkpoint."""
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    shutil.rmtree(run / "final")
-    (run / "checkpoint-6" / CHECKPOINT_FILE).unlink() if step == 3 else None
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "loss": 1.0, "seconds": 50')  # torn by the kill
-    train(run, reader, vanilla)
-    assert_same_run(run, undisturbed)
-    assert lines(run)[-1]["seconds"] > lines(undisturbed)[-1]["seconds"]
-
-
-def test_a_checkpoint_of_another_run_is_not_resumed_from(
+def test_threads_reports_and_measurements_do_not_change_the_weights(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(undisturbed / "checkpoint-6", run / "checkpoint-6")
-    with pytest.raises(CacheMismatchError, match=r"wrote .*checkpoint-6[\s\S]*recipe.seed"):
-        train(run, reader, vanilla, replace(SETTINGS, seed=3))
-
-
-def test_threads_and_measurements_do_not_change_the_weights(
-    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    train(
+    settings = replace(SETTINGS, loader_threads=0, grad_norm_steps=0, log_steps=5, save_steps=100)
+    reported: list[Mapping[str, float]] = []
+    steps: list[tuple[int, int]] = []
+    train_student(
         run,
         reader,
-        vanilla,
-        replace(SETTINGS, loader_threads=0, grad_norm_steps=0, log_steps=5, save_steps=100),
+        student_loader(vanilla),
+        settings,
+        student="tiny",
+        report=reported.append,
+        progress=lambda done, total: steps.append((done, total)),
     )
+    assert [line["step"] for line in reported] == [5, 7]
+    assert steps == [(step, 7) for step in range(1, 8)]
     mine, theirs = weights(run / "final"), weights(undisturbed / "final")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -254,45 +166,6 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
     (line,) = lines(tmp_path / "run")
     assert line["loss"] == pytest.approx(float(mean.detach()), rel=1e-6)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-
-
-def run_command(
-    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
-) -> list[str]:
-    text = json.dumps(dataclasses.asdict(settings))
-    module = ["-W", "ignore", "-m", "tests.student_train.killed_run"]
-    return [sys.executable, *module, str(run), str(reader.cache), str(vanilla), text]
-
-
-def test_two_workers_compute_what_one_computes_and_one_goes_on_from_them(
-    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    command = run_command(run, reader, vanilla, SETTINGS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in ("0", "1")
-    ]
-    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
-    for _ in range(2):
-        mine, theirs = weights(run / "final"), weights(undisturbed / "final")
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
-        for line, wanted in zip(lines(run), lines(undisturbed), strict=True):
-            assert line["samples"] == wanted["samples"]
-            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-        shutil.rmtree(run / "final")
-        train(run, reader, vanilla)
 
 
 def test_mixed_precision_and_checkpointing_train(

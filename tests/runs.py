@@ -1,0 +1,74 @@
+"""Short training runs on tiny models, and what a test asks of their folders."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from student_train.checkpoint import FinishedRun
+from student_train.settings import TrainerSettings
+from student_train.training_run import train_student
+from teacher_cache.reader import CacheReader
+from teacher_cache.records import RecordSettings
+from teacher_cache.teacher import Teacher
+from tests.caches import build_cache, student_loader
+from tests.tiny import tiny_samples
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)
+SETTINGS = TrainerSettings(
+    max_steps=7,
+    batch_size=4,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    save_steps=3,
+    log_steps=2,
+    grad_norm_steps=4,
+    device="cpu",
+)
+
+
+def tiny_cache(cache: Path, vanilla: Path, num_samples: int = 10) -> CacheReader:
+    """A cache of the vanilla model's outputs, tier `topk+sketch`."""
+    teacher = Teacher.load(str(vanilla), device="cpu", dtype="float32")
+    return build_cache(cache, teacher, tiny_samples(num_samples), PAIRS)
+
+
+def train(
+    run: Path,
+    reader: CacheReader,
+    vanilla: Path,
+    settings: TrainerSettings = SETTINGS,
+    student: str = "tiny",
+) -> FinishedRun:
+    """Train a pooled student of the vanilla model in this process."""
+    return train_student(run, reader, student_loader(vanilla), settings, student=student)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Equal final weights to the bit, and equal metrics, wall time apart."""
+    mine, theirs = weights(run / "final"), weights(other / "final")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for line, wanted in zip(lines(run), lines(other), strict=True):
+        assert {**line, "seconds": 0} == {**wanted, "seconds": 0}
+
+
+def run_command(
+    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
+) -> list[str]:
+    text = json.dumps(dataclasses.asdict(settings))
+    module = ["-W", "ignore", "-m", "tests.killed_run"]
+    return [sys.executable, *module, str(run), str(reader.cache), str(vanilla), text]

@@ -1,0 +1,133 @@
+"""Promises of resuming: a SIGKILL costs time and nothing else; the number of workers is free."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from student_train.checkpoint import CHECKPOINT_FILE
+from teacher_cache.manifest import CacheMismatchError
+from teacher_cache.reader import CacheReader
+from tests.conftest import TinyFolder
+from tests.runs import (
+    ROOT,
+    SETTINGS,
+    assert_same_run,
+    lines,
+    run_command,
+    tiny_cache,
+    train,
+    weights,
+)
+
+
+@pytest.fixture(scope="module")
+def vanilla(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("llava")
+
+
+@pytest.fixture(scope="module")
+def reader(vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
+    return tiny_cache(tmp_path_factory.mktemp("trainer") / "cache", vanilla)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run, reader, vanilla)
+    return run
+
+
+def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
+    reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    every_step = replace(SETTINGS, log_steps=1)
+    straight = tmp_path / "straight"
+    train(straight, reader, vanilla, every_step)
+    command = run_command(run, reader, vanilla, every_step)
+    victim = random.Random(os.getpid()).randint(1, 6)
+    log = run / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (
+            log.exists() and len(log.read_text().splitlines()) >= victim
+        ):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert_same_run(run, straight)
+
+
+def test_two_workers_compute_what_one_computes_and_one_goes_on_from_them(
+    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = run_command(run, reader, vanilla, SETTINGS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in ("0", "1")
+    ]
+    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    for _ in range(2):
+        mine, theirs = weights(run / "final"), weights(undisturbed / "final")
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
+        for line, wanted in zip(lines(run), lines(undisturbed), strict=True):
+            assert line["samples"] == wanted["samples"]
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        shutil.rmtree(run / "final")
+        train(run, reader, vanilla)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resuming_continues_logging_windows_and_drops_lines_of_lost_steps(
+    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path, step: int
+) -> None:
+    """As if killed after the last step and before `final/`, with a half-written checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "final")
+    (run / "checkpoint-6" / CHECKPOINT_FILE).unlink() if step == 3 else None
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 1.0, "seconds": 50')  # torn by the kill
+    train(run, reader, vanilla)
+    assert_same_run(run, undisturbed)
+    assert lines(run)[-1]["seconds"] > lines(undisturbed)[-1]["seconds"]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_from(
+    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoint-6", run / "checkpoint-6")
+    with pytest.raises(CacheMismatchError, match=r"wrote .*checkpoint-6[\s\S]*recipe.seed"):
+        train(run, reader, vanilla, replace(SETTINGS, seed=3))
