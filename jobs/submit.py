@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.options import RayOptions
@@ -48,7 +49,10 @@ def submit(
     """Send the job, print its log until it ends, return 0 on success and 1 on failure."""
     client = JobSubmissionClient(address)
     prefix = f"{stage}-{digest_json(identity)[:8]}"
-    taken = {job.submission_id for job in client.list_jobs()}
+    try:
+        taken = {job.submission_id for job in client.list_jobs()}
+    except AuthenticationError as error:
+        raise ValueError(f"{address} wants a token: {error}") from error
     attempt = next(n for n in range(len(taken) + 1) if f"{prefix}-{n}" not in taken)
     runtime_env: dict[str, object] = {
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), "RAY_DEDUP_LOGS": "0"}

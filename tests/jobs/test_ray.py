@@ -1,0 +1,122 @@
+"""Promises of the stages under Ray: same bytes as in a plain loop, errors as themselves."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from jobs.build_cache import run_build
+from jobs.evaluate_model import run_evaluate
+from jobs.options import RayOptions
+from jobs.ray_pool import ray_session
+from jobs.train_student import run_train
+from pipeline.build import build
+from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
+from pipeline.train import train
+from tests.conftest import TinyFolder
+from tests.llava_json import shard_bytes, write_llava_json
+from tests.tiny import tiny_samples
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    # Ray Train copies Ray Data's settings, which warn of themselves
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    pytest.mark.filterwarnings("ignore::UserWarning:ray.data.context"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> BuildConfig:
+    folder = tmp_path_factory.mktemp("ray")
+    config = BuildConfig(
+        source=SourceConfig(path=str(write_llava_json(folder, tiny_samples(10)))),
+        teacher=str(tiny_folder("llava")),
+        out=folder / "local",
+        top_k=8,
+        samples_per_shard=3,
+        batch_size=2,
+    )
+    build(config)
+    return config
+
+
+def test_a_pool_of_teachers_writes_the_same_bytes(built: BuildConfig) -> None:
+    under_ray = dataclasses.replace(built, out=built.out.parent / "ray")
+    seal = run_build(under_ray, RayOptions(num_workers=2))
+    assert seal.num_samples == 10
+    assert shard_bytes(under_ray.out) == shard_bytes(built.out)
+
+
+def test_a_bad_sample_reaches_the_caller_as_its_own_error(
+    built: BuildConfig, tmp_path: Path
+) -> None:
+    samples = tiny_samples(4)
+    source = write_llava_json(tmp_path, samples)
+    (tmp_path / f"{samples[1].source_id}-0.png").unlink()
+    config = dataclasses.replace(
+        built, source=SourceConfig(path=str(source)), out=tmp_path / "cache"
+    )
+    with pytest.raises(ValueError, match=samples[1].source_id) as caught:
+        run_build(config, RayOptions())
+    assert "Traceback" not in str(caught.value)
+
+
+def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
+    config = TrainConfig(
+        cache=built.out,
+        student=built.teacher,
+        out=built.out.parent / "run-local",
+        max_steps=3,
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-3,
+        log_steps=1,
+        torch_threads=1,
+    )
+    local = load_file(train(config) / "model.safetensors")
+    under_ray = dataclasses.replace(config, out=built.out.parent / "run-ray")
+    remote = load_file(run_train(under_ray, RayOptions()) / "model.safetensors")
+    assert local.keys() == remote.keys()
+    assert all(bool((local[name] == remote[name]).all()) for name in local)
+
+
+def test_two_workers_take_the_same_steps_as_one(built: BuildConfig) -> None:
+    config = TrainConfig(
+        cache=built.out,
+        student=built.teacher,
+        out=built.out.parent / "run-one",
+        max_steps=3,
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-3,
+        torch_threads=1,
+    )
+    one = load_file(train(config) / "model.safetensors")
+    pair = dataclasses.replace(config, out=built.out.parent / "run-two")
+    two = load_file(run_train(pair, RayOptions(num_workers=2)) / "model.safetensors")
+    for name, values in one.items():
+        assert float((values - two[name]).abs().max()) < 1e-4, name
+
+
+def test_evaluation_as_a_task_gives_the_same_scores(built: BuildConfig, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        model=built.teacher, source=built.source, out=tmp_path / "a", max_new_tokens=3
+    )
+    local = run_evaluate(config, RayOptions(ray=False))
+    remote = run_evaluate(dataclasses.replace(config, out=tmp_path / "b"), RayOptions())
+    assert local["scores"] == remote["scores"]
+
+
+def test_more_workers_than_the_cluster_has_are_refused(built: BuildConfig) -> None:
+    config = dataclasses.replace(built, out=built.out.parent / "too-many")
+    with pytest.raises(ValueError, match="1000 workers need 1000 CPUs"):
+        run_build(config, RayOptions(num_workers=1000))

@@ -1,0 +1,76 @@
+"""Promises of the actor pool: bounded retries, lost work done by another, errors as themselves."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.options import RayOptions
+from jobs.ray_pool import ActorPool, WorkerLostError, ray_session
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    with ray_session():
+        yield
+
+
+class CannotSquareError(ValueError):
+    """What the worker raises; with two arguments, as SampleError has."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"{number} {reason}")
+        self.number = number
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["CannotSquareError"], tuple[int, str]]:
+        return (CannotSquareError, (self.number, self.reason))
+
+
+class Worker:
+    """Dies at number 3 as often as told, raises at number 5, else returns the square."""
+
+    def __init__(self, folder: Path, deaths: int) -> None:
+        self._folder = folder
+        self._deaths = deaths
+
+    def work(self, number: int) -> int:
+        if number == 3 and len(list(self._folder.iterdir())) < self._deaths:
+            (self._folder / f"{os.getpid()}").touch()
+            os._exit(1)
+        if number == 5:
+            raise CannotSquareError(5, "cannot be squared")
+        return number * number
+
+
+def _pool(folder: Path, deaths: int, max_retries: int) -> ActorPool:
+    options = RayOptions(num_workers=2, max_retries=max_retries)
+
+    def make() -> Any:
+        return ray.remote(Worker).options(max_restarts=0).remote(folder, deaths)
+
+    return ActorPool(make, make(), options)
+
+
+def test_work_whose_worker_died_is_done_by_another(tmp_path: Path) -> None:
+    pool = _pool(tmp_path, deaths=2, max_retries=2)
+    results = dict(pool.map("work", [0, 1, 2, 3, 4], lambda _: None))
+    assert results == {number: number * number for number in range(5)}
+
+
+def test_retries_are_bounded(tmp_path: Path) -> None:
+    pool = _pool(tmp_path, deaths=1000, max_retries=1)
+    with pytest.raises(WorkerLostError, match=r"work\(3\): its worker died 2 times"):
+        list(pool.map("work", [0, 3], lambda _: None))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_in_a_worker_is_raised_as_itself(tmp_path: Path) -> None:
+    pool = _pool(tmp_path, deaths=0, max_retries=1)
+    with pytest.raises(CannotSquareError, match="cannot be squared"):
+        list(pool.map("work", [0, 5], lambda _: None))
