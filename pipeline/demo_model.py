@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>"
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}" + IMAGE_PLACEHOLDER + "{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}" + IMAGE_PLACEHOLDER + "\n{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}" + END + "{% endfor %}"
     "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )

@@ -10,11 +10,12 @@ B samples of a batch, C patches of a grid, D width of the tower.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,8 +28,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pipeline.config import SourceConfig
 from pipeline.demo_model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.digits import GRID_SIDE, load_grids, patch_labels
+from pipeline.sources import open_source
+from teacher_cache.rendering import to_turns
+from teacher_cache.schema import Sample
 
 Progress = Callable[[int, int], None]
 
@@ -83,9 +88,9 @@ def train_demo_teacher(
     if final.exists():
         _require_same(final / RECORD_FILE, record)
         return final
-    conversations = _read_conversations(data / "train.json")
-    grids = torch.from_numpy(load_grids(data / "train.json"))
-    tokenizer = build_tokenizer(text for _, turns in conversations for text in turns)
+    samples = _read_samples(data / "train.json")
+    grids = _read_grids(data / "train.json")
+    tokenizer = build_tokenizer(turn.text for sample in samples for turn in sample.messages)
     processor = build_processor(tokenizer)
     model = build_model(tokenizer, settings.seed)
     total = settings.vision_steps + settings.language_steps
@@ -98,7 +103,7 @@ def train_demo_teacher(
             progress(done, total)
 
     with _threads(settings.torch_threads):
-        examples = _encode(processor, data, conversations)
+        examples = _encode(processor, samples)
         _train_vision_tower(model, examples.pixels, grids, settings, count_step)
         _train_language_model(model, examples, settings, count_step)
     partial = out / f".final.{os.getpid()}"
@@ -129,34 +134,37 @@ def _threads(count: int) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _read_conversations(path: Path) -> list[tuple[str, tuple[str, str]]]:
-    """Image name, question and answer of each entry of a LLaVA JSON of single-turn samples."""
-    found: list[tuple[str, tuple[str, str]]] = []
-    for entry in json.loads(path.read_bytes()):
-        turns = [turn["value"] for turn in entry["conversations"]]
-        if len(turns) != 2 or "digits" not in entry:
+def _read_samples(path: Path) -> list[Sample]:
+    source = open_source(SourceConfig(path=str(path)))
+    samples = [source[index] for index in range(len(source))]
+    for sample in samples:
+        if len(sample.images) != 1 or len(sample.messages) != 2:
             raise ValueError(
-                f"{path}, sample {entry.get('id')!r}: found {len(turns)} turns and keys "
-                f"{sorted(entry)}, expected one question, one answer and the key 'digits'; "
+                f"{path}, sample {sample.source_id!r}: found {len(sample.images)} images and "
+                f"{len(sample.messages)} turns, expected one image, one question and one answer; "
                 "write the data with emkd data digits"
             )
-        found.append((entry["image"], (turns[0], turns[1])))
-    return found
+    return samples
 
 
-def _encode(
-    processor: LlavaProcessor, data: Path, conversations: Iterable[tuple[str, tuple[str, str]]]
-) -> _Examples:
+def _read_grids(path: Path) -> Int[Tensor, "n 16"]:
+    try:
+        return torch.from_numpy(load_grids(path))
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: found an entry without {error}, expected the digits of each grid; "
+            "write the data with emkd data digits"
+        ) from error
+
+
+def _encode(processor: LlavaProcessor, samples: Sequence[Sample]) -> _Examples:
     images: list[Image.Image] = []
     rendered: list[str] = []
-    for name, (question, answer) in conversations:
-        with Image.open(data / name) as image:
+    for sample in samples:
+        with Image.open(io.BytesIO(sample.images[0])) as image:
             images.append(image.convert("RGB"))
-        turns = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-        rendered.append(processor.apply_chat_template(turns, tokenize=False))
+        # The turns that the cache and the students see, so that the teacher knows this prompt.
+        rendered.append(processor.apply_chat_template(to_turns(sample, None), tokenize=False))
     batch = processor(
         images=images,
         text=rendered,

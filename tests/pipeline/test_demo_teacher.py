@@ -12,12 +12,24 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+)
 
-from pipeline.config import DigitsConfig
+from pipeline.config import DigitsConfig, SourceConfig
 from pipeline.demo_model import ASSISTANT, END, VOCAB_SIZE, build_processor, build_tokenizer
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
+from pipeline.demo_teacher import (
+    NO_LABEL,
+    TeacherSettings,
+    _encode,  # pyright: ignore[reportPrivateUsage]
+    train_demo_teacher,
+)
 from pipeline.digits import CELL_NAMES, PATCHES_SIDE, write_digits
+from pipeline.sources import open_source
+from teacher_cache.tokens import SampleEncoder
 
 TINY = TeacherSettings(
     vision_steps=3, vision_batch_size=8, language_steps=3, language_batch_size=8, seed=1
@@ -65,7 +77,7 @@ def test_the_prompt_is_a_prefix_and_every_turn_ends(data: Path) -> None:
     image = {"type": "image"}
     turns: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [image, {"type": "text", "text": "\nFill in bq?"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "Fill in bq?"}]},
         {"role": "assistant", "content": " bq5"},
         {"role": "user", "content": "<image>\nFill in gx?"},
         {"role": "assistant", "content": [{"type": "text", "text": " gx1"}]},
@@ -74,7 +86,7 @@ def test_the_prompt_is_a_prefix_and_every_turn_ends(data: Path) -> None:
     prompt = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     assert whole == prompt + " gx1" + END
     assert whole.count(END) == len(turns)
-    assert whole.count("<image>") == 2
+    assert whole.count("<image>\nFill in") == 2
     assert whole.count(ASSISTANT) == 2
 
 
@@ -138,14 +150,40 @@ def test_progress_counts_the_steps_of_both_stages(data: Path, tmp_path: Path) ->
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
-def test_data_without_digits_is_refused_by_sample(data: Path, tmp_path: Path) -> None:
+def test_data_without_digits_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").symlink_to(data / "images")
     entries = json.loads((data / "train.json").read_bytes())
     del entries[5]["digits"]
     (tmp_path / "train.json").write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=r"train\.json, sample 'train-00005'.*'digits'"):
+    with pytest.raises(ValueError, match=r"train\.json: found an entry without 'digits'"):
         train_demo_teacher(tmp_path, tmp_path / "out", TINY)
 
 
 def test_too_few_samples_for_a_batch_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found 128 samples, a batch alone needs 129"):
         train_demo_teacher(data, tmp_path, TeacherSettings(vision_batch_size=129))
+
+
+def test_data_of_several_turns_is_refused_by_sample(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").symlink_to(data / "images")
+    entries = json.loads((data / "train.json").read_bytes())
+    more = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": " Yes"}]
+    entries[5]["conversations"] += more
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="sample 'train-00005': found 1 images and 4 turns"):
+        train_demo_teacher(tmp_path, tmp_path / "out", TINY)
+
+
+def test_the_teacher_learns_the_very_prompt_that_it_is_asked_later(
+    data: Path, teacher: Path
+) -> None:
+    processor = AutoProcessor.from_pretrained(teacher)
+    encoder = SampleEncoder(processor, AutoConfig.from_pretrained(teacher))
+    sample = open_source(SourceConfig(path=str(data / "train.json")))[0]
+    encoded = encoder.encode(sample)
+    trained = _encode(processor, [sample])
+    assert trained.ids[0].tolist() == encoded.inputs["input_ids"].tolist()
+    assert torch.equal(trained.pixels, encoded.inputs["pixel_values"])
+    assert (trained.labels[0] != NO_LABEL).nonzero()[:, 0].tolist() == (
+        encoded.spans.response.tolist()
+    )
