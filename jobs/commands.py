@@ -1,8 +1,8 @@
 """Distil a vanilla multimodal LLM into one with few vision tokens, from a cache of its outputs.
 
 data makes the demo's images; build runs the teacher once; verify and inspect look at a cache;
-train makes a student from it; evaluate and report compare students; submit sends a stage to a Ray
-cluster; demo does it all in miniature.
+train makes a student from it (recipe prints the paper's settings); evaluate and report compare
+students; submit sends a stage to a Ray cluster; demo does it all in miniature.
 """
 
 import dataclasses
@@ -136,6 +136,27 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Print the settings of one of the paper's two phases, for `emkd train --config`."""
+
+    name: tyro.conf.Positional[Literal["paper-phase-one", "paper-phase-two"]]
+    cache: Path
+    student: str
+    out: Path
+    seed: int = 0
+
+    def __call__(self) -> int:
+        """Print the settings as JSON."""
+        from jobs.paths import to_json
+        from pipeline.recipes import paper_phase_one, paper_phase_two
+
+        recipe = paper_phase_one if self.name == "paper-phase-one" else paper_phase_two
+        config = recipe(cache=self.cache, student=self.student, out=self.out, seed=self.seed)
+        _say(json.dumps(json.loads(to_json(config)), indent=1))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Generate answers and score them; predictions already written are not made again."""
 
@@ -234,6 +255,7 @@ def defaults() -> dict[str, Any]:
         "verify": _required(Verify),
         "inspect": _required(Inspect),
         "train": _required(Train),
+        "recipe": _required(Recipe),
         "evaluate": _required(Evaluate),
         "report": _required(Report),
         "submit": _required(Submit),

@@ -93,10 +93,13 @@ def _records(output: TeacherOutput) -> dict[str, Any]:
         records["sketch"] = {"tokens": codes.shape[0], "rank": codes.shape[1]}
     if output.affinity is not None:
         cosine = output.affinity.cosine
-        records["affinity"] = {"text_tokens": cosine.shape[0], "vision_tokens": cosine.shape[1]}
+        affinity: dict[str, Any] = {
+            "text_tokens": cosine.shape[0],
+            "vision_tokens": cosine.shape[1],
+        }
         if cosine.numel():
-            low, high = float(cosine.min()), float(cosine.max())
-            records["affinity"]["range"] = [round(low, 4), round(high, 4)]
+            affinity["range"] = [round(float(cosine.min()), 4), round(float(cosine.max()), 4)]
+        records["affinity"] = affinity
     if output.hidden is not None:
         records["hidden"] = {
             "vision": list(output.hidden.vision.shape),

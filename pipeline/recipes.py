@@ -73,6 +73,7 @@ def demo_evaluation(
         out=out,
         batch_size=64,
         max_new_tokens=DEMO_ANSWER_TOKENS,
+        scores=("word_accuracy",),
         device="cpu",
         dtype="float32",
         cache=cache,
@@ -102,7 +103,7 @@ def paper_phase_one(*, cache: Path, student: str, out: Path, seed: int = 0) -> T
     )
 
 
-def paper_phase_two(*, cache: Path, student: Path, out: Path, seed: int = 0) -> TrainConfig:
+def paper_phase_two(*, cache: Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
     """Phase 2 of EM-KD: train every part with the whole objective and the paper's weights.
 
     `student` is the `final` folder of phase 1. Rate and schedule are LLaVA-NeXT's (there, the
@@ -110,7 +111,7 @@ def paper_phase_two(*, cache: Path, student: Path, out: Path, seed: int = 0) -> 
     """
     return TrainConfig(
         cache=cache,
-        student=str(student),
+        student=student,
         out=out,
         objective=preset("emkd"),
         train_parts=("vision_tower", "projector", "language_model"),

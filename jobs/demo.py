@@ -1,0 +1,183 @@
+"""`emkd demo`: every stage in miniature, on real handwriting, on a laptop.
+
+Trains a vanilla teacher on grids of handwritten digits, runs it once over them (Ray), trains
+students from the cache alone (supervised, + RLD, EM-KD; several seeds, two at a time), evaluates
+them on handwriting that was never trained on, and reports. Every stage is the function that
+its own command runs and resumes by itself: killed anywhere and run again, the demo ends with the
+same numbers. The table says what came out, also where EM-KD does not win.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers.utils.logging import disable_progress_bar
+
+from jobs.build_cache import run_build
+from jobs.options import RayOptions
+from jobs.paths import absolute
+from jobs.progress import Bars
+from jobs.ray_pool import get, ray_session
+from pipeline import recipes
+from pipeline.config import DigitsConfig, EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.demo_teacher import train_demo_teacher
+from pipeline.digits import write_digits
+from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
+from pipeline.report import write_report
+from pipeline.train import train
+from student_train.checkpoint import FINAL_FOLDER, finished_run
+from student_train.objective import ObjectiveName
+from teacher_cache.manifest import Seal
+from teacher_cache.storage import write_atomic
+
+OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")
+NUM_PICTURES = 4
+
+
+def run_demo(out: Path, seeds: Sequence[int]) -> Path:
+    """Run what is missing of the demo under `out`; returns the report's path."""
+    disable_progress_bar()  # of transformers: it draws one for each model that is loaded
+    out = out.absolute()
+    data, teacher = out / "data", out / "teacher"
+    with Bars() as bars:
+        write_digits(DigitsConfig(out=data), lambda d, n: bars.update("data", d, n))
+        started = time.monotonic()
+        train_demo_teacher(data, teacher, progress=lambda d, n: bars.update("teacher", d, n))
+        _remember_seconds(teacher / "seconds.json", time.monotonic() - started)
+    configs = {
+        (objective, seed): recipes.demo_student(
+            cache=out / "cache",
+            teacher=teacher / FINAL_FOLDER,
+            out=out / "runs" / f"{objective}-{seed}",
+            objective=objective,
+            seed=seed,
+        )
+        for objective in OBJECTIVES
+        for seed in seeds
+    }
+    models = {out / "runs" / "teacher": teacher / FINAL_FOLDER}
+    models.update({config.out: config.out / FINAL_FOLDER for config in configs.values()})
+    evaluations = [
+        recipes.demo_evaluation(
+            model=model,
+            source=data / "heldout.json",
+            out=run / "eval",
+            cache=None if run.name == "teacher" else out / "cache-pictures",
+        )
+        for run, model in models.items()
+    ]
+    with ray_session():
+        seal = _build(out, data, teacher / FINAL_FOLDER)
+        _train(list(configs.values()))
+        _evaluate(evaluations)
+    results = {
+        "teacher": {
+            **_scored(out / "runs" / "teacher"),
+            "seconds": json.loads((teacher / "seconds.json").read_text()),
+        },
+        "cache": {
+            "samples": seal.num_samples,
+            "shards": len(seal.shards),
+            "bytes": seal.num_bytes,
+            "fingerprint": seal.fingerprint,
+            "seconds": round(sum(shard.seconds for shard in seal.shards), 1),
+        },
+        "runs": [_result(config) for config in configs.values()],
+    }
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomic(out / "results.json", text.encode())
+    page = out / "report.html"
+    write_report(ReportConfig(runs=tuple(models), out=page))
+    return page
+
+
+def _build(out: Path, data: Path, teacher: Path) -> Seal:
+    """The training cache, and one of a few held-out samples to draw matchings of."""
+    options = RayOptions(num_workers=2)
+    run_build(
+        recipes.demo_cache(
+            source=data / "heldout.json",
+            teacher=teacher,
+            out=out / "cache-pictures",
+            limit=NUM_PICTURES,
+        ),
+        RayOptions(num_workers=1),
+    )
+    return run_build(
+        recipes.demo_cache(source=data / "train.json", teacher=teacher, out=out / "cache"), options
+    )
+
+
+def _train(configs: Sequence[TrainConfig]) -> None:
+    todo = [config for config in configs if finished_run(config.out) is None]
+    total = sum(config.max_steps or 0 for config in todo)
+    _run("students", train, todo, lambda: (sum(_steps(c.out) for c in todo), total))
+
+
+def _evaluate(configs: Sequence[EvaluateConfig]) -> None:
+    todo = [config for config in configs if not (config.out / METRICS_FILE).exists()]
+    total = 512 * len(todo)
+    _run("evaluate", evaluate, todo, lambda: (sum(_answers(c.out) for c in todo), total))
+
+
+def _run(
+    what: str,
+    stage: Callable[[Any], Any],
+    configs: Sequence[Any],
+    progress: Callable[[], tuple[int, int]],
+) -> None:
+    """Run a stage for each config as Ray tasks of one CPU; progress is read from their files."""
+    task = ray.remote(stage).options(num_cpus=1, max_retries=2)
+    running = [task.remote(absolute(config)) for config in configs]
+    with Bars() as bars:
+        while running:
+            ready, running = ray.wait(running, timeout=1.0)
+            for reference in ready:
+                get(reference)
+            done, total = progress()
+            bars.update(what, total if not running else min(done, total - 1), total)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _steps(run: Path) -> int:
+    """The last step that a run has logged (a line that is just being written does not count)."""
+    for line in reversed(_lines(run / "metrics.jsonl")):
+        if line.endswith("}"):
+            return int(json.loads(line)["step"])
+    return 0
+
+
+def _answers(evaluation: Path) -> int:
+    return len(_lines(evaluation / PREDICTIONS_FILE))
+
+
+def _scored(run: Path) -> dict[str, Any]:
+    metrics = json.loads((run / "eval" / METRICS_FILE).read_text())
+    return {
+        "accuracy": metrics["scores"]["word_accuracy"],
+        "num_samples": metrics["num_samples"],
+    }
+
+
+def _result(config: TrainConfig) -> dict[str, Any]:
+    record = finished_run(config.out)
+    assert record is not None
+    return {
+        "objective": config.objective.name,
+        "seed": config.seed,
+        **_scored(config.out),
+        "steps": record.identity.num_steps,
+        "seconds": round(record.seconds, 1),
+    }
+
+
+def _remember_seconds(file: Path, seconds: float) -> None:
+    """Write how long a stage took, unless an earlier run of the demo did."""
+    if not file.exists():
+        write_atomic(file, f"{seconds:.1f}\n".encode())
