@@ -79,7 +79,7 @@ def test_the_papers_second_phase_goes_on_from_the_first(root: Path, tmp_path: Pa
     assert moved
     assert all("multi_modal_projector" in name for name in moved)
 
-    two = recipes.paper_phase_two(cache=root / "cache", student=adapted, out=tmp_path / "two")
+    two = recipes.paper_phase_two(cache=root / "cache", student=str(adapted), out=tmp_path / "two")
     final = train(dataclasses.replace(two, warmup_ratio=0.0, **sizes))
     moved = changed(weights(adapted), weights(final))
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
@@ -91,7 +91,7 @@ def test_the_papers_phases_state_the_papers_numbers() -> None:
     assert (one.train_parts, one.learning_rate, one.warmup_ratio) == (("projector",), 1e-3, 0.03)
     assert one.objective.name == "supervised"
     assert one.objective.rld_weight == one.objective.vsd_weight == one.objective.vlad_weight == 0
-    two = recipes.paper_phase_two(cache=Path("c"), student=Path("one/final"), out=Path("two"))
+    two = recipes.paper_phase_two(cache=Path("c"), student="one/final", out=Path("two"))
     assert (two.learning_rate, two.min_lr_ratio, two.warmup_ratio) == (1e-5, 0.0, 0.03)
     found = two.objective
     assert (found.supervised_weight, found.rld_weight) == (0.5, 0.5)
@@ -127,7 +127,7 @@ def test_every_recipe_can_be_written_and_fed_back() -> None:
         student,
         recipes.demo_evaluation(model=Path("m"), source=Path("s.json"), out=Path("o")),
         recipes.paper_phase_one(cache=Path("c"), student="hub/model", out=Path("o")),
-        recipes.paper_phase_two(cache=Path("c"), student=Path("s"), out=Path("o")),
+        recipes.paper_phase_two(cache=Path("c"), student="s", out=Path("o")),
     ]
     for config in found:
         text = json.dumps(dataclasses.asdict(config), default=str)
