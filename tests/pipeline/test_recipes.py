@@ -66,7 +66,7 @@ def test_the_demo_goes_from_data_to_a_score(
         )
     )
     assert metrics["num_samples"] == 3
-    assert set(metrics["scores"]) == {"exact_match", "word_accuracy"}
+    assert set(metrics["scores"]) == {"word_accuracy"}
 
 
 def test_the_papers_second_phase_goes_on_from_the_first(root: Path, tmp_path: Path) -> None:
