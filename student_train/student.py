@@ -274,11 +274,12 @@ def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part,
 def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:
     """Run the model and return the states that enter its head, after the final norm.
 
-    Goes through `forward`, as wrappers such as DistributedDataParallel need. The library computes
-    logits on the way; it is told to do so at one position only, and they are dropped.
+    Goes through `forward`, as wrappers such as DistributedDataParallel need. The library keeps the
+    last of its hidden states only. It computes logits on the way; it is told to do so at one
+    position only, and they are dropped.
     """
     output = model(
-        **inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False, return_dict=True
+        **inputs, output_hidden_states=[-1], logits_to_keep=1, use_cache=False, return_dict=True
     )
     return output.hidden_states[-1]
 

@@ -186,6 +186,26 @@ def test_final_hidden_enters_the_head(vanilla: Folder, name: str) -> None:
         assert torch.equal(found, logits(student, inputs))
 
 
+@pytest.mark.parametrize("name", ["llava-clip", "llava_next-siglip"])
+def test_final_hidden_is_the_last_of_all_states_and_keeps_no_other(
+    vanilla: Folder, name: str
+) -> None:
+    student, processor = convert(vanilla(name), 2)
+    inputs = batch(processor)
+    student.train()
+    student.activation_checkpointing_enable({"use_reentrant": False})
+    outputs: list[Any] = []
+    handle = student.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = final_hidden(student, inputs)
+        wanted = student(**inputs, output_hidden_states=True).hidden_states
+    handle.remove()
+    assert torch.equal(found, wanted[-1])
+    assert found.dtype == wanted[-1].dtype
+    kept = [state for state in outputs[0].hidden_states if state is not None]
+    assert len(kept) == 1 < len(wanted)
+
+
 def test_gradients_through_a_distributed_wrapper_equal_those_without(
     vanilla: Folder, tmp_path: Path
 ) -> None:
