@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: who imports what, what --help costs, README's tree."""
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
