@@ -238,12 +238,14 @@ class Demo:
 
     out: Path = Path("demo")
     seeds: tuple[int, ...] = (0, 1)
+    smoke: bool = False
+    """A minute instead of several: every stage runs, the numbers mean nothing."""
 
     def __call__(self) -> int:
         """Run what is missing of the demo."""
-        from jobs.demo import run_demo
+        from jobs.demo import SMOKE, DemoSizes, run_demo
 
-        _say(f"open {run_demo(self.out, self.seeds)}")
+        _say(f"open {run_demo(self.out, self.seeds, SMOKE if self.smoke else DemoSizes())}")
         return 0
 
 

@@ -7,9 +7,12 @@ its own command runs and resumes by itself: killed anywhere and run again, the d
 same numbers. The table says what came out, also where EM-KD does not win.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from jobs.progress import Bars
 from jobs.ray_pool import get, ray_session
 from pipeline import recipes
 from pipeline.config import DigitsConfig, EvaluateConfig, ReportConfig, TrainConfig
-from pipeline.demo_teacher import train_demo_teacher
+from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
 from pipeline.report import write_report
@@ -33,27 +36,52 @@ from student_train.objective import ObjectiveName
 from teacher_cache.manifest import Seal
 from teacher_cache.storage import write_atomic
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSizes:
+    """How much of everything the demo does; None leaves what the recipes say."""
+
+    num_train: int = 4096
+    num_heldout: int = 512
+    teacher: TeacherSettings = TeacherSettings()
+    student_steps: int | None = None
+    save_steps: int | None = None
+
+
+SMOKE = DemoSizes(
+    num_train=128,
+    num_heldout=16,
+    teacher=TeacherSettings(vision_steps=4, language_steps=8),
+    student_steps=8,
+    save_steps=2,
+)
+"""Enough to see that every stage runs; the numbers that come out mean nothing."""
+
 OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")
 NUM_PICTURES = 4
 
 
-def run_demo(out: Path, seeds: Sequence[int]) -> Path:
+def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = DemoSizes()) -> Path:
     """Run what is missing of the demo under `out`; returns the report's path."""
     disable_progress_bar()  # of transformers: it draws one for each model that is loaded
     out = out.absolute()
     data, teacher = out / "data", out / "teacher"
     with Bars() as bars:
-        write_digits(DigitsConfig(out=data), lambda d, n: bars.update("data", d, n))
+        digits = DigitsConfig(out=data, num_train=sizes.num_train, num_heldout=sizes.num_heldout)
+        write_digits(digits, partial(bars.update, "data"))
         started = time.monotonic()
-        train_demo_teacher(data, teacher, progress=lambda d, n: bars.update("teacher", d, n))
+        train_demo_teacher(data, teacher, sizes.teacher, partial(bars.update, "teacher"))
         _remember_seconds(teacher / "seconds.json", time.monotonic() - started)
     configs = {
-        (objective, seed): recipes.demo_student(
-            cache=out / "cache",
-            teacher=teacher / FINAL_FOLDER,
-            out=out / "runs" / f"{objective}-{seed}",
-            objective=objective,
-            seed=seed,
+        (objective, seed): _resized(
+            recipes.demo_student(
+                cache=out / "cache",
+                teacher=teacher / FINAL_FOLDER,
+                out=out / "runs" / f"{objective}-{seed}",
+                objective=objective,
+                seed=seed,
+            ),
+            sizes,
         )
         for objective in OBJECTIVES
         for seed in seeds
@@ -72,7 +100,7 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Path:
     with ray_session():
         seal = _build(out, data, teacher / FINAL_FOLDER)
         _train(list(configs.values()))
-        _evaluate(evaluations)
+        _evaluate(evaluations, sizes.num_heldout)
     results = {
         "teacher": {
             **_scored(out / "runs" / "teacher"),
@@ -92,6 +120,14 @@ def run_demo(out: Path, seeds: Sequence[int]) -> Path:
     page = out / "report.html"
     write_report(ReportConfig(runs=tuple(models), out=page))
     return page
+
+
+def _resized(config: TrainConfig, sizes: DemoSizes) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        max_steps=sizes.student_steps or config.max_steps,
+        save_steps=sizes.save_steps or config.save_steps,
+    )
 
 
 def _build(out: Path, data: Path, teacher: Path) -> Seal:
@@ -117,9 +153,9 @@ def _train(configs: Sequence[TrainConfig]) -> None:
     _run("students", train, todo, lambda: (sum(_steps(c.out) for c in todo), total))
 
 
-def _evaluate(configs: Sequence[EvaluateConfig]) -> None:
+def _evaluate(configs: Sequence[EvaluateConfig], num_samples: int) -> None:
     todo = [config for config in configs if not (config.out / METRICS_FILE).exists()]
-    total = 512 * len(todo)
+    total = num_samples * len(todo)
     _run("evaluate", evaluate, todo, lambda: (sum(_answers(c.out) for c in todo), total))
 
 
