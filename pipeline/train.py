@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from pipeline.config import TrainConfig
-from student_train.checkpoint import FINAL_FOLDER
+from student_train.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.student import student_from_vanilla
 from student_train.trainer import Progress, Report
 from student_train.training_run import train_student
@@ -29,6 +29,8 @@ from teacher_cache.storage import sha256_file, write_atomic
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Ends of the names of what a model and its processor are loaded from."""
 
 
 def train(
@@ -72,11 +74,14 @@ def train(
 
 
 def student_identity(path: str, projector: str, stride: int) -> str:
-    """A digest of what a student begins as: weights and settings on disk, or a hub commit."""
+    """A digest of what a student begins as: weights and settings on disk, or a hub commit.
+
+    Of a student trained before, the record of its training (which holds wall times) is left out.
+    """
     folder = Path(path)
     if folder.is_dir():
-        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-        content: object = {file.name: sha256_file(file) for file in files}
+        files = [file for file in folder.iterdir() if file.suffix in _MODEL_FILES]
+        content: object = {f.name: sha256_file(f) for f in files if f.name != RUN_FILE}
     else:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         content = {"hub": path, "commit": config._commit_hash}
