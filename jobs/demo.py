@@ -101,10 +101,19 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = DemoSizes()) ->
         seal = _build(out, data, teacher / FINAL_FOLDER)
         _train(list(configs.values()))
         _evaluate(evaluations, sizes.num_heldout)
-    results = {
+    text = json.dumps(results(out, seal, list(configs.values())), indent=1) + "\n"
+    write_atomic(out / "results.json", text.encode())
+    page = out / "report.html"
+    write_report(ReportConfig(runs=tuple(models), out=page))
+    return page
+
+
+def results(out: Path, seal: Seal, configs: Sequence[TrainConfig]) -> dict[str, Any]:
+    """What results.json holds, read from the folders of stages that have all finished."""
+    return {
         "teacher": {
             **_scored(out / "runs" / "teacher"),
-            "seconds": json.loads((teacher / "seconds.json").read_text()),
+            "seconds": json.loads((out / "teacher" / "seconds.json").read_text()),
         },
         "cache": {
             "samples": seal.num_samples,
@@ -113,13 +122,8 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = DemoSizes()) ->
             "fingerprint": seal.fingerprint,
             "seconds": round(sum(shard.seconds for shard in seal.shards), 1),
         },
-        "runs": [_result(config) for config in configs.values()],
+        "runs": [_result(config) for config in configs],
     }
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomic(out / "results.json", text.encode())
-    page = out / "report.html"
-    write_report(ReportConfig(runs=tuple(models), out=page))
-    return page
 
 
 def _resized(config: TrainConfig, sizes: DemoSizes) -> TrainConfig:
@@ -150,7 +154,7 @@ def _build(out: Path, data: Path, teacher: Path) -> Seal:
 def _train(configs: Sequence[TrainConfig]) -> None:
     todo = [config for config in configs if finished_run(config.out) is None]
     total = sum(config.max_steps or 0 for config in todo)
-    _run("students", train, todo, lambda: (sum(_steps(c.out) for c in todo), total))
+    _run("students", train, todo, lambda: (sum(logged_steps(c.out) for c in todo), total))
 
 
 def _evaluate(configs: Sequence[EvaluateConfig], num_samples: int) -> None:
@@ -181,7 +185,7 @@ def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def _steps(run: Path) -> int:
+def logged_steps(run: Path) -> int:
     """The last step that a run has logged (a line that is just being written does not count)."""
     for line in reversed(_lines(run / "metrics.jsonl")):
         if line.endswith("}"):
