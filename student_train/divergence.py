@@ -200,7 +200,7 @@ def _teacher_parts(
         raise ValueError(
             f"at temperature {temperature} the mass of the tail is not the stored one, and a "
             "top-k record without a sketch cannot recompute it; use temperature 1, "
-            "tail=renormalise, or records `topk+sketch` or `hidden`"
+            "tail=renormalise, or records `hidden` (`topk+sketch` sketches vision tokens only)"
         )
     estimate = functional.log_softmax(teacher.estimated_log_probs() / temperature, dim=1)
     ids_PK = teacher.ids.long()

@@ -35,6 +35,12 @@ class MatchingConfig(Strict):
     """Vocabulary rows, drawn once by seed, at which L1 costs of a sketch or of hidden states are
     summed; None sums over the whole vocabulary."""
 
+    def __post_init__(self) -> None:
+        if self.num_shared_ids is not None and self.num_shared_ids < 1:
+            raise ValueError(
+                f"num_shared_ids must be >= 1, or None for all, found {self.num_shared_ids}"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig(Strict):

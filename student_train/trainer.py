@@ -59,6 +59,11 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
         raise ValueError(f"device is {settings.device!r}, expected auto, cpu or cuda")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device; use device auto or cpu")
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and settings.dtype == "float16":
+        raise ValueError(  # transformers would compute in float32 and not say so
+            "dtype float16 needs a CUDA device; use dtype bfloat16 or float32"
+        )
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=num_steps,
@@ -74,7 +79,7 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
         fp16=settings.dtype == "float16",
         activation_checkpointing=settings.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=settings.device == "cpu",
+        use_cpu=on_cpu,
         seed=settings.seed,
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,

@@ -24,6 +24,7 @@ from student_train.checkpoint import (
     require_same_run,
 )
 from student_train.objective import ObjectiveConfig
+from student_train.rehearsal import require_served
 from student_train.settings import TrainerSettings
 from student_train.signals import TeacherAssets
 from student_train.stream import BatchPlan, TrainingStream, parts_needed
@@ -77,6 +78,8 @@ def train_student(
         logger.info("%s has finished already", run)
         return finished
     resumed = newest_checkpoint(run, identity)
+    assets = _assets(reader, settings.objective)
+    require_served(settings.objective, reader.spec, assets)
 
     model, processor = load()
     set_trainable(model, settings.train_parts)
@@ -103,7 +106,7 @@ def train_student(
         arguments=arguments,
         settings=settings,
         stream=stream,
-        assets=_assets(reader, settings.objective),
+        assets=assets,
         identity=identity,
         resumed=None if resumed is None else resumed.record,
         report=report,

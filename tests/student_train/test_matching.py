@@ -49,6 +49,11 @@ def looped(cost: str, student: Tensor, teacher: Tensor) -> list[list[float]]:
     ]
 
 
+def test_costs_over_no_vocabulary_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_shared_ids must be >= 1, or None"):
+        MatchingConfig(num_shared_ids=0)
+
+
 @pytest.mark.parametrize("metric", ["raw_l1", "centred_l1", "prob_l1"])
 def test_the_cost_of_every_exact_signal_is_that_of_the_loops(metric: MatchMetric) -> None:
     head = LmHead(weight=normal(1, VOCAB, 4))

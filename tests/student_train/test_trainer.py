@@ -171,7 +171,9 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
 def test_mixed_precision_and_checkpointing_train(
     reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    settings = replace(SETTINGS, max_steps=2, dtype="bfloat16", gradient_checkpointing=True)
+    settings = replace(
+        SETTINGS, max_steps=2, dtype="bfloat16", gradient_checkpointing=True, device="auto"
+    )
     train(tmp_path / "run", reader, vanilla, settings)
     assert {v.dtype for v in weights(tmp_path / "run" / "final").values()} == {torch.float32}
 
@@ -200,6 +202,10 @@ def test_what_cannot_work_is_refused_and_leaves_the_folder_free(
     exact = replace(ObjectiveConfig(), tail="exact")
     with pytest.raises(ValueError, match="tail=exact"):
         train(run, reader, vanilla, replace(SETTINGS, objective=exact))
+    with pytest.raises(ValueError, match="tail=exact"):  # before any model is loaded
+        train(run, reader, tmp_path / "no student", replace(SETTINGS, objective=exact))
+    with pytest.raises(ValueError, match=r"float16 .* bfloat16 or float32"):
+        train(run, reader, vanilla, replace(SETTINGS, dtype="float16"))
     half, processor = student_loader(vanilla)()
     with pytest.raises(ValueError, match="load the student in float32"):
         train_student(run, reader, lambda: (half.half(), processor), SETTINGS, student="tiny")

@@ -1,0 +1,71 @@
+"""The rehearsal refuses an objective exactly where the losses of real samples would."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from student_train.losses import distillation_loss
+from student_train.objective import (
+    MatchingConfig,
+    MatchMetric,
+    ObjectiveConfig,
+    TailPolicy,
+    preset,
+)
+from student_train.rehearsal import require_served
+from teacher_cache.settings import RecordKind
+from tests.batches import ONE_IMAGE, TWO_IMAGES, random_batch
+from tests.strategies import VOCAB_SIZE, WIDTH, make_spec
+
+BATCH = random_batch(0, [ONE_IMAGE, TWO_IMAGES], student_width=WIDTH, vocab_size=VOCAB_SIZE)
+METRICS: tuple[MatchMetric, ...] = ("raw_l1", "centred_l1", "prob_l1", "hidden_cosine")
+TAILS: tuple[TailPolicy, ...] = ("exact", "blend", "bucket", "renormalise")
+OBJECTIVES = [
+    preset("supervised"),
+    *(
+        ObjectiveConfig(
+            rld_weight=rld,
+            vsd_weight=vsd,
+            tail=tail,
+            temperature=temperature,
+            matching=MatchingConfig(metric=metric),
+        )
+        for rld, vsd, tail, temperature, metric in itertools.product(
+            (0.0, 1.0), (0.0, 1.0), TAILS, (1.0, 2.0), METRICS
+        )
+    ),
+]
+
+
+def _refusal(ask: Callable[[], object]) -> str | None:
+    try:
+        ask()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("k", [4, VOCAB_SIZE])
+@pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
+def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordKind, k: int) -> None:
+    spec = make_spec(records, **({} if records == "hidden" else {"top_k": k}))
+    outputs, assets = BATCH.outputs(records, k), BATCH.assets(records)
+    refused = 0
+    for objective in OBJECTIVES:
+        losses = partial(
+            distillation_loss, BATCH.states, outputs, BATCH.student_head, objective, assets
+        )
+        expected = _refusal(losses)
+        assert _refusal(partial(require_served, objective, spec, assets)) == expected
+        refused += expected is not None
+    assert (refused == 0) == (records == "hidden")
+
+
+def test_the_remedy_of_a_temperature_works() -> None:
+    warm = ObjectiveConfig(temperature=2.0)
+    sketched = make_spec("topk+sketch")
+    with pytest.raises(ValueError, match="use temperature 1, tail=renormalise, or records"):
+        require_served(warm, sketched, BATCH.assets("topk+sketch"))
+    require_served(warm, make_spec("hidden"), BATCH.assets("hidden"))
