@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from teacher_cache.schema import (
     IMAGE_PLACEHOLDER,
@@ -80,10 +80,13 @@ def check_image(data: bytes, name: str) -> None:
         with Image.open(io.BytesIO(data)) as image:
             image.draft("L", (1, 1))
             image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        # Pillow prints the address of the stream; a reason is stored and must be the same again.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "its format is unknown" if unknown else str(error)
         raise ValueError(
-            f"{name} ({len(data)} bytes) cannot be decoded: {error}; replace it or leave the "
-            "sample out"
+            f"{name} ({len(data)} bytes) cannot be decoded: {why}; replace it or leave the sample "
+            "out"
         ) from error
 
 

@@ -186,6 +186,9 @@ def test_a_bad_sample_can_be_recorded_instead(config: BuildConfig, how: str) -> 
     seal = build(dataclasses.replace(config, on_bad_sample="record"))
     assert seal.num_samples == 9
     assert [rejected.source_id for rejected in seal.rejected] == [victim]
+    other = build(_into(config, "other", on_bad_sample="record"))
+    assert other.rejected == seal.rejected  # a resumed build compares the plans, reasons included
+    assert shard_bytes(config.out) == shard_bytes(config.out.parent / "other")
 
 
 _KILLED = """
