@@ -1,28 +1,18 @@
-"""Records as named planes, planes as checked zstd frames, and back, to the bit.
+"""Records as named planes, and back, to the bit; which layout packs which plane best.
 
-A plane is one tensor; a frame is one zstd frame (level 3, content size and checksum in it) over
-
-    byte 0: dtype code (`DTYPES`), byte 1: number of dimensions n, n x uint32: shape,
-    then the values, little-endian, C order.
-
-Promises: any dtype of `DTYPES` comes back bit for bit, NaN payloads included; a damaged frame or
-one that claims more than it can hold is a `ShardCorruptError` before memory is taken for it.
-Planes of a tier are fixed (`planes_of`): every row of a cache has the same ones, empty or not.
+A plane is one tensor, stored as one frame (frames.py). Planes of a tier are fixed (`planes_of`):
+every row of a cache has the same ones, empty or not. Layouts are chosen by what a plane means and
+by what benchmarks/codec.py measures; frames say which one they took, so readers need no table.
 """
 
-import math
-import struct
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-import numpy as np
 import torch
-import zstandard
 from jaxtyping import Shaped
 from torch import Tensor
 
-from teacher_cache.fingerprint import tensor_bytes
-from teacher_cache.manifest import ShardCorruptError
+from teacher_cache.frames import encode_frame
 from teacher_cache.schema import (
     AffinityRecord,
     HiddenRecord,
@@ -32,27 +22,10 @@ from teacher_cache.schema import (
     ViewGrid,
 )
 from teacher_cache.settings import RecordKind
+from teacher_cache.transforms import DICTIONARY, PLAIN, PLANES, RANKS, Transform
 
 Part = Literal["vision", "sketch", "affinity", "response", "hidden"]
 
-DTYPES: dict[int, torch.dtype] = {
-    1: torch.float32,
-    2: torch.bfloat16,
-    3: torch.float16,
-    4: torch.float64,
-    5: torch.int8,
-    6: torch.uint8,
-    7: torch.int16,
-    8: torch.int32,
-    9: torch.int64,
-    10: torch.bool,
-}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-MAX_FRAME_BYTES = 2**32
-"""Content of the largest frame; a larger claim is taken for damage."""
-
-_BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
 _IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the plane content_flags
 
 _SPAN_PLANES = ("views", "content_ids", "content_flags")
@@ -70,55 +43,20 @@ TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
 }
 
 
-def encode_frame(values: Shaped[Tensor, "..."]) -> bytes:
-    """One checked zstd frame of a tensor of any shape; ValueError for a dtype without a code."""
-    if values.dtype not in _CODES:
-        raise ValueError(f"no frame holds {values.dtype}; known dtypes: {list(_CODES)}")
-    header = struct.pack(f"<BB{values.ndim}I", _CODES[values.dtype], values.ndim, *values.shape)
-    content = header + tensor_bytes(values)
-    if len(content) > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {len(content)} bytes; the limit is {MAX_FRAME_BYTES}")
-    return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content)
+_TRANSFORMS: dict[str, tuple[Transform, ...]] = {
+    "v_ids": (PLAIN, DICTIONARY),
+    "r_ids": (PLAIN, DICTIONARY),
+    "v_logits": (RANKS,),
+    "r_logits": (RANKS,),
+    # Bytes have one plane; codes of a sketch are nearly noise, in whatever order.
+    "s_codes": (PLAIN,),
+    "content_flags": (PLAIN,),
+}
 
 
-def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
-    """The tensor that `encode_frame` was given; raises `ShardCorruptError` for anything else."""
-    content = _decompress(frame)
-    if len(content) < 2 or len(content) < 2 + 4 * content[1]:
-        raise ShardCorruptError(f"a frame of {len(content)} bytes has no room for its header")
-    code, num_dims = content[0], content[1]
-    shape = struct.unpack_from(f"<{num_dims}I", content, 2)
-    start = 2 + 4 * num_dims
-    if code not in DTYPES:
-        raise ShardCorruptError(f"dtype code {code} is unknown; known codes: {list(DTYPES)}")
-    if math.prod(shape) * DTYPES[code].itemsize != len(content) - start:
-        raise ShardCorruptError(
-            f"shape {list(shape)} of {DTYPES[code]} does not fill {len(content) - start} bytes"
-        )
-    try:
-        values = torch.empty(shape, dtype=DTYPES[code])
-    except RuntimeError as error:  # sizes beyond 64 bits, beside an axis of size 0
-        raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
-    if values.numel():
-        # A copy: torch wants aligned memory that it may write to.
-        stored = np.frombuffer(content, dtype=np.uint8, offset=start)
-        values.reshape(-1).view(torch.uint8).numpy()[:] = stored
-    return values
-
-
-def _decompress(frame: bytes) -> bytes:
-    try:
-        claimed = zstandard.get_frame_parameters(frame)
-        limit = min(MAX_FRAME_BYTES, (len(frame) // 4 + 1) * _BLOCK_BYTES)
-        # An unknown size is reported as 2**64 - 1, beyond every limit.
-        if not claimed.has_checksum or claimed.content_size > limit:
-            raise ShardCorruptError(
-                f"a frame of {len(frame)} bytes claims {claimed.content_size} bytes of content "
-                f"{'with' if claimed.has_checksum else 'without'} a checksum"
-            )
-        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ShardCorruptError(f"a zstd frame is damaged: {error}") from error
+def encode_plane(name: str, values: Shaped[Tensor, "..."]) -> bytes:
+    """The frame of a plane, in the smallest of the layouts that suit what it holds."""
+    return encode_frame(values, _TRANSFORMS.get(name, (PLANES,)))
 
 
 def planes_of(parts: Collection[Part]) -> frozenset[str]:

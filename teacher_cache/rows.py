@@ -11,13 +11,13 @@ from collections.abc import Collection
 from teacher_cache.codec import (
     TIER_PARTS,
     Part,
-    decode_frame,
-    encode_frame,
+    encode_plane,
     output_from_planes,
     output_planes,
     parts_in,
     planes_of,
 )
+from teacher_cache.frames import decode_frame
 from teacher_cache.manifest import CacheSpec, ShardCorruptError
 from teacher_cache.schema import CachedSample, Message, Sample, TopKRecord, sample_key
 from teacher_cache.shard_format import EncodedRow, Shard
@@ -33,7 +33,7 @@ def encode_row(cached: CachedSample, spec: CacheSpec) -> EncodedRow:
         source_id=sample.source_id,
         messages=json.dumps(turns),
         images=sample.images,
-        planes={name: encode_frame(values) for name, values in output_planes(output).items()},
+        planes={name: encode_plane(name, values) for name, values in output_planes(output).items()},
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codec import TIER_PARTS, encode_frame, output_planes, parts_in, planes_of
+from teacher_cache.codec import TIER_PARTS, encode_plane, output_planes, parts_in, planes_of
 from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.rows import encode_row, read_sample
 from teacher_cache.schema import CachedSample
@@ -93,7 +93,7 @@ class ShardContract:
         cached = make_cached(1)
         path = self.written(tmp_path, [cached], "topk")
         data = bytearray(path.read_bytes())
-        frame = encode_frame(output_planes(cached.output)["v_logits"])
+        frame = encode_plane("v_logits", output_planes(cached.output)["v_logits"])
         data[data.index(frame) + len(frame) // 2] ^= 1
         path.write_bytes(data)
         shard, spec, key = self.form.open(path), make_spec("topk"), cached.sample.key
@@ -137,7 +137,7 @@ class ShardContract:
     def test_frames_of_two_samples_cannot_be_exchanged(self, tmp_path: Path) -> None:
         cached = [make_cached(number) for number in range(2)]
         path = self.written(tmp_path, cached, "topk")
-        left, right = (encode_frame(output_planes(row.output)["v_lse"]) for row in cached)
+        left, right = (encode_plane("v_lse", output_planes(row.output)["v_lse"]) for row in cached)
         assert len(left) == len(right)
         data = path.read_bytes().replace(left, b"?" * len(left))
         path.write_bytes(data.replace(right, left).replace(b"?" * len(left), right))

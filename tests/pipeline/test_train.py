@@ -13,7 +13,7 @@ from pipeline import recipes
 from pipeline.config import TrainConfig
 from pipeline.train import CONFIG_FILE, student_identity, train
 from student_train.student import PART_PREFIXES, Part
-from teacher_cache.codec import encode_frame, output_planes
+from teacher_cache.codec import encode_plane, output_planes
 from teacher_cache.decode import decode_json
 from teacher_cache.folder import SEAL_FILE
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError, ShardCorruptError
@@ -149,7 +149,7 @@ def test_a_flipped_bit_of_a_record_stops_training_and_names_file_and_sample(
 ) -> None:
     damaged = _copy(reader.cache, tmp_path / "damaged")
     victim = reader.read(4, ["vision"])
-    frame = encode_frame(output_planes(victim.output)["v_logits"])
+    frame = encode_plane("v_logits", output_planes(victim.output)["v_logits"])
     file = damaged / reader.seal.shards[1].file
     intact = file.read_bytes()
     flipped = bytearray(intact)

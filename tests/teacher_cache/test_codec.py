@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.codec import (
-    DTYPES,
     PART_PLANES,
     TIER_PARTS,
-    decode_frame,
-    encode_frame,
+    encode_plane,
     output_from_planes,
     output_planes,
     parts_in,
     planes_of,
 )
+from teacher_cache.frames import DTYPES, decode_frame, encode_frame
 from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.settings import RecordKind
+from teacher_cache.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform
 from tests.strategies import (
     BEARTYPE_DRAWS,
     TIERS,
@@ -38,11 +38,12 @@ pytestmark = BEARTYPE_DRAWS
 @settings(deadline=None)
 @given(
     dtype=st.sampled_from(list(DTYPES.values())),
+    transform=st.sampled_from(list(TRANSFORMS.values())),
     shape=st.lists(st.integers(0, 5), max_size=4),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_tensor_of_any_dtype_comes_back_to_the_bit(
-    dtype: torch.dtype, shape: list[int], seed: int
+    dtype: torch.dtype, transform: Transform, shape: list[int], seed: int
 ) -> None:
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     # Random bits: NaNs with payloads, infinities and subnormals among the floats.
@@ -51,7 +52,7 @@ def test_any_tensor_of_any_dtype_comes_back_to_the_bit(
     if num_bytes:
         bits = values % 2 if dtype == torch.bool else values
         tensor = torch.from_numpy(bits).view(dtype).reshape(shape)
-    assert_same_bits(decode_frame(encode_frame(tensor)), tensor)
+    assert_same_bits(decode_frame(encode_frame(tensor, [transform])), tensor)
 
 
 def test_views_that_are_not_contiguous_are_stored_by_their_values() -> None:
@@ -61,7 +62,40 @@ def test_views_that_are_not_contiguous_are_stored_by_their_values() -> None:
 
 def test_a_frame_can_be_read_without_this_package() -> None:
     content = zstandard.decompress(encode_frame(torch.tensor([[1.5, -2.0]])))
-    assert content == struct.pack("<BBII2f", 1, 2, 1, 2, 1.5, -2.0)
+    assert content == struct.pack("<BBBII2f", 1, 0, 2, 1, 2, 1.5, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("transform", "payload"),
+    [
+        # 1.5 is 0x3fc00000, -2.0 is 0xc0000000: the lowest bytes of both, the next ones, ...
+        (PLANES, "0000 0000 c000 3fc0"),
+        # In the order of numbers 1.5 is 0xbfc00000 and -2.0 is 0x3fffffff: 0x7fc00001 less.
+        (RANKS, "0001 0000 c0c0 bf7f"),
+        # Two entries, ascending as integers: 0x3fc00000, then 0x80400000 more; places 0 and 1.
+        (DICTIONARY, "02000000 0000 0000 c040 3f80 00 01"),
+    ],
+)
+def test_the_bytes_of_a_transform_are_these(transform: Transform, payload: str) -> None:
+    content = zstandard.decompress(encode_frame(torch.tensor([[1.5, -2.0]]), [transform]))
+    header = struct.pack("<BBBII", 1, transform.code, 2, 1, 2)
+    assert content.hex() == (header + bytes.fromhex(payload)).hex()
+
+
+@pytest.mark.parametrize("num_entries", [1, 256, 257, 65_536, 65_537])
+def test_a_dictionary_of_any_size_comes_back(num_entries: int) -> None:
+    ids = torch.randperm(num_entries, dtype=torch.int32).repeat(2)
+    frame = encode_frame(ids, [DICTIONARY])
+    width = {1: 1, 256: 1, 257: 2, 65_536: 2, 65_537: 4}[num_entries]
+    size = zstandard.get_frame_parameters(frame).content_size
+    assert size == 3 + 4 + 4 + num_entries * (4 + 2 * width)
+    assert_same_bits(decode_frame(frame), ids)
+
+
+def test_the_smallest_of_the_layouts_is_taken() -> None:
+    ids = torch.randint(100_000, 100_300, (64, 64), dtype=torch.int32)
+    sizes = [len(encode_frame(ids, [each])) for each in TRANSFORMS.values()]
+    assert len(encode_frame(ids, list(TRANSFORMS.values()))) == min(sizes)
 
 
 def test_a_dtype_without_a_code_is_refused() -> None:
@@ -102,13 +136,19 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
 @pytest.mark.parametrize(
     "frame",
     [
-        _frame(struct.pack("<BBI", 1, 1, 2) + bytes(8), checksum=False),
-        _frame(struct.pack("<BBI", 1, 1, 2) + bytes(8), content_size=False),
-        _frame(struct.pack("<BBI", 99, 1, 2) + bytes(8)),
-        _frame(struct.pack("<BBI", 1, 1, 3) + bytes(8)),
-        _frame(struct.pack("<BBIII", 1, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(8)),
-        _frame(struct.pack("<BB4I", 1, 4, 0, *[2**32 - 1] * 3)),
-        _frame(struct.pack("<BB", 1, 200) + bytes(8)),
+        _frame(struct.pack("<BBBI", 1, 0, 1, 2) + bytes(8), checksum=False),
+        _frame(struct.pack("<BBBI", 1, 0, 1, 2) + bytes(8), content_size=False),
+        _frame(struct.pack("<BBBI", 99, 0, 1, 2) + bytes(8)),
+        _frame(struct.pack("<BBBI", 1, 0, 1, 3) + bytes(8)),
+        _frame(struct.pack("<BBBIII", 1, 0, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(8)),
+        *(_frame(struct.pack("<BBB4I", 1, code, 4, 0, *[2**32 - 1] * 3)) for code in range(3)),
+        _frame(struct.pack("<BBB4II", 1, 3, 4, 0, *[2**32 - 1] * 3, 0)),
+        _frame(struct.pack("<BBBI", 1, 99, 1, 2) + bytes(8)),
+        _frame(struct.pack("<BBBII", 1, 2, 2, 2**32 - 1, 1) + bytes(8)),
+        _frame(struct.pack("<BBBI", 1, 3, 1, 2) + bytes(3)),
+        _frame(struct.pack("<BBBII", 1, 3, 1, 2, 2**32 - 1) + bytes(8)),
+        _frame(struct.pack("<BBBIIfBB", 1, 3, 1, 2, 1, 1.5, 0, 1)),
+        _frame(struct.pack("<BBB", 1, 0, 200) + bytes(8)),
         _frame(b""),
     ],
     ids=[
@@ -117,7 +157,15 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
         "dtype",
         "shape",
         "huge-shape",
-        "huge-empty",
+        "huge-empty-plain",
+        "huge-empty-planes",
+        "huge-empty-ranks",
+        "huge-empty-dictionary",
+        "transform",
+        "short-ranks",
+        "cut-dictionary",
+        "huge-dictionary",
+        "place-outside-dictionary",
         "many-dims",
         "empty",
     ],
@@ -140,7 +188,8 @@ def test_any_output_comes_back_from_its_planes(data: st.DataObject, records: Rec
     output = data.draw(teacher_outputs(records))
     planes = output_planes(output)
     assert set(planes) == planes_of(TIER_PARTS[records])
-    decoded = {name: decode_frame(encode_frame(values)) for name, values in planes.items()}
+    frames = {name: encode_plane(name, values) for name, values in planes.items()}
+    decoded = {name: decode_frame(frame) for name, frame in frames.items()}
     assert_same_outputs(output_from_planes(decoded, VOCAB_SIZE), output)
 
 

@@ -40,11 +40,12 @@ class TestArrow(ShardContract):
             assert tuple(row["images"]) == sample.sample.images
             assert json.loads(row["messages"])[1]["text"] == sample.sample.messages[1].text
             assert sample.output.vision is not None
-            num_rows, num_kept = sample.output.vision.ids.shape
-            content = zstandard.decompress(row["v_ids"])
-            assert struct.unpack_from("<BBII", content) == (8, 2, num_rows, num_kept)
-            ids = struct.unpack_from(f"<{num_rows * num_kept}i", content, 10)
-            assert list(ids) == sample.output.vision.ids.flatten().tolist()
+            wanted = sample.output.vision.logsumexp.tolist()
+            content = zstandard.decompress(row["v_lse"])
+            assert struct.unpack_from("<BBBI", content) == (1, 1, 1, len(wanted))
+            # Byte 0 of every value, then byte 1 of every value ...
+            octets = b"".join(content[7 + row :: len(wanted)] for row in range(len(wanted)))
+            assert list(struct.unpack(f"<{len(wanted)}f", octets)) == wanted
 
 
 class TestWebDataset(ShardContract):

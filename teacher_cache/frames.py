@@ -1,0 +1,112 @@
+"""A tensor as one checked zstd frame, and back, to the bit.
+
+A frame is one zstd frame (level 3, content size and checksum in it) over
+
+    byte 0: dtype code (`DTYPES`), byte 1: transform code (transforms.py),
+    byte 2: number of dimensions n, n x uint32: shape,
+    then what the transform made of the values, little-endian; docs/format.md has every byte.
+
+Promises: any dtype of `DTYPES` comes back bit for bit, NaN payloads included; a damaged frame or
+one that claims more than it can hold is a `ShardCorruptError` before memory is taken for it.
+"""
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import zstandard
+from jaxtyping import Shaped
+from torch import Tensor
+
+from teacher_cache.fingerprint import tensor_bytes
+from teacher_cache.manifest import ShardCorruptError
+from teacher_cache.transforms import PLAIN, TRANSFORMS, Transform
+
+DTYPES: dict[int, torch.dtype] = {
+    1: torch.float32,
+    2: torch.bfloat16,
+    3: torch.float16,
+    4: torch.float64,
+    5: torch.int8,
+    6: torch.uint8,
+    7: torch.int16,
+    8: torch.int32,
+    9: torch.int64,
+    10: torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+MAX_FRAME_BYTES = 2**32
+"""Content of the largest frame; a larger claim is taken for damage."""
+
+_BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
+
+
+def encode_frame(
+    values: Shaped[Tensor, "..."], transforms: Sequence[Transform] = (PLAIN,)
+) -> bytes:
+    """One checked zstd frame of a tensor of any shape, in the layout that gives the fewest bytes.
+
+    ValueError for a dtype without a code, or for more than `MAX_FRAME_BYTES`.
+    """
+    if values.dtype not in _CODES:
+        raise ValueError(f"no frame holds {values.dtype}; known dtypes: {list(_CODES)}")
+    num_bytes = values.numel() * values.dtype.itemsize
+    if num_bytes > MAX_FRAME_BYTES // 2:
+        raise ValueError(f"a plane of {num_bytes} bytes; the limit is {MAX_FRAME_BYTES // 2}")
+    bits = np.frombuffer(tensor_bytes(values), f"<u{values.dtype.itemsize}").reshape(values.shape)
+    frames: list[bytes] = []
+    for transform in transforms:
+        codes = (_CODES[values.dtype], transform.code, values.ndim)
+        header = struct.pack(f"<BBB{values.ndim}I", *codes, *values.shape)
+        frames.append(_compress([header, *transform.split(bits)]))
+    return min(frames, key=len)
+
+
+def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
+    """The tensor that `encode_frame` was given; raises `ShardCorruptError` for anything else."""
+    content = memoryview(_decompress(frame))
+    if len(content) < 3 or len(content) < 3 + 4 * content[2]:
+        raise ShardCorruptError(f"a frame of {len(content)} bytes has no room for its header")
+    dtype_code, transform_code, num_dims = content[:3]
+    shape: tuple[int, ...] = struct.unpack_from(f"<{num_dims}I", content, 3)
+    if dtype_code not in DTYPES or transform_code not in TRANSFORMS:
+        raise ShardCorruptError(
+            f"dtype code {dtype_code} or transform code {transform_code} is unknown; known are "
+            f"{list(DTYPES)} and {list(TRANSFORMS)}"
+        )
+    dtype = DTYPES[dtype_code]
+    bits = TRANSFORMS[transform_code].join(content[3 + 4 * num_dims :], shape, dtype.itemsize)
+    try:
+        return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
+    except RuntimeError as error:  # sizes beyond 64 bits, beside an axis of size 0
+        raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
+
+
+def _compress(parts: Sequence[bytes]) -> bytes:
+    """One frame in which each part begins a block: bytes of one kind share their statistics."""
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    stream = compressor.compressobj(size=sum(map(len, parts)))
+    pieces: list[bytes] = []
+    for part in parts:
+        if part:
+            pieces.append(stream.compress(part))
+            pieces.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    pieces.append(stream.flush())
+    return b"".join(pieces)
+
+
+def _decompress(frame: bytes) -> bytes:
+    try:
+        claimed = zstandard.get_frame_parameters(frame)
+        limit = min(MAX_FRAME_BYTES, (len(frame) // 4 + 1) * _BLOCK_BYTES)
+        # An unknown size is reported as 2**64 - 1, beyond every limit.
+        if not claimed.has_checksum or claimed.content_size > limit:
+            raise ShardCorruptError(
+                f"a frame of {len(frame)} bytes claims {claimed.content_size} bytes of content "
+                f"{'with' if claimed.has_checksum else 'without'} a checksum"
+            )
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ShardCorruptError(f"a zstd frame is damaged: {error}") from error
