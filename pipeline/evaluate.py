@@ -46,6 +46,8 @@ from teacher_cache.identity import (
     weights_digest,
 )
 from teacher_cache.manifest import require_equal
+from teacher_cache.pretrained import resolve_device
+from teacher_cache.reader import CacheReader
 from teacher_cache.schema import SampleError
 from teacher_cache.storage import create_exclusive, write_atomic
 
@@ -83,12 +85,15 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     """
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
+    device = resolve_device(config.device)
+    if config.cache is not None:
+        CacheReader.open(config.cache)  # before the answers, which take their time
     source = open_source(config.source)
     keys, rejected = scan(source)
     _refuse(source, [f"{r.source_id}: {r.reason}" for r in rejected])
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)
-    model.to(_device(config.device))  # pyright: ignore[reportArgumentType]
+    model.to(device)  # pyright: ignore[reportArgumentType]
     identity = _identity(config, model, processor, [key for key, _ in keys])
     _claim(config.out, identity)
     generator = Generator(model, processor, config.system_prompt, config.max_new_tokens)
@@ -205,9 +210,3 @@ def _metrics(
         "scores": scores,
         "seconds": math.fsum(prediction.seconds for prediction in predictions),
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from pipeline.config import TrainConfig
 from student_train.checkpoint import FINAL_FOLDER, RUN_FILE
@@ -23,6 +22,7 @@ from student_train.training_run import train_student
 from teacher_cache.fingerprint import digest_json
 from teacher_cache.identity import vocabulary_digest
 from teacher_cache.manifest import CacheMismatchError
+from teacher_cache.pretrained import load_config
 from teacher_cache.reader import CacheReader
 from teacher_cache.storage import sha256_file, write_atomic
 
@@ -83,7 +83,7 @@ def student_identity(path: str, projector: str, stride: int) -> str:
         files = [file for file in folder.iterdir() if file.suffix in _MODEL_FILES]
         content: object = {f.name: sha256_file(f) for f in files if f.name != RUN_FILE}
     else:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = load_config(path)
         content = {"hub": path, "commit": config._commit_hash}
     return digest_json({"begins_as": content, "projector": projector, "stride": stride})
 

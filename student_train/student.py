@@ -21,9 +21,6 @@ from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedConfig,
@@ -37,6 +34,7 @@ from student_train.student_llava_next import (
     AvgPoolLlavaNextConfig,
     AvgPoolLlavaNextForConditionalGeneration,
 )
+from teacher_cache.pretrained import load_config, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ def student_from_vanilla(
     device. Raises `ValueError` for other families and for settings under which the processor's
     placeholders and the model's vision tokens would differ.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config: Any = load_config(path)
     for family in FAMILIES:
         if family.projector == projector and config.model_type == family.config_class.model_type:
             if config.vision_pool_stride != stride:
@@ -128,19 +126,7 @@ def load_student(
     `ValueError` when weights are missing (transformers would go on with random ones) and when a
     student's processor does not fit it.
     """
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint, "
-            f"such as {missing[0]}; download or save it again"
-        )
-    processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    model, processor = load_model(path, dtype)
     if any(isinstance(model.config, family.config_class) for family in FAMILIES):
         _require_placeholders_match(path, model, processor)
     return model, processor

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.head import LmHead
@@ -33,6 +32,7 @@ from teacher_cache.identity import (
     weights_digest,
 )
 from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec
+from teacher_cache.pretrained import load_model, resolve_device
 from teacher_cache.records import DTYPES, RecordSettings, make_output
 from teacher_cache.schema import RejectedSample, Sample, SampleError, TeacherOutput
 from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
@@ -68,17 +68,12 @@ class Teacher:
         """Load an image-text-to-text model and its processor from a folder or a hub id.
 
         `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available.
-        Code that a checkpoint brings along is not run.
+        Code that a checkpoint brings along is not run. ValueError for what cannot be loaded whole.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype="auto" if dtype is None else DTYPES[dtype],
-            attn_implementation=attention,
-        )
-        processor = AutoProcessor.from_pretrained(path)
-        teacher = cls(model.to(torch.device(device)), processor, system_prompt)
+        place = resolve_device(device)
+        loaded: Any = load_model(path, None if dtype is None else DTYPES[dtype], attention)
+        model, processor = loaded
+        teacher = cls(model.to(place), processor, system_prompt)
         logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)
         return teacher
 

@@ -17,7 +17,7 @@ from pipeline.evaluate import evaluate
 from pipeline.generation import Generator
 from pipeline.predictions import Prediction, append_predictions, drop_torn_line, read_predictions
 from student_train.student import student_from_vanilla
-from teacher_cache.manifest import CacheMismatchError
+from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.schema import Sample, SampleError
 from teacher_cache.tokens import SampleEncoder
 from tests.tiny import tiny_samples
@@ -134,6 +134,15 @@ def test_a_folder_of_another_evaluation_is_refused(
     other = dataclasses.replace(config, model=str(tiny_folder("llava")), max_new_tokens=5)
     with pytest.raises(CacheMismatchError, match=r"(?s)model_class.*max_new_tokens: stored 6"):
         evaluate(other)
+
+
+def test_a_cache_that_is_not_there_is_refused_before_any_answer(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    config = _config(tiny_folder("llava"), tmp_path, cache=tmp_path / "nowhere")
+    with pytest.raises(IncompleteCacheError, match="nowhere is not a cache"):
+        evaluate(config)
+    assert not config.out.exists()
 
 
 def test_bad_samples_of_the_source_are_all_listed(
