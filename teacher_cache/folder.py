@@ -37,6 +37,10 @@ SEAL_FILE = "SEALED.json"
 HEAD_FILE = "head.safetensors"
 SKETCH_FILE = "sketch.safetensors"
 
+REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd build again"
+"""What heals a damaged shard: every other shard stays."""
+_ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same emkd build again"
+
 A = TypeVar("A", LmHead, SketchBasis)
 
 
@@ -142,29 +146,26 @@ def open_shard(cache: Path, plan: Plan, commit: ShardCommit) -> Shard:
         if shard.metadata.get(field) != expected.get(field):
             raise ShardCorruptError(
                 f"{path} is not shard {commit.index} of this cache: {field} is "
-                f"{shard.metadata.get(field)!r}, expected {expected.get(field)!r}; {_REMEDY}"
+                f"{shard.metadata.get(field)!r}, expected {expected.get(field)!r}; {REMEDY}"
             )
     num_keys = len(shard_keys(plan, commit))
     if not shard.num_rows == num_keys == commit.num_rows:
         raise ShardCorruptError(
             f"{path}: found {shard.num_rows} rows, the plan has {num_keys}, the commit record "
-            f"{commit.num_rows}; {_REMEDY}"
+            f"{commit.num_rows}; {REMEDY}"
         )
     return shard
-
-
-_REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd build again"
 
 
 def require_shard_file(cache: Path, commit: ShardCommit) -> Path:
     """The path of a committed shard; `ShardCorruptError` unless it is there in its full size."""
     path = shard_path(cache, commit)
     if not path.is_file():
-        raise ShardCorruptError(f"{path} is missing; {_REMEDY}")
+        raise ShardCorruptError(f"{path} is missing; {REMEDY}")
     num_bytes = path.stat().st_size
     if num_bytes != commit.num_bytes:
         raise ShardCorruptError(
-            f"{path}: found {num_bytes} bytes, {commit.num_bytes} were committed; {_REMEDY}"
+            f"{path}: found {num_bytes} bytes, {commit.num_bytes} were committed; {REMEDY}"
         )
     return path
 
@@ -185,7 +186,9 @@ def _asset(file: Path, digest: str | None, build: Callable[[Mapping[str, Tensor]
     try:
         asset = build(load_file(file))
     except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise ShardCorruptError(f"{file} cannot be read: {error}; {_REMEDY}") from error
+        raise ShardCorruptError(f"{file} cannot be read: {error}; {_ASSET_REMEDY}") from error
     if asset.digest != digest:
-        raise ShardCorruptError(f"{file}: content {asset.digest}, the spec says {digest}")
+        raise ShardCorruptError(
+            f"{file}: content {asset.digest}, the spec says {digest}; {_ASSET_REMEDY}"
+        )
     return asset

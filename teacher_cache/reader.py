@@ -14,6 +14,7 @@ from pathlib import Path
 
 from teacher_cache.codec import Part
 from teacher_cache.folder import (
+    REMEDY,
     open_shard,
     read_head,
     read_sketch,
@@ -29,6 +30,7 @@ from teacher_cache.manifest import (
     CacheSpec,
     Plan,
     Seal,
+    ShardCorruptError,
 )
 from teacher_cache.rows import read_sample, require_parts, tier_parts
 from teacher_cache.schema import CachedSample
@@ -110,7 +112,10 @@ class CacheReader:
         number = shard_of(self._starts, index)
         shard = self._shard(number)
         row = index - self._starts[number]
-        return read_sample(shard, row, self.keys[index], parts, self.spec)
+        try:
+            return read_sample(shard, row, self.keys[index], parts, self.spec)
+        except ShardCorruptError as error:
+            raise ShardCorruptError(f"{error}; {REMEDY}") from error
 
     def find(self, key: str) -> int:
         """The number of the sample with this key; ValueError where there is none."""

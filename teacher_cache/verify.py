@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teacher_cache.folder import (
+    REMEDY,
     committed,
     open_shard,
     read_head,
@@ -52,7 +53,8 @@ def verify_cache(cache: Path, progress: Callable[[int, int], None] | None = None
             if progress is not None:
                 progress(done, seal.num_samples)
     problems += _asset_problems(cache, seal)
-    return VerifyReport(shards=len(seal.shards), samples=done, problems=tuple(problems))
+    once = tuple(dict.fromkeys(problems))  # a missing shard is met twice
+    return VerifyReport(shards=len(seal.shards), samples=done, problems=once)
 
 
 def _file_problems(cache: Path, seal: Seal, commit: ShardCommit) -> Iterator[str]:
@@ -61,7 +63,7 @@ def _file_problems(cache: Path, seal: Seal, commit: ShardCommit) -> Iterator[str
         path = require_shard_file(cache, commit)
         sha256 = sha256_file(path)
         if sha256 != commit.sha256:
-            yield f"{path}: SHA-256 is {sha256}, {commit.sha256} was committed"
+            yield f"{path}: SHA-256 is {sha256}, {commit.sha256} was committed; {REMEDY}"
     except (ShardCorruptError, OSError) as error:
         yield str(error)
     try:

@@ -53,6 +53,23 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
     problems = "\n".join(verify_cache(tmp_path).problems)
     for expected in (cut.name, f"{missing.name} is missing", "head.safetensors", "shard 2 is not"):
         assert expected in problems
+    assert problems.count(f"{missing.name} is missing") == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_remedy_that_is_named_heals_the_cache(tmp_path: Path, form: ShardFormatName) -> None:
+    shards = make_shards()
+    seal = build(tmp_path, shards, form)
+    shard = tmp_path / seal.shards[1].file
+    intact = shard.read_bytes()
+    shard.write_bytes(intact[: len(intact) // 2] + b"!!!" + intact[len(intact) // 2 + 3 :])
+    problems = verify_cache(tmp_path).problems
+    assert any("delete SEALED.json and this shard's commits/*.json" in p for p in problems)
+    (tmp_path / "SEALED.json").unlink()
+    (tmp_path / "commits" / "00001.json").unlink()
+    assert build(tmp_path, shards, form) == seal
+    assert shard.read_bytes() == intact
+    assert verify_cache(tmp_path).problems == ()
 
 
 def test_numbers_that_are_not_finite_are_found_behind_valid_checksums(tmp_path: Path) -> None:
