@@ -1,8 +1,6 @@
 """Short training runs on tiny models, and what a test asks of their folders."""
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from teacher_cache.teacher import Teacher
 from tests.caches import build_cache, student_loader
 from tests.tiny import tiny_samples
 
-ROOT = Path(__file__).resolve().parent.parent
 PAIRS = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)
 SETTINGS = TrainerSettings(
     max_steps=7,
@@ -49,6 +46,14 @@ def train(
     return train_student(run, reader, student_loader(vanilla), settings, student=student)
 
 
+def train_on_one_thread(
+    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
+) -> None:
+    """The same in a child process, where nothing has set the number of threads yet."""
+    torch.set_num_threads(1)
+    train(run, reader, vanilla, settings)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -64,11 +69,3 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     for line, wanted in zip(lines(run), lines(other), strict=True):
         assert {**line, "seconds": 0} == {**wanted, "seconds": 0}
-
-
-def run_command(
-    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
-) -> list[str]:
-    text = json.dumps(dataclasses.asdict(settings))
-    module = ["-W", "ignore", "-m", "tests.killed_run"]
-    return [sys.executable, *module, str(run), str(reader.cache), str(vanilla), text]

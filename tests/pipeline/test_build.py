@@ -2,9 +2,6 @@
 
 import dataclasses
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,11 +13,10 @@ from teacher_cache.folder import read_seal
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.reader import CacheReader
 from teacher_cache.teacher import Teacher
+from tests.children import start
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.tiny import tiny_samples
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -191,34 +187,16 @@ def test_a_bad_sample_can_be_recorded_instead(config: BuildConfig, how: str) -> 
     assert shard_bytes(config.out) == shard_bytes(config.out.parent / "other")
 
 
-_KILLED = """
-import sys
-from pathlib import Path
-from pipeline.build import build
-from pipeline.config import BuildConfig
-from teacher_cache.decode import decode_json
-build(decode_json(BuildConfig, Path(sys.argv[1]).read_text(), "config"))
-"""
-
-
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfig) -> None:
-    from jobs.paths import to_json
-
     build(_into(config, "undisturbed"))
-    file = config.out.parent / "config.json"
-    file.write_text(to_json(config))
-    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(file)]
     draws = random.Random(7)
     for kill in range(4):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        child = start(build, config)
         # wait until the attempt has come a little further than the one before, then kill it
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(config.out.glob("commits/*.json"))) > kill // 2:
-                break
-            time.sleep(0.01)
+        while child.is_alive() and len(list(config.out.glob("commits/*.json"))) <= kill // 2:
+            time.sleep(0.002)
         time.sleep(draws.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        child.kill()
+        child.join()
     build(config)
     assert shard_bytes(config.out) == shard_bytes(config.out.parent / "undisturbed")

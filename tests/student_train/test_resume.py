@@ -3,9 +3,7 @@
 import os
 import random
 import shutil
-import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,15 +15,15 @@ import torch
 from student_train.checkpoint import CHECKPOINT_FILE
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
+from tests.children import finish, start
 from tests.conftest import TinyFolder
 from tests.runs import (
-    ROOT,
     SETTINGS,
     assert_same_run,
     lines,
-    run_command,
     tiny_cache,
     train,
+    train_on_one_thread,
     weights,
 )
 
@@ -64,16 +62,15 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
     every_step = replace(SETTINGS, log_steps=1)
     straight = tmp_path / "straight"
     train(straight, reader, vanilla, every_step)
-    command = run_command(run, reader, vanilla, every_step)
+    work = (train_on_one_thread, run, reader, vanilla, every_step)
     victim = random.Random(os.getpid()).randint(1, 6)
     log = run / "metrics.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (
-            log.exists() and len(log.read_text().splitlines()) >= victim
-        ):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    child = start(*work)
+    while child.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= victim):
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    assert finish(start(*work)) == [0]
     assert_same_run(run, straight)
 
 
@@ -81,22 +78,22 @@ def test_two_workers_compute_what_one_computes_and_one_goes_on_from_them(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = run_command(run, reader, vanilla, SETTINGS)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     workers = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        start(
+            train_on_one_thread,
+            run,
+            reader,
+            vanilla,
+            SETTINGS,
+            environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in ("0", "1")
     ]
-    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
+    assert finish(*workers) == [0, 0]
     for _ in range(2):
         mine, theirs = weights(run / "final"), weights(undisturbed / "final")
         for name in mine:

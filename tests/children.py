@@ -1,0 +1,44 @@
+"""Child processes that a test may kill, forked from one that has imported everything.
+
+A new interpreter needs seconds to import torch and transformers. Python's fork server pays for
+that once, and, other than pytest itself, it has a single thread when it forks.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+
+PRELOADED = ["pipeline.build", "tests.runs"]
+
+
+def start(
+    work: Callable[..., object],
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Begin `work(*arguments)` in a child; its exit code is 0 unless it raised or was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    child = context.Process(target=_run, args=(dict(environment or {}), work, arguments))
+    child.start()
+    return child
+
+
+def finish(*children: BaseProcess) -> list[int | None]:
+    """Wait for children; returns their exit codes, None for one that hung and was killed."""
+    codes: list[int | None] = []
+    for child in children:
+        child.join(timeout=100)
+        codes.append(child.exitcode)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+    return codes
+
+
+def _run(
+    environment: Mapping[str, str], work: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
+    os.environ.update(environment)
+    work(*arguments)
