@@ -3,13 +3,14 @@
 Promise: `locate` gives the character span of every user text, and for every assistant turn where
 the generation prompt before it ends, where its text ends and where the turn ends. Texts are found
 by rendering the conversation once more with a marker in place of each of them, so that a text
-that also occurs in the template's own words ("user") is not mistaken for them. Refuses templates
-that reorder or rewrite a message, and those whose text for a growing conversation does not grow
-by appending (generation would then not see what training saw).
+that also occurs in the template's own words ("user") is not mistaken for them. What the template
+writes between the markers is the same for all conversations of one shape and may be kept. Refuses
+templates that reorder or rewrite a message, and those whose text for a growing conversation does
+not grow by appending (generation would then not see what training saw).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,14 @@ Turn = dict[str, Any]
 
 Render = Callable[[list[Turn], bool], str]
 """From turns, and whether the generation prompt is to follow them, to text."""
+
+Shape = tuple[bool | tuple[str, ...], ...]
+"""What a marked rendering depends on: the generation prompt, then each turn's role and parts."""
+
+Skeletons = dict[Shape, tuple[str, ...]]
+"""By shape, what one template writes before, between and behind the texts; `locate` fills it."""
+
+MAX_SKELETONS = 1024
 
 _MARKER = re.compile("\ue000([0-9]+)\ue001")
 
@@ -67,10 +76,18 @@ def to_turns(sample: Sample, system_prompt: str | None) -> list[Turn]:
     return turns
 
 
-def locate(turns: list[Turn], render: Render, add_generation_prompt: bool = False) -> Rendering:
-    """Render turns and find their texts; ValueError where the template makes that impossible."""
+def locate(
+    turns: list[Turn],
+    render: Render,
+    add_generation_prompt: bool = False,
+    skeletons: Skeletons | None = None,
+) -> Rendering:
+    """Render turns and find their texts; ValueError where the template makes that impossible.
+
+    `skeletons` saves the marked rendering of shapes that it has met. It belongs to one template.
+    """
     text = render(turns, add_generation_prompt)
-    spans = _text_spans(turns, text, render(_marked(turns), add_generation_prompt))
+    spans = _text_spans(turns, render, add_generation_prompt, text, skeletons)
     instructions: list[tuple[int, int]] = []
     responses: list[Response] = []
     for index, turn in enumerate(turns):
@@ -79,7 +96,8 @@ def locate(turns: list[Turn], render: Render, add_generation_prompt: bool = Fals
             instructions += own
         elif turn["role"] == "assistant":
             prompt = render(turns[:index], True)
-            whole = render(turns[: index + 1], False)
+            is_whole = index + 1 == len(turns) and not add_generation_prompt
+            whole = text if is_whole else render(turns[: index + 1], False)
             (start, end) = own[0]
             if not text.startswith(prompt) or not text.startswith(whole):
                 raise ValueError(
@@ -116,21 +134,54 @@ def _marked(turns: list[Turn]) -> list[Turn]:
     return marked
 
 
-def _text_spans(turns: list[Turn], text: str, marked: str) -> list[tuple[int, int]]:
-    """Character spans of all text parts, by reading `text` along the marked rendering."""
+def _text_spans(
+    turns: list[Turn],
+    render: Render,
+    add_generation_prompt: bool,
+    text: str,
+    skeletons: Skeletons | None,
+) -> list[tuple[int, int]]:
+    """Character spans of all text parts of `text`, along a kept skeleton or a new one."""
     texts: list[str] = [p["text"] for t in turns for p in t["content"] if p["type"] == "text"]
+    shape = _shape(turns, add_generation_prompt)
+    if skeletons is not None and shape in skeletons:
+        try:
+            return _read_along(texts, text, skeletons[shape])
+        except ValueError:  # the template may write the date: look again before refusing
+            del skeletons[shape]
+    skeleton = _skeleton(render(_marked(turns), add_generation_prompt), len(texts))
+    spans = _read_along(texts, text, skeleton)
+    if skeletons is not None:
+        if len(skeletons) >= MAX_SKELETONS:
+            skeletons.clear()
+        skeletons[shape] = skeleton
+    return spans
+
+
+def _shape(turns: list[Turn], add_generation_prompt: bool) -> Shape:
+    shapes = [(t["role"], *(part["type"] for part in t["content"])) for t in turns]
+    return (add_generation_prompt, *shapes)
+
+
+def _skeleton(marked: str, num_texts: int) -> tuple[str, ...]:
+    """What stands around the markers: one piece more than there are texts."""
     pieces = _MARKER.split(marked)
-    controls, numbers = pieces[0::2], [int(number) for number in pieces[1::2]]
-    if numbers != list(range(len(texts))):
+    numbers = [int(number) for number in pieces[1::2]]
+    if numbers != list(range(num_texts)):
         raise ValueError(
-            f"the chat template writes the {len(texts)} texts of the conversation in the order "
+            f"the chat template writes the {num_texts} texts of the conversation in the order "
             f"{numbers}; each must appear once, in order"
         )
+    return tuple(pieces[0::2])
+
+
+def _read_along(texts: Sequence[str], text: str, skeleton: Sequence[str]) -> list[tuple[int, int]]:
+    """Character spans of `texts` in `text`, by reading it along the skeleton."""
     spans: list[tuple[int, int]] = []
-    position = len(controls[0])
-    if not text.startswith(controls[0]):
+    position = len(skeleton[0])
+    if not text.startswith(skeleton[0]):
         raise ValueError("the chat template's opening depends on what the messages say")
-    for number, (wanted, control) in enumerate(zip(texts, controls[1:], strict=True)):
+    for number, (wanted, control) in enumerate(zip(texts, skeleton[1:], strict=True)):
         last = number + 1 == len(texts)
         for candidate in (wanted, wanted.strip()):
             end = position + len(candidate)

@@ -11,13 +11,14 @@ that of llava-1.5-hf, teaches no end of turn). What does not add up is a `Sample
 import io
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
-from teacher_cache.rendering import Rendering, Turn, locate, to_turns
+from teacher_cache.rendering import Rendering, Skeletons, Turn, locate, to_turns
 from teacher_cache.schema import Sample, SampleError, TokenSpans, ViewGrid
 from teacher_cache.views import ImageInputs, layout_images, require_supported
 
@@ -45,6 +46,7 @@ class SampleEncoder:
         self.config = model_config
         self.system_prompt = system_prompt
         self._control_ids = frozenset(processor.tokenizer.all_special_ids)
+        self._skeletons: Skeletons = {}
 
     @property
     def pad_token_id(self) -> int:
@@ -67,23 +69,26 @@ class SampleEncoder:
         self, sample: Sample, turns: list[Turn], add_generation_prompt: bool
     ) -> EncodedSample:
         try:
-            rendering = locate(turns, self._render, add_generation_prompt)
+            rendering = locate(turns, self._render, add_generation_prompt, self._skeletons)
             outputs = self._process(sample, rendering.text)
             replaced: list[dict[str, Any]] = outputs.pop("text_replacement_offsets")
-            offsets: Tensor = outputs.pop("offset_mapping")[0]
+            offsets = np.array(outputs.pop("offset_mapping")[0], dtype=np.int64).reshape(-1, 2)
             inputs: dict[str, Tensor] = {
-                name: values[0] if name in SEQUENCE_KEYS else values
+                name: _row(values) if name in SEQUENCE_KEYS else values
                 for name, values in outputs.items()
             }
+            input_ids = inputs["input_ids"].numpy()
             views, vision = self._vision(inputs, offsets, replaced)
-            content, is_response = self._content(rendering, inputs["input_ids"], offsets, replaced)
+            content, is_response = self._content(rendering, input_ids, offsets, replaced)
             spans = TokenSpans(
                 views=views,
                 vision=vision,
-                content=content,
-                content_ids=inputs["input_ids"][content],
-                is_response=is_response,
-                after_image=content > vision[0] if len(vision) else is_response & False,
+                content=torch.from_numpy(content),
+                content_ids=torch.from_numpy(input_ids[content]),
+                is_response=torch.from_numpy(is_response),
+                after_image=torch.from_numpy(
+                    content > int(vision[0]) if len(vision) else np.zeros_like(is_response)
+                ),
             )
         except SampleError:
             raise
@@ -100,7 +105,11 @@ class SampleEncoder:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def _process(self, sample: Sample, text: str) -> dict[str, Any]:
-        """Run the processor on one sample, with the character maps that `_encode` needs."""
+        """Run the processor on one sample, with the character maps that `_encode` needs.
+
+        Image inputs come as tensors, what belongs to the text as lists: transformers' conversion
+        of nested lists costs more than tokenising them.
+        """
         images = [_decode(sample, index) for index in range(len(sample.images))]
         tokenizer = self.processor.tokenizer
         opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -108,7 +117,8 @@ class SampleEncoder:
             self.processor(
                 text=[text],
                 images=[images] if images else None,
-                return_tensors="pt",
+                text_kwargs={"return_tensors": None},
+                images_kwargs={"return_tensors": "pt"},
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
                 return_token_type_ids=False,
@@ -121,18 +131,22 @@ class SampleEncoder:
         return outputs
 
     def _vision(
-        self, inputs: dict[str, Tensor], offsets: Tensor, replaced: list[dict[str, Any]]
+        self,
+        inputs: dict[str, Tensor],
+        offsets: Int[np.ndarray, "L 2"],
+        replaced: list[dict[str, Any]],
     ) -> tuple[tuple[ViewGrid, ...], Int[Tensor, " M"]]:
         """Views and vision positions; every image's placeholders are checked on their own."""
-        is_placeholder = inputs["input_ids"] == self.config.image_token_id
+        is_placeholder = inputs["input_ids"].numpy() == self.config.image_token_id
         per_image = [
-            (is_placeholder & _overlap(offsets, *item["new_span"])).nonzero()[:, 0]
+            np.flatnonzero(is_placeholder & _overlap(offsets, *item["new_span"]))
             for item in replaced
         ]
         found = sum(len(positions) for positions in per_image)
-        if found != int(is_placeholder.sum()):
+        total = np.count_nonzero(is_placeholder)
+        if found != total:
             raise ValueError(
-                f"{int(is_placeholder.sum())} placeholder tokens in the sequence, {found} of them "
+                f"{total} placeholder tokens in the sequence, {found} of them "
                 "written for images; a message may not spell the placeholder token"
             )
         images = ImageInputs(
@@ -142,45 +156,51 @@ class SampleEncoder:
         )
         layouts = layout_images(self.config, images)
         views = tuple(view for layout in layouts for view in layout.views)
-        positions = [
-            found[layout.is_vision] for found, layout in zip(per_image, layouts, strict=True)
+        vision = [
+            positions[layout.is_vision.numpy()]
+            for positions, layout in zip(per_image, layouts, strict=True)
         ]
-        empty = torch.zeros(0, dtype=torch.int64)
-        return views, torch.cat([empty, *positions])
+        empty = np.zeros(0, dtype=np.int64)
+        return views, torch.from_numpy(np.concatenate([empty, *vision]))
 
     def _content(
         self,
         rendering: Rendering,
-        input_ids: Tensor,
-        offsets: Tensor,
+        input_ids: Int[np.ndarray, " L"],
+        offsets: Int[np.ndarray, "L 2"],
         replaced: list[dict[str, Any]],
-    ) -> tuple[Int[Tensor, " T"], Bool[Tensor, " T"]]:
+    ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
         """Content positions, ascending, and which of them are the response."""
 
-        def tokens(start: int, end: int) -> Tensor:
+        def tokens(start: int, end: int) -> np.ndarray:  # a shape would be built at every call
             return _overlap(offsets, _expanded(start, replaced), _expanded(end, replaced))
 
-        is_content = torch.zeros(len(input_ids), dtype=torch.bool)
-        is_response = torch.zeros_like(is_content)
+        is_content = np.zeros(len(input_ids), dtype=np.bool_)
+        is_response = np.zeros_like(is_content)
         for start, end in rendering.instructions:
             is_content |= tokens(start, end)
         for turn in rendering.responses:
             is_response |= tokens(turn.start, turn.text_end)
-            behind = tokens(turn.text_end, turn.turn_end) & ~is_response
-            behind = behind.nonzero()[:, 0].tolist()
-            ids: list[int] = [int(input_ids[position]) for position in behind]
+            behind = np.flatnonzero(tokens(turn.text_end, turn.turn_end) & ~is_response)
+            ids: list[int] = input_ids[behind].tolist()
             stop = next((i for i, token in enumerate(ids) if token in self._control_ids), None)
             if stop is not None:
                 is_response[behind[: stop + 1]] = True
-        content = (is_content | is_response).nonzero()[:, 0]
+        content = np.flatnonzero(is_content | is_response)
         return content, is_response[content]
+
+
+def _row(values: Any) -> Int[Tensor, " L"]:
+    """The one row of a sequence-long output of the processor, lists within a list."""
+    return torch.from_numpy(np.array(values[0], dtype=np.int64))
 
 
 def _decode(sample: Sample, index: int) -> Image.Image:
     data = sample.images[index]
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         # Pillow prints the address of the stream; a reason is stored and must be the same again.
         unknown = isinstance(error, UnidentifiedImageError)
@@ -197,7 +217,7 @@ def _expanded(position: int, replaced: list[dict[str, Any]]) -> int:
     return position + sum(len(item["replacement"]) - len(item["text"]) for item in before)
 
 
-def _overlap(offsets: Int[Tensor, "L 2"], start: int, end: int) -> Bool[Tensor, " L"]:
+def _overlap(offsets: Int[np.ndarray, "L 2"], start: int, end: int) -> Bool[np.ndarray, " L"]:
     """Tokens that hold characters of [start, end).
 
     Byte-level tokenizers that trim their offsets leave whitespace tokens with an empty interval

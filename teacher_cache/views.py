@@ -104,6 +104,12 @@ def layout_images(config: Any, inputs: ImageInputs) -> tuple[ImageLayout, ...]:
         )
     layouts: list[ImageLayout] = []
     for image, (blocks, found) in enumerate(zip(images, inputs.placeholders, strict=True)):
+        for block in blocks:
+            if min(block.rows, block.cols) < 1:
+                raise ValueError(
+                    f"image {image} is too narrow: its view {block.view} would hold "
+                    f"{block.rows}x{block.cols} vision tokens; crop it or leave the sample out"
+                )
         expected = sum(block.num_positions for block in blocks)
         if found != expected:
             raise ValueError(

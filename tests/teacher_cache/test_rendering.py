@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from teacher_cache.rendering import Render, Turn, locate, to_turns
+from teacher_cache.rendering import Render, Skeletons, Turn, locate, to_turns
 from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, make_sample
 from tests.tiny_processors import template
 
@@ -63,6 +63,39 @@ def test_a_template_may_trim_messages() -> None:
     rendering = locate(_turns("  what? ", "a dog\n"), _render(trimming))
     [(start, end)] = rendering.instructions
     assert rendering.text[start:end] == "what?"
+
+
+def test_conversations_of_one_shape_share_their_marked_rendering() -> None:
+    rendered: list[int] = []
+
+    def counting(turns: list[Turn], add_generation_prompt: bool) -> str:
+        rendered.append(len(turns))
+        return _render(CHATML)(turns, add_generation_prompt)
+
+    skeletons: Skeletons = {}
+    for first, second in (("what?", "a dog"), ("<|im_end|>", ""), ("\ue0000\ue001", "user\n")):
+        turns = _turns(first, second)
+        assert locate(turns, counting, skeletons=skeletons) == locate(turns, _render(CHATML))
+    assert rendered == [2, 2, 1, 2, 1, 2, 1]
+    other = _turns("what?", "a dog", system="user")
+    assert locate(other, counting, skeletons=skeletons) == locate(other, _render(CHATML))
+    assert len(skeletons) == 2
+
+
+def test_a_template_that_writes_the_date_outlives_its_shape() -> None:
+    skeletons: Skeletons = {}
+    for date in ("1 May", "2 May"):
+        render = _render(date + CHATML)
+        rendering = locate(_turns("what?", "a dog"), render, skeletons=skeletons)
+        assert rendering == locate(_turns("what?", "a dog"), render)
+
+
+def test_a_kept_shape_refuses_what_a_new_one_refuses() -> None:
+    shouting = _render(CHATML.replace("part['text']", "part['text'] | replace('dog', 'DOG')"))
+    skeletons: Skeletons = {}
+    locate(_turns("what?", "a cat"), shouting, skeletons=skeletons)
+    with pytest.raises(ValueError, match="changes the text 'a dog'"):
+        locate(_turns("what?", "a dog"), shouting, skeletons=skeletons)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """Tokens of real processors: spans decode to the messages, vision positions to the placeholders."""
 
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoConfig, AutoProcessor
 
-from teacher_cache.collate import EncodedSample
+from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.rendering import to_turns
 from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, SampleError, make_sample
 from teacher_cache.tokens import SampleEncoder
 from tests.conftest import TinyFolder
@@ -80,6 +84,35 @@ def test_a_prompt_is_the_beginning_of_its_conversation(family: str, encoder: Enc
         assert torch.equal(prompt.inputs["input_ids"], whole.inputs["input_ids"][:length])
         assert int(whole.spans.response[whole.spans.response >= length][0]) == length
         assert prompt.spans.views == whole.spans.views
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_inputs_are_the_processors_own(family: str, encoder: Encoder) -> None:
+    model = encoder(family)
+    for sample in tiny_samples(5):
+        encoded = model.encode(sample)
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in sample.images]
+        text = model.processor.apply_chat_template(to_turns(sample, None), tokenize=False)
+        expected = model.processor(
+            text=[text], images=[images] if images else None, return_tensors="pt"
+        )
+        names = set(expected) - {"token_type_ids", "text_replacement_offsets"}
+        assert set(encoded.inputs) == names
+        for name in names:
+            values = expected[name][0] if name in SEQUENCE_KEYS else expected[name]
+            assert encoded.inputs[name].dtype == values.dtype
+            assert torch.equal(encoded.inputs[name], values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_between_samples_changes_nothing(family: str, encoder: Encoder) -> None:
+    model, samples = encoder(family), tiny_samples(10)
+    for sample in [*samples, *samples]:
+        fresh = SampleEncoder(model.processor, model.config)
+        again, alone = model.encode(sample), fresh.encode(sample)
+        assert again.spans.views == alone.spans.views
+        for name in ("vision", "content", "content_ids", "is_response", "after_image"):
+            assert torch.equal(getattr(again.spans, name), getattr(alone.spans, name))
 
 
 def test_text_before_the_first_image_does_not_count_for_affinity(encoder: Encoder) -> None:
@@ -154,6 +187,32 @@ def test_a_corrupt_image_is_named(encoder: Encoder) -> None:
         encoder("llava").encode(_one(text, [tiny_image(0), cut]))
     with pytest.raises(SampleError, match=r"image 0 .* cannot be decoded"):
         encoder("llava").encode(_one(f"{IMAGE_PLACEHOLDER}what?", [b"no image"]))
+
+
+def _encoded_or_refused(model: SampleEncoder, sample: Sample) -> EncodedSample | SampleError:
+    try:
+        return model.encode(sample)
+    except SampleError as error:
+        return error
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (3, 500), (1, 1)])
+def test_images_of_absurd_shape_are_encoded_or_named(
+    family: str, size: tuple[int, int], encoder: Encoder
+) -> None:
+    model = encoder(family)
+    sample = _one(f"{IMAGE_PLACEHOLDER}what?", [tiny_image(0, *size)])
+    encoded = _encoded_or_refused(model, sample)
+    if isinstance(encoded, SampleError):
+        assert re.match("sample 'bad-1': .*(too narrow|aspect ratio)", str(encoded))
+    else:
+        _check_vision(model, encoded)
+
+
+def test_a_mosaic_without_columns_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(SampleError, match=r"image 0 is too narrow: its view 1 .* 4x0 vision"):
+        encoder("llava_next").encode(_one(f"{IMAGE_PLACEHOLDER}?", [tiny_image(0, 1, 3000)]))
 
 
 def _more_patches(model: SampleEncoder) -> None:
