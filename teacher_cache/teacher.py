@@ -1,9 +1,10 @@
 """The teacher's forward pass: samples in, records out. One route for every model family.
 
 Promise: hidden states come from the backbone after its final norm, logits from the LM head at the
-needed rows only, in eval mode, without gradients and with right padding, so that a sample's
-numbers depend on its neighbours in the batch by rounding at most. The same batch gives the same
-bits. A sample that cannot be used comes back as a `RejectedSample`; a model whose logits are not
+needed rows only, in eval mode, without gradients and with right padding. The same batch gives the
+same bits; beside other samples a sample's last bits may differ in some families, since kernels
+sum in another order at other sizes, which is why the batch size is part of the cache's spec.
+A sample that cannot be used comes back as a `RejectedSample`; a model whose logits are not
 simply head(hidden) (scaled or soft-capped heads), or a top-k larger than the vocabulary, is
 refused at once.
 
