@@ -1,12 +1,9 @@
 """Promises of the stream: a fixed, resumable, elastic order; checked samples; loud threads."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +30,6 @@ from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 11
 PAIRS = RecordSettings(records="topk+sketch", top_k=8, sketch_rank=4)
 
@@ -261,23 +257,3 @@ def test_views_must_correspond_as_far_as_the_matching_needs() -> None:
     no_view = replace(output, views=())
     with pytest.raises(SampleError, match="the student sees 1 images, the teacher saw 0"):
         check_against_teacher(encoded, no_view, None)
-
-
-def loaded_by(module: str) -> set[str]:
-    code = f"import {module}, sys; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(done.stdout.splitlines()[-1].split())
-
-
-def test_the_stream_and_the_trainer_never_load_a_teacher() -> None:
-    forbidden = {"ray", "teacher_cache.teacher", "teacher_cache.writer"}
-    assert not loaded_by("student_train.stream") & {"transformers", *forbidden}
-    with_trainer = loaded_by("student_train.training_run")
-    assert "transformers" in with_trainer  # the assertion above can fail
-    assert not with_trainer & forbidden
