@@ -16,3 +16,10 @@ class RayOptions(Strict):
     gpus_per_worker: float = 0.0
     max_retries: int = 2
     """How often work whose worker died is tried again."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be >= 1, found {self.num_workers}")
+        for name in ("cpus_per_worker", "gpus_per_worker", "max_retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")

@@ -169,9 +169,10 @@ def _open(config: SourceConfig) -> SampleSource:
         return TarSource(config.path)
     if path.suffix == ".parquet" or path.is_dir():
         return ParquetSource(path)
+    found = "unknown kind of source" if path.exists() else "there is no such file or folder"
     raise ValueError(
-        f"{config.path}: unknown kind of source; expected the name to end in .json, .jsonl, .tar "
-        "or .parquet, or a folder of .parquet files"
+        f"{config.path}: {found}; expected the name to end in .json, .jsonl, .tar or .parquet, or "
+        "a folder of .parquet files"
     )
 
 

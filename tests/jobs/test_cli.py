@@ -56,6 +56,9 @@ def test_an_objective_is_a_preset_with_overrides() -> None:
     [
         f"{BUILD} --topk 3",
         f"{BUILD} --top-k 0",
+        f"{BUILD} --num-workers 0",
+        f"{TRAIN} --max-retries -1",
+        f"{TRAIN} --match-shared-ids 0",
         f"{BUILD} --format parquet",
         "build --source data.json",
         f"{TRAIN} --objective rld --vsd-weight 1",

@@ -257,6 +257,11 @@ def test_a_missing_file_is_refused(file: str, tmp_path: Path) -> None:
         _open(str(tmp_path / file))
 
 
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
+        _open(str(tmp_path / "nowhere"))
+
+
 def test_image_root_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_root was given"):
         _open(_write_tar(tmp_path, ENTRIES), image_root=tmp_path)
