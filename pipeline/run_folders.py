@@ -86,7 +86,15 @@ def collect(folders: Iterable[Path]) -> Collection:
         if (folder / SEAL_FILE).exists():
             _add_cache(caches, folder)
         elif _is_run(folder):
-            runs.append(_read_run(folder, caches, missing))
+            run = _read_run(folder, caches, missing)
+            known = next((other for other in runs if _same(run, other)), None)
+            if known is None:
+                runs.append(run)
+            else:
+                missing.append(
+                    f"{folder}: is left out; it repeats {known.path}, with the same settings and "
+                    "seed, and would count as one more seed"
+                )
         else:
             missing.append(
                 f"{folder}: is left out; found neither {RUN_FILE} nor {SEAL_FILE} nor "
@@ -97,14 +105,21 @@ def collect(folders: Iterable[Path]) -> Collection:
             f"found no run in {', '.join(map(str, folders)) or 'an empty list of folders'}; name "
             "folders that emkd train or emkd evaluate have written"
         )
-    known = set(caches)
+    found = set(caches)
     wanted = {run.identity.cache for run in runs if run.identity is not None}
     missing += [
         f"cache {fingerprint[:12]}: its folder was not found, its cost is unknown; name the "
         "folder beside the runs"
-        for fingerprint in sorted(wanted - known)
+        for fingerprint in sorted(wanted - found)
     ]
     return Collection(runs=tuple(runs), caches=tuple(caches.values()), missing=tuple(missing))
+
+
+def _same(run: RunFolder, other: RunFolder) -> bool:
+    """Whether both are one run: of one identity, seed included, or one folder named twice."""
+    if run.identity is None or other.identity is None:
+        return run.path.resolve() == other.path.resolve()
+    return run.identity == other.identity
 
 
 def _is_run(folder: Path) -> bool:

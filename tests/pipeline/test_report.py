@@ -218,3 +218,12 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
     _, _, first = _report(tmp_path, runs)
     _, _, second = _report(tmp_path, runs)
     assert first == second
+
+
+def test_a_repeated_run_is_no_further_seed(tmp_path: Path) -> None:
+    runs = _study(tmp_path)
+    again = fake_run(tmp_path / "again", "emkd", 1, cache=tmp_path / "cache")
+    fake_evaluation(again, _right(1, 0.2))
+    found = collect([*runs, again, runs[0]])
+    assert [run.path for run in found.runs] == runs
+    assert f"{again}: is left out; it repeats {tmp_path / 'emkd-1'}" in "\n".join(found.missing)
