@@ -10,6 +10,7 @@ Promises: any dtype of `DTYPES` comes back bit for bit, NaN payloads included; a
 one that claims more than it can hold is a `ShardCorruptError` before memory is taken for it.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ DTYPES: dict[int, torch.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_FRAME_BYTES = 2**32
-"""Content of the largest frame; a larger claim is taken for damage."""
+"""Content of the largest frame, and of the largest plane; a larger claim is taken for damage."""
 
 _BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
 
@@ -77,6 +78,8 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
             f"{list(DTYPES)} and {list(TRANSFORMS)}"
         )
     dtype = DTYPES[dtype_code]
+    if math.prod(shape) * dtype.itemsize > MAX_FRAME_BYTES:  # a dictionary's places are short
+        raise ShardCorruptError(f"a frame of {len(frame)} bytes claims shape {list(shape)}")
     bits = TRANSFORMS[transform_code].join(content[3 + 4 * num_dims :], shape, dtype.itemsize)
     try:
         return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)

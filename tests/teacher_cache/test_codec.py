@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teacher_cache import frames
 from teacher_cache.codec import (
     PART_PLANES,
     TIER_PARTS,
@@ -182,14 +183,23 @@ def test_a_frame_that_claims_a_huge_content_takes_no_memory_for_it() -> None:
         decode_frame(claim)
 
 
+def test_a_dictionary_that_would_grow_beyond_the_limit_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frame = encode_frame(torch.zeros(200, dtype=torch.int64), [DICTIONARY])
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 8 * 200 - 1)
+    with pytest.raises(ShardCorruptError, match=r"claims shape \[200\]"):
+        decode_frame(frame)
+
+
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), records=st.sampled_from(TIERS))
 def test_any_output_comes_back_from_its_planes(data: st.DataObject, records: RecordKind) -> None:
     output = data.draw(teacher_outputs(records))
     planes = output_planes(output)
     assert set(planes) == planes_of(TIER_PARTS[records])
-    frames = {name: encode_plane(name, values) for name, values in planes.items()}
-    decoded = {name: decode_frame(frame) for name, frame in frames.items()}
+    encoded = {name: encode_plane(name, values) for name, values in planes.items()}
+    decoded = {name: decode_frame(frame) for name, frame in encoded.items()}
     assert_same_outputs(output_from_planes(decoded, VOCAB_SIZE), output)
 
 
