@@ -27,8 +27,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 demo: setup                      ## Teacher, cache, six students and a report in miniature: demo/report.html
 	$(BIN)/emkd demo --out demo
 
-test: setup-dev                  ## All tests: the fast ones first, then those that start Ray
-	$(BIN)/python -m pytest
+test: setup-dev                  ## All tests: the fast ones, two files at a time, then those of Ray
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m ray
 
 test-ray: setup-dev              ## Only the tests that start Ray
