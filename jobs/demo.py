@@ -33,6 +33,7 @@ from pipeline.report import write_report
 from pipeline.train import train
 from student_train.checkpoint import FINAL_FOLDER, finished_run
 from student_train.objective import ObjectiveName
+from student_train.run_log import logged_step
 from teacher_cache.manifest import Seal
 from teacher_cache.storage import write_atomic
 
@@ -154,7 +155,7 @@ def _build(out: Path, data: Path, teacher: Path) -> Seal:
 def _train(configs: Sequence[TrainConfig]) -> None:
     todo = [config for config in configs if finished_run(config.out) is None]
     total = sum(config.max_steps or 0 for config in todo)
-    _run("students", train, todo, lambda: (sum(logged_steps(c.out) for c in todo), total))
+    _run("students", train, todo, lambda: (sum(logged_step(c.out) for c in todo), total))
 
 
 def _evaluate(configs: Sequence[EvaluateConfig], num_samples: int) -> None:
@@ -183,14 +184,6 @@ def _run(
 
 def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
-
-
-def logged_steps(run: Path) -> int:
-    """The last step that a run has logged (a line that is just being written does not count)."""
-    for line in reversed(_lines(run / "metrics.jsonl")):
-        if line.endswith("}"):
-            return int(json.loads(line)["step"])
-    return 0
 
 
 def _answers(evaluation: Path) -> int:

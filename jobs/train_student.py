@@ -5,8 +5,10 @@ each attempt gets one of its own and a damaged one can harm nothing. After the l
 Ray starts the group again and the stage goes on from its newest complete checkpoint.
 """
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from jobs.ray_pool import ray_session, require_resources
 from pipeline.config import TrainConfig
 from pipeline.train import train
 from student_train.checkpoint import FINAL_FOLDER
+from student_train.run_log import logged_step
 from teacher_cache.decode import decode_json
+from teacher_cache.reader import CacheReader
 
 
 def run_train(config: TrainConfig, options: RayOptions) -> Path:
@@ -31,7 +35,8 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     if not options.ray:
         with Bars() as bars:
             return train(config, progress=lambda done, total: bars.update("steps", done, total))
-    with ray_session():
+    num_steps = config.settings.num_steps(len(CacheReader.open(config.cache)))
+    with ray_session(), _progress(config.out, num_steps):
         require_resources(options)
         trainer = TorchTrainer(
             train_in_worker,
@@ -52,6 +57,26 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
         except TrainingFailedError as error:
             raise _cause(error) from None
     return config.out / FINAL_FOLDER
+
+
+@contextmanager
+def _progress(run: Path, num_steps: int) -> Generator[None]:
+    """Show a bar, while the block runs, from the run's own metrics, which some worker writes."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        with Bars() as bars:
+            while not ended.wait(timeout=1.0):
+                bars.update("steps", logged_step(run), num_steps)
+            bars.update("steps", logged_step(run), num_steps)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def train_in_worker(loop_config: dict[str, str]) -> None:

@@ -32,7 +32,7 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.sharding import even_split
-from teacher_cache.storage import write_atomic
+from teacher_cache.storage import make_folder, write_atomic
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
 
@@ -96,6 +96,7 @@ class CacheBuilder:
         skipped when settings, source and teacher files are untouched since the plan was written.
         """
         config, cache = self.config, self.config.out
+        make_folder(cache)  # an --out that cannot be written fails here, not after hours
         begun = read_plan(cache)
         if begun is not None and _unchanged(config):
             self._load_basis(begun)

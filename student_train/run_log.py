@@ -87,6 +87,13 @@ class MetricsLog:
                 file.write(_line(line))
 
 
+def logged_step(run: Path) -> int:
+    """The last step that a run has written to its metrics; 0 before the first."""
+    path = run / METRICS_FILE
+    lines = _read_lines(path) if path.exists() else []
+    return int(lines[-1]["step"]) if lines else 0
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
     return [json.loads(line) for line in whole.splitlines()]

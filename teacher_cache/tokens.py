@@ -78,6 +78,7 @@ class SampleEncoder:
                 for name, values in outputs.items()
             }
             input_ids = inputs["input_ids"].numpy()
+            self._require_fits(len(input_ids))
             views, vision = self._vision(inputs, offsets, replaced)
             content, is_response = self._content(rendering, input_ids, offsets, replaced)
             spans = TokenSpans(
@@ -129,6 +130,18 @@ class SampleEncoder:
         of_texts = outputs.pop("text_replacement_offsets", None)
         outputs["text_replacement_offsets"] = of_texts[0] if images and of_texts else []
         return outputs
+
+    def _require_fits(self, num_tokens: int) -> None:
+        """Refuse what is longer than the model's context: nothing is cut off, nothing overflows."""
+        text: Any = self.config.get_text_config()
+        limit: int | None = getattr(text, "max_position_embeddings", None)
+        rope: Any = getattr(text, "rope_parameters", None) or {}
+        stretch = max(1.0, float(rope.get("factor") or 1.0))
+        if limit is not None and num_tokens > limit * stretch:
+            raise ValueError(
+                f"it has {num_tokens} tokens, the model's context holds {limit * stretch:g}; "
+                "shorten it or leave it out"
+            )
 
     def _vision(
         self,

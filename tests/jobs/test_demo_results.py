@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo import logged_steps, results
+from jobs.demo import results
 from pipeline import recipes
 from pipeline.config import TrainConfig
 from student_train.objective import ObjectiveName
@@ -58,20 +58,3 @@ def test_results_of_a_run_that_was_not_evaluated_are_not_made_up(tmp_path: Path)
     fake_run(config.out, "rld", 0)
     with pytest.raises(FileNotFoundError, match=r"rld-0/eval/metrics\.json"):
         results(tmp_path, seal, [config])
-
-
-def test_progress_counts_whole_lines_only(tmp_path: Path) -> None:
-    assert logged_steps(tmp_path) == 0
-    log = tmp_path / "metrics.jsonl"
-    log.touch()
-    assert logged_steps(tmp_path) == 0
-    whole = ['{"step": 10, "loss": 1.5}\n', '{"step": 20, "loss": 1.25}\n']
-    written = ""
-    for number, line in enumerate(whole):
-        for end in range(len(line)):
-            log.write_text(written + line[:end])
-            wanted = 10 * (number + 1) if line[:end].endswith("}") else 10 * number
-            assert logged_steps(tmp_path) == wanted, line[:end]
-        written += line
-        log.write_text(written)
-        assert logged_steps(tmp_path) == 10 * (number + 1)

@@ -253,6 +253,15 @@ def test_a_message_may_not_spell_the_placeholder_token(encoder: Encoder) -> None
         model.encode(_one("what is <|image_pad|>?", []))
 
 
+def test_a_sample_longer_than_the_models_context_is_refused(encoder: Encoder) -> None:
+    model = encoder("llava")
+    limit = model.config.get_text_config().max_position_embeddings
+    answer = Message(role="assistant", text="yes")
+    question = Message(role="user", text="a b " * limit)
+    with pytest.raises(SampleError, match=f"long.*context holds {limit}"):
+        model.encode(make_sample("long", [], [question, answer]))
+
+
 def test_a_sample_without_any_response_token_is_refused(encoder: Encoder) -> None:
     model = encoder("llava")
     model.processor.chat_template = model.processor.chat_template.replace("<|im_end|>", "")
