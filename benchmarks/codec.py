@@ -4,7 +4,7 @@
 
 Prints two tables: the top-k record of vision tokens over k and dtypes, with a decoder that walks
 token by token in plain Python as the naive reference (checked to give the same numbers), and every
-plane in every layout. Data are synthetic, as streaming.md 2.1 describes them: a smooth field of
+plane in every layout. Data are synthetic: a smooth field of
 states over 24 x 24 tokens, 24,576 of 151,936 vocabulary rows in use; neighbours share about 25 of
 their 64 ids ("corr"), or nearly none ("iid"). Real caches should lie between. Speed is that of one
 core in processor time, best of some rounds. Dimensions: M tokens, K kept entries, D width.

@@ -24,7 +24,7 @@ _ABSENT_TERMS: dict[ObjectiveName, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchingConfig(Strict):
-    """How student vision tokens are paired with teacher vision tokens (EM-KD section 3.2)."""
+    """How student vision tokens are paired with teacher vision tokens."""
 
     metric: MatchMetric = "raw_l1"
     """Cost of a pair: L1 of raw logits (the paper), of row-centred logits, of probabilities, or

@@ -13,7 +13,7 @@ from torch.nn import functional
 def cosine_affinity(
     text: Float[Tensor, "X D"], vision: Float[Tensor, "M D"]
 ) -> Float[Tensor, "X M"]:
-    """Cosine of every text token's last hidden state with every vision token's (EM-KD 3.4).
+    """Cosine of every text token's last hidden state with every vision token's (EM-KD, VLAD).
 
     Computed in float32 (float64 for float64 states); a zero state has affinity 0 with everything.
     Gradients flow to both arguments.

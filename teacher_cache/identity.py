@@ -1,7 +1,7 @@
 """Digests of what a teacher is: weights, config, tokenizer, chat template, image processor.
 
 Promise: equal content gives an equal digest, wherever it was loaded from and however often it was
-saved; any change that can change a number or a token changes the digest (models.md section 5).
+saved; any change that can change a number or a token changes the digest.
 Names of files and folders, versions of libraries and shards of checkpoints do not count.
 """
 

@@ -1,8 +1,8 @@
 """PCA sketch of vision states: every logit of a teacher token, approximately, in S int8 codes.
 
 A top-k cache cannot say what the L1 distance of raw logits is, for nearly all of that sum lies
-outside the top-k (maths.md 1.2). The sketch keeps the hidden state's coordinates along the
-directions that carry most *logit* energy (maths.md 2.1): with G = W'W = LL', the principal axes
+outside the top-k (docs/method.md). The sketch keeps the hidden state's coordinates along the
+directions that carry most *logit* energy: with G = W'W = LL', the principal axes
 Q of the states times L; code a = (h - mean) L Q, logits = W mean + bias + a (W inv(L)' Q)'.
 At full rank this is exact but for the rounding to int8 and of the directions to float16.
 

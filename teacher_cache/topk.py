@@ -1,8 +1,8 @@
 """Top-k records: the largest logits of each position and exactly what was left out.
 
 Promise: entries descend, ties go to the smaller id, and the log of the left-out mass is computed
-from the left-out logits themselves (1 minus the kept mass loses everything when little is left,
-cache.md 3.3 and 5.1). Work is cut into chunks of rows, so that no logits tensor of more than
+from the left-out logits themselves (1 minus the kept mass loses everything when little is left).
+Work is cut into chunks of rows, so that no logits tensor of more than
 `MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
 """
 

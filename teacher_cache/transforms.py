@@ -65,7 +65,7 @@ def _join_planes(payload: memoryview, shape: Shape, width: int) -> Bits:
 
 
 def _split_ranks(bits: Bits) -> list[bytes]:
-    """Differences from rank to rank, rank after rank, as byte planes (streaming.md 2.2).
+    """Differences from rank to rank, rank after rank, as byte planes.
 
     The entries of a row descend; so do their order-preserving integers, and neighbouring ranks of
     neighbouring tokens differ by small numbers of much the same size. Differences wrap, so that
