@@ -7,6 +7,7 @@ coerced (a "3" is not a 3) and nothing unknown is ignored.
 import dataclasses
 import difflib
 import json
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import pydantic
@@ -28,7 +29,7 @@ class DecodeError(ValueError):
 def decode_json(cls: type[T], text: str | bytes, where: str) -> T:
     """Build `cls` from JSON text; `where` (a file name) opens the error message."""
     try:
-        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+        return _adapter(cls).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         lines = [_describe(cls, problem) for problem in error.errors(include_url=False)]
     raise DecodeError(f"{where} is not a valid {cls.__name__}:\n" + "\n".join(lines))
@@ -37,6 +38,12 @@ def decode_json(cls: type[T], text: str | bytes, where: str) -> T:
 def decode_mapping(cls: type[T], data: object, where: str) -> T:
     """Build `cls` from plain mappings and lists (as YAML gives them), as strictly as from JSON."""
     return decode_json(cls, json.dumps(data), where)
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """Making one takes milliseconds; a cache has a commit record for every shard."""
+    return pydantic.TypeAdapter(cls)
 
 
 def _describe(cls: type, problem: Any) -> str:
