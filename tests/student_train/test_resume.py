@@ -5,7 +5,6 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,43 +15,16 @@ from student_train.checkpoint import CHECKPOINT_FILE
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
 from tests.children import finish, start
-from tests.conftest import TinyFolder
 from tests.runs import (
     SETTINGS,
     assert_same_run,
     lines,
-    tiny_cache,
     train,
     train_on_one_thread,
     weights,
 )
 
-
-@pytest.fixture(scope="module")
-def vanilla(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("llava")
-
-
-@pytest.fixture(scope="module")
-def reader(vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    return tiny_cache(tmp_path_factory.mktemp("trainer") / "cache", vanilla)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run, reader, vanilla)
-    return run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(

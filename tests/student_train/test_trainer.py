@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,35 +24,9 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.teacher import Teacher
 from teacher_cache.tokens import SampleEncoder
 from tests.caches import student_loader
-from tests.conftest import TinyFolder
 from tests.runs import SETTINGS, lines, tiny_cache, train, weights
 
-
-@pytest.fixture(scope="module")
-def vanilla(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("llava")
-
-
-@pytest.fixture(scope="module")
-def reader(vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
-    return tiny_cache(tmp_path_factory.mktemp("trainer") / "cache", vanilla)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(run, reader, vanilla)
-    return run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_leaves_a_student_its_identity_and_a_log(
