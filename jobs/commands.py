@@ -1,8 +1,9 @@
 """Distil a vanilla multimodal LLM into one with few vision tokens, from a cache of its outputs.
 
-data makes the demo's images; build runs the teacher once; verify and inspect look at a cache;
-train makes a student from it (recipe prints the paper's settings); evaluate and report compare
-students; submit sends a stage to a Ray cluster; demo does it all in miniature.
+data makes the demo's images; plan says what a cache takes; build runs the teacher once; verify and
+inspect look at a cache; train makes a student from it (recipe prints the paper's settings);
+evaluate and report compare students; submit sends a stage to a Ray cluster; demo does it all in
+miniature.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.options import RayOptions
-from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, PlanConfig, TrainConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]
 
 CONFIG_CLASSES: dict[str, type] = {
+    "plan": PlanConfig,
     "build": BuildConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
@@ -47,6 +49,33 @@ class Data:
         with Bars() as bars:
             out = write_digits(self.config, partial(bars.update, "digits"))
         _say(f"{out}: train.json, heldout.json")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what each tier of a cache takes: by arithmetic, or, with --pilot, measured."""
+
+    config: PlanConfig = PlanConfig()
+    json: bool = False
+    """Print the report as JSON."""
+
+    def __call__(self) -> int:
+        """Print the report."""
+        if self.config.pilot:
+            from jobs.progress import Bars
+            from pipeline.pilot import run_pilot
+            from pipeline.pilot_report import render_pilot
+
+            with Bars() as bars:
+                report = run_pilot(self.config, bars.update)
+            said, plain = render_pilot(report), dataclasses.asdict(report)
+        else:
+            from pipeline.plan import plan, render_plan
+
+            report = plan(self.config)
+            said, plain = render_plan(report), dataclasses.asdict(report)
+        _say(json.dumps(plain, indent=1) if self.json else said)
         return 0
 
 
@@ -253,6 +282,7 @@ def defaults() -> dict[str, Any]:
     """A command for each name, its required settings still missing."""
     return {
         "data": _required(Data),
+        "plan": Plan(),
         "build": _required(Build),
         "verify": _required(Verify),
         "inspect": _required(Inspect),

@@ -86,6 +86,82 @@ class BuildConfig(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig(Strict):
+    """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
+
+    samples: int | None = None
+    """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
+    source."""
+    images_per_sample: float = 1.0
+    vision_tokens: int = 576
+    """Vision tokens of one view of an image."""
+    views: int = 1
+    """Views (base view, tiles) of one image."""
+    text_tokens: int = 128
+    """Tokens of a sample's own text, instructions and responses."""
+    response_tokens: int = 64
+    """Those of them that are responses."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    image_bytes: int = 100_000
+    """Bytes of one encoded image; caches hold the images too."""
+    teacher_seconds_per_sample: float | None = None
+    """Accelerator seconds; --pilot measures them where they are not given."""
+    online_teacher_seconds_per_step: float | None = None
+    """What a live teacher would add to each step of a student: gives the number of student runs
+    from which on the cache is cheaper."""
+    steps_per_run: int | None = None
+    """Steps of one student run, for the same purpose."""
+    pilot: int = 0
+    """Run the teacher on the first so many samples of the source, measure what each tier would
+    lose, and recommend one; 0: arithmetic alone, no model."""
+    source: str | None = None
+    image_root: Path | None = None
+    teacher: str | None = None
+    match_metric: Literal["raw_l1", "prob_l1"] = "raw_l1"
+    """Matching that the cache is to serve: raw logits (the paper's) or probabilities."""
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Dtype | None = None
+    """Dtype of the teacher and so of its logits; default: bfloat16, with --pilot the
+    checkpoint's own."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
+        if self.response_tokens > self.text_tokens:
+            raise ValueError(
+                f"response_tokens is {self.response_tokens}, but text_tokens, which counts the "
+                f"responses too, is {self.text_tokens}"
+            )
+        if (self.online_teacher_seconds_per_step is None) != (self.steps_per_run is None):
+            raise ValueError(
+                "the break-even needs both online_teacher_seconds_per_step and steps_per_run"
+            )
+        if self.pilot:
+            self._require_pilot()
+        else:
+            self._refuse("pilot is 0", "source", "image_root", "teacher", "match_metric")
+            self._refuse("pilot is 0", "batch_size", "device", "attention")
+
+    def _require_pilot(self) -> None:
+        if self.pilot < 2 or self.source is None or self.teacher is None:
+            raise ValueError(
+                "a pilot needs source, teacher and at least 2 samples (one half fits the sketch, "
+                f"the other is measured); found pilot {self.pilot}, source {self.source}, "
+                f"teacher {self.teacher}"
+            )
+        counts = ("images_per_sample", "vision_tokens", "views", "text_tokens", "response_tokens")
+        self._refuse("the pilot counts it", *counts, "vocab_size", "hidden_size", "image_bytes")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Raise ValueError for a setting that was changed and would not be looked at."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} would have no effect: {why}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(TrainerSettings):
     """Train one student from a sealed cache; no teacher is loaded."""
 

@@ -1,0 +1,134 @@
+"""What one tier of a cache takes and loses: a sample's row is weighed, a view's signal compared.
+
+Rows are encoded by `rows.encode_row`, costs, assignments and divergences are those of training:
+nothing is computed here but differences. The reference is always the head's logits at every
+vocabulary row. No student exists yet; `stand_in` makes one that is close to its teacher, so the
+numbers say how tiers compare, not what a run will reach. Dimensions as in schema.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.plan import is_vision_plane
+from student_train.cost import cost_matrix
+from student_train.divergence import reverse_kl
+from student_train.matching import solve_assignment
+from student_train.objective import MatchingConfig
+from student_train.signals import DenseSignal, Signal, TopKSignal
+from teacher_cache.codec import output_planes
+from teacher_cache.head import LmHead
+from teacher_cache.manifest import CacheSpec
+from teacher_cache.rows import encode_row
+from teacher_cache.schema import CachedSample, ViewGrid
+from teacher_cache.sketch import SketchBasis
+
+
+@dataclass(slots=True)
+class TierSums:
+    """What is added up for one tier, sample after sample and view after view."""
+
+    layout_vision: int = 0
+    stored_vision: int = 0
+    stored: int = 0
+    exact_cost: float = 0.0
+    chosen_cost: float = 0.0
+    equal_pairs: int = 0
+    num_pairs: int = 0
+    cosines: list[float] = field(default_factory=list[float])
+
+    def weigh(self, cached: CachedSample, spec: CacheSpec) -> None:
+        """Add the bytes of a sample as a row of a shard (its file's own structure aside)."""
+        planes = output_planes(cached.output)
+        row = encode_row(cached, spec)
+        vision = [name for name in planes if is_vision_plane(name)]
+        self.layout_vision += sum(planes[name].nbytes for name in vision)
+        self.stored_vision += sum(len(row.planes[name]) for name in vision)
+        self.stored += sum(map(len, row.planes.values())) + sum(map(len, row.images))
+        self.stored += sum(len(text.encode()) for text in (row.key, row.messages, row.checks))
+
+    @property
+    def regret(self) -> float | None:
+        """Excess of the exact cost under this tier's matchings; None where it cannot match."""
+        if not self.num_pairs:
+            return None
+        return self.chosen_cost / self.exact_cost - 1 if self.exact_cost > 0 else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the exact matchings' pairs that this tier finds; None where it cannot match."""
+        return self.equal_pairs / self.num_pairs if self.num_pairs else None
+
+    @property
+    def gradient_cosine(self) -> float:
+        """Mean over views."""
+        return sum(self.cosines) / len(self.cosines)
+
+
+def stand_in(states: Float[Tensor, "M D"], view: ViewGrid) -> Float[Tensor, "N D"]:
+    """Vision states of one view, average-pooled 2 x 2 (odd sides: adaptively), in float32."""
+    grid = states.to(torch.float32).T.reshape(1, -1, view.rows, view.cols)
+    pooled = functional.adaptive_avg_pool2d(grid, (max(1, view.rows // 2), max(1, view.cols // 2)))
+    return pooled[0].flatten(1).T.contiguous()
+
+
+def compare(
+    states: Float[Tensor, "M D"],
+    logits: Float[Tensor, "M V"],
+    view: ViewGrid,
+    head: LmHead,
+    metric: Literal["raw_l1", "prob_l1"],
+    signals: Mapping[str, Signal],
+    sums: Mapping[str, TierSums],
+) -> None:
+    """Match and differentiate one view by each signal, and add the differences to its sums.
+
+    `states` and their `logits` are the teacher's; gradients are compared on the exact pairs.
+    """
+    student = stand_in(states, view)
+    student_logits = head.logits(student)
+    exact = DenseSignal(logits=logits)
+    every_id = MatchingConfig(metric=metric, num_shared_ids=None)
+    true_cost = cost_matrix(student, student_logits, exact, every_id)
+    rows, columns = (index.to(states.device) for index in solve_assignment(true_cost))
+    true_gradient = _gradient(student[rows], exact.rows(columns), head)
+    for name, signal in signals.items():
+        total = sums[name]
+        gradient = _gradient(student[rows], signal.rows(columns), head)
+        cosine = functional.cosine_similarity(true_gradient, gradient, dim=0)
+        total.cosines.append(float(cosine))
+        if metric == "raw_l1" and _knows_only_top_k(signal):
+            continue  # cost_matrix refuses it
+        guess = cost_matrix(student, student_logits, signal, MatchingConfig(metric=metric))
+        chosen_rows, chosen = (index.to(states.device) for index in solve_assignment(guess))
+        total.exact_cost += float(true_cost[rows, columns].sum(dtype=torch.float64))
+        total.chosen_cost += float(true_cost[chosen_rows, chosen].sum(dtype=torch.float64))
+        equal = (chosen_rows == rows) & (chosen == columns)
+        total.equal_pairs += int(equal.sum())
+        total.num_pairs += len(columns)
+
+
+def shortened(basis: SketchBasis, rank: int) -> SketchBasis:
+    """The basis that the same states would give at a smaller rank: axes come by their energy."""
+    return SketchBasis(
+        hidden_mean=basis.hidden_mean,
+        projection=basis.projection[:, :rank],
+        mean_logits=basis.mean_logits,
+        directions=basis.directions[:, :rank],
+    )
+
+
+def _gradient(student: Tensor, teacher: Signal, head: LmHead) -> Tensor:
+    """Gradient of the reverse KL, under its default policy, by the student's states; flat."""
+    states = student.detach().clone().requires_grad_()
+    value = reverse_kl(head.logits(states), teacher).value.sum()
+    return torch.autograd.grad(value, states)[0].flatten().to(torch.float64)
+
+
+def _knows_only_top_k(signal: Signal) -> bool:
+    return isinstance(signal, TopKSignal) and not signal.exact and signal.sketch is None
