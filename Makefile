@@ -29,10 +29,10 @@ demo: setup                      ## Teacher, cache, six students and a report in
 
 test: setup-dev                  ## All tests: the fast ones, two files at a time, then those of Ray
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m ray -o faulthandler_timeout=600
 
 test-ray: setup-dev              ## Only the tests that start Ray
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m ray -o faulthandler_timeout=600
 
 check: setup-dev                 ## Lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -244,7 +244,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds:.3g} seconds"
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: int | float) -> str:
     """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5:

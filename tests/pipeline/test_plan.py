@@ -1,0 +1,114 @@
+"""Promises of pipeline/plan.py: sizes are those that the code writes, and time is arithmetic."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import PlanConfig
+from pipeline.plan import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
+from teacher_cache.codec import output_planes
+from teacher_cache.records import RecordSettings
+from teacher_cache.schema import TeacherOutput
+from teacher_cache.teacher import Teacher
+from tests.conftest import TinyFolder
+from tests.tiny import tiny_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "tier",
+    [
+        Tier(records="topk", top_k=7),
+        Tier(records="topk+sketch", top_k=7, sketch_rank=5),
+        Tier(records="hidden", hidden_dtype="bfloat16"),
+        Tier(records="hidden", hidden_dtype="float32"),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_planes_have_the_bytes_that_are_planned(
+    tier: Tier, number: int, tiny_folder: TinyFolder
+) -> None:
+    """Samples 0..3: one image; several turns; text alone; two images."""
+    teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
+    samples = tiny_samples(4)
+    settings = RecordSettings(
+        records=tier.records,
+        top_k=tier.top_k or 64,
+        sketch_rank=tier.sketch_rank or 128,
+        hidden_dtype=tier.hidden_dtype or "bfloat16",
+    )
+    if tier.records == "topk+sketch":
+        teacher.fit_sketch([samples], settings.sketch_rank)
+    output = teacher.outputs([samples[number]], settings)[0]
+    assert isinstance(output, TeacherOutput)
+    shape = SampleShape(
+        num_views=len(output.views),
+        num_vision=sum(view.num_tokens for view in output.views),
+        num_content=len(output.content_ids),
+        num_text=int(output.after_image.sum()),
+        num_response=int(output.is_response.sum()),
+        hidden_size=teacher.head.weight.shape[1],
+        logits_dtype="float32",
+    )
+    planes = output_planes(output)
+    found = {name: values.numel() * values.element_size() for name, values in planes.items()}
+    assert plane_bytes(shape, tier) == found
+
+
+def test_tiers_are_capped_at_vocabulary_and_width() -> None:
+    found = tiers(vocab_size=100, hidden_size=96)
+    assert [tier.top_k for tier in found if tier.records == "topk"] == [16, 32, 64, 100]
+    assert [tier.sketch_rank for tier in found if tier.records == "topk+sketch"] == [64, 96]
+
+
+def test_sizes_add_up() -> None:
+    config = PlanConfig(samples=10, image_bytes=1000, vocab_size=500, hidden_size=64)
+    for size in plan(config).tiers:
+        assert size.in_all == pytest.approx(size.once + 10 * size.per_sample)
+        assert size.per_sample > 1000
+
+
+def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
+    config = PlanConfig(
+        samples=1000,
+        teacher_seconds_per_sample=0.5,
+        online_teacher_seconds_per_step=0.1,
+        steps_per_run=2000,
+    )
+    spent = plan(config).cost
+    assert spent.build_seconds == 500
+    assert spent.online_seconds_per_run == pytest.approx(200)
+    assert spent.break_even_runs == 3  # 2 runs: 400 s, less than the build; 3 runs: 600 s
+    assert "from student run 3 on" in render_plan(plan(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"response_tokens": 200}, "response_tokens is 200"),
+        ({"steps_per_run": 5}, "needs both"),
+        ({"teacher": "somewhere"}, "teacher would have no effect"),
+        ({"pilot": 8}, "a pilot needs source, teacher"),
+        ({"views": 0}, "views must be >= 1"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_command_answers_without_torch() -> None:
+    code = (
+        "import sys; from jobs.cli import main; assert main(['plan']) == 0;"
+        "print([m for m in ('torch', 'transformers', 'ray', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "779,000 samples" in done.stdout
