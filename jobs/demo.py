@@ -9,8 +9,10 @@ same numbers. The table says what came out, also where EM-KD does not win.
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import get, ray_session
 from pipeline import recipes
+from pipeline.build import finished
 from pipeline.config import DigitsConfig, EvaluateConfig, ReportConfig, TrainConfig
 from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
@@ -47,6 +50,7 @@ class DemoSizes:
     teacher: TeacherSettings = TeacherSettings()
     student_steps: int | None = None
     save_steps: int | None = None
+    grad_norm_steps: int | None = None
 
 
 SMOKE = DemoSizes(
@@ -55,6 +59,7 @@ SMOKE = DemoSizes(
     teacher=TeacherSettings(vision_steps=4, language_steps=8),
     student_steps=8,
     save_steps=2,
+    grad_norm_steps=4,
 )
 """Enough to see that every stage runs; the numbers that come out mean nothing."""
 
@@ -98,14 +103,32 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = DemoSizes()) ->
         )
         for run, model in models.items()
     ]
-    with ray_session():
-        seal = _build(out, data, teacher / FINAL_FOLDER)
-        _train(list(configs.values()))
-        _evaluate(evaluations, sizes.num_heldout)
+    caches = [
+        recipes.demo_cache(
+            source=data / "heldout.json",
+            teacher=teacher / FINAL_FOLDER,
+            out=out / "cache-pictures",  # a few held-out samples, to draw matchings of
+            limit=NUM_PICTURES,
+        ),
+        recipes.demo_cache(
+            source=data / "train.json", teacher=teacher / FINAL_FOLDER, out=out / "cache"
+        ),
+    ]
+    untrained = [config for config in configs.values() if finished_run(config.out) is None]
+    unscored = [config for config in evaluations if not (config.out / METRICS_FILE).exists()]
+    built = all(finished(absolute(config)) is not None for config in caches)
+    # one session for all stages, none where nothing is left to do
+    with nullcontext() if built and not untrained and not unscored else ray_session():
+        workers = RayOptions(num_workers=min(2, os.cpu_count() or 1))
+        seal = [run_build(config, workers) for config in caches][-1]
+        _train(untrained)
+        _evaluate(unscored, sizes.num_heldout)
     text = json.dumps(results(out, seal, list(configs.values())), indent=1) + "\n"
     write_atomic(out / "results.json", text.encode())
     page = out / "report.html"
-    write_report(ReportConfig(runs=tuple(models), out=page))
+    missing = write_report(ReportConfig(runs=tuple(models), out=page))
+    if missing:
+        raise ValueError(f"{out}: the report lacks {', '.join(missing)}; remove the folder")
     return page
 
 
@@ -132,36 +155,18 @@ def _resized(config: TrainConfig, sizes: DemoSizes) -> TrainConfig:
         config,
         max_steps=sizes.student_steps or config.max_steps,
         save_steps=sizes.save_steps or config.save_steps,
-    )
-
-
-def _build(out: Path, data: Path, teacher: Path) -> Seal:
-    """The training cache, and one of a few held-out samples to draw matchings of."""
-    options = RayOptions(num_workers=2)
-    run_build(
-        recipes.demo_cache(
-            source=data / "heldout.json",
-            teacher=teacher,
-            out=out / "cache-pictures",
-            limit=NUM_PICTURES,
-        ),
-        RayOptions(num_workers=1),
-    )
-    return run_build(
-        recipes.demo_cache(source=data / "train.json", teacher=teacher, out=out / "cache"), options
+        grad_norm_steps=sizes.grad_norm_steps or config.grad_norm_steps,
     )
 
 
 def _train(configs: Sequence[TrainConfig]) -> None:
-    todo = [config for config in configs if finished_run(config.out) is None]
-    total = sum(config.max_steps or 0 for config in todo)
-    _run("students", train, todo, lambda: (sum(logged_step(c.out) for c in todo), total))
+    total = sum(config.max_steps or 0 for config in configs)
+    _run("students", train, configs, lambda: (sum(logged_step(c.out) for c in configs), total))
 
 
 def _evaluate(configs: Sequence[EvaluateConfig], num_samples: int) -> None:
-    todo = [config for config in configs if not (config.out / METRICS_FILE).exists()]
-    total = num_samples * len(todo)
-    _run("evaluate", evaluate, todo, lambda: (sum(_answers(c.out) for c in todo), total))
+    total = num_samples * len(configs)
+    _run("evaluate", evaluate, configs, lambda: (sum(_answers(c.out) for c in configs), total))
 
 
 def _run(
