@@ -5,7 +5,7 @@ hundred bytes. With `--no-ray` the same functions run in a plain loop and write 
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import ray
 from jobs.options import RayOptions
 from jobs.paths import absolute
 from jobs.progress import Bars
-from jobs.ray_pool import ActorPool, get, ray_session, require_resources
+from jobs.ray_pool import ActorPool, get, ray_session, worker_resources
 from pipeline.build import CacheBuilder, build, finished, missing_shards
 from pipeline.config import BuildConfig
 from teacher_cache.manifest import Plan, Seal
@@ -49,20 +49,20 @@ def run_build(config: BuildConfig, options: RayOptions) -> Seal:
         if not options.ray:
             return build(config, bars.update)
         with ray_session():
-            require_resources(options)
-            first = _make(config, options)
+            each = worker_resources(options, config.device)
+            first = _make(config, each)
             plan: Plan = _wait(first.prepare.remote(), first, bars)
             _build_shards(
-                config.out, plan, ActorPool(lambda: _make(config, options), first, options), bars
+                config.out, plan, ActorPool(lambda: _make(config, each), first, options), bars
             )
     return seal_cache(config.out)
 
 
-def _make(config: BuildConfig, options: RayOptions) -> Any:
+def _make(config: BuildConfig, resources: Mapping[str, float]) -> Any:
     # Two threads: one works, the other answers `status`. Restarts are the pool's business.
     actor = ray.remote(TeacherWorker).options(
-        num_cpus=options.cpus_per_worker,
-        num_gpus=options.gpus_per_worker,
+        num_cpus=resources["CPU"],
+        num_gpus=resources["GPU"],
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=2,

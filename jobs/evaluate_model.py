@@ -7,7 +7,7 @@ import ray
 from jobs.options import RayOptions
 from jobs.paths import absolute
 from jobs.progress import Bars
-from jobs.ray_pool import get, ray_session, require_resources
+from jobs.ray_pool import get, ray_session, worker_resources
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
 
@@ -19,10 +19,10 @@ def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
         with Bars() as bars:
             return evaluate(config, lambda done, total: bars.update("evaluate", done, total))
     with ray_session():
-        require_resources(options)
+        each = worker_resources(options, config.device)
         task = ray.remote(evaluate).options(
-            num_cpus=options.cpus_per_worker,
-            num_gpus=options.gpus_per_worker,
+            num_cpus=each["CPU"],
+            num_gpus=each["GPU"],
             max_retries=options.max_retries,
         )
         return get(task.remote(config))

@@ -13,7 +13,9 @@ class RayOptions(Strict):
     """Run under Ray: the cluster of RAY_ADDRESS (inside a submitted job), else an embedded one."""
     num_workers: int = 1
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float | None = None
+    """Default: 1 where the cluster has GPUs and the stage may use them, else 0. Ray hides GPUs from
+    workers that ask for none."""
     max_retries: int = 2
     """How often work whose worker died is tried again."""
 
@@ -21,5 +23,5 @@ class RayOptions(Strict):
         if self.num_workers < 1:
             raise ValueError(f"num_workers must be >= 1, found {self.num_workers}")
         for name in ("cpus_per_worker", "gpus_per_worker", "max_retries"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")

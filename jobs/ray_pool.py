@@ -42,16 +42,24 @@ def ray_session() -> Generator[None]:
         ray.shutdown()
 
 
-def require_resources(options: RayOptions) -> None:
-    """Refuse at once what the cluster can never schedule; waiting for it would never end."""
+def worker_resources(options: RayOptions, device: str) -> dict[str, float]:
+    """What each worker reserves, by Ray's names; `device` is the stage's setting.
+
+    Raises ValueError for what the cluster can never schedule: waiting for it would never end.
+    """
     have = ray.cluster_resources()
-    for name, each in (("CPU", options.cpus_per_worker), ("GPU", options.gpus_per_worker)):
-        need = each * options.num_workers
+    gpus = options.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if device != "cpu" and have.get("GPU", 0) else 0.0
+    each = {"CPU": options.cpus_per_worker, "GPU": gpus}
+    for name, count in each.items():
+        need = count * options.num_workers
         if need > have.get(name, 0):
             raise ValueError(
                 f"{options.num_workers} workers need {need:g} {name}s, the Ray cluster has "
                 f"{have.get(name, 0):g}; lower --num-workers or --{name.lower()}s-per-worker"
             )
+    return each
 
 
 def unwrap(error: RayTaskError) -> BaseException:

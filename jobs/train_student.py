@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from jobs.options import RayOptions
 from jobs.paths import absolute, to_json
 from jobs.progress import Bars
-from jobs.ray_pool import ray_session, require_resources
+from jobs.ray_pool import ray_session, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.train import train
 from student_train.checkpoint import FINAL_FOLDER
@@ -37,14 +37,14 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
             return train(config, progress=lambda done, total: bars.update("steps", done, total))
     num_steps = config.settings.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
-        require_resources(options)
+        each = worker_resources(options, config.device)
         trainer = TorchTrainer(
             train_in_worker,
             train_loop_config={"config": to_json(config)},
             scaling_config=ScalingConfig(
                 num_workers=options.num_workers,
-                use_gpu=options.gpus_per_worker > 0,
-                resources_per_worker=_resources(options),
+                use_gpu=each["GPU"] > 0,
+                resources_per_worker={name: count for name, count in each.items() if count},
             ),
             run_config=RunConfig(
                 name=f"attempt-{time.time_ns()}",
@@ -86,13 +86,6 @@ def train_in_worker(loop_config: dict[str, str]) -> None:
 
 def _report(line: Mapping[str, float]) -> None:
     ray.train.report(dict(line))
-
-
-def _resources(options: RayOptions) -> dict[str, float]:
-    resources = {"CPU": options.cpus_per_worker}
-    if options.gpus_per_worker:
-        resources["GPU"] = options.gpus_per_worker
-    return resources
 
 
 def _cause(error: TrainingFailedError) -> BaseException:

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from jobs.options import RayOptions
-from jobs.ray_pool import ActorPool, WorkerLostError, ray_session
+from jobs.ray_pool import ActorPool, WorkerLostError, ray_session, worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -18,6 +18,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 def session() -> Iterator[None]:
     with ray_session():
         yield
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "gpus"),
+    [(None, "auto", 1.0), (None, "cpu", 0.0), (0.0, "auto", 0.0), (0.5, "auto", 0.5)],
+)
+def test_workers_get_a_gpu_where_there_is_one(
+    asked: float | None, device: str, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    options = RayOptions(num_workers=2, gpus_per_worker=asked)
+    assert worker_resources(options, device) == {"CPU": 1.0, "GPU": gpus}
+    with pytest.raises(ValueError, match="3 workers need 3 GPUs"):
+        worker_resources(RayOptions(num_workers=3, gpus_per_worker=1.0), device)
+
+
+def test_workers_get_no_gpu_where_there_is_none() -> None:
+    assert worker_resources(RayOptions(), "auto") == {"CPU": 1.0, "GPU": 0.0}
 
 
 class CannotSquareError(ValueError):
