@@ -70,11 +70,11 @@ def test_a_bad_sample_reaches_the_caller_as_its_own_error(
     assert "Traceback" not in str(caught.value)
 
 
-def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
-    config = TrainConfig(
+def _three_steps(built: BuildConfig, folder: str) -> TrainConfig:
+    return TrainConfig(
         cache=built.out,
         student=built.teacher,
-        out=built.out.parent / "run-local",
+        out=built.out.parent / folder,
         max_steps=3,
         batch_size=4,
         micro_batch_size=2,
@@ -82,6 +82,10 @@ def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
         log_steps=1,
         torch_threads=1,
     )
+
+
+def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
+    config = _three_steps(built, "run-local")
     local = load_file(train(config) / "model.safetensors")
     under_ray = dataclasses.replace(config, out=built.out.parent / "run-ray")
     remote = load_file(run_train(under_ray, RayOptions()) / "model.safetensors")
@@ -90,16 +94,7 @@ def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
 
 
 def test_two_workers_take_the_same_steps_as_one(built: BuildConfig) -> None:
-    config = TrainConfig(
-        cache=built.out,
-        student=built.teacher,
-        out=built.out.parent / "run-one",
-        max_steps=3,
-        batch_size=4,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        torch_threads=1,
-    )
+    config = _three_steps(built, "run-one")
     one = load_file(train(config) / "model.safetensors")
     pair = dataclasses.replace(config, out=built.out.parent / "run-two")
     two = load_file(run_train(pair, RayOptions(num_workers=2)) / "model.safetensors")
