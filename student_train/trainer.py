@@ -92,9 +92,6 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
     )
     if arguments.n_gpu > 1:  # one process drives one device; DataParallel would split our batches
         arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
-    arguments.gradient_accumulation_steps = settings.batch_size // (
-        settings.micro_batch_size * arguments.world_size
-    )
     return arguments
 
 

@@ -72,6 +72,7 @@ def train_student(
         rank=arguments.process_index,
         world_size=arguments.world_size,
     )
+    arguments.gradient_accumulation_steps = plan.accumulation_steps
     require_same_run(run, identity)
     finished = finished_run(run)
     if finished is not None:

@@ -1,5 +1,6 @@
 """The stages on a real cluster: submitted as jobs, followed to the end, resumed by submitting."""
 
+import json
 import os
 import secrets
 import socket
@@ -77,7 +78,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         process.wait(timeout=60)
 
 
-def test_build_and_train_as_jobs(
+def test_the_stages_as_jobs(
     cluster: RunningCluster, tmp_path: Path, tiny_folder: TinyFolder
 ) -> None:
     source = write_llava_json(tmp_path, tiny_samples(6))
@@ -108,6 +109,12 @@ def test_build_and_train_as_jobs(
     job = cluster.submit("train", *train, "--cache", str(cache))
     assert job.returncode == 0, job.stdout + job.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+    evaluate = ["--model", str(tmp_path / "run" / "final"), "--source", str(source)]
+    evaluate += ["--out", str(tmp_path / "eval"), "--max-new-tokens", "2"]
+    job = cluster.submit("evaluate", *evaluate, "--ray")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["num_samples"] == 6
 
     # a job that fails says why in the log that was followed, and in the exit code
     job = cluster.submit("train", *train, "--cache", str(tmp_path / "nothing"))
