@@ -177,7 +177,11 @@ class TopKRecord:
 
     `logits` are raw (temperature 1) in the teacher's own dtype, descending, ties by smaller id.
     `logsumexp` runs over the V shared rows. `log_tail` is the log of the probability outside the
-    K entries, computed from the discarded logits themselves; it is -inf exactly where K = V.
+    kept entries, computed from the discarded logits themselves; it is -inf where all are kept.
+
+    Where positions keep different numbers of entries, `num_kept` says how many (1..K) and the
+    rest of a row repeats its first entry: scattering by `ids` then writes what is there already,
+    and only sums over entries have to leave the repetitions out (`kept_mask`). None: all K.
     """
 
     ids: Int[Tensor, "N K"]
@@ -185,6 +189,7 @@ class TopKRecord:
     logsumexp: Float[Tensor, " N"]
     log_tail: Float[Tensor, " N"]
     vocab_size: int
+    num_kept: Int[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         num_kept = self.ids.shape[1]
@@ -200,10 +205,40 @@ class TopKRecord:
             )
         _require_finite("logits", self.logits)
         _require_finite("logsumexp", self.logsumexp)
-        if num_kept < self.vocab_size:
-            _require_finite("log_tail", self.log_tail)
-        elif bool((self.log_tail != -torch.inf).any()):
+        if self.num_kept is not None:
+            self._require_padding(self.num_kept)
+        whole = self.counts == self.vocab_size
+        _require_finite("log_tail", self.log_tail[~whole])
+        if bool((self.log_tail[whole] != -torch.inf).any()):
             raise ValueError("log_tail must be -inf where every vocabulary row is kept")
+
+    @property
+    def counts(self) -> Int[Tensor, " N"]:
+        """Number of entries that each position keeps."""
+        if self.num_kept is not None:
+            return self.num_kept
+        num_rows, num_kept = self.ids.shape
+        return torch.full((num_rows,), num_kept, device=self.ids.device)
+
+    @property
+    def kept_mask(self) -> Bool[Tensor, "N K"]:
+        """Which entries are kept; the others repeat the row's first one."""
+        ranks = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return ranks < self.counts[:, None]
+
+    def _require_padding(self, num_kept: Tensor) -> None:
+        if (
+            num_kept.numel()
+            and not 1 <= int(num_kept.min()) <= int(num_kept.max()) <= (self.ids.shape[1])
+        ):
+            raise ValueError(
+                f"positions keep {int(num_kept.min())}..{int(num_kept.max())} entries of "
+                f"{self.ids.shape[1]}, expected at least 1 and no more than there are"
+            )
+        kept = self.kept_mask
+        for name, values in (("ids", self.ids), ("logits", self.logits)):
+            if bool(((values != values[:, :1]) & ~kept).any()):
+                raise ValueError(f"{name} beyond a position's kept entries must repeat its first")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
