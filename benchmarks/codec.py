@@ -41,16 +41,16 @@ GOAL_BYTES = 160
 """Per token: ids, logits and normaliser at k = 64 where logits have 16 bits (correlated data)."""
 
 
-def states(seed: int, correlated: bool) -> Tensor:
+def states(seed: int, correlated: bool, grid: int = GRID) -> Tensor:
     """[M, D] states of one image: random vectors on a coarse lattice, interpolated, and noise."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(GRID, GRID, WIDTH, generator=generator)
+    noise = torch.randn(grid, grid, WIDTH, generator=generator)
     if not correlated:
         return noise.reshape(-1, WIDTH)
-    side = GRID // CELL + 1
+    side = grid // CELL + 1
     coarse = torch.randn(1, WIDTH, side, side, generator=generator)
     smooth = torch.nn.functional.interpolate(
-        coarse, size=(GRID, GRID), mode="bilinear", align_corners=True
+        coarse, size=(grid, grid), mode="bilinear", align_corners=True
     )
     field = smooth[0].permute(1, 2, 0) + 0.22 * noise
     return (field / field.square().mean().sqrt()).reshape(-1, WIDTH)
