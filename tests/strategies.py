@@ -93,19 +93,55 @@ def _floats(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tens
 
 
 def _top_k(
-    generator: torch.Generator, dtype: torch.dtype, num_rows: int, num_kept: int
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    num_rows: int,
+    num_kept: int,
+    ragged: bool = False,
 ) -> TopKRecord:
     ids = torch.stack(
         [torch.randperm(VOCAB_SIZE, generator=generator)[:num_kept] for _ in range(num_rows)]
         or [torch.zeros(num_kept, dtype=torch.int64)]
-    )[:num_rows]
+    )[:num_rows].to(torch.int32)
     tail = _floats(generator, torch.float32, num_rows)
+    logits = _floats(generator, dtype, num_rows, num_kept).sort(1, descending=True).values
+    logsumexp = _floats(generator, torch.float32, num_rows)
+    counts = torch.full((num_rows,), num_kept)
+    if ragged:
+        counts = torch.randint(1, num_kept + 1, (num_rows,), generator=generator)
+        ids, logits = _repeat_first(ids, counts), _repeat_first(logits, counts)
     return TopKRecord(
-        ids=ids.to(torch.int32),
-        logits=_floats(generator, dtype, num_rows, num_kept).sort(1, descending=True).values,
-        logsumexp=_floats(generator, torch.float32, num_rows),
-        log_tail=tail.fill_(-torch.inf) if num_kept == VOCAB_SIZE else tail,
+        ids=ids,
+        logits=logits,
+        logsumexp=logsumexp,
+        log_tail=tail.where(counts < VOCAB_SIZE, -torch.inf),
         vocab_size=VOCAB_SIZE,
+        num_kept=counts if ragged else None,
+    )
+
+
+def _repeat_first(values: Tensor, counts: Tensor) -> Tensor:
+    """Row i's entries from `counts[i]` on replaced by its first one."""
+    return values.where(torch.arange(values.shape[1]) < counts[:, None], values[:, :1])
+
+
+def true_record(logits: Tensor, counts: Sequence[int]) -> TopKRecord:
+    """The record of `logits` in which row i keeps `counts[i]` entries; K is the largest count."""
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logsumexp = wide.logsumexp(dim=1)
+    log_tail = torch.empty_like(logsumexp)
+    for row, num_kept in enumerate(counts):
+        log_tail[row] = wide[row, order[row, num_kept:]].logsumexp(0) - logsumexp[row]
+    ids = order[:, : max(counts, default=1)]
+    num_kept = torch.tensor(counts, dtype=torch.int64)
+    return TopKRecord(
+        ids=_repeat_first(ids, num_kept).to(torch.int32),
+        logits=_repeat_first(logits.gather(1, ids), num_kept),
+        logsumexp=logsumexp,
+        log_tail=log_tail,
+        vocab_size=logits.shape[1],
+        num_kept=num_kept,
     )
 
 
@@ -116,8 +152,12 @@ def make_output(
     num_text: int = 5,
     num_kept: int = 4,
     dtype: torch.dtype = torch.float32,
+    ragged: bool = False,
 ) -> TeacherOutput:
-    """An output with random numbers for the given grids and number of content tokens."""
+    """An output with random numbers for the given grids and number of content tokens.
+
+    `ragged`: positions keep 1..`num_kept` entries, each its own number.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_vision = sum(rows * cols for rows, cols in views)
     is_response = torch.rand(num_text, generator=generator) < 0.5
@@ -131,9 +171,9 @@ def make_output(
             predicting=_floats(generator, dtype, num_response, WIDTH),
         )
     else:
-        vision = _top_k(generator, dtype, num_vision, num_kept)
+        vision = _top_k(generator, dtype, num_vision, num_kept, ragged)
         affinity = AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision))
-        response = _top_k(generator, dtype, num_response, num_kept)
+        response = _top_k(generator, dtype, num_response, num_kept, ragged)
     if records == "topk+sketch":
         codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator)
         sketch = SketchRecord(
@@ -186,8 +226,21 @@ def samples(draw: st.DrawFn) -> Sample:
 
 
 @st.composite
-def teacher_outputs(draw: st.DrawFn, records: RecordKind) -> TeacherOutput:
-    """Any output of a tier."""
+def ragged_top_k_records(draw: st.DrawFn) -> TopKRecord:
+    """Any record whose positions keep different numbers of entries, up to the whole vocabulary.
+
+    No position, or all of one count, are among them; the numbers are no teacher's (`true_record`
+    makes those).
+    """
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from(FLOATS))
+    num_rows, num_kept = draw(st.integers(0, 8)), draw(st.integers(1, VOCAB_SIZE))
+    return _top_k(generator, dtype, num_rows, num_kept, ragged=True)
+
+
+@st.composite
+def teacher_outputs(draw: st.DrawFn, records: RecordKind, ragged: bool = False) -> TeacherOutput:
+    """Any output of a tier; `ragged` ones keep another number of entries at each position."""
     sides = st.integers(1, 4)
     return make_output(
         records,
@@ -196,6 +249,7 @@ def teacher_outputs(draw: st.DrawFn, records: RecordKind) -> TeacherOutput:
         num_text=draw(st.integers(0, 8)),
         num_kept=draw(st.integers(1, VOCAB_SIZE)),
         dtype=draw(st.sampled_from(FLOATS)),
+        ragged=ragged,
     )
 
 
