@@ -163,12 +163,13 @@ def encode_sketch(
     scale = torch.where(peak > 0, peak / _CODE_LIMIT, 1.0)
     codes = (values / scale[:, None]).round().clamp(-_CODE_LIMIT, _CODE_LIMIT).to(torch.int8)
     shift = torch.zeros_like(scale)
-    if top_k.ids.shape[1] < top_k.vocab_size:
+    has_tail = top_k.counts < top_k.vocab_size
+    if bool(has_tail.any()):
         for rows in row_chunks(len(hidden), basis.vocab_size):
             decoded = _decode(basis, codes[rows], scale[rows])
             outside = decoded.scatter(1, top_k.ids[rows].long(), -torch.inf).logsumexp(dim=1)
             shift[rows] = (top_k.log_tail[rows] - outside).to(torch.float32)
-    return SketchRecord(codes=codes, scale=scale, tail_shift=shift)
+    return SketchRecord(codes=codes, scale=scale, tail_shift=shift.where(has_tail, 0.0))
 
 
 def decode_logits(

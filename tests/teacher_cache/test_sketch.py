@@ -14,6 +14,7 @@ from teacher_cache.sketch import (
     fit_basis,
 )
 from teacher_cache.topk import top_k_from_hidden
+from tests.strategies import true_record
 
 NUM_STATES, WIDTH, VOCAB = 200, 24, 61
 
@@ -81,6 +82,19 @@ def test_keeping_every_row_needs_no_shift(head: LmHead, hidden: Tensor) -> None:
     top = top_k_from_hidden(hidden, head, VOCAB)
     record = encode_sketch(fit_basis(hidden, head, 4), hidden, top)
     assert not record.tail_shift.any()
+
+
+def test_a_position_is_coded_alike_beside_positions_that_keep_more_or_fewer_entries(
+    head: LmHead, hidden: Tensor
+) -> None:
+    basis = fit_basis(hidden, head, 4)
+    counts = [(1, 8, VOCAB)[row % 3] for row in range(NUM_STATES)]
+    record = encode_sketch(basis, hidden, true_record(head.logits(hidden), counts))
+    for num_kept in (1, 8, VOCAB):
+        rows = torch.tensor(counts) == num_kept
+        alone = encode_sketch(basis, hidden, top_k_from_hidden(hidden, head, num_kept))
+        assert torch.equal(record.codes[rows], alone.codes[rows])
+        torch.testing.assert_close(record.tail_shift[rows], alone.tail_shift[rows])
 
 
 def test_chosen_rows_are_decoded_as_all_rows_are(head: LmHead, hidden: Tensor) -> None:
