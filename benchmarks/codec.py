@@ -115,8 +115,8 @@ def decode_naively(ids_frame: bytes, logits_frame: bytes) -> tuple[list[list[int
             else:
                 kept.append(int.from_bytes(ids[11 + 4 * at : 15 + 4 * at], "little"))
             step = int.from_bytes(steps[11 + rank * num_rows + row :: total], "little")
-            key = (key - step if rank else step) % (2 * sign)
-            value = key ^ sign if key & sign else key ^ (2 * sign - 1)
+            key = (key + step) % (2 * sign)
+            value = key if key & sign else key ^ (sign - 1)
             bits += value.to_bytes(width, "little")
         all_ids.append(kept)
         all_logits.append(torch.frombuffer(bits, dtype=frames.DTYPES[steps[0]]))

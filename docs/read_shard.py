@@ -32,11 +32,11 @@ def planes(payload, shape, width):
 
 
 def ranks(payload, shape, width):
-    """Transform 2: order-preserving integers, their differences rank by rank, as planes."""
+    """Transform 2: integers that ascend as floats descend, their steps rank by rank, as planes."""
     steps = planes(payload, shape, width).reshape(shape[-1], math.prod(shape[:-1]))
-    keys = np.subtract.accumulate(steps, axis=0).T.reshape(-1)
+    keys = np.cumsum(steps, axis=0, dtype=steps.dtype).T.reshape(-1)
     sign = keys.dtype.type(1 << (8 * width - 1))
-    return np.where(keys & sign, keys ^ sign, ~keys)
+    return np.where(keys & sign, keys, keys ^ (sign - 1))
 
 
 def dictionary(payload, shape, width):

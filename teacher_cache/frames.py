@@ -8,10 +8,12 @@ A frame is one zstd frame (level 3, content size and checksum in it) over
 
 Promises: any dtype of `DTYPES` comes back bit for bit, NaN payloads included; a damaged frame or
 one that claims more than it can hold is a `ShardCorruptError` before memory is taken for it.
+Any number of threads may encode and decode at once; zstd leaves them the interpreter meanwhile.
 """
 
 import math
 import struct
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +43,9 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_FRAME_BYTES = 2**32
 """Content of the largest frame, and of the largest plane; a larger claim is taken for damage."""
 
+MAX_DIMS = 8
+"""Dimensions of a plane; more are taken for damage."""
+
 _BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
 
 
@@ -49,10 +54,13 @@ def encode_frame(
 ) -> bytes:
     """One checked zstd frame of a tensor of any shape, in the layout that gives the fewest bytes.
 
-    ValueError for a dtype without a code, or for more than `MAX_FRAME_BYTES`.
+    ValueError for a dtype without a code, or for more than `MAX_FRAME_BYTES` or `MAX_DIMS`.
     """
-    if values.dtype not in _CODES:
-        raise ValueError(f"no frame holds {values.dtype}; known dtypes: {list(_CODES)}")
+    if values.dtype not in _CODES or values.ndim > MAX_DIMS:
+        raise ValueError(
+            f"no frame holds {values.dtype} in {values.ndim} dimensions; a frame has at most "
+            f"{MAX_DIMS} of one of these dtypes: {list(_CODES)}"
+        )
     num_bytes = values.numel() * values.dtype.itemsize
     if num_bytes > MAX_FRAME_BYTES // 2:
         raise ValueError(f"a plane of {num_bytes} bytes; the limit is {MAX_FRAME_BYTES // 2}")
@@ -67,9 +75,12 @@ def encode_frame(
 
 def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
     """The tensor that `encode_frame` was given; raises `ShardCorruptError` for anything else."""
-    content = memoryview(_decompress(frame))
-    if len(content) < 3 or len(content) < 3 + 4 * content[2]:
-        raise ShardCorruptError(f"a frame of {len(content)} bytes has no room for its header")
+    content = _decompress(frame)
+    if len(content) < 3 or len(content) < 3 + 4 * content[2] or content[2] > MAX_DIMS:
+        raise ShardCorruptError(
+            f"a frame of {len(content)} bytes has no room for its header, or more than {MAX_DIMS} "
+            f"dimensions: it begins with {content[:3].hex()}"
+        )
     dtype_code, transform_code, num_dims = content[:3]
     shape: tuple[int, ...] = struct.unpack_from(f"<{num_dims}I", content, 3)
     if dtype_code not in DTYPES or transform_code not in TRANSFORMS:
@@ -80,17 +91,17 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
     dtype = DTYPES[dtype_code]
     if math.prod(shape) * dtype.itemsize > MAX_FRAME_BYTES:  # a dictionary's places are short
         raise ShardCorruptError(f"a frame of {len(frame)} bytes claims shape {list(shape)}")
-    bits = TRANSFORMS[transform_code].join(content[3 + 4 * num_dims :], shape, dtype.itemsize)
+    payload = np.frombuffer(content, np.uint8, offset=3 + 4 * num_dims)
+    bits = TRANSFORMS[transform_code].join(payload, shape, dtype.itemsize)
     try:
-        return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
+        return torch.from_numpy(bits.view(np.uint8)).view(dtype).view(shape)
     except RuntimeError as error:  # sizes beyond 64 bits, beside an axis of size 0
         raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
 
 
 def _compress(parts: Sequence[bytes]) -> bytes:
     """One frame in which each part begins a block: bytes of one kind share their statistics."""
-    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
-    stream = compressor.compressobj(size=sum(map(len, parts)))
+    stream = _zstd.compressor.compressobj(size=sum(map(len, parts)))
     pieces: list[bytes] = []
     for part in parts:
         if part:
@@ -110,6 +121,17 @@ def _decompress(frame: bytes) -> bytes:
                 f"a frame of {len(frame)} bytes claims {claimed.content_size} bytes of content "
                 f"{'with' if claimed.has_checksum else 'without'} a checksum"
             )
-        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        return _zstd.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ShardCorruptError(f"a zstd frame is damaged: {error}") from error
+
+
+class _Zstd(threading.local):
+    """One of each for a thread: to make one takes longer than most frames do."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()

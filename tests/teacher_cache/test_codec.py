@@ -1,6 +1,7 @@
 """Tensors and records come back to the bit, and damage never becomes a number."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def test_a_frame_can_be_read_without_this_package() -> None:
     [
         # 1.5 is 0x3fc00000, -2.0 is 0xc0000000: the lowest bytes of both, the next ones, ...
         (PLANES, "0000 0000 c000 3fc0"),
-        # In the order of numbers 1.5 is 0xbfc00000 and -2.0 is 0x3fffffff: 0x7fc00001 less.
-        (RANKS, "0001 0000 c0c0 bf7f"),
+        # In descending order 1.5 is 0x403fffff and -2.0 is 0xc0000000: 0x7fc00001 more.
+        (RANKS, "ff01 ff00 3fc0 407f"),
         # Two entries, ascending as integers: 0x3fc00000, then 0x80400000 more; places 0 and 1.
         (DICTIONARY, "02000000 0000 0000 c040 3f80 00 01"),
     ],
@@ -102,6 +103,28 @@ def test_the_smallest_of_the_layouts_is_taken() -> None:
 def test_a_dtype_without_a_code_is_refused() -> None:
     with pytest.raises(ValueError, match="complex64"):
         encode_frame(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_more_dimensions_than_a_header_may_have_are_refused() -> None:
+    assert_same_bits(decode_frame(encode_frame(torch.zeros([1] * 8))), torch.zeros([1] * 8))
+    with pytest.raises(ValueError, match="9 dimensions"):
+        encode_frame(torch.zeros([1] * 9))
+
+
+def test_what_a_hostile_header_says_is_not_repeated_at_length() -> None:
+    sizes = [0] + [2**32 - 1] * 254
+    frame = _frame(struct.pack("<BBB255I", 1, 0, 255, *sizes))
+    with pytest.raises(ShardCorruptError) as refused:
+        decode_frame(frame)
+    assert len(str(refused.value)) < 200
+
+
+def test_threads_decode_side_by_side() -> None:
+    tensors = [torch.arange(n, n + 5000, dtype=torch.int32) for n in range(64)]
+    encoded = [encode_frame(tensor, [PLANES]) for tensor in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        for tensor, decoded in zip(tensors, pool.map(decode_frame, encoded), strict=True):
+            assert_same_bits(decoded, tensor)
 
 
 def test_every_flipped_bit_of_a_frame_is_noticed() -> None:
@@ -150,6 +173,7 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
         _frame(struct.pack("<BBBII", 1, 3, 1, 2, 2**32 - 1) + bytes(8)),
         _frame(struct.pack("<BBBIIfBB", 1, 3, 1, 2, 1, 1.5, 0, 1)),
         _frame(struct.pack("<BBB", 1, 0, 200) + bytes(8)),
+        _frame(struct.pack("<BBB9I", 1, 0, 9, 2, *[1] * 8) + bytes(8)),
         _frame(b""),
     ],
     ids=[
@@ -167,6 +191,7 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
         "cut-dictionary",
         "huge-dictionary",
         "place-outside-dictionary",
+        "cut-header",
         "many-dims",
         "empty",
     ],

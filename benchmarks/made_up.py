@@ -1,0 +1,119 @@
+"""Samples with made-up teacher outputs of realistic size, the same for every benchmark of reading.
+
+An image has 576 or 729 vision tokens from `benchmarks.codec`'s correlated field of states: top-k
+records over 151,936 vocabulary rows (24,576 of them in use), sketch codes of rank 128, float16
+affinities of every text token, and a response of 12 to 256 tokens with top-k records of its own.
+Pictures are noise, as compressed ones are to any container. Everything follows from the seed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
+from teacher_cache.affinity import cosine_affinity
+from teacher_cache.reader import CacheReader
+from teacher_cache.schema import (
+    IMAGE_PLACEHOLDER,
+    AffinityRecord,
+    CachedSample,
+    Message,
+    SketchRecord,
+    TeacherOutput,
+    TopKRecord,
+    ViewGrid,
+    make_sample,
+)
+from teacher_cache.settings import ShardFormatName
+from tests.builders import build
+from tests.strategies import make_spec
+
+GRIDS = (24, 27)
+"""Sides of an image's grid of vision tokens: CLIP at 336 pixels, SigLIP at 384."""
+SKETCH_RANK = 128
+QUESTION_TOKENS, RESPONSE_TOKENS = (8, 64), (12, 256)
+PARTS = frozenset({"vision", "sketch", "affinity", "response"})
+"""What EM-KD reads."""
+
+
+def make_samples(
+    num_samples: int, k: int, dtype: str = "bfloat16", picture_kb: int = 16
+) -> list[CachedSample]:
+    """Samples of alternating grids; logits in `dtype`, K = k."""
+    return [_sample(number, k, dtype, picture_kb) for number in range(num_samples)]
+
+
+def build_cache(
+    folder: Path,
+    samples: list[CachedSample],
+    rows_per_shard: int,
+    form: ShardFormatName = "arrow",
+) -> CacheReader:
+    """A sealed cache of the samples."""
+    record = samples[0].output.vision
+    assert record is not None
+    spec = make_spec(
+        "topk+sketch",
+        top_k=record.ids.shape[1],
+        sketch_rank=SKETCH_RANK,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=WIDTH,
+        logits_dtype=str(record.logits.dtype).removeprefix("torch."),
+        affinity_dtype="float16",
+    )
+    starts = range(0, len(samples), rows_per_shard)
+    build(folder, [samples[at : at + rows_per_shard] for at in starts], form, spec)
+    return CacheReader.open(folder)
+
+
+def _sample(number: int, k: int, dtype: str, picture_kb: int) -> CachedSample:
+    draw = np.random.default_rng(number)
+    generator = torch.Generator().manual_seed(number)
+    grid = GRIDS[number % len(GRIDS)]
+    num_question, num_response = (
+        int(np.exp(draw.uniform(*np.log(span)))) for span in (QUESTION_TOKENS, RESPONSE_TOKENS)
+    )
+    num_text = num_question + num_response
+    vision = states(number, correlated=True, grid=grid)
+    nearest = torch.randint(len(vision), (num_text,), generator=generator)
+    text = torch.randn(num_text, WIDTH, generator=generator) + vision[nearest]
+    picture = b"\xff\xd8\xff" + draw.bytes(1024 * picture_kb)
+    messages = (
+        Message(role="user", text=f"{IMAGE_PLACEHOLDER}\nQuestion {number}?"),
+        Message(role="assistant", text=f"Answer {number}."),
+    )
+    output = TeacherOutput(
+        views=(ViewGrid(image=0, view=0, rows=grid, cols=grid),),
+        content_ids=torch.randint(VOCAB_SIZE, (num_text,), generator=generator),
+        is_response=torch.arange(num_text) >= num_question,
+        after_image=torch.ones(num_text, dtype=torch.bool),
+        vision=_top_k(vision, dtype, k),
+        sketch=_sketch(vision, generator),
+        affinity=AffinityRecord(cosine=cosine_affinity(text, vision).to(torch.float16)),
+        response=_top_k(text[num_question:], dtype, k),
+    )
+    return CachedSample(sample=make_sample(f"sample-{number}", [picture], messages), output=output)
+
+
+def _top_k(hidden: Tensor, dtype: str, k: int) -> TopKRecord:
+    made = planes(hidden, DTYPES[dtype], k)
+    return TopKRecord(
+        ids=made["v_ids"],
+        logits=made["v_logits"],
+        logsumexp=made["v_lse"],
+        log_tail=made["v_tail"],
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def _sketch(hidden: Tensor, generator: torch.Generator) -> SketchRecord:
+    wide = hidden @ torch.randn(WIDTH, SKETCH_RANK, generator=generator)
+    wide += 0.5 * torch.randn(wide.shape, generator=generator)
+    scale = wide.abs().amax(dim=1) / 127
+    return SketchRecord(
+        codes=(wide / scale[:, None]).round().to(torch.int8),
+        scale=scale,
+        tail_shift=torch.randn(len(hidden), generator=generator),
+    )
