@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from jobs.cache_commands import Inspect, Verify
 from jobs.options import RayOptions
+from jobs.progress import say
 from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, PlanConfig, TrainConfig
 
 Command = Callable[[], int]
@@ -28,10 +30,6 @@ CONFIG_CLASSES: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
 }
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Data:
 
         with Bars() as bars:
             out = write_digits(self.config, partial(bars.update, "digits"))
-        _say(f"{out}: train.json, heldout.json")
+        say(f"{out}: train.json, heldout.json")
         return 0
 
 
@@ -75,7 +73,7 @@ class Plan:
 
             report = plan(self.config)
             said, plain = render_plan(report), dataclasses.asdict(report)
-        _say(json.dumps(plain, indent=1) if self.json else said)
+        say(json.dumps(plain, indent=1) if self.json else said)
         return 0
 
 
@@ -92,59 +90,12 @@ class Build:
 
         seal = run_build(self.config, self.run)
         megabytes = seal.num_bytes / 1e6
-        _say(
+        say(
             f"{self.config.out}: {seal.num_samples} samples in {len(seal.shards)} shards, "
             f"{megabytes:.1f} MB, fingerprint {seal.fingerprint[:12]}"
         )
         for rejected in seal.rejected:
-            _say(f"  rejected {rejected.source_id}: {rejected.reason}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong."""
-
-    cache: tyro.conf.Positional[Path]
-    json: bool = False
-    """Print the report as JSON."""
-
-    def __call__(self) -> int:
-        """Verify, and print what was found."""
-        from jobs.progress import Bars
-        from teacher_cache.verify import verify_cache
-
-        with Bars() as bars:
-            report = verify_cache(self.cache, partial(bars.update, "verify"))
-        if self.json:
-            _say(json.dumps(dataclasses.asdict(report)))
-        else:
-            for problem in report.problems:
-                _say(f"PROBLEM {problem}")
-            state = f"{len(report.problems)} problems" if report.problems else "no problem found"
-            _say(f"{self.cache}: {report.samples} samples in {report.shards} shards, {state}")
-        return 3 if report.problems else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Show what a cache says of itself, or one of its samples, in words."""
-
-    cache: tyro.conf.Positional[Path]
-    sample: str | None = None
-    """Key (or its beginning) of the sample to show."""
-    json: bool = False
-
-    def __call__(self) -> int:
-        """Print the description."""
-        from pipeline.inspect_cache import describe_cache, describe_sample, render
-
-        described = (
-            describe_cache(self.cache)
-            if self.sample is None
-            else describe_sample(self.cache, self.sample)
-        )
-        _say(json.dumps(described, indent=1) if self.json else render(described))
+            say(f"  rejected {rejected.source_id}: {rejected.reason}")
         return 0
 
 
@@ -160,7 +111,7 @@ class Train:
         from jobs.train_student import run_train
 
         final = run_train(self.config, self.run)
-        _say(f"student written to {final}")
+        say(f"student written to {final}")
         return 0
 
 
@@ -181,7 +132,7 @@ class Recipe:
 
         recipe = paper_phase_one if self.name == "paper-phase-one" else paper_phase_two
         config = recipe(cache=self.cache, student=self.student, out=self.out, seed=self.seed)
-        _say(json.dumps(json.loads(to_json(config)), indent=1))
+        say(json.dumps(json.loads(to_json(config)), indent=1))
         return 0
 
 
@@ -196,7 +147,7 @@ class Evaluate:
         """Evaluate, and print the scores."""
         from jobs.evaluate_model import run_evaluate
 
-        _say(json.dumps(run_evaluate(self.config, self.run), indent=1))
+        say(json.dumps(run_evaluate(self.config, self.run), indent=1))
         return 0
 
 
@@ -213,8 +164,8 @@ class Report:
         from pipeline.report import write_report
 
         for line in write_report(ReportConfig(runs=self.runs, out=self.out)):
-            _say(line)
-        _say(f"report written to {self.out}")
+            say(line)
+        say(f"report written to {self.out}")
         return 0
 
 
@@ -274,7 +225,7 @@ class Demo:
         """Run what is missing of the demo."""
         from jobs.demo import SMOKE, DemoSizes, run_demo
 
-        _say(f"open {run_demo(self.out, self.seeds, SMOKE if self.smoke else DemoSizes())}")
+        say(f"open {run_demo(self.out, self.seeds, SMOKE if self.smoke else DemoSizes())}")
         return 0
 
 

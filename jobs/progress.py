@@ -1,9 +1,14 @@
-"""Progress bars of the commands, on stderr: one line for each thing that is done, in turn."""
+"""What commands show: answers on stdout; on stderr a bar for each thing that is done, in turn."""
 
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """Print a command's answer at once, whoever reads it."""
+    print(text, flush=True)
 
 
 class Bars:

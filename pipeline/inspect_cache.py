@@ -1,37 +1,37 @@
-"""What `emkd inspect` shows: a cache's description of itself, and one record in words and numbers.
+"""What `emkd inspect` shows of a cache: its seal, where its bytes are, how flat its teacher is.
 
-Reads through `CacheReader`, so what is shown has passed the reader's own checks. Everything is
-plain data (numbers, strings, lists), ready for JSON; `render` lays it out for a terminal.
+Promises: counts and settings are the seal's, bytes of each part are those of the shards' frames,
+tail masses come from a bounded, seeded sample of rows, which have passed the reader's checks, so
+that a cache of any size is described in bounded memory. Everything is plain data (numbers,
+strings, lists), ready for JSON; `render` lays it out for a terminal.
 """
 
 import dataclasses
 import math
+import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from teacher_cache.codec import Part
 from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, TeacherOutput, TopKRecord
-from teacher_cache.settings import RecordKind
 
-PARTS: dict[RecordKind, tuple[Part, ...]] = {
-    "topk": ("vision", "affinity", "response"),
-    "topk+sketch": ("vision", "sketch", "affinity", "response"),
-    "hidden": ("hidden",),
-}
-"""What each tier of a cache stores."""
+QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
+_TAILED: tuple[Part, ...] = ("vision", "response")
 
 
-def describe_cache(cache: Path) -> dict[str, Any]:
-    """The seal of a cache: counts, bytes, every setting that fixed its numbers, the rejects."""
-    reader = CacheReader.open(cache)
+def describe_cache(reader: CacheReader, num_rows: int = 256) -> dict[str, Any]:
+    """The seal of a cache: counts, bytes, every setting that fixed its numbers, the rejects.
+
+    `num_rows` bounds the rows whose tail masses are looked at.
+    """
     seal = reader.seal
     num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
     return {
-        "cache": str(cache),
+        "cache": str(reader.cache),
         "fingerprint": seal.fingerprint,
         "source": seal.source,
         "format": seal.format,
@@ -42,87 +42,34 @@ def describe_cache(cache: Path) -> dict[str, Any]:
         "response_tokens": sum(shard.num_response_tokens for shard in seal.shards),
         "bytes_per_vision_token": round(seal.num_bytes / num_vision, 1) if num_vision else None,
         "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
+        "tail_mass": _tail_mass(reader, num_rows),
         "spec": dataclasses.asdict(seal.spec),
         "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
     }
 
 
-def describe_sample(cache: Path, key: str) -> dict[str, Any]:
-    """One record: the conversation, the token grids, and summaries of the teacher's outputs.
-
-    `key` may be the beginning of a key; raises ValueError unless it names exactly one sample.
-    """
-    reader = CacheReader.open(cache)
-    found = [index for index, known in enumerate(reader.keys) if known.startswith(key)]
-    if len(found) != 1:
-        near = [reader.keys[index] for index in found[:5]] or list(reader.keys[:5])
-        raise ValueError(
-            f"{cache}: {len(found)} samples have a key that begins with {key!r}, expected one; "
-            f"{'candidates' if found else 'the first keys are'}: {', '.join(near)}"
-        )
-    return _describe(reader.read(found[0], PARTS[reader.spec.records]), found[0])
+def _tail_mass(reader: CacheReader, num_rows: int) -> dict[str, Any] | None:
+    """Quantiles of the probability outside the top-k over a sample of rows; None without top-k."""
+    parts: list[Part] = [part for part in _TAILED if part in reader.parts]
+    if not parts:
+        return None
+    count = min(num_rows, len(reader))
+    tails: dict[Part, list[Tensor]] = {part: [] for part in parts}
+    for index in sorted(random.Random(0).sample(range(len(reader)), count)):
+        output = reader.read(index, parts).output
+        for part in parts:
+            tails[part].append(getattr(output, part).log_tail.double().exp())
+    return {"rows": count, **{part: _quantiles(torch.cat(tails[part])) for part in parts}}
 
 
-def _describe(cached: CachedSample, index: int) -> dict[str, Any]:
-    sample, output = cached.sample, cached.output
-    described: dict[str, Any] = {
-        "key": sample.key,
-        "index": index,
-        "source_id": sample.source_id,
-        "messages": [f"{message.role}: {message.text}" for message in sample.messages],
-        "image_bytes": [len(image) for image in sample.images],
-        "views": [
-            f"image {view.image} view {view.view}: {view.rows} x {view.cols} vision tokens"
-            for view in output.views
-        ],
-        "content_tokens": len(output.content_ids),
-        "response_tokens": int(output.is_response.sum()),
-    }
-    described.update(_records(output))
-    return described
-
-
-def _records(output: TeacherOutput) -> dict[str, Any]:
-    records: dict[str, Any] = {}
-    if output.vision is not None:
-        records["vision_top_k"] = _top_k(output.vision)
-    if output.response is not None:
-        records["response_top_k"] = _top_k(output.response)
-    if output.sketch is not None:
-        codes = output.sketch.codes
-        records["sketch"] = {"tokens": codes.shape[0], "rank": codes.shape[1]}
-    if output.affinity is not None:
-        cosine = output.affinity.cosine
-        affinity: dict[str, Any] = {
-            "text_tokens": cosine.shape[0],
-            "vision_tokens": cosine.shape[1],
-        }
-        if cosine.numel():
-            affinity["range"] = [round(float(cosine.min()), 4), round(float(cosine.max()), 4)]
-        records["affinity"] = affinity
-    if output.hidden is not None:
-        records["hidden"] = {
-            "vision": list(output.hidden.vision.shape),
-            "text": list(output.hidden.text.shape),
-            "predicting": list(output.hidden.predicting.shape),
-            "dtype": str(output.hidden.vision.dtype).removeprefix("torch."),
-        }
-    return records
-
-
-def _top_k(record: TopKRecord) -> dict[str, Any]:
-    rows, kept = record.ids.shape
-    if rows == 0:
-        return {"positions": 0, "k": kept}
-    tails = sorted(math.exp(value) for value in record.log_tail.tolist())
+def _quantiles(values: Tensor) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    ordered = values.sort().values
+    last = len(ordered) - 1
     return {
-        "positions": rows,
-        "k": kept,
-        "tail_mass": {
-            "median": round(tails[len(tails) // 2], 5),
-            "largest": round(tails[-1], 5),
-        },
-        "first_position_ids": record.ids[0, :8].tolist(),
+        f"{100 * share:g}%": float(f"{float(ordered[math.ceil(share * last)]):.4g}")
+        for share in QUANTILES
     }
 
 

@@ -18,6 +18,7 @@ from pipeline.inspect_cache import describe_cache
 from pipeline.report import write_report
 from pipeline.train import train
 from student_train.objective import ObjectiveName, preset
+from teacher_cache.reader import CacheReader
 from teacher_cache.settings import RecordKind, ShardFormatName
 from teacher_cache.verify import verify_cache
 from tests.conftest import TinyFolder
@@ -77,7 +78,7 @@ def test_a_source_becomes_a_student_and_a_report(
         )
     )
     assert verify_cache(cache).problems == ()
-    assert describe_cache(cache)["samples"] == seal.num_samples == NUM_SAMPLES
+    assert describe_cache(CacheReader.open(cache))["samples"] == seal.num_samples == NUM_SAMPLES
 
     runs: list[Path] = []
     for objective in ("supervised", "emkd"):

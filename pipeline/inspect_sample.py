@@ -1,0 +1,203 @@
+"""What `emkd inspect --sample` shows of one record: the conversation, its tokens, the teacher.
+
+Reads through `CacheReader`, so what is shown has passed the reader's own checks. Tokens are shown
+as texts where a tokenizer is given, which must be the teacher's own (its vocabulary is compared
+with the cache's), else as ids. Everything is plain data, ready for JSON.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from teacher_cache.head import LmHead
+from teacher_cache.identity import vocabulary_digest
+from teacher_cache.manifest import CacheSpec
+from teacher_cache.reader import CacheReader
+from teacher_cache.schema import CachedSample, TeacherOutput, TopKRecord, ViewGrid
+from teacher_cache.topk import top_k_from_hidden
+
+NUM_VISION_SHOWN = 6
+"""Vision tokens, evenly spread over the sample, whose first words are shown."""
+NUM_RESPONSE_SHOWN = 8
+NUM_WORDS = 5
+
+
+def find_sample(reader: CacheReader, key: str) -> int:
+    """Number of the one sample whose key begins with `key`; ValueError unless there is one."""
+    found = [index for index, known in enumerate(reader.keys) if known.startswith(key)]
+    if len(found) != 1:
+        near = [reader.keys[index] for index in found[:5]] or list(reader.keys[:5])
+        raise ValueError(
+            f"{reader.cache}: {len(found)} samples have a key that begins with {key!r}, expected "
+            f"one; {'candidates' if found else 'the first keys are'}: {', '.join(near)}"
+        )
+    return found[0]
+
+
+def describe_sample(reader: CacheReader, key: str, tokenizer: Any = None) -> dict[str, Any]:
+    """One record: the conversation, the token grids, and what the teacher says of them.
+
+    `key` may be the beginning of a key. `tokenizer` is that of `load_tokenizer`, or None.
+    """
+    index = find_sample(reader, key)
+    cached = reader.read(index, reader.parts)
+    head = None if cached.output.hidden is None else reader.head()
+    return {**_sample(cached, index, tokenizer), **_records(cached.output, head, tokenizer)}
+
+
+def load_tokenizer(path: str, spec: CacheSpec) -> Any:
+    """The tokenizer in a folder (or of a hub id), which must be that of the cache's teacher."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no tokenizer can be loaded: {error}") from error
+    found = vocabulary_digest(tokenizer, spec.vocab_size)
+    if found != spec.vocabulary:
+        raise ValueError(
+            f"{path}: the first {spec.vocab_size} ids stand for other tokens (vocabulary "
+            f"{found[:12]}) than those of the cache's teacher ({spec.vocabulary[:12]}); give the "
+            "teacher's folder, or none to see ids"
+        )
+    return tokenizer
+
+
+def _sample(cached: CachedSample, index: int, tokenizer: Any) -> dict[str, Any]:
+    sample, output = cached.sample, cached.output
+    response = output.is_response
+    return {
+        "key": sample.key,
+        "index": index,
+        "source_id": sample.source_id,
+        "messages": [f"{message.role}: {message.text}" for message in sample.messages],
+        "image_bytes": [len(image) for image in sample.images],
+        "views": [
+            f"image {view.image} view {view.view}: {view.rows} x {view.cols} vision tokens"
+            for view in output.views
+        ],
+        "content_tokens": len(output.content_ids),
+        "response_tokens": int(response.sum()),
+        "prompt": words(tokenizer, output.content_ids[~response]),
+        "response": words(tokenizer, output.content_ids[response]),
+    }
+
+
+def words(tokenizer: Any, ids: Int[Tensor, " N"]) -> list[Any]:
+    """Tokens as texts; pieces of characters as the tokenizer spells them; ids without one."""
+    if tokenizer is None:
+        return ids.tolist()
+    texts = [tokenizer.decode([token]) for token in ids.tolist()]
+    return [
+        tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
+        for token, text in zip(ids.tolist(), texts, strict=True)
+    ]
+
+
+def _records(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> dict[str, Any]:
+    records: dict[str, Any] = {}
+    if output.vision is not None:
+        records["vision_top_k"] = _summary(output.vision)
+    if output.response is not None:
+        records["response_top_k"] = _summary(output.response)
+    if output.sketch is not None:
+        codes = output.sketch.codes
+        records["sketch"] = {"tokens": codes.shape[0], "rank": codes.shape[1]}
+    if output.affinity is not None:
+        cosine = output.affinity.cosine
+        affinity: dict[str, Any] = {
+            "text_tokens": cosine.shape[0],
+            "vision_tokens": cosine.shape[1],
+        }
+        if cosine.numel():
+            affinity["range"] = [round(float(cosine.min()), 4), round(float(cosine.max()), 4)]
+        records["affinity"] = affinity
+    if output.hidden is not None:
+        records["hidden"] = {
+            "vision": list(output.hidden.vision.shape),
+            "text": list(output.hidden.text.shape),
+            "predicting": list(output.hidden.predicting.shape),
+            "dtype": str(output.hidden.vision.dtype).removeprefix("torch."),
+        }
+    records["vision_says"] = _vision_says(output, head, tokenizer)
+    records["response_says"] = _response_says(output, head, tokenizer)
+    return records
+
+
+def _summary(record: TopKRecord) -> dict[str, Any]:
+    rows, kept = record.ids.shape
+    if rows == 0:
+        return {"positions": 0, "k": kept}
+    tails = sorted(math.exp(value) for value in record.log_tail.tolist())
+    return {
+        "positions": rows,
+        "k": kept,
+        "tail_mass": {
+            "median": round(tails[len(tails) // 2], 5),
+            "largest": round(tails[-1], 5),
+        },
+        "first_position_ids": record.ids[0, :8].tolist(),
+    }
+
+
+def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
+    """The first words of vision tokens that are spread over all views."""
+    places = [place for view in output.views for place in _places(view)]
+    count = min(NUM_VISION_SHOWN, len(places))
+    rows = torch.arange(count) * len(places) // max(count, 1)
+    if output.vision is not None:
+        top = _top(output.vision, rows)
+    else:
+        top = _from_states(output, "vision", head, rows)
+    return [
+        {"at": places[row], "says": _said(tokenizer, ids, shares)}
+        for row, (ids, shares) in zip(rows.tolist(), top, strict=True)
+    ]
+
+
+def _response_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
+    """The first response tokens and what the teacher expected in their places."""
+    labels = output.content_ids[output.is_response][:NUM_RESPONSE_SHOWN]
+    rows = torch.arange(len(labels))
+    if output.response is not None:
+        top = _top(output.response, rows)
+    else:
+        top = _from_states(output, "predicting", head, rows)
+    return [
+        {"token": token, "expected": _said(tokenizer, ids, shares)}
+        for token, (ids, shares) in zip(words(tokenizer, labels), top, strict=True)
+    ]
+
+
+_Top = list[tuple[Int[Tensor, " C"], Float[Tensor, " C"]]]
+"""For each position its first ids and their probabilities."""
+
+
+def _top(record: TopKRecord, rows: Tensor) -> _Top:
+    shares = (record.logits.float() - record.logsumexp[:, None]).exp()
+    counts = record.counts.clamp(max=NUM_WORDS).tolist()
+    return [(record.ids[row, : counts[row]], shares[row, : counts[row]]) for row in rows.tolist()]
+
+
+def _from_states(output: TeacherOutput, name: str, head: LmHead | None, rows: Tensor) -> _Top:
+    assert output.hidden is not None
+    assert head is not None
+    states: Tensor = getattr(output.hidden, name)[rows]
+    record = top_k_from_hidden(states, head, min(NUM_WORDS, head.vocab_size))
+    return _top(record, torch.arange(len(rows)))
+
+
+def _places(view: ViewGrid) -> list[str]:
+    return [
+        f"image {view.image} view {view.view} row {row} column {column}"
+        for row in range(view.rows)
+        for column in range(view.cols)
+    ]
+
+
+def _said(tokenizer: Any, ids: Tensor, shares: Tensor) -> Sequence[list[Any]]:
+    values = [round(share, 4) for share in shares.tolist()]
+    return [[word, share] for word, share in zip(words(tokenizer, ids), values, strict=True)]
