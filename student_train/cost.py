@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.objective import MatchingConfig
-from student_train.signals import HiddenSignal, Signal, TopKSignal, at_least_float32
+from student_train.signals import HiddenSignal, Signal
+from student_train.top_k_signal import TopKSignal, at_least_float32
 from teacher_cache.topk import row_chunks
 
 _SHARED_IDS_SEED = 20251121
@@ -62,7 +63,7 @@ def cost_matrix(
         return _probability_l1(student_logits[:, : teacher.vocab_size], teacher)
     if isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None:
         raise ValueError(
-            f"matching by {config.metric} needs logits outside the top {teacher.ids.shape[1]}, "
+            f"matching by {config.metric} needs logits outside the top {teacher.least_kept}, "
             "which this cache does not hold: build it with records `topk+sketch` or `hidden`, "
             "or match by prob_l1"
         )
@@ -116,7 +117,7 @@ def _probabilities(teacher: Signal) -> Tensor:
     if teacher.sketch is not None:
         return teacher.estimated_log_probs().exp()
     kept = teacher.kept_log_probs().exp()
-    num_outside = teacher.vocab_size - teacher.ids.shape[1]
-    share = at_least_float32(teacher.log_tail).exp() / num_outside
+    num_outside = teacher.vocab_size - teacher.counts
+    share = at_least_float32(teacher.log_tail).exp() / num_outside.clamp(min=1)
     base = share[:, None].expand(-1, teacher.vocab_size).to(kept.dtype)
     return base.scatter(1, teacher.ids.long(), kept)

@@ -3,21 +3,22 @@
     reverse  KL(q || p) = sum_v q_v (log q_v - log p_v)      q student, p teacher (EM-KD)
     forward  KL(p || q) = sum_v p_v (log p_v - log q_v)
 
-Split the vocabulary into the K kept entries and the tail. The chain rule is exact:
+Split the vocabulary into a row's kept entries and the tail. The chain rule is exact:
 
     KL(q || p) = KL(bucketed)  +  q_tail KL(q | tail || p | tail)
 
 The first term merges the tail into one bucket of known mass tau; the second needs a shape of p in
 the tail, which a top-k record does not have and a sketch estimates. The policy says what is done:
-`bucket` drops the second term, `blend` weighs it, `renormalise` restricts both sides to K, `exact`
-refuses to assume anything. Signals that know every logit are computed exactly under any policy.
+`bucket` drops the second term, `blend` weighs it, `renormalise` restricts both sides to what is
+kept, `exact` refuses to assume anything. Rows of which every logit is known are exact under any
+policy, also beside rows of which it is not.
 
 Promise: gradients reach the student's logits and nothing else; sums run in float32 or wider.
 Dimensions as in schema.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.objective import TailPolicy
-from student_train.signals import Signal, TopKSignal, at_least_float32
+from student_train.signals import Signal
+from student_train.top_k_signal import TopKSignal, at_least_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ def resolve_tail(policy: TailPolicy, signal: Signal) -> TailPolicy:
         return "exact"
     if policy == "exact":
         raise ValueError(
-            f"tail=exact, but the cache holds the {signal.ids.shape[1]} largest of "
+            f"tail=exact, but the cache holds the {signal.least_kept} largest of "
             f"{signal.vocab_size} logits; build it with records `hidden`, or choose the tail "
             "policy blend, bucket or renormalise"
         )
@@ -122,9 +124,20 @@ def _divergence(
     resolved = resolve_tail(policy, teacher)
     if resolved == "exact" or not isinstance(teacher, TopKSignal):
         return _exact(terms, cut, teacher.dense_logits(), temperature)
-    if resolved == "renormalise":
-        return _renormalised(terms, cut, teacher, temperature)
-    return _bucketed(terms, cut, teacher, temperature, blend if resolved == "blend" else 0.0)
+    if teacher.ids.shape[1] < teacher.vocab_size:
+        return _lumped(terms, cut, teacher, resolved, temperature, blend)
+    # Rows that keep all V entries stand beside rows that do not; the former have no tail to lump.
+    whole = teacher.counts == teacher.vocab_size
+    some, others = whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]
+    exact = _exact(terms, cut[some], teacher.rows(some).dense_logits(), temperature)
+    rest = _lumped(terms, cut[others], teacher.rows(others), resolved, temperature, blend)
+    return _interleaved(exact, rest, torch.cat([some, others]).argsort())
+
+
+def _interleaved(first: Divergence, second: Divergence, order: Tensor) -> Divergence:
+    names = [field.name for field in fields(Divergence)]
+    parts = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    return Divergence(**{name: values[order] for name, values in parts.items()})
 
 
 def _exact(terms: Terms, student: Tensor, teacher: Tensor, temperature: float) -> Divergence:
@@ -138,15 +151,28 @@ def _exact(terms: Terms, student: Tensor, teacher: Tensor, temperature: float) -
     )
 
 
+def _lumped(
+    terms: Terms,
+    student: Tensor,
+    teacher: TopKSignal,
+    policy: TailPolicy,
+    temperature: float,
+    blend: float,
+) -> Divergence:
+    if policy == "renormalise":
+        return _renormalised(terms, student, teacher, temperature)
+    return _bucketed(terms, student, teacher, temperature, blend if policy == "blend" else 0.0)
+
+
 def _renormalised(
     terms: Terms, student: Tensor, teacher: TopKSignal, temperature: float
 ) -> Divergence:
-    """Both sides restricted to K: nothing says anything of student mass outside (biased)."""
+    """Both sides restricted to kept ids: nothing says anything of student mass outside (biased)."""
     ids_PK = teacher.ids.long()
-    log_q = functional.log_softmax(student.gather(1, ids_PK) / temperature, dim=1)
+    log_q = _kept_log_softmax(student.gather(1, ids_PK) / temperature, teacher)
     kept = teacher.logits.detach().to(log_q.dtype)
-    log_p = functional.log_softmax(kept / temperature, dim=1)
-    value = terms(log_q, log_p).sum(dim=1) * temperature**2
+    log_p = _kept_log_softmax(kept / temperature, teacher)
+    value = _kept_sum(terms(log_q, log_p), teacher) * temperature**2
     full_q = functional.log_softmax(student.detach() / temperature, dim=1)
     return Divergence(
         value=value,
@@ -167,7 +193,7 @@ def _bucketed(
     log_q_tail = _outside(log_q, ids_PK)
     log_p_kept, log_p_tail, estimate = _teacher_parts(teacher, temperature, blend)
     log_p_kept, log_p_tail = log_p_kept.to(log_q.dtype), log_p_tail.to(log_q.dtype)
-    head = terms(log_q.gather(1, ids_PK), log_p_kept).sum(dim=1)
+    head = _kept_sum(terms(log_q.gather(1, ids_PK), log_p_kept), teacher)
     bucket = terms(log_q_tail, log_p_tail)
     tail = bucket
     if estimate is not None:
@@ -205,6 +231,20 @@ def _teacher_parts(
     estimate = functional.log_softmax(teacher.estimated_log_probs() / temperature, dim=1)
     ids_PK = teacher.ids.long()
     return estimate.gather(1, ids_PK), _outside(estimate, ids_PK), estimate if blend > 0 else None
+
+
+def _kept_log_softmax(entries: Tensor, teacher: TopKSignal) -> Tensor:
+    """Log-softmax over each row's kept entries; repetitions get the value of what they repeat."""
+    mask = teacher.kept_mask
+    if mask is None:
+        return functional.log_softmax(entries, dim=1)
+    return entries - entries.masked_fill(~mask, -torch.inf).logsumexp(dim=1, keepdim=True)
+
+
+def _kept_sum(entries: Tensor, teacher: TopKSignal) -> Tensor:
+    """Sum over each row's kept entries, every one of them once."""
+    mask = teacher.kept_mask
+    return (entries if mask is None else entries.masked_fill(~mask, 0.0)).sum(dim=1)
 
 
 def _outside(log_probs: Tensor, ids: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from student_train.matching import Assignment
-from student_train.signals import Signal, TopKSignal, at_least_float32
+from student_train.signals import Signal
+from student_train.top_k_signal import TopKSignal, at_least_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

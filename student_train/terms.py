@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.divergence import Divergence
-from student_train.signals import at_least_float32
+from student_train.top_k_signal import at_least_float32
 
 
 def supervised_loss(

@@ -1,0 +1,201 @@
+"""The third form of a signal: each position's largest logits, and perhaps a sketch of the rest.
+
+Promise: what is kept is told exactly; the log mass of everything else is known, its shape only as
+far as a sketch estimates it, and any other question is refused. Positions may keep different
+numbers of entries, a single one or all V: then K is the largest number, and the rest of a row
+repeats its first entry (schema.py, TopKRecord). Scattering by `ids` is safe, sums over entries
+need `kept_mask`. Dimensions as in schema.py, N any number of positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int, Int8
+from torch import Tensor
+
+from teacher_cache.schema import SketchRecord
+from teacher_cache.sketch import SketchBasis, decode_logits
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Widen half precision before anything is summed; float32 and float64 pass unchanged."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SketchCode:
+    """A `SketchRecord` together with the basis that decodes it."""
+
+    codes: Int8[Tensor, "N S"]
+    scale: Float[Tensor, " N"]
+    tail_shift: Float[Tensor, " N"]
+    basis: SketchBasis
+
+    def logits(self, ids: Int[Tensor, " C"] | None = None) -> Float[Tensor, "N columns"]:
+        """Approximate raw logits at the vocabulary rows `ids`, or at all of them."""
+        record = SketchRecord(codes=self.codes, scale=self.scale, tail_shift=self.tail_shift)
+        return decode_logits(self.basis, record, ids)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SketchCode":
+        """Apply `change` (an index, a device move) to every tensor with one row per position."""
+        return replace(
+            self,
+            codes=change(self.codes),
+            scale=change(self.scale),
+            tail_shift=change(self.tail_shift),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKSignal:
+    """The largest logits, their normaliser, the log mass of all others, perhaps a sketch.
+
+    Position i keeps `num_kept[i]` entries, or all K where that is None.
+    """
+
+    ids: Int[Tensor, "N K"]
+    logits: Float[Tensor, "N K"]
+    logsumexp: Float[Tensor, " N"]
+    log_tail: Float[Tensor, " N"]
+    vocab_size: int
+    num_kept: Int[Tensor, " N"] | None = None
+    sketch: SketchCode | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of positions."""
+        return self.ids.shape[0]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every logit is known: every position keeps V."""
+        return self.ids.shape[1] == self.vocab_size == self.least_kept
+
+    @property
+    def least_kept(self) -> int:
+        """Every position knows at least this many of its largest logits."""
+        if self.num_kept is None or not self.num_rows:
+            return self.ids.shape[1]
+        return int(self.num_kept.min())
+
+    @property
+    def counts(self) -> Int[Tensor, " N"]:
+        """Number of entries that each position keeps."""
+        if self.num_kept is not None:
+            return self.num_kept
+        return self.ids.new_full((self.num_rows,), self.ids.shape[1])
+
+    @property
+    def kept_mask(self) -> Bool[Tensor, "N K"] | None:
+        """Which entries are kept and no repetitions; None where that is all of them."""
+        if self.num_kept is None:
+            return None
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.num_kept[:, None]
+
+    def dense_logits(self) -> Float[Tensor, "N V"]:
+        """The raw logits where exact, bit for bit the teacher's; ValueError otherwise."""
+        if not self.exact:
+            raise ValueError(
+                f"a record of the {self.least_kept} largest of {self.vocab_size} logits does "
+                "not hold them all; use `hidden` records, or top_k = the vocabulary's size"
+            )
+        return torch.empty_like(self.logits).scatter_(1, self.ids.long(), self.logits.detach())
+
+    def logits_at(self, ids: Int[Tensor, " C"]) -> Float[Tensor, "N C"]:
+        """Raw logits at `ids`: exact where a position keeps V, else decoded from the sketch.
+
+        ValueError without a sketch: an id outside the top-k has no stored logit at all. The
+        decoded values are not overwritten by the stored ones: it makes no difference to a
+        distance that sums over thousands of ids (docs/method.md), and keeps one error model.
+        """
+        if self.exact:
+            return self.dense_logits()[:, ids]
+        if self.sketch is None:
+            raise ValueError(
+                f"raw logits are known at the {self.least_kept} largest of {self.vocab_size} "
+                "ids only; use records `topk+sketch` or `hidden`"
+            )
+        decoded = self.sketch.logits(ids)
+        if self.ids.shape[1] < self.vocab_size:
+            return decoded
+        whole = self.counts == self.vocab_size
+        known = self.rows(whole.nonzero()[:, 0]).logits_at(ids)
+        decoded = decoded.to(torch.promote_types(decoded.dtype, known.dtype))
+        return decoded.masked_scatter(whole[:, None], known.to(decoded.dtype))
+
+    def kept_log_probs(self) -> Float[Tensor, "N K"]:
+        """Exact log-probabilities (temperature 1) of the entries, at least float32."""
+        return at_least_float32(self.logits.detach()) - self.logsumexp[:, None]
+
+    def estimated_log_probs(self) -> Float[Tensor, "N V"]:
+        """Log-probabilities that are exact on the kept entries and, outside, the sketch's.
+
+        The stored shift gives the estimate its true mass outside the top-k, so that every row is
+        a distribution up to rounding (docs/method.md). ValueError without a sketch.
+        """
+        if self.sketch is None:
+            raise ValueError("only records `topk+sketch` estimate the mass outside the top-k")
+        outside = self.sketch.logits() + self.sketch.tail_shift[:, None]
+        kept = self.kept_log_probs()
+        return outside.to(kept.dtype).scatter(1, self.ids.long(), kept)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TopKSignal":
+        """Apply `change` (an index, a device move) to every tensor with one row per position."""
+        return replace(
+            self,
+            ids=change(self.ids),
+            logits=change(self.logits),
+            logsumexp=change(self.logsumexp),
+            log_tail=change(self.log_tail),
+            num_kept=None if self.num_kept is None else change(self.num_kept),
+            sketch=None if self.sketch is None else self.sketch.each(change),
+        )
+
+    def rows(self, index: Int[Tensor, " P"]) -> "TopKSignal":
+        """The positions `index`, in that order."""
+        return self.each(lambda values: values[index])
+
+    def to(self, device: torch.device) -> "TopKSignal":
+        """The same signal on another device; a sketch's basis moves with `TeacherAssets.to`."""
+        return self.each(lambda values: values.to(device))
+
+
+def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
+    """The positions of all signals, in order; they may differ in K, and all or none are sketched.
+
+    The basis of the first is kept. ValueError where only some have a sketch.
+    """
+    codes = [signal.sketch for signal in signals if signal.sketch is not None]
+    if len(codes) not in (0, len(signals)):
+        raise ValueError(
+            f"cannot concatenate {len(signals)} top-k signals of which {len(codes)} have a sketch"
+        )
+    width = max(signal.ids.shape[1] for signal in signals)
+    rectangular = all(
+        signal.num_kept is None and signal.ids.shape[1] == width for signal in signals
+    )
+
+    def join(entries: Sequence[Tensor]) -> Tensor:
+        """One tensor of the largest width; shorter rows repeat their first entry."""
+        more = [values[:, :1].expand(-1, width - values.shape[1]) for values in entries]
+        return torch.cat([torch.cat(pair, dim=1) for pair in zip(entries, more, strict=True)])
+
+    return TopKSignal(
+        ids=join([signal.ids for signal in signals]),
+        logits=join([signal.logits for signal in signals]),
+        logsumexp=torch.cat([signal.logsumexp for signal in signals]),
+        log_tail=torch.cat([signal.log_tail for signal in signals]),
+        vocab_size=signals[0].vocab_size,
+        num_kept=None if rectangular else torch.cat([signal.counts for signal in signals]),
+        sketch=_concatenate_codes(codes) if codes else None,
+    )
+
+
+def _concatenate_codes(codes: Sequence[SketchCode]) -> SketchCode:
+    return SketchCode(
+        codes=torch.cat([code.codes for code in codes]),
+        scale=torch.cat([code.scale for code in codes]),
+        tail_shift=torch.cat([code.tail_shift for code in codes]),
+        basis=codes[0].basis,
+    )
