@@ -39,6 +39,10 @@ DTYPES: dict[int, torch.dtype] = {
     10: torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ARRAYS = {  # what numpy calls them; it has no bfloat16
+    dtype: np.dtype("<i2" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
+    for dtype in _CODES
+}
 
 MAX_FRAME_BYTES = 2**32
 """Content of the largest frame, and of the largest plane; a larger claim is taken for damage."""
@@ -94,8 +98,8 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
     payload = np.frombuffer(content, np.uint8, offset=3 + 4 * num_dims)
     bits = TRANSFORMS[transform_code].join(payload, shape, dtype.itemsize)
     try:
-        return torch.from_numpy(bits.view(np.uint8)).view(dtype).view(shape)
-    except RuntimeError as error:  # sizes beyond 64 bits, beside an axis of size 0
+        return torch.from_numpy(bits.view(_ARRAYS[dtype]).reshape(shape)).view(dtype)
+    except ValueError as error:  # sizes beyond 64 bits, beside an axis of size 0
         raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
 
 

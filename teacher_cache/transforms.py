@@ -60,13 +60,17 @@ def _split_planes(bits: Bits) -> list[bytes]:
 
 
 def _join_planes(payload: Octets, shape: Shape, width: int) -> Bits:
+    if width == 1:
+        return _join_plain(payload, shape, width)
     _require_size(payload, math.prod(shape) * width)
-    *lower, top = payload.reshape(width, -1)
-    bits = top.astype(_UNSIGNED[width])
-    for plane in reversed(lower):  # arithmetic: bytes put in place one by one take thrice the time
-        bits <<= 8
-        bits |= plane
-    return bits
+    planes: Bits = payload.reshape(width, -1)
+    while len(planes) > 1:  # neighbours become one plane of values twice as wide
+        num_bits = 8 * planes.dtype.itemsize
+        joined = planes[1::2].astype(_UNSIGNED[num_bits // 4])
+        joined <<= num_bits
+        joined |= planes[::2]
+        planes = joined
+    return planes.reshape(-1)
 
 
 def _split_ranks(bits: Bits) -> list[bytes]:
@@ -116,7 +120,8 @@ def _join_dictionary(payload: Octets, shape: Shape, width: int) -> Bits:
     codes = _join_planes(payload[end:], shape, code_width)
     if len(codes) and int(codes.max()) >= num_entries:
         raise ShardCorruptError(f"place {codes.max()} in a dictionary of {num_entries} values")
-    return np.cumsum(steps, dtype=steps.dtype).take(codes)
+    # All places are inside: `wrap` is the mode that does not look at each of them again.
+    return np.cumsum(steps, dtype=steps.dtype).take(codes, mode="wrap")
 
 
 def _rows_and_kept(shape: Shape) -> tuple[int, int]:
@@ -129,9 +134,10 @@ def _descending(bits: Bits) -> Bits:
     Negative floats have the sign bit set and grow downwards already; of the others all bits but
     the sign are flipped. Arithmetic, because a choice for each value takes twice the time.
     """
-    one, sign_shift = bits.dtype.type(1), bits.dtype.type(8 * bits.dtype.itemsize - 1)
-    flipped = ((bits >> sign_shift) - one) >> one  # all bits but the sign, or none
-    return bits ^ flipped
+    flips = np.right_shift(bits, 8 * bits.dtype.itemsize - 1)  # 1 where negative, else 0
+    flips -= 1
+    flips >>= 1  # now no bit where negative, else all but the sign
+    return np.bitwise_xor(bits, flips, out=flips)
 
 
 def _code_width(num_entries: int) -> int:
