@@ -197,18 +197,16 @@ class TopKRecord:
         num_kept = self.ids.shape[1]
         if num_kept > self.vocab_size:
             raise ValueError(f"top-k of {num_kept} entries from {self.vocab_size} vocabulary rows")
-        if (
-            self.ids.numel()
-            and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < self.vocab_size
-        ):
-            raise ValueError(
-                f"token ids span {int(self.ids.min())}..{int(self.ids.max())}, "
-                f"expected 0..{self.vocab_size - 1}"
-            )
+        low, high = map(int, self.ids.aminmax()) if self.ids.numel() else (0, 0)
+        if not 0 <= low <= high < self.vocab_size:
+            raise ValueError(f"token ids span {low}..{high}, expected 0..{self.vocab_size - 1}")
         _require_finite("logits", self.logits)
         _require_finite("logsumexp", self.logsumexp)
         if self.num_kept is not None:
             self._require_padding(self.num_kept)
+        if num_kept < self.vocab_size:  # then no position keeps all of it
+            _require_finite("log_tail", self.log_tail)
+            return
         whole = self.counts == self.vocab_size
         _require_finite("log_tail", self.log_tail[~whole])
         if bool((self.log_tail[whole] != -torch.inf).any()):
