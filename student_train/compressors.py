@@ -1,0 +1,167 @@
+"""Which vision tokens are kept: DART, FastV and Random keep-sets (EPIC, arXiv 2510.00515).
+
+Promise: a keep-set is a pure function of one turn of one sample: positions of its vision tokens
+in, the kept ones out, ascending; it has seen no padding and no other sample. At ratio 0 all are
+kept. Counts are those of the released code, with the ratio read as a decimal fraction (0.9 of 10
+keeps 1, where floating point would keep 0). Ties go to the earlier position.
+
+One more compressor is one small file: a keep function and `register(Compressor(...))`.
+
+Legend: L tokens of the sample at layer K's input, M vision tokens and T instruction tokens of the
+turn, D width of the states, C width of the keys (all heads side by side).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt64
+from torch import Tensor
+from torch.nn import functional
+
+NUM_PIVOTS = 4
+"""DART's pivots among the images and among the text, each."""
+
+Need = Literal["states", "keys", "attention", "words"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a compressor may look at: one turn of one sample, where layer K begins.
+
+    `vision` and `instruction` are rows of `states` and `keys`, ascending; there is at least one
+    vision token, and there may be no instruction. What a compressor does not need is None.
+    """
+
+    vision: Int[Tensor, " M"]
+    instruction: Int[Tensor, " T"]
+    states: Float[Tensor, "L D"] | None = None
+    """Output of layer K-1, through the model's *final* norm."""
+    keys: Float[Tensor, "L C"] | None = None
+    """Keys of layer K-1 after rotary embedding."""
+    attention: Float[Tensor, " L"] | None = None
+    """Layer K-1's attention from the end of the turn's prompt, mean over heads."""
+    words: UInt64[np.ndarray, " M"] | None = None
+    """Random 64-bit words that belong to this sample, turn, layer and draw."""
+
+
+KeepSet = Callable[[Evidence, float], Int[Tensor, " K"]]
+"""Kept vision positions, ascending, for a ratio of dropped ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressor:
+    """A way to choose: its name, what it needs to see, and the choice itself."""
+
+    name: str
+    needs: frozenset[Need]
+    keep: KeepSet
+
+
+COMPRESSORS: dict[str, Compressor] = {}
+"""By name; add to it with `register`."""
+
+
+def register(compressor: Compressor) -> Compressor:
+    """Make a compressor known by its name; a name can be taken once."""
+    if compressor.name in COMPRESSORS:
+        raise ValueError(f"there is a compressor {compressor.name!r} already; choose another name")
+    COMPRESSORS[compressor.name] = compressor
+    return compressor
+
+
+def find_compressor(name: str) -> Compressor:
+    """The compressor of that name; ValueError lists those there are."""
+    if name not in COMPRESSORS:
+        raise ValueError(
+            f"compressor is {name!r}, expected one of {', '.join(sorted(COMPRESSORS))}; another "
+            "must be registered first (student_train.compressors.register)"
+        )
+    return COMPRESSORS[name]
+
+
+def num_kept(ratio: float, num_tokens: int, num_parts: int = 1) -> int:
+    """floor((1 - ratio) * num_tokens / num_parts), with the ratio as the decimal it is written."""
+    return math.floor((1 - Fraction(repr(float(ratio)))) * num_tokens / num_parts)
+
+
+def dart_keep(
+    states: Float[Tensor, "L D"],
+    keys: Float[Tensor, "L C"],
+    vision: Int[Tensor, " M"],
+    text: Int[Tensor, " T"],
+    ratio: float,
+) -> Int[Tensor, " K"]:
+    """DART: pivots, and for each pivot the vision tokens that resemble it least.
+
+    Pivots are the 4 vision and the 4 text tokens whose keys have the largest L1 norm (fewer where
+    there are fewer). In ascending order of position, vision before text, each pivot takes the
+    m = floor((1 - ratio) M / pivots) vision tokens not taken yet whose states have the lowest
+    cosine with its own. Kept are the vision pivots and all that was taken: 8 m + 4, at most M.
+    """
+    if ratio == 0:
+        return vision
+    norms_L = _wide(keys).abs().sum(dim=1)
+    first = _largest(norms_L[vision], NUM_PIVOTS)
+    pivots = torch.cat([vision[first], text[_largest(norms_L[text], NUM_PIVOTS)]])
+    unit_LD = functional.normalize(_wide(states), dim=1)
+    cosine_PM = unit_LD[pivots] @ unit_LD[vision].T
+    share = num_kept(ratio, len(vision), len(pivots))
+    cosine_PM[:, first] = torch.inf
+    chosen, num_free = [first], len(vision) - len(first)
+    for row in range(len(pivots)):
+        taken = cosine_PM[row].argsort(stable=True)[: min(share, num_free)]
+        cosine_PM[:, taken] = torch.inf
+        num_free -= len(taken)
+        chosen.append(taken)
+    return vision[torch.cat(chosen).sort().values]
+
+
+def fastv_keep(
+    attention: Float[Tensor, " L"], vision: Int[Tensor, " M"], ratio: float
+) -> Int[Tensor, " K"]:
+    """FastV: the floor((1 - ratio) M) vision tokens that receive most attention."""
+    return vision[_largest(attention[vision], num_kept(ratio, len(vision)))]
+
+
+def random_keep(
+    words: UInt64[np.ndarray, " M"], vision: Int[Tensor, " M"], ratio: float
+) -> Int[Tensor, " K"]:
+    """Random: floor((1 - ratio) M) vision tokens without replacement, those of smallest words."""
+    chosen = np.sort(np.argsort(words, kind="stable")[: num_kept(ratio, len(vision))])
+    return vision[torch.from_numpy(chosen).to(vision.device)]
+
+
+def _largest(values: Float[Tensor, " M"], count: int) -> Int[Tensor, " K"]:
+    """Where the `count` largest values are, ascending; all of them where there are fewer."""
+    return values.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: sums of half-precision numbers lose the small ones."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _dart(evidence: Evidence, ratio: float) -> Tensor:
+    assert evidence.states is not None
+    assert evidence.keys is not None
+    return dart_keep(evidence.states, evidence.keys, evidence.vision, evidence.instruction, ratio)
+
+
+def _fastv(evidence: Evidence, ratio: float) -> Tensor:
+    assert evidence.attention is not None
+    return fastv_keep(evidence.attention, evidence.vision, ratio)
+
+
+def _random(evidence: Evidence, ratio: float) -> Tensor:
+    assert evidence.words is not None
+    return random_keep(evidence.words, evidence.vision, ratio)
+
+
+register(Compressor(name="dart", needs=frozenset[Need]({"states", "keys"}), keep=_dart))
+register(Compressor(name="fastv", needs=frozenset[Need]({"attention"}), keep=_fastv))
+register(Compressor(name="random", needs=frozenset[Need]({"words"}), keep=_random))

@@ -1,0 +1,124 @@
+"""What the layer below a stage shows of each sample: states, keys, one row of attention.
+
+Promise: queries and keys are caught where the layer's own projections compute them, so the kernel
+of the attention does not matter (FlashAttention included), no weights are used outside their
+layer, and nothing is computed twice; the row of attention is then computed from them as the eager
+kernels would. Only what the compressor needs is made. A sample sees neither padding nor others.
+
+Dimensions as in compressors.py; B batch, H heads, G heads of the keys (grouped queries), d width
+of a head.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt64
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from student_train.compressors import Evidence, Need
+
+
+class AttentionRecorder:
+    """Catches the queries and keys that a layer's attention computes, as it computes them."""
+
+    def __init__(self, layer: Any) -> None:
+        self._attention: Any = layer.self_attn
+        self._seen: dict[str, Tensor] = {}
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the last module before the rotary embedding: Qwen3's norms, else projections."""
+        handles: list[RemovableHandle] = []
+        for letter in ("q", "k"):
+            norm, projection = f"{letter}_norm", f"{letter}_proj"
+            name = norm if hasattr(self._attention, norm) else projection
+            module: nn.Module = getattr(self._attention, name)
+
+            def record(_m: nn.Module, _i: object, output: Tensor, letter: str = letter) -> None:
+                self._seen[letter] = output.detach()
+
+            handles.append(module.register_forward_hook(record))
+        return handles
+
+    def take(
+        self, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
+        """Queries and keys of the latest call, rotated; forgets them."""
+        width: int = self._attention.head_dim
+        query, key = (
+            self._seen.pop(letter).flatten(2).unflatten(2, (-1, width)).transpose(1, 2)
+            for letter in ("q", "k")
+        )
+        rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
+        return rotate(query, key, *position_embeddings)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the scores before the softmax."""
+        return self._attention.scaling
+
+
+class LayerView:
+    """What the layer below a stage shows of a batch: its output, and what `recorder` caught."""
+
+    def __init__(
+        self,
+        needs: frozenset[Need],
+        final_norm: nn.Module,
+        recorder: AttentionRecorder | None,
+        hidden: Float[Tensor, "B L D"],
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> None:
+        self._needs = needs
+        self._states: Tensor | None = final_norm(hidden) if "states" in needs else None
+        self._query = self._keys = None
+        if recorder is not None:
+            self._query, self._keys = recorder.take(position_embeddings)
+            self._scaling = recorder.scaling
+
+    def evidence(
+        self,
+        row: int,
+        columns: slice,
+        vision: Int[Tensor, " M"],
+        text: Int[Tensor, " T"],
+        end: int,
+        words: UInt64[np.ndarray, " M"],
+    ) -> Evidence:
+        """One turn of the sample in batch row `row`, whose tokens are at `columns`.
+
+        `vision`, `text` and `end` count from the first of these columns.
+        """
+        states = keys = attention = None
+        if self._states is not None:
+            states = self._states[row, columns]
+        if self._query is not None and self._keys is not None:
+            query_HLd, keys_GLd = self._query[row, :, columns], self._keys[row, :, columns]
+            if "keys" in self._needs:
+                keys = keys_GLd.transpose(0, 1).flatten(1)
+            if "attention" in self._needs:
+                attention = attention_row(query_HLd[:, end], keys_GLd, end, self._scaling)
+        return Evidence(
+            vision=vision,
+            instruction=text,
+            states=states,
+            keys=keys,
+            attention=attention,
+            words=words if "words" in self._needs else None,
+        )
+
+
+def attention_row(
+    query: Float[Tensor, "H d"], keys: Float[Tensor, "G L d"], row: int, scaling: float
+) -> Float[Tensor, " L"]:
+    """Causal attention of one token to all of its sample, mean over heads; 0 behind it.
+
+    `query` is row `row`'s; H is a multiple of G. Computed in float32 at least.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped_GHd = query.to(dtype).unflatten(0, (len(keys), -1))
+    scores = grouped_GHd @ keys[:, : row + 1].to(dtype).transpose(1, 2) * scaling
+    weights_L = scores.softmax(dim=-1).flatten(0, 1).mean(dim=0)
+    return nn.functional.pad(weights_L, (0, keys.shape[1] - row - 1))

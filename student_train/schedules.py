@@ -1,0 +1,166 @@
+"""How hard each training step of EPIC is: TCD, LCD and ICD as pure functions of progress.
+
+    p = steps done / steps in all        u = draws.uniform(seed, "ratio", step), in [0, 1)
+
+    TCD  fixed layer K;  r_student = low(p) + u (high(p) - low(p))       (token-wise)
+    LCD  layer = round(L - p (L - K));  r_student as above, ramps constant  (layer-wise)
+    ICD  stages of equal length at ever lower layers, a whole TCD ramp inside each
+    all  r_teacher = max(0, r_student - gap(p));  same layer for both
+
+Promise: nothing is remembered from step to step, so a run that resumes at step t continues the
+same draws. Presets are `paper_notes` (what notes on the paper report) and
+`released_code` (what its code computes: token-wise only). Refuses progress outside [0, 1], ratios
+outside [0, 1) and layers that the model does not have. `emkd --help` reads this: no heavy imports.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from teacher_cache.decode import Strict
+
+SchedulePreset = Literal["paper_notes", "released_code"]
+ScheduleName = Literal["tcd", "lcd", "icd"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difficulty:
+    """One training step: at which layer both passes drop tokens, and what share of them."""
+
+    layer: int
+    student_ratio: float
+    teacher_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ramp(Strict):
+    """A ratio that goes linearly from `start` to `end` and stays there from progress `until` on."""
+
+    start: float
+    end: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} of a ramp is {getattr(self, name)}, expected [0, 1)")
+        if not 0 < self.until <= 1:
+            raise ValueError(f"a ramp reaches its end at progress {self.until}, expected (0, 1]")
+
+    def at(self, progress: float) -> float:
+        """The ratio at a progress in [0, 1]."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
+        share = min(1.0, progress / self.until)
+        return self.start * (1 - share) + self.end * share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioRamps(Strict):
+    """Where the student's ratio is drawn from, and how far the teacher's lies below it."""
+
+    low: Ramp
+    high: Ramp
+    gap: Ramp
+
+    def __post_init__(self) -> None:
+        points = sorted({0.0, self.low.until, self.high.until, 1.0})
+        if any(self.low.at(point) > self.high.at(point) for point in points):
+            raise ValueError(f"low {self.low} is above high {self.high} at some progress")
+
+    def at(self, progress: float, draw: float) -> tuple[float, float]:
+        """Ratios of student and teacher at a progress, for a draw in [0, 1)."""
+        if not 0 <= draw < 1:
+            raise ValueError(f"a draw is {draw}, expected 0 <= draw < 1")
+        low, high = self.low.at(progress), self.high.at(progress)
+        student = low + draw * (high - low)
+        return student, max(0.0, student - self.gap.at(progress))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSchedule(Strict):
+    """TCD: ever more tokens dropped at one layer."""
+
+    ratios: RatioRamps
+    layer: int = 2
+
+    def at(self, progress: float, draw: float) -> Difficulty:
+        """What the step at this progress does, for its draw in [0, 1)."""
+        student, teacher = self.ratios.at(progress, draw)
+        return Difficulty(layer=self.layer, student_ratio=student, teacher_ratio=teacher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSchedule(Strict):
+    """LCD: tokens dropped ever earlier, from behind the last layer (nothing) down to `layer`."""
+
+    ratios: RatioRamps
+    num_layers: int
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.layer <= self.num_layers:
+            raise ValueError(f"layer is {self.layer}, expected 1 to {self.num_layers}")
+
+    def at(self, progress: float, draw: float) -> Difficulty:
+        """What the step at this progress does; halves are rounded to the deeper layer."""
+        student, teacher = self.ratios.at(progress, draw)
+        depth = self.num_layers - progress * (self.num_layers - self.layer)
+        return Difficulty(layer=int(depth + 0.5), student_ratio=student, teacher_ratio=teacher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegratedSchedule(Strict):
+    """ICD: layers outside, tokens inside; each layer has an equal share of the training."""
+
+    ratios: RatioRamps
+    layers: tuple[int, ...]
+    """Descending."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers), reverse=True):
+            raise ValueError(f"layers are {self.layers}, expected descending, each only once")
+
+    def at(self, progress: float, draw: float) -> Difficulty:
+        """What the step at this progress does; all ramps start anew with each layer."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
+        position = progress * len(self.layers)
+        number = min(int(position), len(self.layers) - 1)
+        student, teacher = self.ratios.at(position - number, draw)
+        return Difficulty(layer=self.layers[number], student_ratio=student, teacher_ratio=teacher)
+
+
+Schedule = TokenSchedule | LayerSchedule | IntegratedSchedule
+
+PAPER_NOTES = RatioRamps(
+    low=Ramp(start=0.0, end=0.5), high=Ramp(start=0.05, end=0.9), gap=Ramp(start=0.05, end=0.3)
+)
+RELEASED_CODE = RatioRamps(
+    low=Ramp(start=0.1, end=0.26),
+    high=Ramp(start=0.1, end=0.74),
+    gap=Ramp(start=0.1, end=0.3, until=0.4),
+)
+
+
+def preset(name: SchedulePreset, kind: ScheduleName, num_layers: int) -> Schedule:
+    """A schedule as the paper's notes or its released code have it, for a decoder's depth.
+
+    Both drop at layer 2 in the end. ICD's layers are at 3/4, 1/2 and 1/4 of the depth, then 2 (the
+    paper's number of stages is not known). ValueError for `released_code` with anything but TCD,
+    and for decoders too shallow for the stages.
+    """
+    if name == "released_code":
+        if kind != "tcd":
+            raise ValueError(
+                f"the released code has no {kind}, only tcd; take the preset paper_notes"
+            )
+        return TokenSchedule(ratios=RELEASED_CODE)
+    if kind == "tcd":
+        return TokenSchedule(ratios=PAPER_NOTES)
+    if kind == "lcd":
+        constant = RatioRamps(
+            low=Ramp(start=0.2, end=0.2), high=Ramp(start=0.9, end=0.9), gap=PAPER_NOTES.gap
+        )
+        return LayerSchedule(ratios=constant, num_layers=num_layers)
+    quarters = (3 * num_layers // 4, num_layers // 2, num_layers // 4)
+    return IntegratedSchedule(ratios=PAPER_NOTES, layers=(*quarters, 2))

@@ -1,0 +1,104 @@
+"""Where each sample's tokens sit in a padded batch, before and after some were dropped.
+
+Promise: a sample's tokens are side by side and in order, whatever was dropped; padding is on the
+side where it was, or on the left where there was none (so that the last column predicts the next
+token). `positions` says which token of its sample each column holds, so that losses find labels,
+vision tokens and text again. Asking for a token that was dropped is an error, never a neighbour.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from teacher_cache.collate import ModelBatch
+
+PADDING = -1
+"""Stands for a position in columns that hold no token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """The tokens of each row, by position in their sample (ascending), and the row's first column.
+
+    Tensors are on the CPU.
+    """
+
+    rows: tuple[Int[Tensor, " n"], ...]
+    starts: tuple[int, ...]
+    length: int
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "B L"]:
+        """The position in its sample of each column's token, -1 for padding."""
+        positions_BL = torch.full((len(self.rows), self.length), PADDING)
+        for row, (tokens, start) in enumerate(zip(self.rows, self.starts, strict=True)):
+            positions_BL[row, start : start + len(tokens)] = tokens
+        return positions_BL
+
+    @property
+    def is_token(self) -> Bool[Tensor, "B L"]:
+        """Which columns hold a token."""
+        return self.positions != PADDING
+
+    def columns(self, row: int, positions: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Columns where the given tokens of sample `row` sit; ValueError for dropped ones."""
+        tokens = self.rows[row]
+        found = torch.searchsorted(tokens, positions).clamp(max=max(0, len(tokens) - 1))
+        missing = positions[~torch.isin(positions, tokens)]
+        if len(missing):
+            raise ValueError(
+                f"position {int(missing[0])} of row {row} is not in the layout: it was dropped, or "
+                f"the sample is shorter; ask for tokens that were kept ({len(missing)} were not)"
+            )
+        return found + self.starts[row]
+
+    def kept(self, row: int, positions: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which of the given tokens of sample `row` are in the layout."""
+        return torch.isin(positions, self.rows[row])
+
+    def only(self, rows: Sequence[Int[Tensor, " n"]]) -> "TokenLayout":
+        """The layout with only these tokens of each row, padded to the longest."""
+        length = max(len(tokens) for tokens in rows)
+        return TokenLayout(
+            rows=tuple(rows),
+            starts=tuple(0 if self._pads_right else length - len(tokens) for tokens in rows),
+            length=length,
+        )
+
+    def index_of(self, other: "TokenLayout") -> Int[Tensor, "B K"]:
+        """For each column of `other`, the column here that holds its token (0 for padding)."""
+        index_BK = torch.zeros_like(other.positions)
+        for row, (tokens, start) in enumerate(zip(other.rows, other.starts, strict=True)):
+            index_BK[row, start : start + len(tokens)] = self.columns(row, tokens)
+        return index_BK
+
+    @property
+    def _pads_right(self) -> bool:
+        """Whether some row ends in padding."""
+        ends = (s + len(tokens) for tokens, s in zip(self.rows, self.starts, strict=True))
+        return any(end < self.length for end in ends)
+
+
+def layout_of(batch: ModelBatch, num_new: int = 0) -> TokenLayout:
+    """The layout of a batch as it was collated, with tokens generated since appended to each row.
+
+    ValueError for a batch that is padded on the right and has new tokens: these would follow
+    padding.
+    """
+    length = batch.inputs["input_ids"].shape[1]
+    num_tokens = [sample.num_tokens for sample in batch.samples]
+    ends = [n + offset for n, offset in zip(num_tokens, batch.offsets, strict=True)]
+    if num_new and min(ends) < length:
+        raise ValueError(
+            f"the model is run on {num_new} more tokens than the batch has, which is padded on the "
+            "right; collate it with side='left' to generate"
+        )
+    return TokenLayout(
+        rows=tuple(torch.arange(count + num_new) for count in num_tokens),
+        starts=batch.offsets,
+        length=length + num_new,
+    )
