@@ -17,9 +17,19 @@ from jobs.progress import say
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong."""
+    """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong.
+
+    With --teacher, then run the teacher again over samples of it and compare, too.
+    """
 
     cache: tyro.conf.Positional[Path]
+    """Folder, or URL in an object store."""
+    teacher: str | None = None
+    """The teacher that the cache was built with: folder or hub id."""
+    samples: int = 32
+    """Samples that the teacher is run over, in the batches that the build had them in."""
+    device: str = "auto"
+    """Where the teacher runs."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -30,14 +40,30 @@ class Verify:
 
         with Bars() as bars:
             report = verify_cache(self.cache, partial(bars.update, "verify"))
+            problems, plain = list(report.problems), dataclasses.asdict(report)
+            lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
+            if self.teacher is not None and not problems:
+                from pipeline.verify_teacher import render_teacher, verify_teacher
+                from teacher_cache.reader import CacheReader
+
+                again = verify_teacher(
+                    CacheReader.open(self.cache),
+                    self.teacher,
+                    num_samples=self.samples,
+                    device=self.device,
+                    progress=bars.update,
+                )
+                problems += again.problems
+                plain["teacher"] = dataclasses.asdict(again)
+                lines += [f"{self.teacher}: ran over {again.samples} samples again"]
+                lines += render_teacher(again)
         if self.json:
-            say(json.dumps(dataclasses.asdict(report)))
+            say(json.dumps(plain))
         else:
-            for problem in report.problems:
-                say(f"PROBLEM {problem}")
-            state = f"{len(report.problems)} problems" if report.problems else "no problem found"
-            say(f"{self.cache}: {report.samples} samples in {report.shards} shards, {state}")
-        return 3 if report.problems else 0
+            for line in [*(f"PROBLEM {problem}" for problem in problems), *lines]:
+                say(line)
+            say(f"{len(problems)} problems" if problems else "no problem found")
+        return 3 if problems else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +71,7 @@ class Inspect:
     """Show what a cache says of itself, or one of its samples, in words and as a picture."""
 
     cache: tyro.conf.Positional[Path]
+    """Folder, or URL in an object store."""
     sample: str | None = None
     """Key (or its beginning) of the sample to show."""
     tokenizer: str | None = None

@@ -1,0 +1,151 @@
+"""How far two runs of one teacher over one sample are apart, quantity by quantity.
+
+Promises: every number that a cache stores takes part in one quantity; entries of two top-k records
+are compared by id, and an id that one of them has not kept counts by how far its logit lies above
+the smallest one kept there, so that a tie that fell the other way is no difference at all. The
+scale of a quantity is the size of its numbers, for tolerances. ValueError where the two do not
+even have the same tokens or parts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from teacher_cache.codec import parts_in
+from teacher_cache.schema import SketchRecord, TeacherOutput, TopKRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Root mean square and largest of a set of numbers; zeros for none."""
+
+    rms: float
+    largest: float
+
+    @classmethod
+    def of(cls, *values: Tensor) -> "Spread":
+        """The spread of all values, whatever their dtypes and shapes."""
+        flat = torch.cat([part.flatten().double().abs() for part in values])
+        if not len(flat):
+            return cls(rms=0.0, largest=0.0)
+        return cls(rms=float(flat.square().mean().sqrt()), largest=float(flat.max()))
+
+    def each(self, other: "Spread", join: Callable[[float, float], float]) -> "Spread":
+        """Both numbers of two spreads joined."""
+        return Spread(rms=join(self.rms, other.rms), largest=join(self.largest, other.largest))
+
+    def times(self, factor: float) -> "Spread":
+        """Both numbers multiplied."""
+        return Spread(rms=self.rms * factor, largest=self.largest * factor)
+
+    def within(self, allowed: "Spread") -> bool:
+        """Whether neither number is larger than the other's (nor NaN)."""
+        return self.rms <= allowed.rms and self.largest <= allowed.largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One quantity of two outputs: how far they are apart, and how large its numbers are."""
+
+    apart: Spread
+    scale: Spread
+    dtype: torch.dtype
+    """Dtype in which the quantity is stored."""
+
+
+def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Difference]:
+    """The quantities of two outputs for one sample, by name."""
+    _require_same_tokens(left, right)
+    found: dict[str, Difference] = {}
+    for part in ("vision", "response"):
+        ours: TopKRecord | None = getattr(left, part)
+        theirs: TopKRecord | None = getattr(right, part)
+        if ours is not None and theirs is not None:
+            found |= _top_k(part, ours, theirs)
+    if left.sketch is not None and right.sketch is not None:
+        found["sketch"] = _difference([(_code(left.sketch), _code(right.sketch))])
+    if left.affinity is not None and right.affinity is not None:
+        found["affinity"] = _difference([(left.affinity.cosine, right.affinity.cosine)])
+    if left.hidden is not None and right.hidden is not None:
+        pairs = [
+            (getattr(left.hidden, field.name), getattr(right.hidden, field.name))
+            for field in dataclasses.fields(left.hidden)
+        ]
+        found["hidden states"] = _difference(
+            [pair for pair in pairs if isinstance(pair[0], Tensor) and pair[0].is_floating_point()]
+        )
+    return found
+
+
+def replaced_ids(left: TopKRecord, right: TopKRecord) -> tuple[int, int]:
+    """(Kept ids of the left that the right has not kept, kept ids of the left)."""
+    _, known = _partners(left, right)
+    kept = left.kept_mask
+    return int((~known & kept).sum()), int(kept.sum())
+
+
+def _require_same_tokens(left: TeacherOutput, right: TeacherOutput) -> None:
+    same = (
+        left.views == right.views
+        and torch.equal(left.content_ids, right.content_ids)
+        and torch.equal(left.is_response, right.is_response)
+        and torch.equal(left.after_image, right.after_image)
+    )
+    if not same:
+        raise ValueError(
+            f"the tokens differ: {len(left.content_ids)} text tokens in views {left.views} on one "
+            f"side, {len(right.content_ids)} in {right.views} on the other, or other ids"
+        )
+    if parts_in(left) != parts_in(right):
+        raise ValueError(f"the parts differ: {parts_in(left)} and {parts_in(right)}")
+
+
+def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Difference]:
+    scale = Spread.of(left.logits[left.kept_mask])
+    dtype = left.logits.dtype
+    entries = Spread.of(_entries(left, right), _entries(right, left))
+    normaliser = Spread.of(left.logsumexp - right.logsumexp)
+    equal = left.log_tail == right.log_tail  # -inf where everything is kept
+    tail = Spread.of((left.log_tail - right.log_tail).masked_fill(equal, 0.0))
+    return {
+        f"{part} {name}": Difference(apart=apart, scale=scale, dtype=dtype)
+        for name, apart in (("logits", entries), ("logsumexp", normaliser), ("log tail", tail))
+    }
+
+
+def _entries(left: TopKRecord, right: TopKRecord) -> Float[Tensor, " entries"]:
+    """For every entry kept on the left its distance from the right; see the top of this file."""
+    partner, known = _partners(left, right)
+    last = (right.counts - 1)[:, None].to(torch.int64)
+    smallest = right.logits.double().gather(1, last)
+    logits = left.logits.double()
+    apart = torch.where(
+        known,
+        (logits - right.logits.double().gather(1, partner)).abs(),
+        (logits - smallest).clamp(min=0.0),
+    )
+    return apart[left.kept_mask]
+
+
+def _partners(left: TopKRecord, right: TopKRecord) -> tuple[Tensor, Tensor]:
+    """Column on the right that holds each id of the left, and whether there is one."""
+    ordered = right.ids.sort(dim=1)
+    place = torch.searchsorted(ordered.values, left.ids.contiguous())
+    place = place.clamp(max=right.ids.shape[1] - 1)
+    return ordered.indices.gather(1, place), ordered.values.gather(1, place) == left.ids
+
+
+def _code(record: SketchRecord) -> Float[Tensor, "M S"]:
+    return record.codes.double() * record.scale.double()[:, None]
+
+
+def _difference(pairs: list[tuple[Tensor, Tensor]]) -> Difference:
+    return Difference(
+        apart=Spread.of(*(left.double() - right.double() for left, right in pairs)),
+        scale=Spread.of(*(left for left, _ in pairs)),
+        dtype=pairs[0][0].dtype,
+    )
