@@ -6,7 +6,6 @@ hundred bytes. With `--no-ray` the same functions run in a plain loop and write 
 
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +17,7 @@ from jobs.ray_pool import ActorPool, get, ray_session, worker_resources
 from pipeline.build import CacheBuilder, build, finished, missing_shards
 from pipeline.config import BuildConfig
 from teacher_cache.manifest import Plan, Seal
+from teacher_cache.storage import Store, open_store
 from teacher_cache.writer import seal_cache
 
 
@@ -53,9 +53,12 @@ def run_build(config: BuildConfig, options: RayOptions) -> Seal:
             first = _make(config, each)
             plan: Plan = _wait(first.prepare.remote(), first, bars)
             _build_shards(
-                config.out, plan, ActorPool(lambda: _make(config, each), first, options), bars
+                open_store(config.out),
+                plan,
+                ActorPool(lambda: _make(config, each), first, options),
+                bars,
             )
-    return seal_cache(config.out)
+    return seal_cache(open_store(config.out))
 
 
 def _make(config: BuildConfig, resources: Mapping[str, float]) -> Any:
@@ -76,7 +79,7 @@ def _wait(reference: Any, actor: Any, bars: Bars) -> Any:
     return get(reference)
 
 
-def _build_shards(cache: Path, plan: Plan, pool: ActorPool, bars: Bars) -> None:
+def _build_shards(cache: Store, plan: Plan, pool: ActorPool, bars: Bars) -> None:
     missing = missing_shards(cache)
     sizes = [len(shard) for shard in plan.shards]
     done = plan.num_samples - sum(sizes[index] for index in missing)

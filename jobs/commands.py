@@ -120,7 +120,7 @@ class Recipe:
     """Print the settings of one of the paper's two phases, for `emkd train --config`."""
 
     name: tyro.conf.Positional[Literal["paper-phase-one", "paper-phase-two"]]
-    cache: Path
+    cache: str
     student: str
     out: Path
     seed: int = 0

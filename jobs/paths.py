@@ -1,7 +1,7 @@
 """Settings whose paths mean the same everywhere: Ray's workers do not share our folder.
 
 A worker of Ray Train runs in a folder of its own and a job's driver on another machine, so every
-path of a stage is made absolute before it leaves this process.
+path of a stage is made absolute before it leaves this process. URLs are left as they are.
 """
 
 import dataclasses
@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from teacher_cache.decode import decode_json
+from teacher_cache.storage import is_url
 
 Config = TypeVar("Config")
 
 _MAY_BE_LOCAL = ("path", "teacher", "student", "model")
+_LOCATIONS = ("out", "cache")
+"""Folders, which need not be there yet, or URLs."""
 
 
 def absolute(config: Config) -> Config:
@@ -30,7 +33,7 @@ def _absolute(value: object) -> object:
     if isinstance(value, dict):
         return {
             key: str(Path(item).absolute())
-            if key in _MAY_BE_LOCAL and isinstance(item, str) and _is_local(item)
+            if isinstance(item, str) and _is_local(key, item)
             else _absolute(item)
             for key, item in value.items()
         }
@@ -41,6 +44,8 @@ def _absolute(value: object) -> object:
     return value
 
 
-def _is_local(text: str) -> bool:
-    """Whether a string that may be a hub id is a path here, or a brace pattern of paths."""
-    return Path(text).exists() or "{" in text
+def _is_local(key: str, text: str) -> bool:
+    """Whether a string that may be a URL or a hub id is a path here, or a pattern of paths."""
+    if key in _LOCATIONS:
+        return not is_url(text)
+    return key in _MAY_BE_LOCAL and (Path(text).exists() or "{" in text)

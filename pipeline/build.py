@@ -20,7 +20,14 @@ import torch
 
 from pipeline.config import BuildConfig
 from pipeline.sources import SampleSource, open_source, scan
-from teacher_cache.folder import committed, read_plan, read_seal, read_sketch, require_plan
+from teacher_cache.folder import (
+    committed,
+    read_commit,
+    read_plan,
+    read_seal,
+    read_sketch,
+    require_plan,
+)
 from teacher_cache.manifest import Plan, Seal, ShardCommit
 from teacher_cache.records import RecordSettings
 from teacher_cache.rows import content_key
@@ -32,7 +39,7 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.sharding import even_split
-from teacher_cache.storage import make_folder, write_atomic
+from teacher_cache.storage import Store, open_store
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
 
@@ -59,6 +66,11 @@ class CacheBuilder:
         self.progress = progress
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
+
+    @cached_property
+    def cache(self) -> Store:
+        """Where the cache is written."""
+        return open_store(self.config.out)
 
     @cached_property
     def source(self) -> SampleSource:
@@ -95,8 +107,8 @@ class CacheBuilder:
         Reads every sample once (keys are content digests) and fits the sketch's basis; both are
         skipped when settings, source and teacher files are untouched since the plan was written.
         """
-        config, cache = self.config, self.config.out
-        make_folder(cache)  # an --out that cannot be written fails here, not after hours
+        config, cache = self.config, self.cache
+        cache.require_writable()  # fails here, not after hours
         begun = read_plan(cache)
         if begun is not None and _unchanged(config):
             self._load_basis(begun)
@@ -120,7 +132,7 @@ class CacheBuilder:
         head = self.teacher.head if config.records == "hidden" else None
         write_plan(cache, plan)
         write_assets(cache, head=head, sketch=self.teacher.sketch)
-        write_atomic(cache / SETTINGS_FILE, _settings(config).encode())
+        cache.write_atomic(SETTINGS_FILE, _settings(config).encode())
         return plan
 
     def build_shard(self, index: int) -> ShardCommit:
@@ -128,7 +140,7 @@ class CacheBuilder:
 
         Raises `SampleError` for a sample that cannot be used, unless the settings record those.
         """
-        done = committed(self.config.out).get(index)
+        done = read_commit(self.cache, index)
         if done is not None:
             return done
         plan, started = self._plan, time.monotonic()
@@ -144,11 +156,11 @@ class CacheBuilder:
             self.progress(f"shard {index}", len(rows) + len(rejected), len(plan.shards[index]))
         self._refuse(rejected)
         seconds = time.monotonic() - started
-        return write_shard(self.config.out, plan, index, rows, rejected, seconds)
+        return write_shard(self.cache, plan, index, rows, rejected, seconds)
 
     @cached_property
     def _plan(self) -> Plan:
-        plan = require_plan(self.config.out)
+        plan = require_plan(self.cache)
         self._load_basis(plan)
         return plan
 
@@ -189,7 +201,7 @@ class CacheBuilder:
 
     def _load_basis(self, plan: Plan) -> None:
         if plan.spec.sketch_digest is not None and self.teacher.sketch is None:
-            self.teacher.sketch = read_sketch(self.config.out, plan.spec)
+            self.teacher.sketch = read_sketch(self.cache, plan.spec)
 
     def _refuse(self, rejected: Sequence[RejectedSample]) -> None:
         if not rejected or self.config.on_bad_sample == "record":
@@ -206,11 +218,11 @@ class CacheBuilder:
 
 def finished(config: BuildConfig) -> Seal | None:
     """The seal, if this very build is complete and none of its inputs has been touched since."""
-    seal = read_seal(config.out)
+    seal = read_seal(open_store(config.out))
     return seal if seal is not None and _unchanged(config) else None
 
 
-def missing_shards(cache: Path) -> list[int]:
+def missing_shards(cache: Store) -> list[int]:
     """Numbers of the planned shards that are not committed yet."""
     done = committed(cache)
     return [index for index in range(len(require_plan(cache).shards)) if index not in done]
@@ -223,13 +235,13 @@ def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
         return seal
     builder = CacheBuilder(config, progress)
     plan = builder.prepare()
-    missing = missing_shards(config.out)
+    missing = missing_shards(builder.cache)
     done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
     for index in missing:
         builder.progress = partial(_in_all, progress, done, plan.num_samples)
         builder.build_shard(index)
         done += len(plan.shards[index])
-    return seal_cache(config.out)
+    return seal_cache(builder.cache)
 
 
 def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
@@ -256,7 +268,7 @@ def _files(path: Path) -> list[tuple[str, int, int]] | None:
 
 
 def _unchanged(config: BuildConfig) -> bool:
-    file = config.out / SETTINGS_FILE
-    known = file.exists() and file.read_text() == _settings(config)
+    cache = open_store(config.out)
+    known = cache.exists(SETTINGS_FILE) and cache.read(SETTINGS_FILE) == _settings(config).encode()
     # What is not on a local disk cannot be seen to be unchanged: compare its content again.
     return known and Path(config.teacher).exists() and Path(config.source.path).exists()

@@ -54,7 +54,8 @@ class BuildConfig(Strict):
     source: SourceConfig
     teacher: str
     """Local path or hub id of any image-text-to-text model of transformers."""
-    out: Path
+    out: str
+    """Folder of the cache, or a URL in an object store: s3://bucket/prefix."""
     format: ShardFormatName = "arrow"
     records: RecordKind = "topk+sketch"
     top_k: int = 64
@@ -165,7 +166,8 @@ class PlanConfig(Strict):
 class TrainConfig(TrainerSettings):
     """Train one student from a sealed cache; no teacher is loaded."""
 
-    cache: Path
+    cache: str
+    """Folder or URL of a sealed cache."""
     student: str
     """A vanilla model (the projector below is put into it) or a student written by `emkd train`."""
     out: Path
@@ -196,9 +198,9 @@ class EvaluateConfig(Strict):
     device: str = "auto"
     dtype: Dtype | None = None
     system_prompt: str | None = None
-    cache: Path | None = None
-    """A cache of the same source: draws, for its first samples, whom each student token is
-    matched to and what the teacher's vision tokens say."""
+    cache: str | None = None
+    """A cache (folder or URL) of the same source: draws, for its first samples, whom each student
+    token is matched to and what the teacher's vision tokens say."""
     num_pictures: int = 4
     torch_threads: int | None = None
 

@@ -10,7 +10,6 @@ the top-k. The grid is drawn evenly over the whole image: what a processor cut o
 import base64
 import io
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from teacher_cache.codec import Part
 from teacher_cache.collate import collate
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import CachedSample, ViewGrid
+from teacher_cache.storage import Location
 from teacher_cache.tokens import SampleEncoder
 
 PICTURES_FILE = "pictures.json"
@@ -37,7 +37,7 @@ PARTS: frozenset[Part] = frozenset({"vision", "sketch", "hidden"})
 
 @torch.no_grad()
 def draw_pictures(
-    model: Any, encoder: SampleEncoder, cache: Path, num_pictures: int
+    model: Any, encoder: SampleEncoder, cache: Location, num_pictures: int
 ) -> dict[str, Any]:
     """Match the first samples of `cache` that have images; returns what pictures.json holds.
 

@@ -18,12 +18,14 @@ DEMO_ANSWER_TOKENS = 17
 """Eight names, eight digits and the end of the turn."""
 
 
-def demo_cache(*, source: Path, teacher: Path, out: Path, limit: int | None = None) -> BuildConfig:
+def demo_cache(
+    *, source: Path, teacher: Path, out: str | Path, limit: int | None = None
+) -> BuildConfig:
     """The default records (top-k and sketch) of the demo's teacher for `limit` samples."""
     return BuildConfig(
         source=SourceConfig(path=str(source), limit=limit),
         teacher=str(teacher),
-        out=out,
+        out=str(out),
         batch_size=32,
         device="cpu",
         dtype="float32",
@@ -32,14 +34,14 @@ def demo_cache(*, source: Path, teacher: Path, out: Path, limit: int | None = No
 
 
 def demo_student(
-    *, cache: Path, teacher: Path, out: Path, objective: ObjectiveName, seed: int
+    *, cache: str | Path, teacher: Path, out: Path, objective: ObjectiveName, seed: int
 ) -> TrainConfig:
     """One student of the demo: 9 vision tokens instead of 36, begun from the teacher's weights.
 
     The vision tower stays frozen, as in LLaVA-1.5 and as it was for the teacher.
     """
     return TrainConfig(
-        cache=cache,
+        cache=str(cache),
         student=str(teacher),
         out=out,
         stride=DEMO_STRIDE,
@@ -64,7 +66,7 @@ def demo_student(
 
 
 def demo_evaluation(
-    *, model: Path, source: Path, out: Path, cache: Path | None = None
+    *, model: Path, source: Path, out: Path, cache: str | Path | None = None
 ) -> EvaluateConfig:
     """Generate the held-out answers; `word_accuracy` is the accuracy of digits in named cells."""
     return EvaluateConfig(
@@ -76,19 +78,19 @@ def demo_evaluation(
         scores=("word_accuracy",),
         device="cpu",
         dtype="float32",
-        cache=cache,
+        cache=None if cache is None else str(cache),
         torch_threads=1,
     )
 
 
-def paper_phase_one(*, cache: Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
+def paper_phase_one(*, cache: str | Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
     """Phase 1 of EM-KD: adapt the compressing projector alone, without distillation.
 
     `student` is a vanilla model, the cache any one of the caption data (CC-558K in the paper; its
     records are not read, k = 1 does). Rate and batch are LLaVA's, the paper leaves them open.
     """
     return TrainConfig(
-        cache=cache,
+        cache=str(cache),
         student=student,
         out=out,
         objective=preset("supervised"),
@@ -103,14 +105,14 @@ def paper_phase_one(*, cache: Path, student: str, out: Path, seed: int = 0) -> T
     )
 
 
-def paper_phase_two(*, cache: Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
+def paper_phase_two(*, cache: str | Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
     """Phase 2 of EM-KD: train every part with the whole objective and the paper's weights.
 
     `student` is the `final` folder of phase 1. Rate and schedule are LLaVA-NeXT's (there, the
     vision tower learns at a fifth of this rate; here, all parts share it).
     """
     return TrainConfig(
-        cache=cache,
+        cache=str(cache),
         student=student,
         out=out,
         objective=preset("emkd"),

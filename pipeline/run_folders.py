@@ -18,11 +18,12 @@ from pipeline.scores import SCORES
 from student_train.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
 from student_train.run_log import METRICS_FILE
 from teacher_cache.decode import decode_json
+from teacher_cache.folder import SEAL_FILE, read_seal
 from teacher_cache.manifest import Seal
+from teacher_cache.storage import open_store
 
 CONFIG_FILE = "config.json"
 """The settings that `emkd train` was given; says where the cache is."""
-SEAL_FILE = "SEALED.json"
 EVALUATION_FOLDER = "eval"
 
 
@@ -63,7 +64,8 @@ class RunFolder:
 class CacheFolder:
     """A sealed teacher cache that some of the runs were trained from."""
 
-    path: Path
+    location: str
+    """Folder or URL."""
     seal: Seal
 
 
@@ -126,10 +128,10 @@ def _is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).exists() or (folder / EVALUATION_FOLDER / "metrics.json").exists()
 
 
-def _add_cache(caches: dict[str, CacheFolder], folder: Path) -> None:
-    path = folder / SEAL_FILE
-    seal = decode_json(Seal, path.read_bytes(), str(path))
-    caches.setdefault(seal.fingerprint, CacheFolder(path=folder, seal=seal))
+def _add_cache(caches: dict[str, CacheFolder], location: str | Path) -> None:
+    seal = read_seal(open_store(location))
+    if seal is not None:
+        caches.setdefault(seal.fingerprint, CacheFolder(location=str(location), seal=seal))
 
 
 def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> RunFolder:
@@ -142,7 +144,7 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
         if finished is None:
             missing.append(f"{folder}: final/ is missing, training has not ended; emkd train it")
         metrics = _read_metrics(folder, missing)
-        _find_cache(folder, caches)
+        _find_cache(folder, caches, missing)
     return RunFolder(
         path=folder,
         identity=identity,
@@ -164,13 +166,15 @@ def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...
     return lines
 
 
-def _find_cache(folder: Path, caches: dict[str, CacheFolder]) -> None:
-    """Add the cache that the run's settings point to, if it still lies there."""
+def _find_cache(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> None:
+    """Add the cache that the run's settings point to, if it can still be read there."""
     path = folder / CONFIG_FILE
     if path.exists():
-        cache = Path(str(json.loads(path.read_text())["cache"]))
-        if (cache / SEAL_FILE).exists():
-            _add_cache(caches, cache)
+        location = str(json.loads(path.read_text())["cache"])
+        try:
+            _add_cache(caches, location)
+        except OSError as error:
+            missing.append(f"{folder}: its cache cannot be read: {error}")
 
 
 def _read_evaluation(folder: Path, is_student: bool, missing: list[str]) -> Evaluation | None:

@@ -9,8 +9,8 @@ Names that begin with a dot are private files of a running or a killed build and
 """
 
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import safetensors
@@ -31,6 +31,7 @@ from teacher_cache.manifest import (
 )
 from teacher_cache.shard_format import Shard, shard_format
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.storage import Store
 
 PLAN_FILE = "plan.json"
 SEAL_FILE = "SEALED.json"
@@ -41,22 +42,24 @@ REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same e
 """What heals a damaged shard: every other shard stays."""
 _ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same emkd build again"
 
+_NUM_REQUESTS = 8
+"""Files that are asked for at a time; object stores take their time for each."""
+
 A = TypeVar("A", LmHead, SketchBasis)
+R = TypeVar("R", Plan, Seal, ShardCommit)
 
 
-def read_plan(cache: Path) -> Plan | None:
+def read_plan(cache: Store) -> Plan | None:
     """The plan; None where there is none yet."""
-    file = cache / PLAN_FILE
-    return decode_json(Plan, file.read_bytes(), str(file)) if file.exists() else None
+    return _read(cache, PLAN_FILE, Plan)
 
 
-def read_seal(cache: Path) -> Seal | None:
+def read_seal(cache: Store) -> Seal | None:
     """The seal; None while the cache is not complete."""
-    file = cache / SEAL_FILE
-    return decode_json(Seal, file.read_bytes(), str(file)) if file.exists() else None
+    return _read(cache, SEAL_FILE, Seal)
 
 
-def require_plan(cache: Path) -> Plan:
+def require_plan(cache: Store) -> Plan:
     """The plan; `IncompleteCacheError` where there is none."""
     plan = read_plan(cache)
     if plan is None:
@@ -66,7 +69,7 @@ def require_plan(cache: Path) -> Plan:
     return plan
 
 
-def require_seal(cache: Path) -> Seal:
+def require_seal(cache: Store) -> Seal:
     """The seal; `IncompleteCacheError` with how far the build is and the remedy."""
     seal = read_seal(cache)
     if seal is not None:
@@ -78,7 +81,7 @@ def require_seal(cache: Path) -> Seal:
     )
 
 
-def require_same_plan(cache: Path, seal: Seal) -> Plan:
+def require_same_plan(cache: Store, seal: Seal) -> Plan:
     """The plan that was sealed; `CacheMismatchError` where plan and seal are of two caches."""
     plan = require_plan(cache)
     remedy = "The folder is damaged or a mixture of two caches: build it again."
@@ -95,27 +98,27 @@ def require_same_plan(cache: Path, seal: Seal) -> Plan:
     return plan
 
 
-def committed(cache: Path) -> dict[int, ShardCommit]:
+def read_commit(cache: Store, index: int) -> ShardCommit | None:
+    """The record of shard `index`; None while it is not committed."""
+    name = commit_name(index)
+    commit = _read(cache, name, ShardCommit)
+    if commit is not None and commit.index != index:
+        raise DecodeError(f"{cache.where(name)} holds the record of shard {commit.index}")
+    return commit
+
+
+def committed(cache: Store) -> dict[int, ShardCommit]:
     """The records of all committed shards by shard number."""
-    found: dict[int, ShardCommit] = {}
-    for file in sorted((cache / "commits").glob("[0-9]*.json")):
-        commit = decode_json(ShardCommit, file.read_bytes(), str(file))
-        if file != commit_path(cache, commit.index):
-            raise DecodeError(f"{file} holds the record of shard {commit.index}")
-        found[commit.index] = commit
-    return found
+    names = [re.fullmatch(r"commits/([0-9]{5,})\.json", name) for name in cache.names("commits")]
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        numbers = sorted(int(match[1]) for match in names if match)
+        commits = pool.map(lambda index: read_commit(cache, index), numbers)
+        return {commit.index: commit for commit in commits if commit is not None}
 
 
-def commit_path(cache: Path, index: int) -> Path:
+def commit_name(index: int) -> str:
     """Where the record of shard `index` is."""
-    return cache / "commits" / f"{index:05d}.json"
-
-
-def shard_path(cache: Path, commit: ShardCommit) -> Path:
-    """Where a committed shard is; refuses records that point out of the cache."""
-    if not re.fullmatch(r"shards/[0-9]+-[0-9a-f]+\.[a-z]+", commit.file):
-        raise ShardCorruptError(f"{cache}: shard {commit.index} is said to be {commit.file!r}")
-    return cache / commit.file
+    return f"commits/{index:05d}.json"
 
 
 def shard_keys(plan: Plan, commit: ShardCommit) -> tuple[str, ...]:
@@ -134,12 +137,13 @@ def shard_metadata(plan: Plan, index: int) -> dict[str, str]:
     }
 
 
-def open_shard(cache: Path, plan: Plan, commit: ShardCommit) -> Shard:
+def open_shard(cache: Store, plan: Plan, commit: ShardCommit) -> Shard:
     """Open a committed shard: size, identity and row count have been checked.
 
     Raises `ShardCorruptError` naming the file and the remedy.
     """
-    path = require_shard_file(cache, commit)
+    require_shard_file(cache, commit)
+    path = cache.local(commit.file, commit.num_bytes, commit.sha256)
     shard = shard_format(plan.format).open(path)
     expected = shard_metadata(plan, commit.index)
     for field in sorted(expected.keys() | shard.metadata.keys()):
@@ -157,38 +161,62 @@ def open_shard(cache: Path, plan: Plan, commit: ShardCommit) -> Shard:
     return shard
 
 
-def require_shard_file(cache: Path, commit: ShardCommit) -> Path:
-    """The path of a committed shard; `ShardCorruptError` unless it is there in its full size."""
-    path = shard_path(cache, commit)
-    if not path.is_file():
-        raise ShardCorruptError(f"{path} is missing; {REMEDY}")
-    num_bytes = path.stat().st_size
+def require_shard_file(cache: Store, commit: ShardCommit) -> None:
+    """Raise `ShardCorruptError` unless a committed shard is there in its full size.
+
+    Refuses records that point out of the cache.
+    """
+    if not re.fullmatch(r"shards/[0-9]+-[0-9a-f]+\.[a-z]+", commit.file):
+        raise ShardCorruptError(f"{cache}: shard {commit.index} is said to be {commit.file!r}")
+    num_bytes = cache.size(commit.file, expected=True)
+    if num_bytes is None:
+        raise ShardCorruptError(f"{cache.where(commit.file)} is missing; {REMEDY}")
     if num_bytes != commit.num_bytes:
         raise ShardCorruptError(
-            f"{path}: found {num_bytes} bytes, {commit.num_bytes} were committed; {REMEDY}"
+            f"{cache.where(commit.file)}: found {num_bytes} bytes, {commit.num_bytes} were "
+            f"committed; {REMEDY}"
         )
-    return path
 
 
-def read_head(cache: Path, spec: CacheSpec) -> LmHead:
+def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
+    """`require_shard_file` of each, several at a time."""
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+        for _ in pool.map(lambda commit: require_shard_file(cache, commit), commits):
+            pass
+
+
+def read_head(cache: Store, spec: CacheSpec) -> LmHead:
     """The LM head of a hidden-tier cache; its content is checked against the spec."""
-    return _asset(cache / HEAD_FILE, spec.head_digest, LmHead.from_tensors)
+    return _asset(cache, HEAD_FILE, spec.head_digest, LmHead.from_tensors)
 
 
-def read_sketch(cache: Path, spec: CacheSpec) -> SketchBasis:
+def read_sketch(cache: Store, spec: CacheSpec) -> SketchBasis:
     """The basis of a sketch-tier cache; its content is checked against the spec."""
-    return _asset(cache / SKETCH_FILE, spec.sketch_digest, SketchBasis.from_tensors)
+    return _asset(cache, SKETCH_FILE, spec.sketch_digest, SketchBasis.from_tensors)
 
 
-def _asset(file: Path, digest: str | None, build: Callable[[Mapping[str, Tensor]], A]) -> A:
+def _asset(
+    cache: Store, name: str, digest: str | None, build: Callable[[Mapping[str, Tensor]], A]
+) -> A:
     if digest is None:
-        raise ValueError(f"this cache has no {file.name}: its records need none")
+        raise ValueError(f"this cache has no {name}: its records need none")
     try:
-        asset = build(load_file(file))
+        with cache.fetched(name) as file:
+            asset = build(load_file(file))
     except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise ShardCorruptError(f"{file} cannot be read: {error}; {_ASSET_REMEDY}") from error
+        raise ShardCorruptError(
+            f"{cache.where(name)} cannot be read: {error}; {_ASSET_REMEDY}"
+        ) from error
     if asset.digest != digest:
         raise ShardCorruptError(
-            f"{file}: content {asset.digest}, the spec says {digest}; {_ASSET_REMEDY}"
+            f"{cache.where(name)}: content {asset.digest}, the spec says {digest}; {_ASSET_REMEDY}"
         )
     return asset
+
+
+def _read(cache: Store, name: str, kind: type[R]) -> R | None:
+    try:
+        data = cache.read(name)
+    except FileNotFoundError:
+        return None
+    return decode_json(kind, data, cache.where(name))

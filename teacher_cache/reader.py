@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from itertools import accumulate
-from pathlib import Path
 
 from teacher_cache.codec import Part
 from teacher_cache.folder import (
@@ -20,7 +19,7 @@ from teacher_cache.folder import (
     read_sketch,
     require_same_plan,
     require_seal,
-    require_shard_file,
+    require_shard_files,
     shard_keys,
 )
 from teacher_cache.head import LmHead
@@ -37,6 +36,7 @@ from teacher_cache.schema import CachedSample
 from teacher_cache.shard_format import Shard
 from teacher_cache.sharding import shard_of
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.storage import Location, Store, open_store
 
 _MAX_OPEN_SHARDS = 64
 
@@ -44,7 +44,7 @@ _MAX_OPEN_SHARDS = 64
 class CacheReader:
     """Random access to the samples of a sealed cache; sample i is row i over all shards."""
 
-    def __init__(self, cache: Path, plan: Plan, seal: Seal) -> None:
+    def __init__(self, cache: Store, plan: Plan, seal: Seal) -> None:
         """Use `CacheReader.open`."""
         self.cache = cache
         self.seal = seal
@@ -60,12 +60,13 @@ class CacheReader:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, cache: Path) -> "CacheReader":
-        """Open a sealed cache; every shard is there in its committed size.
+    def open(cls, location: Location) -> "CacheReader":
+        """Open a sealed cache by folder or URL; every shard is there in its committed size.
 
         Raises `IncompleteCacheError`, `CacheMismatchError` (another layout; seal and plan differ)
         and `ShardCorruptError`.
         """
+        cache = open_store(location)
         seal = require_seal(cache)
         if seal.spec.layout_version != LAYOUT_VERSION:
             raise CacheMismatchError(
@@ -73,11 +74,10 @@ class CacheReader:
                 "build it again"
             )
         plan = require_same_plan(cache, seal)
-        for commit in seal.shards:
-            require_shard_file(cache, commit)
+        require_shard_files(cache, seal.shards)
         return cls(cache, plan, seal)
 
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
+    def __reduce__(self) -> tuple[object, tuple[Store]]:
         return (CacheReader.open, (self.cache,))
 
     def __len__(self) -> int:

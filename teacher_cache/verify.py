@@ -8,12 +8,11 @@ functions, so that what passes here can be read. Refuses a cache that is not sea
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from teacher_cache.folder import (
     REMEDY,
-    committed,
     open_shard,
+    read_commit,
     read_head,
     read_sketch,
     require_same_plan,
@@ -23,7 +22,7 @@ from teacher_cache.folder import (
 )
 from teacher_cache.manifest import Plan, Seal, ShardCommit, ShardCorruptError
 from teacher_cache.rows import read_sample, tier_parts
-from teacher_cache.storage import sha256_file
+from teacher_cache.storage import Location, Store, open_store, sha256_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +34,15 @@ class VerifyReport:
     problems: tuple[str, ...]
 
 
-def verify_cache(cache: Path, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+def verify_cache(
+    location: Location, progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
     """Check every byte of a sealed cache; `progress` is called with (samples done, in all).
 
     Raises `IncompleteCacheError` for a cache without a seal and `CacheMismatchError` where seal
     and plan are of different caches; every other finding is in the report.
     """
+    cache = open_store(location)
     seal = require_seal(cache)
     plan = require_same_plan(cache, seal)
     problems: list[str] = []
@@ -57,23 +59,27 @@ def verify_cache(cache: Path, progress: Callable[[int, int], None] | None = None
     return VerifyReport(shards=len(seal.shards), samples=done, problems=once)
 
 
-def _file_problems(cache: Path, seal: Seal, commit: ShardCommit) -> Iterator[str]:
+def _file_problems(cache: Store, seal: Seal, commit: ShardCommit) -> Iterator[str]:
     """The shard as a file: presence, size, checksum, and its commit record against the seal."""
     try:
-        path = require_shard_file(cache, commit)
-        sha256 = sha256_file(path)
+        require_shard_file(cache, commit)
+        with cache.fetched(commit.file) as path:
+            sha256 = sha256_file(path)
         if sha256 != commit.sha256:
-            yield f"{path}: SHA-256 is {sha256}, {commit.sha256} was committed; {REMEDY}"
+            yield (
+                f"{cache.where(commit.file)}: SHA-256 is {sha256}, {commit.sha256} was committed; "
+                f"{REMEDY}"
+            )
     except (ShardCorruptError, OSError) as error:
         yield str(error)
     try:
-        if committed(cache).get(commit.index) != seal.shards[commit.index]:
+        if read_commit(cache, commit.index) != seal.shards[commit.index]:
             yield f"{cache}: the commit record of shard {commit.index} is not the sealed one"
     except ValueError as error:
         yield str(error)
 
 
-def _row_problems(cache: Path, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
+def _row_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
     """One entry for each row of the shard: what is wrong with it, or None."""
     keys = shard_keys(plan, commit)
     try:
@@ -89,7 +95,7 @@ def _row_problems(cache: Path, plan: Plan, commit: ShardCommit) -> Iterator[str 
             yield str(error)
 
 
-def _asset_problems(cache: Path, seal: Seal) -> Iterator[str]:
+def _asset_problems(cache: Store, seal: Seal) -> Iterator[str]:
     try:
         if seal.spec.head_digest is not None:
             read_head(cache, seal.spec)

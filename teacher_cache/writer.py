@@ -9,9 +9,8 @@ are not those of the plan, and plans other than the one that is there.
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from teacher_cache.codec import planes_of
@@ -21,11 +20,12 @@ from teacher_cache.folder import (
     PLAN_FILE,
     SEAL_FILE,
     SKETCH_FILE,
-    commit_path,
+    commit_name,
     committed,
     open_shard,
     read_seal,
     require_plan,
+    require_shard_files,
     shard_keys,
     shard_metadata,
 )
@@ -44,17 +44,10 @@ from teacher_cache.rows import encode_row, tier_parts
 from teacher_cache.schema import CachedSample, RejectedSample
 from teacher_cache.shard_format import shard_format
 from teacher_cache.sketch import SketchBasis
-from teacher_cache.storage import (
-    create_exclusive,
-    make_folder,
-    private_path,
-    publish,
-    sha256_file,
-    write_atomic,
-)
+from teacher_cache.storage import Store, sha256_file
 
 
-def write_plan(cache: Path, plan: Plan) -> Plan:
+def write_plan(cache: Store, plan: Plan) -> Plan:
     """Create plan.json, or check that the plan that is there is this one.
 
     Raises `CacheMismatchError` with the differing fields: another spec, format or other samples.
@@ -63,7 +56,7 @@ def write_plan(cache: Path, plan: Plan) -> Plan:
     repeated = [key for key, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(f"a plan names each key once; repeated: {repeated[:5]}")
-    create_exclusive(cache / PLAN_FILE, to_json(plan).encode())
+    cache.create_exclusive(PLAN_FILE, to_json(plan).encode())
     stored = require_plan(cache)
     require_equal(
         stored,
@@ -74,7 +67,7 @@ def write_plan(cache: Path, plan: Plan) -> Plan:
     return stored
 
 
-def write_assets(cache: Path, head: LmHead | None, sketch: SketchBasis | None) -> None:
+def write_assets(cache: Store, head: LmHead | None, sketch: SketchBasis | None) -> None:
     """Store what the plan's spec refers to, LM head or sketch basis; replaces damaged files.
 
     Raises `CacheMismatchError` unless their digests are those of the spec.
@@ -86,13 +79,17 @@ def write_assets(cache: Path, head: LmHead | None, sketch: SketchBasis | None) -
     ):
         found = None if asset is None else asset.digest
         if found != digest:
-            raise CacheMismatchError(f"{cache / name}: content {found}, the spec says {digest}")
+            raise CacheMismatchError(
+                f"{cache.where(name)}: content {found}, the spec says {digest}"
+            )
         if asset is not None:
-            write_atomic(cache / name, save(_contiguous(asset.tensors())))
+            with cache.attempt(name) as attempt:
+                save_file(_contiguous(asset.tensors()), attempt)
+                cache.publish(attempt, name)
 
 
 def write_shard(
-    cache: Path,
+    cache: Store,
     plan: Plan,
     index: int,
     rows: Sequence[CachedSample],
@@ -105,10 +102,7 @@ def write_shard(
     """
     _require_planned(plan, index, rows, rejected)
     form = shard_format(plan.format)
-    folder = cache / "shards"
-    make_folder(folder)
-    attempt = private_path(folder / f"{index:05d}{form.suffix}")
-    try:
+    with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
         planes = planes_of(tier_parts(plan.spec))
         encoded = (encode_row(row, plan.spec) for row in rows)
         form.write(attempt, encoded, planes, shard_metadata(plan, index))
@@ -117,10 +111,9 @@ def write_shard(
         if found != tuple(row.sample.key for row in rows):
             raise ShardCorruptError(f"{attempt}: what was written does not read back")
         sha256 = sha256_file(attempt)
-        path = folder / f"{index:05d}-{sha256[:16]}{form.suffix}"
         commit = ShardCommit(
             index=index,
-            file=f"shards/{path.name}",
+            file=f"shards/{index:05d}-{sha256[:16]}{form.suffix}",
             num_bytes=attempt.stat().st_size,
             sha256=sha256,
             num_rows=len(rows),
@@ -129,24 +122,20 @@ def write_shard(
             rejected=tuple(rejected),
             seconds=seconds,
         )
-        publish(attempt, path)
-    finally:
-        attempt.unlink(missing_ok=True)
-    record = commit_path(cache, index)
-    if create_exclusive(record, to_json(commit).encode()):
+        cache.publish(attempt, commit.file)
+    name = commit_name(index)
+    if cache.create_exclusive(name, to_json(commit).encode()):
         return commit
-    winner = decode_json(ShardCommit, record.read_bytes(), str(record))
-    if winner.file != commit.file:
-        # Once a record exists nobody can commit this file any more: it is ours alone to remove.
-        path.unlink(missing_ok=True)
-    return winner
+    # Our file, if it is another than the winner's, stays unreferenced until `emkd gc` is run.
+    return decode_json(ShardCommit, cache.read(name), cache.where(name))
 
 
-def seal_cache(cache: Path) -> Seal:
+def seal_cache(cache: Store) -> Seal:
     """Seal a cache whose shards are all committed, after checking them against the plan.
 
-    Raises `IncompleteCacheError` while shards are missing, `ShardCorruptError` for a shard whose
-    rows are not those of the plan. Sealing again returns the seal that is there.
+    Raises `IncompleteCacheError` while shards are missing, `ShardCorruptError` for a shard that is
+    not there in its full size or, where looking costs nothing (on a disk), whose rows are not those
+    of the plan. Sealing again returns the seal that is there.
     """
     plan, commits = require_plan(cache), committed(cache)
     sealed = read_seal(cache)
@@ -166,7 +155,8 @@ def seal_cache(cache: Path) -> Seal:
             f"{cache}: {len(commits)} of {len(plan.shards)} shards are committed; "
             f"missing: {missing[:10]}; run the same emkd build again"
         )
-    for commit in commits.values():
+    require_shard_files(cache, commits.values())
+    for commit in commits.values() if cache.in_place else ():
         shard = open_shard(cache, plan, commit)
         if shard.keys != shard_keys(plan, commit):
             raise ShardCorruptError(f"{shard.path}: its rows are not those of the plan")
@@ -182,7 +172,7 @@ def seal_cache(cache: Path) -> Seal:
         raise ValueError(
             f"{cache}: every sample was rejected, a cache of none is of no use: {seal.rejected[:3]}"
         )
-    create_exclusive(cache / SEAL_FILE, to_json(seal).encode())
+    cache.create_exclusive(SEAL_FILE, to_json(seal).encode())
     return seal
 
 

@@ -19,6 +19,7 @@ from teacher_cache.manifest import CacheSpec, Plan, Seal
 from teacher_cache.schema import CachedSample
 from teacher_cache.settings import ShardFormatName
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.storage import Location, open_store
 from teacher_cache.writer import committed, seal_cache, write_assets, write_plan, write_shard
 from tests.strategies import make_cached, make_plan
 
@@ -32,7 +33,7 @@ def make_shards(num_shards: int = NUM_SHARDS) -> list[list[CachedSample]]:
 
 
 def build(
-    cache: Path,
+    location: Location,
     shards: Sequence[Sequence[CachedSample]],
     form: ShardFormatName = "arrow",
     spec: CacheSpec | None = None,
@@ -40,6 +41,7 @@ def build(
     sketch: SketchBasis | None = None,
 ) -> Seal:
     """What a build does with rows that are there: plan, assets, missing shards, seal."""
+    cache = open_store(location)
     plan: Plan = write_plan(cache, make_plan(shards, spec, form))
     write_assets(cache, head, sketch)
     for index, rows in enumerate(shards):
@@ -58,7 +60,7 @@ def published(cache: Path) -> dict[str, bytes]:
     }
 
 
-def _forked(work: Callable[[], object]) -> int:
+def forked(work: Callable[[], object]) -> int:
     """Run `work` in a child process and return the child's id."""
     child = os.fork()
     if not child:
@@ -71,7 +73,7 @@ def _forked(work: Callable[[], object]) -> int:
     return child
 
 
-def _exit_status(child: int) -> int:
+def exit_status(child: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
@@ -103,7 +105,7 @@ def _kill_everywhere(folder: Path, form: ShardFormatName) -> None:
             _kill_at_event(step)
             build(cache, shards, form)
 
-        killed = _exit_status(_forked(interrupted)) == signal.SIGKILL
+        killed = exit_status(forked(interrupted)) == signal.SIGKILL
         build(cache, shards, form)
         assert published(cache) == wanted, f"killed before step {step}"
         step += 1
@@ -111,10 +113,10 @@ def _kill_everywhere(folder: Path, form: ShardFormatName) -> None:
     # Kills at random times, one after the other, in one cache.
     draws = random.Random(0)
     for _ in range(12):
-        child = _forked(lambda: build(folder / "random", shards, form))
+        child = forked(lambda: build(folder / "random", shards, form))
         time.sleep(draws.random() * 0.03)
         os.kill(child, signal.SIGKILL)
-        _exit_status(child)
+        exit_status(child)
     build(folder / "random", shards, form)
     assert published(folder / "random") == wanted
 
@@ -122,8 +124,8 @@ def _kill_everywhere(folder: Path, form: ShardFormatName) -> None:
 def _race(folder: Path, form: ShardFormatName) -> None:
     shards = make_shards()
     build(folder / "alone", shards, form)
-    children = [_forked(lambda: build(folder / "raced", shards, form)) for _ in range(4)]
-    assert [_exit_status(child) for child in children] == [0] * 4
+    children = [forked(lambda: build(folder / "raced", shards, form)) for _ in range(4)]
+    assert [exit_status(child) for child in children] == [0] * 4
     assert published(folder / "raced") == published(folder / "alone")
 
 

@@ -12,12 +12,13 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.records import RecordSettings
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
 from teacher_cache.settings import ShardFormatName
+from teacher_cache.storage import Location, open_store
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
 
 
 def build_cache(
-    cache: Path,
+    location: Location,
     teacher: Teacher,
     samples: Sequence[Sample],
     settings: RecordSettings,
@@ -26,6 +27,7 @@ def build_cache(
     samples_per_shard: int = 4,
 ) -> CacheReader:
     """A sealed cache of the samples, all of which the teacher must accept."""
+    cache = open_store(location)
     sketched = settings.records == "topk+sketch"
     sketch = teacher.fit_sketch([samples], settings.sketch_rank) if sketched else None
     keys = [(sample.key, position) for position, sample in enumerate(samples)]

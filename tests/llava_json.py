@@ -24,7 +24,7 @@ def write_llava_json(folder: Path, samples: Sequence[Sample], name: str = "train
     return path
 
 
-def shard_bytes(cache: Path) -> dict[str, bytes]:
+def shard_bytes(cache: str | Path) -> dict[str, bytes]:
     """The plan and every shard file of a cache, by name."""
-    files = [cache / "plan.json", *sorted((cache / "shards").glob("[0-9]*"))]
+    files = [Path(cache) / "plan.json", *sorted((Path(cache) / "shards").glob("[0-9]*"))]
     return {file.name: file.read_bytes() for file in files}

@@ -31,7 +31,7 @@ NUM_SAMPLES = 5
 def _train(cache: Path, model: Path, out: Path, objective: ObjectiveName) -> Path:
     return train(
         TrainConfig(
-            cache=cache,
+            cache=str(cache),
             student=str(model),
             out=out,
             objective=preset(objective),
@@ -67,7 +67,7 @@ def test_a_source_becomes_a_student_and_a_report(
         BuildConfig(
             source=source,
             teacher=str(model),
-            out=cache,
+            out=str(cache),
             format=form,
             records=records,
             top_k=8,
@@ -92,7 +92,7 @@ def test_a_source_becomes_a_student_and_a_report(
                 batch_size=3,
                 max_new_tokens=3,
                 device="cpu",
-                cache=cache,
+                cache=str(cache),
                 num_pictures=NUM_SAMPLES,
             )
         )
@@ -128,11 +128,13 @@ def test_the_same_settings_give_the_same_student_from_either_format(
     model = tiny_folder("llava")
     source = SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(NUM_SAMPLES))))
     weights: list[bytes] = []
-    config = BuildConfig(source=source, teacher=str(model), out=tmp_path, top_k=8, device="cpu")
+    config = BuildConfig(
+        source=source, teacher=str(model), out=str(tmp_path), top_k=8, device="cpu"
+    )
     forms: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
     for form in forms:
         cache = tmp_path / form
-        build(dataclasses.replace(config, out=cache, format=form))
+        build(dataclasses.replace(config, out=str(cache), format=form))
         final = _train(cache, model, tmp_path / f"run-{form}", "emkd")
         weights.append((final / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

@@ -92,7 +92,7 @@ def test_the_stages_as_jobs(
         BuildConfig(
             source=SourceConfig(path=str(source)),
             teacher=teacher,
-            out=tmp_path / "local",
+            out=str(tmp_path / "local"),
             top_k=8,
             samples_per_shard=2,
             batch_size=2,

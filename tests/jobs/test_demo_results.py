@@ -10,6 +10,7 @@ from pipeline import recipes
 from pipeline.config import TrainConfig
 from student_train.objective import ObjectiveName
 from teacher_cache.folder import read_seal
+from teacher_cache.storage import open_store
 from tests.pipeline.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run, write_json
 
 
@@ -30,7 +31,7 @@ def test_results_hold_one_line_for_each_finished_run_in_the_order_given(tmp_path
         fake_evaluation(run, right)
     fake_evaluation(tmp_path / "runs" / "teacher", [True, True])
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)
-    seal = read_seal(fake_cache(tmp_path / "cache"))
+    seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
     shown = results(tmp_path, seal, configs)
     assert json.loads(json.dumps(shown)) == shown
@@ -53,7 +54,7 @@ def test_results_of_a_run_that_was_not_evaluated_are_not_made_up(tmp_path: Path)
     config = _student(tmp_path, "rld", 0)
     fake_evaluation(tmp_path / "runs" / "teacher", [True])
     write_json(tmp_path / "teacher" / "seconds.json", 1.0)
-    seal = read_seal(fake_cache(tmp_path / "cache"))
+    seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
     fake_run(config.out, "rld", 0)
     with pytest.raises(FileNotFoundError, match=r"rld-0/eval/metrics\.json"):

@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> 
     config = BuildConfig(
         source=SourceConfig(path=str(write_llava_json(folder, tiny_samples(10)))),
         teacher=str(tiny_folder("llava")),
-        out=folder / "local",
+        out=str(folder / "local"),
         top_k=8,
         samples_per_shard=3,
         batch_size=2,
@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> 
 
 
 def test_a_pool_of_teachers_writes_the_same_bytes(built: BuildConfig) -> None:
-    under_ray = dataclasses.replace(built, out=built.out.parent / "ray")
+    under_ray = dataclasses.replace(built, out=str(Path(built.out).parent / "ray"))
     seal = run_build(under_ray, RayOptions(num_workers=2))
     assert seal.num_samples == 10
     assert shard_bytes(under_ray.out) == shard_bytes(built.out)
@@ -63,7 +63,7 @@ def test_a_bad_sample_reaches_the_caller_as_its_own_error(
     source = write_llava_json(tmp_path, samples)
     (tmp_path / f"{samples[1].source_id}-0.png").unlink()
     config = dataclasses.replace(
-        built, source=SourceConfig(path=str(source)), out=tmp_path / "cache"
+        built, source=SourceConfig(path=str(source)), out=str(tmp_path / "cache")
     )
     with pytest.raises(ValueError, match=samples[1].source_id) as caught:
         run_build(config, RayOptions())
@@ -74,7 +74,7 @@ def _three_steps(built: BuildConfig, folder: str) -> TrainConfig:
     return TrainConfig(
         cache=built.out,
         student=built.teacher,
-        out=built.out.parent / folder,
+        out=Path(built.out).parent / folder,
         max_steps=3,
         batch_size=4,
         micro_batch_size=2,
@@ -87,7 +87,7 @@ def _three_steps(built: BuildConfig, folder: str) -> TrainConfig:
 def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
     config = _three_steps(built, "run-local")
     local = load_file(train(config) / "model.safetensors")
-    under_ray = dataclasses.replace(config, out=built.out.parent / "run-ray")
+    under_ray = dataclasses.replace(config, out=Path(built.out).parent / "run-ray")
     remote = load_file(run_train(under_ray, RayOptions()) / "model.safetensors")
     assert local.keys() == remote.keys()
     assert all(bool((local[name] == remote[name]).all()) for name in local)
@@ -96,7 +96,7 @@ def test_training_under_ray_gives_the_same_weights(built: BuildConfig) -> None:
 def test_two_workers_take_the_same_steps_as_one(built: BuildConfig) -> None:
     config = _three_steps(built, "run-one")
     one = load_file(train(config) / "model.safetensors")
-    pair = dataclasses.replace(config, out=built.out.parent / "run-two")
+    pair = dataclasses.replace(config, out=Path(built.out).parent / "run-two")
     two = load_file(run_train(pair, RayOptions(num_workers=2)) / "model.safetensors")
     for name, values in one.items():
         assert float((values - two[name]).abs().max()) < 1e-4, name
@@ -112,6 +112,6 @@ def test_evaluation_as_a_task_gives_the_same_scores(built: BuildConfig, tmp_path
 
 
 def test_more_workers_than_the_cluster_has_are_refused(built: BuildConfig) -> None:
-    config = dataclasses.replace(built, out=built.out.parent / "too-many")
+    config = dataclasses.replace(built, out=str(Path(built.out).parent / "too-many"))
     with pytest.raises(ValueError, match="1000 workers need 1000 CPUs"):
         run_build(config, RayOptions(num_workers=1000))

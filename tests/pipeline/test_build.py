@@ -12,6 +12,7 @@ from pipeline.config import BuildConfig, SourceConfig
 from teacher_cache.folder import read_seal
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.reader import CacheReader
+from teacher_cache.storage import open_store
 from teacher_cache.teacher import Teacher
 from tests.children import start
 from tests.conftest import TinyFolder
@@ -25,7 +26,7 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
     return BuildConfig(
         source=SourceConfig(path=str(source)),
         teacher=str(tiny_folder("llava")),
-        out=tmp_path / "cache",
+        out=str(tmp_path / "cache"),
         top_k=8,
         samples_per_shard=3,
         batch_size=2,
@@ -34,7 +35,8 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
 
 
 def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:
-    return dataclasses.replace(config, out=config.out.parent / folder, **changes)  # pyright: ignore[reportArgumentType]
+    out = str(Path(config.out).parent / folder)
+    return dataclasses.replace(config, out=out, **changes)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
@@ -43,7 +45,7 @@ def test_building_twice_gives_the_same_bytes(config: BuildConfig, records: str, 
     first = build(_into(config, "a", records=records, format=form))
     second = build(_into(config, "b", records=records, format=form))
     assert first.num_samples == 10
-    assert shard_bytes(config.out.parent / "a") == shard_bytes(config.out.parent / "b")
+    assert shard_bytes(Path(config.out).parent / "a") == shard_bytes(Path(config.out).parent / "b")
     assert first.fingerprint == second.fingerprint
 
 
@@ -65,12 +67,12 @@ def test_shards_may_be_built_in_any_order_by_anyone(config: BuildConfig) -> None
     build(_into(config, "a"))
     other = _into(config, "b")
     CacheBuilder(other).prepare()
-    order = missing_shards(other.out)
+    order = missing_shards(open_store(other.out))
     random.Random(0).shuffle(order)
     for index in order:
         CacheBuilder(other).build_shard(index)
     build(other)
-    assert shard_bytes(config.out.parent / "a") == shard_bytes(other.out)
+    assert shard_bytes(Path(config.out).parent / "a") == shard_bytes(other.out)
 
 
 def test_a_finished_cache_never_loads_the_teacher(
@@ -146,7 +148,7 @@ def test_a_sample_that_changes_during_the_build_is_refused(
 def test_top_k_beyond_the_vocabulary_publishes_nothing(config: BuildConfig) -> None:
     with pytest.raises(ValueError, match="top_k is 100000"):
         build(dataclasses.replace(config, top_k=100_000))
-    assert not config.out.exists() or not list(config.out.iterdir())
+    assert not Path(config.out).exists() or not list(Path(config.out).iterdir())
 
 
 def _spoil(config: BuildConfig, how: str) -> str:
@@ -173,7 +175,7 @@ def test_a_bad_sample_stops_the_build_and_is_named(config: BuildConfig, how: str
         build(config)
     assert config.source.path in str(caught.value)
     assert "--on-bad-sample record" in str(caught.value)
-    assert read_seal(config.out) is None
+    assert read_seal(open_store(config.out)) is None
 
 
 @pytest.mark.parametrize("how", ["missing image", "corrupt image", "placeholders"])
@@ -184,7 +186,7 @@ def test_a_bad_sample_can_be_recorded_instead(config: BuildConfig, how: str) -> 
     assert [rejected.source_id for rejected in seal.rejected] == [victim]
     other = build(_into(config, "other", on_bad_sample="record"))
     assert other.rejected == seal.rejected  # a resumed build compares the plans, reasons included
-    assert shard_bytes(config.out) == shard_bytes(config.out.parent / "other")
+    assert shard_bytes(config.out) == shard_bytes(Path(config.out).parent / "other")
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfig) -> None:
@@ -193,10 +195,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfi
     for kill in range(4):
         child = start(build, config)
         # wait until the attempt has come a little further than the one before, then kill it
-        while child.is_alive() and len(list(config.out.glob("commits/*.json"))) <= kill // 2:
+        while child.is_alive() and len(list(Path(config.out).glob("commits/*.json"))) <= kill // 2:
             time.sleep(0.002)
         time.sleep(draws.uniform(0, 0.05))
         child.kill()
         child.join()
     build(config)
-    assert shard_bytes(config.out) == shard_bytes(config.out.parent / "undisturbed")
+    assert shard_bytes(config.out) == shard_bytes(Path(config.out).parent / "undisturbed")

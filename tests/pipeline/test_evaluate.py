@@ -139,7 +139,7 @@ def test_a_folder_of_another_evaluation_is_refused(
 def test_a_cache_that_is_not_there_is_refused_before_any_answer(
     tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
-    config = _config(tiny_folder("llava"), tmp_path, cache=tmp_path / "nowhere")
+    config = _config(tiny_folder("llava"), tmp_path, cache=str(tmp_path / "nowhere"))
     with pytest.raises(IncompleteCacheError, match="nowhere is not a cache"):
         evaluate(config)
     assert not config.out.exists()
@@ -199,14 +199,14 @@ def test_pictures_show_the_matching_of_every_view(
         BuildConfig(
             source=source,
             teacher=str(tiny_folder(family)),
-            out=cache,
+            out=str(cache),
             records=records,
             top_k=8,
             sketch_rank=8,
             device="cpu",
         )
     )
-    config = _config(students(family), tmp_path, cache=cache, num_pictures=3)
+    config = _config(students(family), tmp_path, cache=str(cache), num_pictures=3)
     evaluate(config)
     pictures = json.loads((config.out / "pictures.json").read_text())
     assert pictures["metric"] == ("prob_l1" if records == "topk" else "raw_l1")

@@ -65,7 +65,7 @@ def test_the_recommended_tier_can_be_built(
     base = BuildConfig(
         source=SourceConfig(path=config.source),
         teacher=config.teacher,
-        out=tmp_path / "cache",
+        out=str(tmp_path / "cache"),
         device="cpu",
     )
     build(replace(base, **changes))  # pyright: ignore[reportArgumentType]

@@ -181,7 +181,7 @@ def test_a_cache_is_found_through_the_run_or_named_beside_it(tmp_path: Path) -> 
     run = fake_evaluation(fake_run(tmp_path / "a", "rld", 0), [True], pictures=True)
     assert any("cache c0ffeec0ffee: its folder was not found" in m for m in collect([run]).missing)
     beside = collect([run, fake_cache(tmp_path / "cache")])
-    assert [cache.path.name for cache in beside.caches] == ["cache"]
+    assert [Path(cache.location).name for cache in beside.caches] == ["cache"]
     assert beside.missing == ()
 
 

@@ -44,7 +44,7 @@ def threads_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def config(reader: CacheReader, vanilla: Path, tmp_path: Path) -> TrainConfig:
-    return _small(TrainConfig(cache=reader.cache, student=str(vanilla), out=tmp_path / "run"))
+    return _small(TrainConfig(cache=reader.cache.url, student=str(vanilla), out=tmp_path / "run"))
 
 
 def _small(config: TrainConfig) -> TrainConfig:
@@ -136,18 +136,18 @@ def test_only_the_cache_that_is_expected_is_trained_from(
 def test_a_half_built_cache_is_refused(
     config: TrainConfig, reader: CacheReader, tmp_path: Path
 ) -> None:
-    half = _copy(reader.cache, tmp_path / "half")
+    half = _copy(Path(reader.cache.url), tmp_path / "half")
     (half / SEAL_FILE).unlink()
     sorted((half / "commits").iterdir())[0].unlink()
     with pytest.raises(IncompleteCacheError, match="1 of 2 shards"):
-        train(dataclasses.replace(config, cache=half))
+        train(dataclasses.replace(config, cache=str(half)))
     assert not config.out.exists()
 
 
 def test_a_flipped_bit_of_a_record_stops_training_and_names_file_and_sample(
     config: TrainConfig, reader: CacheReader, tmp_path: Path
 ) -> None:
-    damaged = _copy(reader.cache, tmp_path / "damaged")
+    damaged = _copy(Path(reader.cache.url), tmp_path / "damaged")
     victim = reader.read(4, ["vision"])
     frame = encode_plane("v_logits", output_planes(victim.output)["v_logits"])
     file = damaged / reader.seal.shards[1].file
@@ -155,7 +155,7 @@ def test_a_flipped_bit_of_a_record_stops_training_and_names_file_and_sample(
     flipped = bytearray(intact)
     flipped[intact.index(frame) + len(frame) // 2] ^= 4
     _replace(file, bytes(flipped))
-    config = dataclasses.replace(config, cache=damaged)
+    config = dataclasses.replace(config, cache=str(damaged))
     with pytest.raises(ShardCorruptError, match=rf"{file.name}.*{victim.sample.key}.*v_logits"):
         train(config)
     assert not (config.out / "final").exists()
@@ -167,7 +167,7 @@ def test_phase_two_goes_on_from_phase_one_which_moves_the_projector_alone(
     tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     model = tiny_folder("llava_next")  # LLaVA's phases: test_recipes.py
-    cache = tiny_cache(tmp_path / "cache", model, num_samples=4).cache
+    cache = tiny_cache(tmp_path / "cache", model, num_samples=4).cache.url
     one = recipes.paper_phase_one(cache=cache, student=str(model), out=tmp_path / "one")
     first = train(_small(one))
     begun = student_loader(model)()[0].state_dict()

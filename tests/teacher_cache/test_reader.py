@@ -21,11 +21,17 @@ from teacher_cache.manifest import (
 from teacher_cache.reader import CacheReader
 from teacher_cache.settings import ShardFormatName
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.storage import LocalStore
 from teacher_cache.writer import write_plan, write_shard
 from tests.builders import build, make_shards
 from tests.strategies import assert_same, make_cached, make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
 
 
 @pytest.fixture(params=FORMATS)
@@ -88,11 +94,11 @@ def test_more_shards_than_stay_open_are_no_problem(
         assert reader.read(index, ()).sample == make_cached(index).sample
 
 
-def test_a_half_built_cache_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_half_built_cache_is_refused_with_the_remedy(tmp_path: Path, store: LocalStore) -> None:
     shards = make_shards()
-    plan = write_plan(tmp_path, make_plan(shards))
+    plan = write_plan(store, make_plan(shards))
     for index in (0, 2):
-        write_shard(tmp_path, plan, index, shards[index], [], 0.0)
+        write_shard(store, plan, index, shards[index], [], 0.0)
     with pytest.raises(IncompleteCacheError, match=r"2 of 3 shards.*run the same emkd build again"):
         CacheReader.open(tmp_path)
 

@@ -10,6 +10,7 @@ import torch
 from teacher_cache.head import LmHead
 from teacher_cache.manifest import IncompleteCacheError
 from teacher_cache.settings import ShardFormatName
+from teacher_cache.storage import LocalStore
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import write_plan
 from tests.builders import build, make_shards
@@ -18,17 +19,26 @@ from tests.strategies import make_plan, make_spec
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_sound_cache_has_no_problems(tmp_path: Path, form: ShardFormatName) -> None:
+def test_a_sound_cache_has_no_problems(
+    tmp_path: Path, store: LocalStore, form: ShardFormatName
+) -> None:
     build(tmp_path, make_shards(), form)
     seen: list[tuple[int, int]] = []
-    report = verify_cache(tmp_path, lambda done, total: seen.append((done, total)))
+    report = verify_cache(store, lambda done, total: seen.append((done, total)))
     assert (report.shards, report.samples, report.problems) == (3, 6, ())
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path, form: ShardFormatName) -> None:
+def test_every_flipped_byte_of_a_shard_is_found(
+    tmp_path: Path, store: LocalStore, form: ShardFormatName
+) -> None:
     seal = build(tmp_path, make_shards(1), form)
     file = tmp_path / seal.shards[0].file
     intact = file.read_bytes()
@@ -37,10 +47,10 @@ def test_every_flipped_byte_of_a_shard_is_found(tmp_path: Path, form: ShardForma
         data = bytearray(intact)
         data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
         file.write_bytes(data)
-        assert any(file.name in problem for problem in verify_cache(tmp_path).problems)
+        assert any(file.name in problem for problem in verify_cache(store).problems)
 
 
-def test_all_problems_are_listed(tmp_path: Path) -> None:
+def test_all_problems_are_listed(tmp_path: Path, store: LocalStore) -> None:
     head = LmHead(weight=torch.ones(11, 6))
     spec = make_spec(head_digest=head.digest)
     seal = build(tmp_path, make_shards(), spec=spec, head=head)
@@ -50,48 +60,52 @@ def test_all_problems_are_listed(tmp_path: Path) -> None:
     (tmp_path / "head.safetensors").unlink()
     record = tmp_path / "commits" / "00002.json"
     record.write_text(record.read_text().replace('"seconds": 0.0', '"seconds": 1.0'))
-    problems = "\n".join(verify_cache(tmp_path).problems)
+    problems = "\n".join(verify_cache(store).problems)
     for expected in (cut.name, f"{missing.name} is missing", "head.safetensors", "shard 2 is not"):
         assert expected in problems
     assert problems.count(f"{missing.name} is missing") == 1
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_remedy_that_is_named_heals_the_cache(tmp_path: Path, form: ShardFormatName) -> None:
+def test_the_remedy_that_is_named_heals_the_cache(
+    tmp_path: Path, store: LocalStore, form: ShardFormatName
+) -> None:
     shards = make_shards()
     seal = build(tmp_path, shards, form)
     shard = tmp_path / seal.shards[1].file
     intact = shard.read_bytes()
     shard.write_bytes(intact[: len(intact) // 2] + b"!!!" + intact[len(intact) // 2 + 3 :])
-    problems = verify_cache(tmp_path).problems
+    problems = verify_cache(store).problems
     assert any("delete SEALED.json and this shard's commits/*.json" in p for p in problems)
     (tmp_path / "SEALED.json").unlink()
     (tmp_path / "commits" / "00001.json").unlink()
     assert build(tmp_path, shards, form) == seal
     assert shard.read_bytes() == intact
-    assert verify_cache(tmp_path).problems == ()
+    assert verify_cache(store).problems == ()
 
 
-def test_numbers_that_are_not_finite_are_found_behind_valid_checksums(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_found_behind_valid_checksums(
+    tmp_path: Path, store: LocalStore
+) -> None:
     shards = make_shards(1)
     affinity = shards[0][1].output.affinity
     assert affinity is not None
     affinity.cosine[0, 0] = torch.nan  # after the record has checked itself
     build(tmp_path, shards)
-    (problem,) = verify_cache(tmp_path).problems
+    (problem,) = verify_cache(store).problems
     assert shards[0][1].sample.key in problem
     assert "NaN" in problem
 
 
-def test_an_unsealed_cache_is_refused(tmp_path: Path) -> None:
-    write_plan(tmp_path, make_plan(make_shards()))
+def test_an_unsealed_cache_is_refused(store: LocalStore) -> None:
+    write_plan(store, make_plan(make_shards()))
     with pytest.raises(IncompleteCacheError, match="0 of 3"):
-        verify_cache(tmp_path)
+        verify_cache(store)
 
 
-def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path) -> None:
+def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path, store: LocalStore) -> None:
     build(tmp_path, make_shards(1))
     seal = json.loads((tmp_path / "SEALED.json").read_text())
     seal["shards"][0]["sha256"] = "0" * 64
     (tmp_path / "SEALED.json").write_text(json.dumps(seal))
-    assert any("SHA-256" in problem for problem in verify_cache(tmp_path).problems)
+    assert any("SHA-256" in problem for problem in verify_cache(store).problems)
