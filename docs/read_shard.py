@@ -61,10 +61,14 @@ def decode_frame(frame):
 
 
 def read_shard(path):
-    """The shard's metadata, and its rows: texts and images as they are, planes as arrays."""
+    """The shard's metadata, and its rows, complete: texts, images as they are, planes as arrays."""
     table = pa.ipc.open_file(pa.memory_map(path)).read_all()
     names = [field.name for field in table.schema if field.type == pa.large_binary()]
-    rows = [row | {name: decode_frame(row[name]) for name in names} for row in table.to_pylist()]
+    rows = table.to_pylist()
+    for row in reversed(rows):  # so that rows which others share from are decoded last
+        owner = rows[row["shared_row"]] if row["shared_from"] else row
+        row |= {name: decode_frame(row[name] or owner[name]) for name in names}
+        row["images"] = owner["images"]
     return {key.decode(): text.decode() for key, text in table.schema.metadata.items()}, rows
 
 

@@ -1,9 +1,10 @@
 """Shards as Arrow IPC files: memory-mapped, one record batch per row, one column per plane.
 
-Columns: key, source_id, messages (JSON), checks (JSON): string; images: list<large_binary>; and
-for every plane a large_binary with one zstd frame. Nothing outside the frames is compressed and
-no extension type is used, so pyarrow and zstandard alone can read a shard. One batch per row lets
-the writer stream, keeps a row's pages together, and touches a plane's pages only when it is read.
+Columns: key, source_id, messages (JSON), checks (JSON), shared_from: string; shared_row: int32;
+images: list<large_binary>; and for every plane a large_binary with one zstd frame. Nothing outside
+the frames is compressed and no extension type is used, so pyarrow and zstandard alone can read a
+shard. One batch per row lets the writer stream, keeps a row's pages together, and touches a plane's
+pages only when it is read. What another row stores is empty; its key and number say where it is.
 """
 
 import threading
@@ -14,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.shard_format import EncodedRow, Shard, ShardFormat, require_planes
+from teacher_cache.shard_format import EncodedRow, Shard, ShardFormat, StoredRow, stored_rows
 
-_TEXTS = ("key", "source_id", "messages", "checks")
+_TEXTS = ("key", "source_id", "messages", "checks", "shared_from")
+_NO_ROW = -1
 
 
 class ArrowFormat(ShardFormat):
@@ -34,14 +36,14 @@ class ArrowFormat(ShardFormat):
         """Write a new file at `path`, row after row; each row has exactly the planes named."""
         schema = _schema(sorted(planes), metadata)
         with path.open("xb") as file, pa.ipc.new_file(file, schema) as writer:
-            for row in rows:
-                require_planes(row, planes)
-                texts = (row.key, row.source_id, row.messages, row.checks)
-                frames = [row.planes[name] for name in sorted(planes)]
-                columns = [[text] for text in texts] + [[list(row.images)]] + [[f] for f in frames]
+            for stored in stored_rows(rows, planes):
+                row, owner = stored.row, _NO_ROW if stored.owner is None else stored.owner
+                texts = (row.key, row.source_id, row.messages, stored.checks, row.shared_from or "")
+                frames = [row.planes.get(name, b"") for name in sorted(planes)]
+                values = [*texts, owner, list(row.images), *frames]
                 arrays = [
-                    pa.array(column, field.type)
-                    for column, field in zip(columns, schema, strict=True)
+                    pa.array([value], field.type)
+                    for value, field in zip(values, schema, strict=True)
                 ]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
 
@@ -54,13 +56,14 @@ class ArrowFormat(ShardFormat):
             names: list[str] = reader.schema.names
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ShardCorruptError(f"{path} is not an intact Arrow file: {error}") from error
-        if not reader.schema.equals(_schema(names[len(_TEXTS) + 1 :], {})):
+        if not reader.schema.equals(_schema(names[len(_TEXTS) + 2 :], {})):
             raise ShardCorruptError(f"{path} is not a shard: it has columns {reader.schema}")
         return ArrowShard(path, metadata, reader)
 
 
 def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
     types = {name: pa.string() for name in _TEXTS}
+    types["shared_row"] = pa.int32()
     types["images"] = pa.list_(pa.large_binary())
     types.update((name, pa.large_binary()) for name in planes)
     fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
@@ -75,7 +78,7 @@ class ArrowShard(Shard):
         self._reader = reader
         self._lock = threading.Lock()
 
-    def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
+    def _batch(self, row: int) -> Any:
         try:
             with self._lock:
                 batch = self._reader.get_batch(row)
@@ -85,12 +88,21 @@ class ArrowShard(Shard):
             raise ValueError(str(error)) from error
         if batch.num_rows != 1 or any(column.null_count for column in batch.columns):
             raise ValueError(f"expected one row without nulls, found {batch.num_rows} rows")
-        key, source_id, messages, checks = (batch.column(name)[0].as_py() for name in _TEXTS)
+        return batch
+
+    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
+        batch = self._batch(row)
+        key, source_id, messages, checks, shared_from = (
+            batch.column(name)[0].as_py() for name in _TEXTS
+        )
+        frames = {name: batch.column(name)[0].as_py() for name in planes}
         encoded = EncodedRow(
             key=key,
             source_id=source_id,
             messages=messages,
             images=tuple(batch.column("images")[0].as_py()),
-            planes={name: batch.column(name)[0].as_py() for name in planes},
+            planes={name: frame for name, frame in frames.items() if frame},
+            shared_from=shared_from or None,
         )
-        return encoded, checks
+        owner = batch.column("shared_row")[0].as_py()
+        return StoredRow(row=encoded, checks=checks, owner=None if owner == _NO_ROW else owner)

@@ -6,6 +6,7 @@ by what benchmarks/codec.py measures; frames say which one they took, so readers
 """
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -36,6 +37,13 @@ PART_PLANES: dict[Part, tuple[str, ...]] = {
     "response": ("r_ids", "r_logits", "r_lse", "r_tail"),
     "hidden": ("h_vision", "h_text", "h_predicting"),
 }
+VISION_PLANES = frozenset(
+    name
+    for name in (*_SPAN_PLANES, *chain.from_iterable(PART_PLANES.values()))
+    if name == "views" or name.startswith(("v_", "s_", "h_vision"))
+)
+"""Planes of a sample's vision record: by causality they depend on nothing behind the images, so
+that samples which are equal up to there may share them (vision_sharing.py)."""
 TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
     "topk": frozenset({"vision", "affinity", "response"}),
     "topk+sketch": frozenset({"vision", "sketch", "affinity", "response"}),

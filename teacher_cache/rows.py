@@ -5,11 +5,16 @@ checked against its key; whatever does not add up is a `ShardCorruptError`. Part
 are not decompressed.
 """
 
+import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from teacher_cache.codec import (
     TIER_PARTS,
+    VISION_PLANES,
     Part,
     encode_plane,
     output_from_planes,
@@ -19,21 +24,63 @@ from teacher_cache.codec import (
 )
 from teacher_cache.frames import decode_frame
 from teacher_cache.manifest import CacheSpec, ShardCorruptError
-from teacher_cache.schema import CachedSample, Message, Sample, TopKRecord, sample_key
+from teacher_cache.schema import (
+    CachedSample,
+    Message,
+    Sample,
+    TeacherOutput,
+    TopKRecord,
+    sample_key,
+)
 from teacher_cache.shard_format import EncodedRow, Shard
 
 
-def encode_row(cached: CachedSample, spec: CacheSpec) -> EncodedRow:
-    """Encode one sample; ValueError where its records are not those that the spec promises."""
+def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[EncodedRow]:
+    """Encode the samples of a shard in order; a vision record that several share is encoded once.
+
+    ValueError as of `encode_row`, and where a sample shares a record that is not that of an earlier
+    sample with one of its own.
+    """
+    shared = {each.output.shared_from for each in cached}
+    owners: dict[str | None, tuple[dict[str, Tensor], EncodedRow]] = {}
+    for each in cached:
+        planes = _vision_planes(each.output)
+        ready: dict[str, bytes] = {}
+        if each.output.shared_from is not None:
+            theirs, row = owners.get(each.output.shared_from, ({}, None))
+            if row is None or not all(torch.equal(planes[name], theirs[name]) for name in planes):
+                raise ValueError(
+                    f"sample {each.sample.key} shares the vision record of "
+                    f"{each.output.shared_from}, which is no earlier sample with that record"
+                )
+            ready = {name: row.planes[name] for name in planes}
+        row = encode_row(each, spec, ready)
+        if row.shared_from is None and row.key in shared:
+            owners[row.key] = (planes, row)
+        yield row
+
+
+def encode_row(
+    cached: CachedSample, spec: CacheSpec, ready: Mapping[str, bytes] | None = None
+) -> EncodedRow:
+    """Encode one sample; ValueError where its records are not those that the spec promises.
+
+    `ready` has frames of planes that were encoded before.
+    """
     sample, output = cached.sample, cached.output
     _require_tier(cached, spec)
     turns = [{"role": message.role, "text": message.text} for message in sample.messages]
+    frames = dict(ready or {})
+    for name, values in output_planes(output).items():
+        if name not in frames:
+            frames[name] = encode_plane(name, values)
     return EncodedRow(
         key=sample.key,
         source_id=sample.source_id,
         messages=json.dumps(turns),
         images=sample.images,
-        planes={name: encode_plane(name, values) for name, values in output_planes(output).items()},
+        planes=frames,
+        shared_from=output.shared_from,
     )
 
 
@@ -46,7 +93,10 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
         planes = {name: decode_frame(frame) for name, frame in row.planes.items()}
-        return CachedSample(sample=sample, output=output_from_planes(planes, spec.vocab_size))
+        output = output_from_planes(planes, spec.vocab_size)
+        if row.shared_from is not None:
+            output = dataclasses.replace(output, shared_from=row.shared_from)
+        return CachedSample(sample=sample, output=output)
     except (ValueError, KeyError, TypeError) as error:
         raise ShardCorruptError(f"sample {row.key}: {error}") from error
 
@@ -100,3 +150,8 @@ def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
                 f"sample {cached.sample.key}: records over {record.vocab_size} vocabulary rows, "
                 f"the cache is over {spec.vocab_size}"
             )
+
+
+def _vision_planes(output: TeacherOutput) -> dict[str, Tensor]:
+    planes = output_planes(output)
+    return {name: planes[name] for name in VISION_PLANES & planes.keys()}

@@ -290,6 +290,9 @@ class TeacherOutput:
     Tier `hidden`: `hidden` alone. Tier `topk`: `vision`, `affinity`, `response`; tier
     `topk+sketch` adds `sketch`. The response records sit at the *predicting* positions, one for
     each response token, so that row i is the teacher's distribution over response token i.
+
+    `shared_from` is the key of an earlier sample that is the same up to its last vision token:
+    `views`, `vision`, `sketch` and the vision states of `hidden` are then those of that sample.
     """
 
     views: tuple[ViewGrid, ...]
@@ -301,6 +304,7 @@ class TeacherOutput:
     affinity: AffinityRecord | None = None
     response: TopKRecord | None = None
     hidden: HiddenRecord | None = None
+    shared_from: str | None = None
 
     def __post_init__(self) -> None:
         num_vision = sum(view.num_tokens for view in self.views)

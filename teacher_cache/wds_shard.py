@@ -1,9 +1,11 @@
 """Shards as WebDataset tars: the same frames, readable by plain webdataset and tarfile.
 
 Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<plane>.zst, <key>.sample.json. The
-first member, __shard__/metadata.json, is one that webdataset skips. Times, owners and order are
-fixed, so equal rows give equal bytes. Opening reads headers only; payloads are mapped into memory.
-Refuses members of any other name or kind (links, folders, pickles), and never extracts to a path.
+first member, __shard__/metadata.json, is one that webdataset skips. A row that shares another's
+images and vision planes has no such members; its sample.json names the other. Times, owners and
+order are fixed, so equal rows give equal bytes. Opening reads headers only; payloads are mapped
+into memory. Refuses members of any other name or kind (links, folders, pickles), and never
+extracts to a path.
 """
 
 import json
@@ -17,7 +19,14 @@ from typing import BinaryIO
 from webdataset.writer import TarWriter
 
 from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.shard_format import KEY_PATTERN, EncodedRow, Shard, ShardFormat, require_planes
+from teacher_cache.shard_format import (
+    KEY_PATTERN,
+    EncodedRow,
+    Shard,
+    ShardFormat,
+    StoredRow,
+    stored_rows,
+)
 
 _METADATA = "__shard__/metadata"
 _MEMBER = re.compile(
@@ -45,9 +54,8 @@ class WebDatasetFormat(ShardFormat):
         with path.open("xb") as file, TarWriter(file, user="", group="", mtime=0) as writer:
             text = json.dumps(dict(sorted(metadata.items())), indent=1)
             writer.write({"__key__": _METADATA, "json": text.encode()})
-            for row in rows:
-                require_planes(row, planes)
-                writer.write({"__key__": row.key, **_members(row)})
+            for stored in stored_rows(rows, planes):
+                writer.write({"__key__": stored.row.key, **_members(stored)})
 
     def open(self, path: Path) -> "TarShard":
         """Index a file by its headers; raises `ShardCorruptError` for what is not a shard."""
@@ -57,8 +65,14 @@ class WebDatasetFormat(ShardFormat):
             raise ShardCorruptError(f"{path} is not an intact shard: {error}") from error
 
 
-def _members(row: EncodedRow) -> dict[str, bytes]:
-    text = {"source_id": row.source_id, "messages": row.messages, "checks": row.checks}
+def _members(stored: StoredRow) -> dict[str, bytes]:
+    row = stored.row
+    text = {
+        "source_id": row.source_id,
+        "messages": row.messages,
+        "checks": stored.checks,
+        "shared_from": row.shared_from,
+    }
     members = {f"{name}.zst": frame for name, frame in row.planes.items()}
     for number, image in enumerate(row.images):
         kinds = [kind for magic, kind in _MAGIC.items() if image.startswith(magic)]
@@ -81,6 +95,7 @@ class TarShard(Shard):
         if len(tail := self._map[end:]) < 1024 or any(tail):
             raise ValueError(f"the tar does not end at byte {end}, where its members do")
         self._keys = list(self._text)
+        self._rows = {key: row for row, key in enumerate(self._keys)}
         super().__init__(path, metadata, len(self._keys))
 
     def _index(self, file: BinaryIO) -> tuple[dict[str, str], int]:
@@ -124,15 +139,17 @@ class TarShard(Shard):
         offset, size = place
         return self._map[offset : offset + size]
 
-    def _fetch(self, row: int, planes: Collection[str]) -> tuple[EncodedRow, str]:
+    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
         key = self._keys[row]
         text = json.loads(self._bytes(self._text[key]))
-        images = self._images.get(key, {})
+        images, frames = self._images.get(key, {}), self._planes.get(key, {})
         encoded = EncodedRow(
             key=key,
             source_id=text["source_id"],
             messages=text["messages"],
             images=tuple(self._bytes(images[number]) for number in range(len(images))),
-            planes={name: self._bytes(self._planes[key][name]) for name in planes},
+            planes={name: self._bytes(frames[name]) for name in frames.keys() & set(planes)},
+            shared_from=text["shared_from"],
         )
-        return encoded, text["checks"]
+        owner = None if encoded.shared_from is None else self._rows[encoded.shared_from]
+        return StoredRow(row=encoded, checks=text["checks"], owner=owner)

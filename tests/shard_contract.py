@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from teacher_cache.codec import TIER_PARTS, encode_plane, output_planes, parts_in, planes_of
 from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.rows import encode_row, read_sample
+from teacher_cache.rows import encode_row, encode_rows, read_sample
 from teacher_cache.schema import CachedSample
 from teacher_cache.settings import RecordKind, ShardFormatName
 from teacher_cache.shard_format import ShardFormat, shard_format
@@ -41,8 +41,7 @@ class ShardContract:
     def written(self, folder: Path, cached: Sequence[CachedSample], records: RecordKind) -> Path:
         path = folder / f"shard{self.form.suffix}"
         spec = make_spec(records)
-        rows = (encode_row(sample, spec) for sample in cached)
-        self.form.write(path, rows, planes_of(TIER_PARTS[records]), METADATA)
+        self.form.write(path, encode_rows(cached, spec), planes_of(TIER_PARTS[records]), METADATA)
         return path
 
     def read_all(self, path: Path, cached: Sequence[CachedSample]) -> list[CachedSample]:

@@ -5,6 +5,7 @@ where all of the vocabulary is kept. Random numbers come from a drawn seed, so t
 on sizes and not on floats.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -209,6 +210,32 @@ def make_cached(number: int, records: RecordKind = "topk") -> CachedSample:
     )
 
 
+def asked_again(owner: CachedSample, number: int, records: RecordKind = "topk") -> CachedSample:
+    """Another question about the same images; the vision record is that of `owner`."""
+    shown, ours = owner.output, make_output(records, number, num_text=number % 4 + 2)
+    text = IMAGE_PLACEHOLDER * len(owner.sample.images) + f" again, {number}?"
+    messages = (Message(role="user", text=text), Message(role="assistant", text="no"))
+    num_vision = sum(view.num_tokens for view in shown.views)
+    hidden, affinity = ours.hidden, ours.affinity
+    if hidden is not None and shown.hidden is not None:
+        hidden = dataclasses.replace(hidden, vision=shown.hidden.vision)
+    if affinity is not None:
+        cosine = torch.full((len(affinity.cosine), num_vision), 1 / (number + 1))
+        affinity = AffinityRecord(cosine=cosine)
+    output = dataclasses.replace(
+        ours,
+        views=shown.views,
+        vision=shown.vision,
+        sketch=shown.sketch,
+        affinity=affinity,
+        hidden=hidden,
+        shared_from=owner.sample.key,
+    )
+    return CachedSample(
+        sample=make_sample(f"again-{number}", owner.sample.images, messages), output=output
+    )
+
+
 @st.composite
 def samples(draw: st.DrawFn) -> Sample:
     """Any sample: several turns, several images or none, any text."""
@@ -265,7 +292,7 @@ def assert_same_bits(left: Tensor, right: Tensor) -> None:
 
 
 def assert_same_outputs(left: TeacherOutput, right: TeacherOutput) -> None:
-    assert left.views == right.views
+    assert (left.views, left.shared_from) == (right.views, right.shared_from)
     assert parts_in(left) == parts_in(right)
     here, there = output_planes(left), output_planes(right)
     assert here.keys() == there.keys()

@@ -28,7 +28,7 @@ from teacher_cache.settings import RecordKind, ShardFormatName
 from teacher_cache.shard_format import shard_format
 from teacher_cache.transforms import TRANSFORMS
 from tests.builders import build
-from tests.strategies import TIERS, make_cached, make_output, make_spec
+from tests.strategies import TIERS, asked_again, make_cached, make_output, make_spec
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 OURS = ("teacher_cache", "student_train", "pipeline", "jobs")
@@ -47,11 +47,16 @@ def rows_of(records: RecordKind, dtype: torch.dtype) -> list[CachedSample]:
 
 
 def small_cache(
-    folder: Path, form: ShardFormatName, records: RecordKind, dtype: torch.dtype
+    folder: Path,
+    form: ShardFormatName,
+    records: RecordKind,
+    dtype: torch.dtype,
+    share: bool = False,
 ) -> tuple[CacheReader, list[Path]]:
-    """A sealed cache of two shards, and their files."""
+    """A sealed cache of two shards, and their files; `share`: row 2 has the record of row 0."""
     rows = rows_of(records, dtype)
-    build(folder, [rows[:2], rows[2:]], form, make_spec(records))
+    more = [asked_again(rows[0], 5, records)] if share else []
+    build(folder, [[*rows[:2], *more], rows[2:]], form, make_spec(records))
     return CacheReader.open(folder), sorted((folder / "shards").iterdir())
 
 
@@ -85,7 +90,7 @@ print(json.dumps([metadata, [
 def test_the_script_in_the_docs_decodes_what_the_reader_decodes(
     tmp_path: Path, records: RecordKind, dtype: torch.dtype
 ) -> None:
-    reader, files = small_cache(tmp_path / "cache", "arrow", records, dtype)
+    reader, files = small_cache(tmp_path / "cache", "arrow", records, dtype, share=True)
     shards = [run_alone(READ_ARROW, file, cwd=tmp_path) for file in files]
     assert json.loads(shards[0][0]["emkd.spec"])["records"] == records
     rows = [row for _, shard in shards for row in shard]
@@ -95,11 +100,12 @@ def test_the_script_in_the_docs_decodes_what_the_reader_decodes(
             wide = values.float() if values.dtype == torch.bfloat16 else values
             shown = [str(wide.numpy().dtype), list(wide.shape), wide.numpy().tobytes().hex()]
             assert row[name] == shown, (index, name)
+        assert row["images"] == str(list(read(reader, index).sample.images))
 
 
 def test_names_and_sums_are_made_as_the_page_says(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    reader, files = small_cache(cache, "arrow", "topk", torch.float32)
+    reader, files = small_cache(cache, "arrow", "topk", torch.float32, share=True)
     for number, file in enumerate(files):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert file.name == f"{number:05d}-{digest[:16]}.arrow"
@@ -109,15 +115,19 @@ def test_names_and_sums_are_made_as_the_page_says(tmp_path: Path) -> None:
         for file in files
         for row in pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_pylist()
     ]
+    by_key = {row["key"]: row for row in rows}
     for row in rows:
+        lender = by_key.get(row["shared_from"], row)
+        row["images"] = lender["images"]
         turns = [[turn["role"], turn["text"]] for turn in json.loads(row["messages"])]
         data = b"".join(hashlib.sha256(image).digest() for image in row["images"])
         data += json.dumps(turns, ensure_ascii=False).encode()
         assert hashlib.sha256(data).hexdigest()[:32] == row["key"]
-        frames = {name: value for name, value in row.items() if isinstance(value, bytes)}
+        frames = {name: v or lender[name] for name, v in row.items() if isinstance(v, bytes)}
         images = [xxhash.xxh3_64_hexdigest(image) for image in row["images"]]
         sums = {name: xxhash.xxh3_64_hexdigest(frame) for name, frame in frames.items()}
-        texts = [row["key"], row["source_id"], row["messages"], images, sorted(sums.items())]
+        owner = row["shared_from"] or None
+        texts = [row["key"], row["source_id"], owner, row["messages"], images, sorted(sums.items())]
         total = xxhash.xxh3_64_hexdigest(json.dumps(texts).encode())
         assert json.loads(row["checks"]) == {"images": images, "planes": sums, "row": total}
     stored = json.loads((cache / "plan.json").read_text())
@@ -143,7 +153,7 @@ def test_the_script_prints_a_summary(tmp_path: Path) -> None:
 
 def test_the_script_is_short_and_imports_three_libraries() -> None:
     text = (DOCS / "read_shard.py").read_text()
-    assert len(text.splitlines()) <= 80
+    assert len(text.splitlines()) < 90
     nodes = list(ast.walk(ast.parse(text)))
     assert not [node for node in nodes if isinstance(node, ast.ImportFrom)]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -192,6 +202,22 @@ def test_plain_webdataset_opens_a_tar_shard(tmp_path: Path) -> None:
         messages = json.loads(json.loads(bytes.fromhex(row["sample.json"]))["messages"])
         assert messages[1]["text"] == read(reader, index).sample.messages[1].text
         assert bytes.fromhex(row["0.image.png"]) == read(reader, index).sample.images[0]
+
+
+def test_a_tar_row_that_shares_names_the_row_with_its_images(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    _, files = small_cache(cache, "webdataset", "topk", torch.float32, share=True)
+    owner, _, guest = run_alone(READ_WEBDATASET, files[0], cwd=tmp_path)
+    text = json.loads(bytes.fromhex(guest["sample.json"]))
+    assert text["shared_from"] == owner["__key__"]
+    assert json.loads(bytes.fromhex(owner["sample.json"]))["shared_from"] is None
+    left_out = {"0.image.png", "views.zst", "v_ids.zst", "v_logits.zst", "v_lse.zst", "v_tail.zst"}
+    assert owner.keys() - guest.keys() == left_out
+    assert guest.keys() <= owner.keys()
+    sums = json.loads(text["checks"])["planes"]
+    for name in ("views", "v_ids", "r_ids"):
+        frame = bytes.fromhex((guest if name == "r_ids" else owner)[f"{name}.zst"])
+        assert sums[name] == xxhash.xxh3_64_hexdigest(frame)
 
 
 def test_every_transform_and_both_sizes_of_floats_occur_in_these_shards(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from teacher_cache.codec import output_planes
 from teacher_cache.frames import decode_frame
-from tests.test_format_docs import read, run_alone, small_cache
+from tests.test_format_docs import DOCS, read, run_alone, small_cache
 
 DUCKDB = """
 import json, sys
@@ -50,6 +50,30 @@ def test_duckdb_queries_arrow_shards(tmp_path: Path) -> None:
         assert num_images == len(sample.images)
         assert image_bytes == (len(sample.images[0]) if sample.images else None)
         assert id_bytes > 0
+
+
+JOIN = """
+import json, sys
+import duckdb, pyarrow as pa
+shards = pa.concat_tables(pa.ipc.open_file(pa.memory_map(path)).read_all() for path in sys.argv[2:])
+print(json.dumps([
+    [key, [image.hex() for image in images], v_ids.hex(), r_ids.hex()]
+    for key, images, v_ids, r_ids in duckdb.sql(sys.argv[1]).fetchall()]))
+"""
+
+
+def test_the_join_in_the_docs_completes_rows_that_share(tmp_path: Path) -> None:
+    page = (DOCS / "format.md").read_text()
+    sql = page[page.index("    SELECT") :].split("\n\n")[0]
+    reader, files = small_cache(tmp_path / "cache", "arrow", "topk", torch.float32, share=True)
+    rows = run_alone(JOIN, sql, *files, cwd=tmp_path)
+    assert sorted(row[0] for row in rows) == sorted(reader.keys)
+    for key, images, v_ids, r_ids in rows:
+        stored = read(reader, reader.find(key))
+        planes = output_planes(stored.output)
+        assert [bytes.fromhex(image) for image in images] == list(stored.sample.images)
+        assert torch.equal(decode_frame(bytes.fromhex(v_ids)), planes["v_ids"])
+        assert torch.equal(decode_frame(bytes.fromhex(r_ids)), planes["r_ids"])
 
 
 @pytest.fixture(autouse=True)

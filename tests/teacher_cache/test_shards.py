@@ -32,6 +32,7 @@ class TestArrow(ShardContract):
         assert table.schema.metadata[b"emkd.shard"] == METADATA["emkd.shard"].encode()
         assert {str(field.type) for field in table.schema} == {
             "string",
+            "int32",
             "large_binary",
             "list<item: large_binary>",
         }
