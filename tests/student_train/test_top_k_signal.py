@@ -237,9 +237,10 @@ def test_signals_of_different_numbers_of_entries_are_joined() -> None:
         assert torch.equal(getattr(joined, name), getattr(expected, name)), name
     torch.testing.assert_close(joined.log_tail, expected.log_tail)
     torch.testing.assert_close(joined.logsumexp, expected.logsumexp)
-    same = concatenate([narrow, narrow])
-    assert isinstance(same, TopKSignal)
-    assert same.num_kept is None
+    for signals, counts in (([narrow, narrow], None), ([narrow, wide], [2, 2, VOCAB, VOCAB])):
+        pair = concatenate(signals)
+        assert isinstance(pair, TopKSignal)
+        assert (None if pair.num_kept is None else pair.num_kept.tolist()) == counts
 
 
 def uneven_outputs(batch: RandomBatch, seed: int) -> list[TeacherOutput]:
