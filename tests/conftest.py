@@ -21,3 +21,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
         return built[family]
 
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what exhaustive tests say they have tried: record_property("tried", ...)."""
+    reports = terminalreporter.getreports("passed")
+    tried = [
+        value for report in reports for name, value in report.user_properties if name == "tried"
+    ]
+    if tried:
+        terminalreporter.section("tried")
+    for line in sorted(set(map(str, tried))):
+        terminalreporter.write_line(line)
