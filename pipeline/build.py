@@ -38,6 +38,7 @@ from teacher_cache.schema import (
     SampleError,
     TeacherOutput,
 )
+from teacher_cache.settings import holds
 from teacher_cache.sharding import even_split
 from teacher_cache.storage import Store, open_store
 from teacher_cache.teacher import Teacher
@@ -117,7 +118,7 @@ class CacheBuilder:
         self._refuse(rejected)
         if not keys:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
-        if config.records == "topk+sketch":
+        if holds(config.records, "sketch"):
             self._fit_basis([index for _, index in keys[: config.calibration_samples]])
         num_shards = -(-len(keys) // config.samples_per_shard)
         plan = Plan(
@@ -129,7 +130,7 @@ class CacheBuilder:
             ),
             rejected=tuple(rejected),
         )
-        head = self.teacher.head if config.records == "hidden" else None
+        head = self.teacher.head if holds(config.records, "hidden") else None
         write_plan(cache, plan)
         write_assets(cache, head=head, sketch=self.teacher.sketch)
         cache.write_atomic(SETTINGS_FILE, _settings(config).encode())

@@ -26,6 +26,7 @@ from teacher_cache.codec import Part
 from teacher_cache.collate import collate
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import CachedSample, ViewGrid
+from teacher_cache.settings import tier_to_learn_from
 from teacher_cache.storage import Location
 from teacher_cache.tokens import SampleEncoder
 
@@ -44,17 +45,18 @@ def draw_pictures(
     Raises ValueError where the student's tokenizer or views do not fit the cached teacher's.
     """
     reader = CacheReader.open(cache)
-    records = reader.spec.records
-    config = MatchingConfig(metric="prob_l1" if records == "topk" else "raw_l1")
+    tier = tier_to_learn_from(reader.spec.records, None)
+    config = MatchingConfig(metric="prob_l1" if tier == "topk" else "raw_l1")
     assets = TeacherAssets(
-        head=reader.head() if records == "hidden" else None,
-        sketch=reader.sketch_basis() if records == "topk+sketch" else None,
+        head=reader.head() if tier == "hidden" else None,
+        sketch=reader.sketch_basis() if tier == "topk+sketch" else None,
     )
+    parts = reader.parts & ({"hidden"} if tier == "hidden" else PARTS)
     samples: list[dict[str, Any]] = []
     for index in range(len(reader)):
         if len(samples) == num_pictures:
             break
-        cached = reader.read(index, reader.parts & PARTS)
+        cached = reader.read(index, parts)
         if cached.sample.images:
             samples.append(_draw(model, encoder, cached, assets, config))
     return {"cache": reader.fingerprint, "metric": config.metric, "samples": samples}

@@ -16,14 +16,21 @@ from student_train.objective import ObjectiveConfig
 from student_train.signals import Signal, TeacherAssets, response_signal, vision_signal
 from teacher_cache.manifest import CacheSpec
 from teacher_cache.schema import HiddenRecord, SketchRecord, TeacherOutput, TopKRecord, ViewGrid
+from teacher_cache.settings import TierName, tier_to_learn_from
 
 
-def require_served(objective: ObjectiveConfig, spec: CacheSpec, assets: TeacherAssets) -> None:
+def require_served(
+    objective: ObjectiveConfig,
+    spec: CacheSpec,
+    assets: TeacherAssets,
+    records: TierName | None = None,
+) -> None:
     """Raise ValueError, with the remedy, where the cache's tier cannot serve the objective.
 
-    `assets` are those that the objective needs of the cache.
+    `assets` are those that the objective needs of the cache, `records` is the tier to learn from
+    (default: the most exact one that the cache holds).
     """
-    output = _one_token(spec)
+    output = _one_token(spec, tier_to_learn_from(spec.records, records))
     logits_1V = torch.zeros(1, spec.vocab_size)
 
     def compare(teacher: Signal) -> None:
@@ -38,7 +45,7 @@ def require_served(objective: ObjectiveConfig, spec: CacheSpec, assets: TeacherA
         compare(vision_signal(output, assets))
 
 
-def _one_token(spec: CacheSpec) -> TeacherOutput:
+def _one_token(spec: CacheSpec, tier: TierName) -> TeacherOutput:
     """What the cache would hold of one vision token and one response token, all zeros."""
     token_1 = torch.zeros(1, dtype=torch.int64)
     is_response_1 = torch.ones(1, dtype=torch.bool)
@@ -48,7 +55,7 @@ def _one_token(spec: CacheSpec) -> TeacherOutput:
         is_response=is_response_1,
         after_image=~is_response_1,
     )
-    if spec.records == "hidden":
+    if tier == "hidden":
         state_1D = torch.zeros(1, spec.hidden_size)
         hidden = HiddenRecord(vision=state_1D, text=state_1D[:0], predicting=state_1D)
         return replace(output, hidden=hidden)
@@ -62,7 +69,7 @@ def _one_token(spec: CacheSpec) -> TeacherOutput:
         vocab_size=spec.vocab_size,
     )
     sketch = None
-    if spec.sketch_rank is not None:
+    if tier == "topk+sketch" and spec.sketch_rank is not None:
         codes = torch.zeros(1, spec.sketch_rank, dtype=torch.int8)
         sketch = SketchRecord(codes=codes, scale=torch.ones(1), tail_shift=torch.zeros(1))
     return replace(output, vision=record, response=record, sketch=sketch)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from student_train.objective import ObjectiveConfig
 from teacher_cache.decode import Strict
+from teacher_cache.settings import TierName
 
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 TrainPart = Literal["vision_tower", "projector", "language_model"]
@@ -21,6 +22,8 @@ class TrainRecipe(Strict):
     """Everything that shapes the trained weights, besides the cache, the student and the steps."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
+    records: TierName | None = None
+    """Tier to learn from where the cache holds several; default: the most exact one it holds."""
     train_parts: tuple[TrainPart, ...] = ("projector", "language_model")
     """Parts whose weights are trained; the others are frozen."""
     seed: int = 0

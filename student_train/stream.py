@@ -27,7 +27,7 @@ from teacher_cache.decode import Strict
 from teacher_cache.manifest import require_equal
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import Sample, SampleError, TeacherOutput
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import TierName, tier_to_learn_from
 from teacher_cache.sharding import SampleOrder, micro_batches, owned_positions
 
 Encoder = Callable[[Sample], EncodedSample]
@@ -110,7 +110,8 @@ class StreamState(Strict):
 class TrainingStream:
     """Endless micro-batches of one rank from a sealed cache, from `position` on (`seek` sets it).
 
-    `encode` is called from several threads at once unless `num_threads` is 0.
+    `encode` is called from several threads at once unless `num_threads` is 0. `records` is the tier
+    to learn from where the cache holds several, by default the most exact one.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class TrainingStream:
         encode: Encoder,
         *,
         objective: ObjectiveConfig,
+        records: TierName | None = None,
         pad_token_id: int,
         seed: int,
         plan: BatchPlan,
@@ -128,7 +130,7 @@ class TrainingStream:
         self.position = 0
         self._reader = reader
         self._encode = encode
-        self._parts = parts_needed(objective, reader.spec.records)
+        self._parts = parts_needed(objective, tier_to_learn_from(reader.spec.records, records))
         self._scope: MatchScope | None = (
             objective.matching.scope if objective.needs_vision else None
         )
@@ -176,8 +178,8 @@ class TrainingStream:
         return encoded, cached.output
 
 
-def parts_needed(objective: ObjectiveConfig, records: RecordKind) -> frozenset[Part]:
-    """The parts of a cached sample that the objective reads."""
+def parts_needed(objective: ObjectiveConfig, records: TierName) -> frozenset[Part]:
+    """The parts of a cached sample that the objective reads of a tier."""
     parts: set[Part] = set()
     distils = objective.needs_vision or objective.rld_weight > 0
     if records == "hidden":

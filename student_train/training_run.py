@@ -31,6 +31,7 @@ from student_train.stream import BatchPlan, TrainingStream, parts_needed
 from student_train.student import output_head, set_trainable
 from student_train.trainer import EmkdTrainer, Progress, Report, training_arguments
 from teacher_cache.reader import CacheReader
+from teacher_cache.settings import TierName, tier_to_learn_from
 from teacher_cache.tokens import SampleEncoder
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,9 @@ def train_student(
         logger.info("%s has finished already", run)
         return finished
     resumed = newest_checkpoint(run, identity)
-    assets = _assets(reader, settings.objective)
-    require_served(settings.objective, reader.spec, assets)
+    tier = tier_to_learn_from(reader.spec.records, settings.records)
+    assets = _assets(reader, settings.objective, tier)
+    require_served(settings.objective, reader.spec, assets, tier)
 
     model, processor = load()
     set_trainable(model, settings.train_parts)
@@ -90,6 +92,7 @@ def train_student(
         reader,
         encoder.encode,
         objective=settings.objective,
+        records=tier,
         pad_token_id=encoder.pad_token_id,
         seed=settings.seed,
         plan=plan,
@@ -128,8 +131,8 @@ def train_student(
     return record
 
 
-def _assets(reader: CacheReader, objective: ObjectiveConfig) -> TeacherAssets:
-    parts = parts_needed(objective, reader.spec.records)
+def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> TeacherAssets:
+    parts = parts_needed(objective, tier)
     return TeacherAssets(
         head=reader.head() if "hidden" in parts else None,
         sketch=reader.sketch_basis() if "sketch" in parts else None,

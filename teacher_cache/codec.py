@@ -48,6 +48,8 @@ TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
     "topk": frozenset({"vision", "affinity", "response"}),
     "topk+sketch": frozenset({"vision", "sketch", "affinity", "response"}),
     "hidden": frozenset({"hidden"}),
+    "topk+hidden": frozenset({"vision", "affinity", "response", "hidden"}),
+    "topk+sketch+hidden": frozenset({"vision", "sketch", "affinity", "response", "hidden"}),
 }
 
 

@@ -1,9 +1,10 @@
 """From a sample's final hidden states to the records that are stored of it; plain tensors in, out.
 
-Three tiers (schema.py, TeacherOutput): `hidden` stores the states that enter the LM head and
-everything else follows from them; `topk` stores the largest logits at vision positions and at the
-positions that predict the response, and the affinity matrix; `topk+sketch` adds a PCA code of the
-vision states. Records lie on the CPU. ValueError where the teacher's numbers are not finite.
+Three tiers, or the last and one of the others at once (schema.py, TeacherOutput): `topk` stores the
+largest logits at vision positions and at the positions that predict the response, and the affinity
+matrix; `topk+sketch` adds a PCA code of the vision states; `hidden` stores the states that enter
+the LM head, and everything else follows from them. Records lie on the CPU. ValueError where the
+teacher's numbers are not finite.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from teacher_cache.schema import (
     TokenSpans,
     TopKRecord,
 )
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import RecordKind, holds
 from teacher_cache.sketch import SketchBasis, encode_sketch
 from teacher_cache.topk import top_k_from_hidden
 
@@ -66,19 +67,19 @@ def make_output(
     vision, text = states[spans.vision], states[spans.vlad_text]
     predicting = states[spans.predicting]
     hidden = top = code = affinity = response = None
-    if settings.records == "hidden":
+    if holds(settings.records, "hidden"):
         dtype = DTYPES[settings.hidden_dtype]
         hidden = HiddenRecord(
             vision=vision.to("cpu", dtype),
             text=text.to("cpu", dtype),
             predicting=predicting.to("cpu", dtype),
         )
-    else:
+    if holds(settings.records, "topk"):
         top = top_k_from_hidden(vision, head, settings.top_k)
         response = _on_cpu(top_k_from_hidden(predicting, head, settings.top_k))
         cosine = cosine_affinity(text, vision)
         affinity = AffinityRecord(cosine=cosine.to("cpu", DTYPES[settings.affinity_dtype]))
-        if settings.records == "topk+sketch":
+        if holds(settings.records, "sketch"):
             if sketch is None:
                 raise ValueError("the topk+sketch tier needs a basis; fit one first")
             here = encode_sketch(sketch, vision, top)

@@ -36,6 +36,7 @@ from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec
 from teacher_cache.pretrained import load_model, resolve_device
 from teacher_cache.records import DTYPES, RecordSettings, make_output
 from teacher_cache.schema import RejectedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.settings import holds
 from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.tokens import SampleEncoder
 
@@ -140,13 +141,13 @@ class Teacher:
     def spec(self, settings: RecordSettings, *, batch_size: int) -> CacheSpec:
         """Everything that the stored numbers depend on, as digests and settings."""
         self._require(settings)
-        hidden = settings.records == "hidden"
-        basis = self.sketch if settings.records == "topk+sketch" else None
+        hidden, top = holds(settings.records, "hidden"), holds(settings.records, "topk")
+        basis = self.sketch if holds(settings.records, "sketch") else None
         processor = self.encoder.processor
         return CacheSpec(
             layout_version=LAYOUT_VERSION,
             records=settings.records,
-            top_k=None if hidden else settings.top_k,
+            top_k=settings.top_k if top else None,
             sketch_rank=None if basis is None else basis.rank,
             sketch_digest=None if basis is None else basis.digest,
             head_digest=self.head.digest if hidden else None,
@@ -154,7 +155,7 @@ class Teacher:
             hidden_size=self.head.weight.shape[1],
             logits_dtype=_name(self.head.weight.dtype),
             hidden_dtype=settings.hidden_dtype if hidden else None,
-            affinity_dtype=None if hidden else settings.affinity_dtype,
+            affinity_dtype=settings.affinity_dtype if top else None,
             teacher_class=type(self.model).__name__,
             teacher_weights=self._weights_digest,
             teacher_config=config_digest(self.model.config),
@@ -173,14 +174,14 @@ class Teacher:
         return weights_digest(self.model)
 
     def _require(self, settings: RecordSettings) -> None:
-        if settings.records == "hidden":
+        if not holds(settings.records, "topk"):
             return
         if not 1 <= settings.top_k <= self.head.vocab_size:
             raise ValueError(
                 f"top_k is {settings.top_k}, but the teacher and its tokenizer share "
                 f"{self.head.vocab_size} vocabulary rows; lower top_k"
             )
-        if settings.records == "topk+sketch" and self.sketch is None:
+        if holds(settings.records, "sketch") and self.sketch is None:
             raise ValueError("the topk+sketch tier needs a basis; call fit_sketch first")
 
     def _encode(self, sample: Sample) -> EncodedSample | RejectedSample:

@@ -11,7 +11,7 @@ from teacher_cache.manifest import Plan
 from teacher_cache.reader import CacheReader
 from teacher_cache.records import RecordSettings
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
-from teacher_cache.settings import ShardFormatName
+from teacher_cache.settings import ShardFormatName, holds
 from teacher_cache.storage import Location, open_store
 from teacher_cache.teacher import Teacher
 from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
@@ -28,7 +28,7 @@ def build_cache(
 ) -> CacheReader:
     """A sealed cache of the samples, all of which the teacher must accept."""
     cache = open_store(location)
-    sketched = settings.records == "topk+sketch"
+    sketched = holds(settings.records, "sketch")
     sketch = teacher.fit_sketch([samples], settings.sketch_rank) if sketched else None
     keys = [(sample.key, position) for position, sample in enumerate(samples)]
     plan = write_plan(
@@ -43,7 +43,7 @@ def build_cache(
             ),
         ),
     )
-    write_assets(cache, teacher.head if settings.records == "hidden" else None, sketch)
+    write_assets(cache, teacher.head if holds(settings.records, "hidden") else None, sketch)
     for index, shard in enumerate(plan.shards):
         members = [samples[position] for _, position in shard]
         outputs = teacher.outputs(members, settings)

@@ -29,7 +29,7 @@ from teacher_cache.schema import (
     ViewGrid,
     make_sample,
 )
-from teacher_cache.settings import RecordKind, ShardFormatName
+from teacher_cache.settings import RecordKind, ShardFormatName, holds
 
 BEARTYPE_DRAWS = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strat")
 """Mark of the tests that use these strategies: beartype picks the item of a tuple that it checks
@@ -47,14 +47,14 @@ def make_spec(records: RecordKind = "topk", **changes: object) -> CacheSpec:
     fields: dict[str, object] = {
         "layout_version": LAYOUT_VERSION,
         "records": records,
-        "top_k": None if records == "hidden" else 4,
-        "sketch_rank": RANK if records == "topk+sketch" else None,
+        "top_k": 4 if holds(records, "topk") else None,
+        "sketch_rank": RANK if holds(records, "sketch") else None,
         "sketch_digest": None,
         "head_digest": None,
         "vocab_size": VOCAB_SIZE,
         "hidden_size": WIDTH,
         "logits_dtype": "float32",
-        "hidden_dtype": "float32" if records == "hidden" else None,
+        "hidden_dtype": "float32" if holds(records, "hidden") else None,
         "affinity_dtype": "float32",
         "teacher_class": "Teacher",
         "teacher_weights": "1" * 64,
@@ -165,17 +165,17 @@ def make_output(
     after_image = torch.rand(num_text, generator=generator) < 0.7
     num_response, num_after = int(is_response.sum()), int(after_image.sum())
     hidden = vision = sketch = affinity = response = None
-    if records == "hidden":
+    if holds(records, "hidden"):
         hidden = HiddenRecord(
             vision=_floats(generator, dtype, num_vision, WIDTH),
             text=_floats(generator, dtype, num_after, WIDTH),
             predicting=_floats(generator, dtype, num_response, WIDTH),
         )
-    else:
+    if holds(records, "topk"):
         vision = _top_k(generator, dtype, num_vision, num_kept, ragged)
         affinity = AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision))
         response = _top_k(generator, dtype, num_response, num_kept, ragged)
-    if records == "topk+sketch":
+    if holds(records, "sketch"):
         codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator)
         sketch = SketchRecord(
             codes=codes.to(torch.int8),
