@@ -22,7 +22,7 @@ class Verify:
     With --teacher, then run the teacher again over samples of it and compare, too.
     """
 
-    cache: tyro.conf.Positional[Path]
+    cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     teacher: str | None = None
     """The teacher that the cache was built with: folder or hub id."""
@@ -70,7 +70,7 @@ class Verify:
 class Inspect:
     """Show what a cache says of itself, or one of its samples, in words and as a picture."""
 
-    cache: tyro.conf.Positional[Path]
+    cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     sample: str | None = None
     """Key (or its beginning) of the sample to show."""
