@@ -83,6 +83,7 @@ class Compression:
         self._recorders: dict[int, AttentionRecorder] = {}
         self.layout: TokenLayout = layout_of(batch)
         """Which token of which sample each column of the output belongs to."""
+        self._whole = self.layout
         self._cache: Any = None
         # By layer of the stage; only stages that dropped something in the latest whole pass.
         self._shortened: dict[int, _Shortened] = {}
@@ -160,27 +161,29 @@ class Compression:
             )
         self._cache = cache
         self._shortened.clear()
-        self.layout = layout_of(self._batch, hidden.shape[1] - length)
+        self.layout = self._whole = layout_of(self._batch, hidden.shape[1] - length)
 
     def _shorten(
         self, stage: Stage, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Drop tokens at the input of layer `stage.layer`; returns the hidden states that stay."""
-        if self._shortened:
-            position_embeddings = self._shortened[max(self._shortened)].position_embeddings
+        """Drop tokens at the input of layer `stage.layer`; returns the hidden states that stay.
+
+        `position_embeddings` are those of the whole sequence, which every layer is given.
+        """
         rows = self._kept_rows(stage, hidden, position_embeddings)
         if all(len(kept) == len(row) for kept, row in zip(rows, self.layout.rows, strict=True)):
             return hidden
         layout = self.layout.only(rows)
-        index_BK = self.layout.index_of(layout).to(hidden.device)
+        index_BK = self._whole.index_of(layout).to(hidden.device)
         cos, sin = (
             _gather(values.expand(len(rows), -1, -1), index_BK) for values in position_embeddings
         )
         self._shortened[stage.layer] = _Shortened(
             is_token=layout.is_token.to(hidden.device), position_embeddings=(cos, sin)
         )
+        hidden = _gather(hidden, self.layout.index_of(layout).to(hidden.device))
         self.layout = layout
-        return _gather(hidden, index_BK)
+        return hidden
 
     @torch.no_grad()
     def _kept_rows(
@@ -188,10 +191,10 @@ class Compression:
     ) -> list[Tensor]:
         """Positions of the tokens that each sample keeps, on the CPU."""
         needs, recorder = self._compressor.needs, self._recorders.get(stage.layer)
-        view = LayerView(needs, self._decoder.norm, recorder, hidden, position_embeddings)
-        is_kept = [torch.ones(len(row), dtype=torch.bool) for row in self.layout.rows]
+        view = LayerView(needs, self._decoder.norm, recorder, hidden)
         chosen: list[Tensor] = []
         owners: list[int] = []
+        is_kept = [torch.ones(len(tokens), dtype=torch.bool) for tokens in self.layout.rows]
         for row, (tokens, start) in enumerate(
             zip(self.layout.rows, self.layout.starts, strict=True)
         ):
@@ -201,21 +204,42 @@ class Compression:
                     continue
                 places = torch.searchsorted(tokens, vision)
                 is_kept[row][places] = False
-                key = self._batch.samples[row].key
                 evidence = view.evidence(
                     row,
                     slice(start, start + len(tokens)),
+                    self._own_positions(row, tokens.to(hidden.device), position_embeddings),
                     places.to(hidden.device),
                     torch.searchsorted(tokens, turn.text).to(hidden.device),
                     int(torch.searchsorted(tokens, turn.end)),
-                    words(self._seed, len(vision), key, number, stage.layer, self._draw),
+                    words(
+                        self._seed,
+                        len(vision),
+                        self._batch.samples[row].key,
+                        number,
+                        stage.layer,
+                        self._draw,
+                    ),
                 )
                 chosen.append(self._compressor.keep(evidence, stage.ratio))
                 owners += [row] * len(chosen[-1])
         # One copy from the device for the whole batch.
         for row, place in zip(owners, torch.cat(chosen).tolist() if chosen else [], strict=True):
             is_kept[row][place] = True
-        return [row[kept] for row, kept in zip(self.layout.rows, is_kept, strict=True)]
+        return [tokens[kept] for tokens, kept in zip(self.layout.rows, is_kept, strict=True)]
+
+    def _own_positions(
+        self, row: int, tokens: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [L, d] of a sample's tokens, as if it had been run alone.
+
+        Without position ids, a decoder counts columns, padding on the left included. Attention
+        sees distances only and does not notice, but the norms of rotated keys (DART) would.
+        """
+        cos, sin = position_embeddings
+        if len(cos) == 1:
+            return cos[0, tokens], sin[0, tokens]
+        columns = tokens + self._batch.offsets[row]
+        return cos[row, columns], sin[row, columns]
 
 
 def _gather(values: Float[Tensor, "B L D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

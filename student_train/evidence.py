@@ -42,17 +42,26 @@ class AttentionRecorder:
             handles.append(module.register_forward_hook(record))
         return handles
 
-    def take(
-        self, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
-        """Queries and keys of the latest call, rotated; forgets them."""
+    def take(self) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
+        """Queries and keys of the latest call, before rotary embedding; forgets them."""
         width: int = self._attention.head_dim
         query, key = (
             self._seen.pop(letter).flatten(2).unflatten(2, (-1, width)).transpose(1, 2)
             for letter in ("q", "k")
         )
-        rotate = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
-        return rotate(query, key, *position_embeddings)
+        return query, key
+
+    def rotate(
+        self,
+        query: Float[Tensor, "H L d"],
+        keys: Float[Tensor, "G L d"],
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> tuple[Float[Tensor, "H L d"], Float[Tensor, "G L d"]]:
+        """The attention's own rotary embedding, of one sample; cosines and sines are [L, d]."""
+        rotary = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
+        cos, sin = position_embeddings
+        query, keys = rotary(query[None], keys[None], cos[None], sin[None])
+        return query[0], keys[0]
 
     @property
     def scaling(self) -> float:
@@ -69,19 +78,17 @@ class LayerView:
         final_norm: nn.Module,
         recorder: AttentionRecorder | None,
         hidden: Float[Tensor, "B L D"],
-        position_embeddings: tuple[Tensor, Tensor],
     ) -> None:
         self._needs = needs
         self._states: Tensor | None = final_norm(hidden) if "states" in needs else None
-        self._query = self._keys = None
-        if recorder is not None:
-            self._query, self._keys = recorder.take(position_embeddings)
-            self._scaling = recorder.scaling
+        self._recorder = recorder
+        self._seen = None if recorder is None else recorder.take()
 
     def evidence(
         self,
         row: int,
         columns: slice,
+        position_embeddings: tuple[Float[Tensor, "L d"], Float[Tensor, "L d"]],
         vision: Int[Tensor, " M"],
         text: Int[Tensor, " T"],
         end: int,
@@ -89,17 +96,20 @@ class LayerView:
     ) -> Evidence:
         """One turn of the sample in batch row `row`, whose tokens are at `columns`.
 
-        `vision`, `text` and `end` count from the first of these columns.
+        `vision`, `text` and `end` count from the first of these columns; the cosines and sines are
+        those of the sample's own tokens.
         """
         states = keys = attention = None
         if self._states is not None:
             states = self._states[row, columns]
-        if self._query is not None and self._keys is not None:
-            query_HLd, keys_GLd = self._query[row, :, columns], self._keys[row, :, columns]
+        if self._recorder is not None and self._seen is not None:
+            query_HLd, keys_GLd = (of_batch[row, :, columns] for of_batch in self._seen)
+            query_HLd, keys_GLd = self._recorder.rotate(query_HLd, keys_GLd, position_embeddings)
             if "keys" in self._needs:
                 keys = keys_GLd.transpose(0, 1).flatten(1)
             if "attention" in self._needs:
-                attention = attention_row(query_HLd[:, end], keys_GLd, end, self._scaling)
+                scaling = self._recorder.scaling
+                attention = attention_row(query_HLd[:, end], keys_GLd, end, scaling)
         return Evidence(
             vision=vision,
             instruction=text,

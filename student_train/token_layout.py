@@ -27,7 +27,7 @@ class TokenLayout:
     Tensors are on the CPU.
     """
 
-    rows: tuple[Int[Tensor, " n"], ...]
+    rows: tuple[Int[Tensor, " _"], ...]
     starts: tuple[int, ...]
     length: int
 
@@ -60,7 +60,7 @@ class TokenLayout:
         """Which of the given tokens of sample `row` are in the layout."""
         return torch.isin(positions, self.rows[row])
 
-    def only(self, rows: Sequence[Int[Tensor, " n"]]) -> "TokenLayout":
+    def only(self, rows: Sequence[Int[Tensor, " _"]]) -> "TokenLayout":
         """The layout with only these tokens of each row, padded to the longest."""
         length = max(len(tokens) for tokens in rows)
         return TokenLayout(

@@ -1,0 +1,71 @@
+"""Which text may decide about which images: known before the answer, turn by turn."""
+
+from dataclasses import replace
+
+import torch
+
+from student_train.turns import Turn, turns_of
+from teacher_cache.collate import EncodedSample
+from teacher_cache.schema import TokenSpans, ViewGrid
+
+# <bos> V V u u <ctl> r r | u V V V u <ctl> r r
+VISION = [[1, 2], [9, 10, 11]]
+CONTENT = [3, 4, 6, 7, 8, 12, 14, 15]
+RESPONSE = [6, 7, 14, 15]
+
+
+def encoded(num_tokens: int = 16) -> EncodedSample:
+    """Two turns with an image each, or the beginning of them."""
+    vision = [place for turn in VISION for place in turn if place < num_tokens]
+    content = torch.tensor([place for place in CONTENT if place < num_tokens])
+    views = [ViewGrid(image=n, view=0, rows=1, cols=len(turn)) for n, turn in enumerate(VISION)]
+    spans = TokenSpans(
+        views=tuple(views[: 1 + (num_tokens > 11)]),
+        vision=torch.tensor(vision),
+        content=content,
+        content_ids=content,
+        is_response=torch.isin(content, torch.tensor(RESPONSE)),
+        after_image=content > 1,
+    )
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": ids + 1}
+    return EncodedSample(key="k", source_id="two turns", inputs=inputs, spans=spans)
+
+
+def as_lists(turns: tuple[Turn, ...]) -> list[tuple[list[int], list[int], int]]:
+    return [(turn.vision.tolist(), turn.text.tolist(), turn.end) for turn in turns]
+
+
+def test_images_are_judged_by_their_own_turns_question() -> None:
+    assert as_lists(turns_of(encoded(), "instruction")) == [
+        ([1, 2], [3, 4], 5),
+        ([9, 10, 11], [8, 12], 13),
+    ]
+
+
+def test_a_prompt_has_the_turns_of_the_conversation_that_follows_it() -> None:
+    whole = as_lists(turns_of(encoded(), "instruction"))
+    assert as_lists(turns_of(encoded(14), "instruction")) == whole
+    assert as_lists(turns_of(encoded(6), "instruction")) == whole[:1]
+
+
+def test_released_takes_all_text_behind_the_images_answers_included() -> None:
+    assert as_lists(turns_of(encoded(), "released")) == [
+        ([1, 2], [3, 4, 5, 6, 7, 8, 12, 13, 14, 15], 15),
+        ([9, 10, 11], [12, 13, 14, 15], 15),
+    ]
+
+
+def test_text_alone_has_no_turn() -> None:
+    sample = encoded()
+    spans = replace(sample.spans, views=(), vision=torch.zeros(0, dtype=torch.int64))
+    assert turns_of(replace(sample, spans=spans), "instruction") == ()
+
+
+def test_views_that_are_not_in_order_come_out_ascending() -> None:
+    sample = encoded()
+    spans = replace(sample.spans, vision=sample.spans.vision.flip(0))
+    vision = [
+        turn.vision.tolist() for turn in turns_of(replace(sample, spans=spans), "instruction")
+    ]
+    assert vision == VISION
