@@ -39,9 +39,10 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.settings import holds
-from teacher_cache.sharding import even_split
+from teacher_cache.sharding import group_shards
 from teacher_cache.storage import Store, open_store
 from teacher_cache.teacher import Teacher
+from teacher_cache.vision_sharing import VisionOwners
 from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
 
 logger = logging.getLogger(__name__)
@@ -114,19 +115,23 @@ class CacheBuilder:
         if begun is not None and _unchanged(config):
             self._load_basis(begun)
             return begun
-        keys, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+        scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
         self._refuse(rejected)
-        if not keys:
+        if not scanned:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
         if holds(config.records, "sketch"):
-            self._fit_basis([index for _, index in keys[: config.calibration_samples]])
-        num_shards = -(-len(keys) // config.samples_per_shard)
+            first = scanned[: config.calibration_samples]
+            self._fit_basis([sample.index for sample in first])
+        groups = [sample.images if config.share_vision else None for sample in scanned]
+        shards = group_shards(groups, config.samples_per_shard)
         plan = Plan(
-            spec=self.teacher.spec(self.records, batch_size=config.batch_size),
+            spec=self.teacher.spec(
+                self.records, batch_size=config.batch_size, share_vision=config.share_vision
+            ),
             format=config.format,
             source=config.source.path,
             shards=tuple(
-                tuple(keys[i] for i in part) for part in even_split(len(keys), num_shards)
+                tuple((scanned[i].key, scanned[i].index) for i in shard) for shard in shards
             ),
             rejected=tuple(rejected),
         )
@@ -147,8 +152,9 @@ class CacheBuilder:
         plan, started = self._plan, time.monotonic()
         rows: list[CachedSample] = []
         rejected: list[RejectedSample] = []
+        owners: VisionOwners | None = {} if plan.spec.share_vision else None
         for samples in self._batches(plan.shards[index]):
-            outputs = self.teacher.outputs(samples, self.records)
+            outputs = self.teacher.outputs(samples, self.records, owners)
             for sample, output in zip(samples, outputs, strict=True):
                 if isinstance(output, TeacherOutput):
                     rows.append(CachedSample(sample=sample, output=output))

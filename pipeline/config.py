@@ -68,6 +68,9 @@ class BuildConfig(Strict):
     affinity_dtype: Literal["float32", "float16"] = "float16"
     system_prompt: str | None = None
     samples_per_shard: int = 256
+    share_vision: bool = True
+    """Store the samples of one image next to each other, and what the teacher says at its vision
+    tokens once where the prompts are the same up to there."""
     batch_size: int = 8
     """Samples of one forward pass of the teacher."""
     device: str = "auto"

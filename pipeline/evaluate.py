@@ -89,7 +89,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     if config.cache is not None:
         CacheReader.open(config.cache)  # before the answers, which take their time
     source = open_source(config.source)
-    keys, rejected = scan(source)
+    scanned, rejected = scan(source)
+    keys = [(sample.key, sample.index) for sample in scanned]
     _refuse(source, [f"{r.source_id}: {r.reason}" for r in rejected])
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)

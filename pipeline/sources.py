@@ -7,9 +7,11 @@ empty source and a file that is not what its name says (ValueError); a sample th
 is a `SampleError`, which `scan` lists instead of stopping at the first.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,15 +51,27 @@ def open_source(config: SourceConfig) -> SampleSource:
     return source
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScannedSample:
+    """What `scan` notes of a usable sample: its key, where it is, which images it shows.
+
+    `images` is the digest of its images in order; None where it has none.
+    """
+
+    key: str
+    index: int
+    images: str | None
+
+
 def scan(
     source: SampleSource, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[tuple[str, int]], list[RejectedSample]]:
-    """Read every sample once: (key, index) of the usable ones in order, and the rejected ones.
+) -> tuple[list[ScannedSample], list[RejectedSample]]:
+    """Read every sample once: the usable ones in order, and the rejected ones.
 
     Samples with the same content stay apart: the second occurrence of a key gets the suffix "-1",
     the third "-2". A sample that could not be read has the key "index-<its position>".
     """
-    keys: list[tuple[str, int]] = []
+    found: list[ScannedSample] = []
     rejected: list[RejectedSample] = []
     seen: Counter[str] = Counter()
     for index in range(len(source)):
@@ -70,10 +84,17 @@ def scan(
         else:
             suffix = f"-{seen[sample.key]}" if seen[sample.key] else ""
             seen[sample.key] += 1
-            keys.append((sample.key + suffix, index))
+            images = images_digest(sample.images)
+            found.append(ScannedSample(key=sample.key + suffix, index=index, images=images))
         if progress is not None:
             progress(index + 1, len(source))
-    return keys, rejected
+    return found, rejected
+
+
+def images_digest(images: Sequence[bytes]) -> str | None:
+    """64 hex digits over images in their order; None for none."""
+    each = [hashlib.sha256(image).hexdigest() for image in images]
+    return hashlib.sha256(" ".join(each).encode()).hexdigest() if each else None
 
 
 class FirstSamples:

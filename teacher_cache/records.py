@@ -7,6 +7,7 @@ the LM head, and everything else follows from them. Records lie on the CPU. Valu
 teacher's numbers are not finite.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from teacher_cache.affinity import cosine_affinity
 from teacher_cache.head import LmHead
 from teacher_cache.schema import (
     AffinityRecord,
+    CachedSample,
     HiddenRecord,
     SketchRecord,
     TeacherOutput,
@@ -59,11 +61,15 @@ def make_output(
     head: LmHead,
     settings: RecordSettings,
     sketch: SketchBasis | None = None,
+    owner: CachedSample | None = None,
 ) -> TeacherOutput:
     """Records of one sample from its final hidden states, which may lie on any device.
 
-    `sketch` is the basis of the `topk+sketch` tier; it lies on the states' device.
+    `sketch` is the basis of the `topk+sketch` tier; it lies on the states' device. `owner` is a
+    sample with the same settings that is the same up to its last vision token: its vision record is
+    taken instead of computing it again.
     """
+    shown = None if owner is None else owner.output
     vision, text = states[spans.vision], states[spans.vlad_text]
     predicting = states[spans.predicting]
     hidden = top = code = affinity = response = None
@@ -74,19 +80,16 @@ def make_output(
             text=text.to("cpu", dtype),
             predicting=predicting.to("cpu", dtype),
         )
+        if shown is not None and shown.hidden is not None:
+            hidden = dataclasses.replace(hidden, vision=shown.hidden.vision)
     if holds(settings.records, "topk"):
-        top = top_k_from_hidden(vision, head, settings.top_k)
         response = _on_cpu(top_k_from_hidden(predicting, head, settings.top_k))
         cosine = cosine_affinity(text, vision)
         affinity = AffinityRecord(cosine=cosine.to("cpu", DTYPES[settings.affinity_dtype]))
-        if holds(settings.records, "sketch"):
-            if sketch is None:
-                raise ValueError("the topk+sketch tier needs a basis; fit one first")
-            here = encode_sketch(sketch, vision, top)
-            code = SketchRecord(
-                codes=here.codes.cpu(), scale=here.scale.cpu(), tail_shift=here.tail_shift.cpu()
-            )
-        top = _on_cpu(top)
+        if shown is not None:
+            top, code = shown.vision, shown.sketch
+        else:
+            top, code = _vision_record(vision, head, settings, sketch)
     return TeacherOutput(
         views=spans.views,
         content_ids=spans.content_ids,
@@ -97,7 +100,25 @@ def make_output(
         affinity=affinity,
         response=response,
         hidden=hidden,
+        shared_from=None if owner is None else owner.sample.key,
     )
+
+
+def _vision_record(
+    vision: Float[Tensor, "M D"],
+    head: LmHead,
+    settings: RecordSettings,
+    sketch: SketchBasis | None,
+) -> tuple[TopKRecord, SketchRecord | None]:
+    top, code = top_k_from_hidden(vision, head, settings.top_k), None
+    if holds(settings.records, "sketch"):
+        if sketch is None:
+            raise ValueError("the topk+sketch tier needs a basis; fit one first")
+        here = encode_sketch(sketch, vision, top)
+        code = SketchRecord(
+            codes=here.codes.cpu(), scale=here.scale.cpu(), tail_shift=here.tail_shift.cpu()
+        )
+    return _on_cpu(top), code
 
 
 def _on_cpu(record: TopKRecord) -> TopKRecord:

@@ -90,10 +90,13 @@ class EncodedRow:
             raise ShardCorruptError(f"its planes {', '.join(sorted(damaged))} are damaged")
 
     @property
-    def vision_sums(self) -> tuple[list[str], dict[str, str]]:
+    def vision_sums(self) -> tuple[str, ...]:
         """Sums of the images and of the vision planes: equal in rows that share them."""
-        shared = {name: _sum(self.planes[name]) for name in VISION_PLANES & self.planes.keys()}
-        return [_sum(image) for image in self.images], shared
+        shared = sorted(VISION_PLANES & self.planes.keys())
+        return (
+            *(_sum(image) for image in self.images),
+            *(f"{name} {_sum(self.planes[name])}" for name in shared),
+        )
 
     def _sum(self, images: list[str], planes: dict[str, str]) -> str:
         texts = [self.key, self.source_id, self.shared_from, self.messages]
@@ -202,13 +205,26 @@ class ShardFormat(ABC):
         """Open a file for random access; raises `ShardCorruptError` for what is not a shard."""
 
 
+def with_owners(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
+    """Rows some of which may have been left out, moved or replaced: who shares with whom now.
+
+    Where an owner has not come before with that very record, the first row that shares from it
+    takes its place.
+    """
+    heirs: dict[tuple[str, tuple[str, ...]], str] = {}
+    for row in rows:
+        heir = heirs.setdefault((row.shared_from or row.key, row.vision_sums), row.key)
+        owner = None if heir == row.key else heir
+        yield row if owner == row.shared_from else dataclasses.replace(row, shared_from=owner)
+
+
 def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator[StoredRow]:
     """What is to be written of each row, whose owner must have come before it.
 
     Raises ValueError for a row with other planes, and for one that does not have its owner's
     images and vision planes.
     """
-    owners: dict[str, tuple[int, tuple[list[str], dict[str, str]]]] = {}
+    owners: dict[str, tuple[int, tuple[str, ...]]] = {}
     for number, row in enumerate(rows):
         if set(row.planes) != set(planes):
             raise ValueError(

@@ -1,5 +1,8 @@
 """Arithmetic of shards and orders: which samples, in which order, for whom. Knows no files.
 
+A cache's shards are cut from a source's order by `group_shards`, which puts together what may share
+a vision record.
+
 The student's order is an endless sequence of epochs, each a permutation of all rows, and a pure
 function of (shard sizes, seed, window): shards are permuted, cut into windows of a few shards, and
 rows are permuted inside each window, so that few shards are touched at a time. Global batch b of
@@ -11,7 +14,7 @@ not promise that `Generator.permutation` stays the same from version to version.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -27,6 +30,28 @@ def even_split(count: int, num_parts: int) -> tuple[range, ...]:
     size, extra = divmod(count, num_parts)
     starts = [part * size + min(part, extra) for part in range(num_parts + 1)]
     return tuple(range(starts[i], starts[i + 1]) for i in range(num_parts))
+
+
+def group_shards(groups: Sequence[Hashable | None], size: int) -> list[list[int]]:
+    """Positions of samples, shard by shard, the members of a group next to each other.
+
+    `groups[i]` is the group of sample i, None for a sample that stands alone. Groups come in order
+    of first appearance, their members in order. A shard has at most `size` samples and cuts only
+    groups that are larger than that.
+    """
+    if size < 1:
+        raise ValueError(f"shards of {size} samples; give at least 1")
+    members: dict[tuple[bool, Hashable], list[int]] = {}
+    for position, group in enumerate(groups):
+        name = (False, position) if group is None else (True, group)
+        members.setdefault(name, []).append(position)
+    shards: list[list[int]] = []
+    for positions in members.values():
+        if not shards or len(shards[-1]) + len(positions) > size:
+            shards += [positions[at : at + size] for at in range(0, len(positions), size)]
+        else:
+            shards[-1] += positions
+    return shards
 
 
 def shard_of(starts: Sequence[int], index: int) -> int:

@@ -35,10 +35,17 @@ from teacher_cache.identity import (
 from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec
 from teacher_cache.pretrained import load_model, resolve_device
 from teacher_cache.records import DTYPES, RecordSettings, make_output
-from teacher_cache.schema import RejectedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.schema import (
+    CachedSample,
+    RejectedSample,
+    Sample,
+    SampleError,
+    TeacherOutput,
+)
 from teacher_cache.settings import holds
 from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.tokens import SampleEncoder
+from teacher_cache.vision_sharing import VisionOwners, seen_by_vision
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +129,15 @@ class Teacher:
             return self.model.model(**inputs, use_cache=False).last_hidden_state
 
     def outputs(
-        self, samples: Sequence[Sample], settings: RecordSettings
+        self,
+        samples: Sequence[Sample],
+        settings: RecordSettings,
+        owners: VisionOwners | None = None,
     ) -> list[TeacherOutput | RejectedSample]:
         """Records of samples, in their order; they go through the model as one batch.
+
+        Samples that are the same up to their last vision token as one of the `owners` have its
+        vision record; others become owners themselves. None: each has its own.
 
         ValueError where the settings themselves cannot work: `top_k` beyond the vocabulary, a
         sketch without a basis.
@@ -134,11 +147,15 @@ class Teacher:
         states = self._states([item for item in items if isinstance(item, EncodedSample)])
         rest = iter(states)
         return [
-            self._record(item, next(rest), settings) if isinstance(item, EncodedSample) else item
-            for item in items
+            self._record(sample, item, next(rest), settings, owners)
+            if isinstance(item, EncodedSample)
+            else item
+            for sample, item in zip(samples, items, strict=True)
         ]
 
-    def spec(self, settings: RecordSettings, *, batch_size: int) -> CacheSpec:
+    def spec(
+        self, settings: RecordSettings, *, batch_size: int, share_vision: bool = False
+    ) -> CacheSpec:
         """Everything that the stored numbers depend on, as digests and settings."""
         self._require(settings)
         hidden, top = holds(settings.records, "hidden"), holds(settings.records, "topk")
@@ -167,6 +184,7 @@ class Teacher:
             image_processor=image_processor_digest(processor),
             system_prompt=self.encoder.system_prompt,
             batch_size=batch_size,
+            share_vision=share_vision,
         )
 
     @cached_property
@@ -197,14 +215,24 @@ class Teacher:
         return list(self.hidden_states(collate(encoded, self.encoder.pad_token_id, "right")))
 
     def _record(
-        self, sample: EncodedSample, states: Tensor, settings: RecordSettings
+        self,
+        sample: Sample,
+        encoded: EncodedSample,
+        states: Tensor,
+        settings: RecordSettings,
+        owners: VisionOwners | None,
     ) -> TeacherOutput | RejectedSample:
+        seen = None if owners is None else seen_by_vision(sample, encoded)
+        owner = None if owners is None or seen is None else owners.get(seen)
         try:
-            return make_output(sample.spans, states, self.head, settings, self.sketch)
+            output = make_output(encoded.spans, states, self.head, settings, self.sketch, owner)
         except ValueError as error:
             return RejectedSample(
                 key=sample.key, source_id=sample.source_id, reason=f"the teacher's output: {error}"
             )
+        if owners is not None and seen is not None:
+            owners.setdefault(seen, CachedSample(sample=sample, output=output))
+        return output
 
 
 def shared_head(model: Any, tokenizer: Any) -> LmHead:

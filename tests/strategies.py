@@ -67,6 +67,7 @@ def make_spec(records: RecordKind = "topk", **changes: object) -> CacheSpec:
         "image_processor": "5" * 64,
         "system_prompt": None,
         "batch_size": 1,
+        "share_vision": True,
     }
     return CacheSpec(**{**fields, **changes})  # pyright: ignore[reportArgumentType]
 

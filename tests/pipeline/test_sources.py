@@ -130,13 +130,31 @@ def test_scan_keeps_identical_samples_apart_and_reports_progress(
 ) -> None:
     seen: list[tuple[int, int]] = []
     source = _open(write(tmp_path, ENTRIES))
-    keys, rejected = scan(source, lambda done, total: seen.append((done, total)))
+    found, rejected = scan(source, lambda done, total: seen.append((done, total)))
     assert not rejected
     assert seen == [(n, 5) for n in range(1, 6)]
-    assert [index for _, index in keys] == [0, 1, 2, 3, 4]
-    assert keys[4][0] == keys[0][0] + "-1"
-    assert len({key for key, _ in keys}) == 5
-    assert scan(source) == (keys, [])
+    assert [sample.index for sample in found] == [0, 1, 2, 3, 4]
+    assert found[4].key == found[0].key + "-1"
+    assert len({sample.key for sample in found}) == 5
+    assert scan(source) == (found, [])
+
+
+def test_scan_tells_which_samples_show_the_same_images(tmp_path: Path) -> None:
+    turns = _turns("<image> what?", "this")
+    both = _turns("<image> and <image>?", "those")
+    entries = [
+        ("a", [_image(1)], turns),
+        ("b", [_image(1)], _turns("so <image>?", "no")),
+        ("c", [_image(2)], turns),
+        ("d", [], _turns("what?", "that")),
+        ("e", [_image(1), _image(2)], both),
+        ("f", [_image(2), _image(1)], both),
+    ]
+    found, _ = scan(_open(_write_json(tmp_path, entries)))
+    shown = [sample.images for sample in found]
+    assert shown[0] == shown[1]
+    assert shown[3] is None
+    assert len({*shown}) == 5
 
 
 @every_kind
@@ -179,8 +197,8 @@ def test_a_bad_sample_is_refused_by_name_and_the_others_are_kept(
         source[1]
     assert name in str(error.value)
     assert str(tmp_path) in str(error.value)
-    keys, rejected = scan(source)
-    assert [index for _, index in keys] == [0, 2]
+    found, rejected = scan(source)
+    assert [sample.index for sample in found] == [0, 2]
     assert [(r.key, r.source_id) for r in rejected] == [("index-1", name)]
 
 
@@ -208,8 +226,8 @@ def test_a_broken_line_rejects_one_sample_of_a_jsonl(tmp_path: Path) -> None:
     path = _write_jsonl(tmp_path, ENTRIES[:1])
     with open(path, "a") as file:
         file.write("\n{oops\n[]\n")
-    keys, rejected = scan(_open(path))
-    assert len(keys) == 1
+    found, rejected = scan(_open(path))
+    assert len(found) == 1
     assert "line 2: not valid JSON" in rejected[0].reason
     assert "line 3: expected a JSON object, found list" in rejected[1].reason
 

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.sharding import SampleOrder, even_split, micro_batches, owned_positions, shard_of
+from teacher_cache.sharding import (
+    SampleOrder,
+    even_split,
+    group_shards,
+    micro_batches,
+    owned_positions,
+    shard_of,
+)
 
 SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -18,6 +25,44 @@ def test_a_split_covers_everything_once_and_evenly(count: int, num_parts: int) -
     assert len(sizes) == num_parts
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+@given(
+    groups=st.lists(st.none() | st.integers(0, 5), max_size=40),
+    size=st.integers(1, 9),
+)
+def test_shards_of_groups_are_a_permutation_that_cuts_no_group_without_need(
+    groups: list[int | None], size: int
+) -> None:
+    shards = group_shards(groups, size)
+    order = [position for shard in shards for position in shard]
+    assert sorted(order) == list(range(len(groups)))
+    assert all(1 <= len(shard) <= size for shard in shards)
+    places = {position: place for place, position in enumerate(order)}
+    shard_numbers = {position: k for k, shard in enumerate(shards) for position in shard}
+    for group in set(groups) - {None}:
+        members = [position for position, each in enumerate(groups) if each == group]
+        first = places[members[0]]
+        assert [places[member] for member in members] == list(range(first, first + len(members)))
+        num_shards = len({shard_numbers[member] for member in members})
+        assert num_shards == -(-len(members) // size)
+    heads = [p for p in order if groups[p] is None or groups.index(groups[p]) == p]
+    assert heads == sorted(heads)
+
+
+@given(groups=st.lists(st.none() | st.integers(0, 5), max_size=40), size=st.integers(1, 9))
+def test_shards_of_groups_do_not_depend_on_the_groups_names(
+    groups: list[int | None], size: int
+) -> None:
+    renamed = [None if group is None else f"group {-group}" for group in groups]
+    assert group_shards(groups, size) == group_shards(renamed, size)
+
+
+@given(count=st.integers(0, 60), size=st.integers(1, 9))
+def test_samples_without_groups_keep_their_order_in_full_shards(count: int, size: int) -> None:
+    shards = group_shards([None] * count, size)
+    assert [position for shard in shards for position in shard] == list(range(count))
+    assert all(len(shard) == size for shard in shards[:-1])
 
 
 @given(sizes=SIZES)
@@ -101,6 +146,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size: int, world_
 def test_senseless_numbers_are_refused() -> None:
     for call in (
         lambda: even_split(3, 0),
+        lambda: group_shards(["a"], 0),
         lambda: SampleOrder([], 0, 1),
         lambda: SampleOrder([0, 0], 0, 1),
         lambda: SampleOrder([2, -1], 0, 1),
