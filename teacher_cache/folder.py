@@ -9,8 +9,9 @@ Names that begin with a dot are private files of a running or a killed build and
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import safetensors
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from teacher_cache.decode import DecodeError, decode_json
 from teacher_cache.head import LmHead
+from teacher_cache.layered_shard import LayeredShard
 from teacher_cache.manifest import (
     CacheSpec,
     IncompleteCacheError,
@@ -26,10 +28,14 @@ from teacher_cache.manifest import (
     Seal,
     ShardCommit,
     ShardCorruptError,
+    ShardFile,
+    cache_fingerprint,
     require_equal,
     to_json,
 )
-from teacher_cache.shard_format import Shard, shard_format
+from teacher_cache.schema import RejectedSample
+from teacher_cache.settings import ShardFormatName
+from teacher_cache.shard_format import EncodedRow, Shard, shard_format
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Store
 
@@ -87,7 +93,7 @@ def require_same_plan(cache: Store, seal: Seal) -> Plan:
     remedy = "The folder is damaged or a mixture of two caches: build it again."
     require_equal(seal.spec, plan.spec, f"{cache}: the seal's spec", remedy)
     require_equal(seal.format, plan.format, f"{cache}: the seal's format", remedy)
-    require_equal(seal.fingerprint, plan.fingerprint, f"{cache}: the seal's plan", remedy)
+    require_equal(seal.plan, plan.fingerprint, f"{cache}: the seal's plan", remedy)
     sealed = [(commit.index, commit.num_rows) for commit in seal.shards]
     numbers = range(len(plan.shards))
     if [index for index, _ in sealed] == list(numbers):
@@ -95,7 +101,14 @@ def require_same_plan(cache: Store, seal: Seal) -> Plan:
     else:
         planned = [(index, len(plan.shards[index])) for index in numbers]
     require_equal(sealed, planned, f"{cache}: shards and rows of the seal", remedy)
+    found = sealed_fingerprint(plan, seal.shards)
+    require_equal(seal.fingerprint, found, f"{cache}: the seal's fingerprint", remedy)
     return plan
+
+
+def sealed_fingerprint(plan: Plan, commits: Sequence[ShardCommit]) -> str:
+    """The identity of a cache: two builds of one plan that rejected other samples differ."""
+    return cache_fingerprint(plan.spec, [shard_keys(plan, commit) for commit in commits])
 
 
 def read_commit(cache: Store, index: int) -> ShardCommit | None:
@@ -123,8 +136,13 @@ def commit_name(index: int) -> str:
 
 def shard_keys(plan: Plan, commit: ShardCommit) -> tuple[str, ...]:
     """The keys of a shard's rows in order: those planned, less those rejected."""
-    rejected = {sample.key for sample in commit.rejected}
-    return tuple(key for key, _ in plan.shards[commit.index] if key not in rejected)
+    return kept_keys(plan, commit.index, commit.rejected)
+
+
+def kept_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> tuple[str, ...]:
+    """The keys planned for shard `index` in order, less those rejected."""
+    refused = {sample.key for sample in rejected}
+    return tuple(key for key, _ in plan.shards[index] if key not in refused)
 
 
 def shard_metadata(plan: Plan, index: int) -> dict[str, str]:
@@ -138,51 +156,100 @@ def shard_metadata(plan: Plan, index: int) -> dict[str, str]:
 
 
 def open_shard(cache: Store, plan: Plan, commit: ShardCommit) -> Shard:
-    """Open a committed shard: size, identity and row count have been checked.
+    """Open a committed shard: sizes, identity and row count have been checked.
 
     Raises `ShardCorruptError` naming the file and the remedy.
     """
-    require_shard_file(cache, commit)
-    path = cache.local(commit.file, commit.num_bytes, commit.sha256)
-    shard = shard_format(plan.format).open(path)
-    expected = shard_metadata(plan, commit.index)
-    for field in sorted(expected.keys() | shard.metadata.keys()):
-        if shard.metadata.get(field) != expected.get(field):
-            raise ShardCorruptError(
-                f"{path} is not shard {commit.index} of this cache: {field} is "
-                f"{shard.metadata.get(field)!r}, expected {expected.get(field)!r}; {REMEDY}"
-            )
+    for file in commit.files:
+        require_shard_file(cache, file)
+    paths = [cache.local(file.file, file.num_bytes, file.sha256) for file in commit.files]
+    return open_files(plan, commit, paths)
+
+
+def open_files(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Shard:
+    """Open a shard from local copies of its files, as `open_shard` does."""
     num_keys = len(shard_keys(plan, commit))
-    if not shard.num_rows == num_keys == commit.num_rows:
-        raise ShardCorruptError(
-            f"{path}: found {shard.num_rows} rows, the plan has {num_keys}, the commit record "
-            f"{commit.num_rows}; {REMEDY}"
-        )
-    return shard
+    layers: list[Shard] = []
+    for file, path in zip(commit.files, paths, strict=True):
+        layer = shard_format(plan.format).open(path)
+        _require_identity(layer, file, plan)
+        if not layer.num_rows == num_keys == commit.num_rows:
+            raise ShardCorruptError(
+                f"{path}: found {layer.num_rows} rows, the plan has {num_keys}, the commit record "
+                f"{commit.num_rows}; {REMEDY}"
+            )
+        layers.append(layer)
+    if not layers:
+        raise ShardCorruptError(f"the commit record of shard {commit.index} names no file")
+    if len(layers) == 1:
+        return layers[0]
+    return LayeredShard(layers, [file.planes for file in commit.files])
 
 
-def require_shard_file(cache: Store, commit: ShardCommit) -> None:
-    """Raise `ShardCorruptError` unless a committed shard is there in its full size.
+def read_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[EncodedRow]:
+    """The rows of a committed shard in order, with all their planes, as frames that stay unopened.
+
+    Every byte has been checked and every key is the planned one: `write_encoded_shard` of another
+    cache takes them as they are. Raises `ShardCorruptError`.
+    """
+    shard = open_shard(cache, plan, commit)
+    planes = {name for file in commit.files for name in file.planes}
+    for number, key in enumerate(shard_keys(plan, commit)):
+        row = shard.read(number, planes)
+        if row.key != key:
+            raise ShardCorruptError(
+                f"{shard.path}: row {number} holds sample {row.key}, the plan has {key}; {REMEDY}"
+            )
+        yield row
+
+
+def shard_name(index: int, sha256: str, form: ShardFormatName) -> str:
+    """Where a file of shard `index` with this content lies."""
+    return f"shards/{index:05d}-{sha256[:16]}{shard_format(form).suffix}"
+
+
+def require_shard_file(cache: Store, file: ShardFile) -> None:
+    """Raise `ShardCorruptError` unless a file of a shard is there in its full size.
 
     Refuses records that point out of the cache.
     """
-    if not re.fullmatch(r"shards/[0-9]+-[0-9a-f]+\.[a-z]+", commit.file):
-        raise ShardCorruptError(f"{cache}: shard {commit.index} is said to be {commit.file!r}")
-    num_bytes = cache.size(commit.file, expected=True)
+    if not re.fullmatch(r"shards/[0-9]+-[0-9a-f]+\.[a-z]+", file.file):
+        raise ShardCorruptError(f"{cache}: a file of a shard is said to be {file.file!r}")
+    num_bytes = cache.size(file.file, expected=True)
     if num_bytes is None:
-        raise ShardCorruptError(f"{cache.where(commit.file)} is missing; {REMEDY}")
-    if num_bytes != commit.num_bytes:
+        raise ShardCorruptError(f"{cache.where(file.file)} is missing; {REMEDY}")
+    if num_bytes != file.num_bytes:
         raise ShardCorruptError(
-            f"{cache.where(commit.file)}: found {num_bytes} bytes, {commit.num_bytes} were "
+            f"{cache.where(file.file)}: found {num_bytes} bytes, {file.num_bytes} were "
             f"committed; {REMEDY}"
         )
 
 
 def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
-    """`require_shard_file` of each, several at a time."""
+    """`require_shard_file` of each file, several at a time."""
+    files = [file for commit in commits for file in commit.files]
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
-        for _ in pool.map(lambda commit: require_shard_file(cache, commit), commits):
+        for _ in pool.map(lambda file: require_shard_file(cache, file), files):
             pass
+
+
+def _require_identity(shard: Shard, file: ShardFile, plan: Plan) -> None:
+    """Refuse a file that is not the one of its record, or of no cache that the record knows."""
+    found = shard.metadata
+    wanted = {
+        "emkd.cache": file.cache,
+        "emkd.layout_version": str(plan.spec.layout_version),
+        "emkd.shard": str(file.index),
+        "emkd.spec": to_json(plan.spec),
+    }
+    if file.cache != plan.fingerprint and "emkd.spec" in found:
+        wanted["emkd.spec"] = found["emkd.spec"]  # of the cache that it was written for
+    for field in sorted(wanted.keys() | found.keys()):
+        if found.get(field) != wanted.get(field):
+            raise ShardCorruptError(
+                f"{shard.path} is not the file of shard {file.index} that was committed: {field} "
+                f"is {found.get(field)!r}, expected {wanted.get(field)!r}; {REMEDY}"
+            )
 
 
 def read_head(cache: Store, spec: CacheSpec) -> LmHead:

@@ -2,16 +2,18 @@
 
     plan.json            written once, before any teacher work: the spec, and which samples make
                          up which shard
-    commits/<k>.json     created exclusively when shard k is complete: file, bytes, checksum, rows
+    commits/<k>.json     created exclusively when shard k is complete: files, checksums, rows
     SEALED.json          created last, when every shard is committed; the only entry for readers
 
 `CacheSpec` holds every setting that changes the stored numbers, and nothing else: its digest with
-the plan's keys is the cache's fingerprint. Disagreement is an error that lists field, stored and
-wanted value. This module knows types, no files; `decode.decode_json` reads what `to_json` writes.
+the keys that are in it is the cache's fingerprint. Disagreement is an error that lists field,
+stored and wanted value. This module knows types, no files; `decode.decode_json` reads what
+`to_json` writes.
 """
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from teacher_cache.decode import Strict
@@ -68,9 +70,6 @@ class CacheSpec(Strict):
     system_prompt: str | None
     batch_size: int
     """Samples of one forward pass; other sizes may change the last bits of a GPU's numbers."""
-    share_vision: bool
-    """Whether samples of a shard that are the same up to their last vision token have one vision
-    record, that of the first; computed beside other samples its last bits may differ."""
 
     @property
     def fingerprint(self) -> str:
@@ -103,23 +102,39 @@ class Plan(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """The cache's identity: its spec and the ordered keys of its shards (not the format)."""
-        keys = [[key for key, _ in shard] for shard in self.shards]
-        return digest_json({"spec": self.spec.fingerprint, "keys": keys})
+        """What is planned: the spec and the ordered keys of the shards (not the format)."""
+        return cache_fingerprint(self.spec, [[key for key, _ in shard] for shard in self.shards])
 
     def __repr__(self) -> str:
         return f"Plan({short(self.fingerprint)}, {self.num_samples} in {len(self.shards)} shards)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardCommit(Strict):
-    """The record that makes shard `index` exist: one file, its size and checksums, its rows."""
+class ShardFile(Strict):
+    """One file of a shard: its size and checksum, whom it was written for, what it holds."""
 
-    index: int
     file: str
     """Path relative to the cache folder."""
     num_bytes: int
     sha256: str
+    cache: str
+    """Fingerprint of the plan that it was written under; says `emkd.cache` in the file."""
+    index: int
+    """Number of the shard under that plan; says `emkd.shard` in the file."""
+    planes: tuple[str, ...]
+    """Names of the planes that are read from this file, sorted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCommit(Strict):
+    """The record that makes shard `index` exist: its files, its rows.
+
+    The first file holds samples and planes. Others are layers: the same keys in the same order,
+    without images, with further planes. A file may have been written for another cache.
+    """
+
+    index: int
+    files: tuple[ShardFile, ...]
     num_rows: int
     num_vision_tokens: int
     num_response_tokens: int
@@ -127,12 +142,20 @@ class ShardCommit(Strict):
     seconds: float = 0.0
     """Wall time of the attempt that was committed, for the report."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.num_bytes for file in self.files)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seal(Strict):
-    """A finished cache: plan identity and every shard's commit record, in shard order."""
+    """A finished cache: its identity and every shard's commit record, in shard order."""
 
     fingerprint: str
+    """The cache's identity: `cache_fingerprint` of the keys that are in it, rejected ones not."""
+    plan: str
+    """Fingerprint of the plan, whatever was rejected."""
     spec: CacheSpec
     format: ShardFormatName
     source: str
@@ -151,6 +174,11 @@ class Seal(Strict):
 
     def __repr__(self) -> str:
         return f"Seal({short(self.fingerprint)}, {self.num_samples} in {len(self.shards)} shards)"
+
+
+def cache_fingerprint(spec: CacheSpec, keys: Sequence[Sequence[str]]) -> str:
+    """64 hex digits over a spec and the ordered keys of each shard, whatever the format."""
+    return digest_json({"spec": spec.fingerprint, "keys": keys})
 
 
 def differences(stored: object, wanted: object, prefix: str = "") -> list[tuple[str, str, str]]:

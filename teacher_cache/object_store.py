@@ -71,9 +71,7 @@ class ObjectStore(Store):
             extra = _EXTRAS.get(self._scheme)
             remedy = f"pip install 'emkd[{extra}]'" if extra else "install the library it names"
             raise ValueError(f"{url} cannot be reached: {error}; {remedy}") from error
-        generic = AsyncFileSystem if issubclass(kind, AsyncFileSystem) else AbstractFileSystem
-        writer = "_pipe_file" if generic is AsyncFileSystem else "pipe_file"
-        if getattr(kind, writer) is getattr(generic, writer):
+        if _looks_first(kind):
             raise ValueError(_cannot_create(url, "its library looks first and writes then"))
         self._root: str = kind._strip_protocol(self.url)
         self._connection: tuple[int, Any] | None = None
@@ -270,6 +268,13 @@ def downloads_folder() -> Path:
 
 
 _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, ValueError, ImportError)
+
+
+def _looks_first(kind: type) -> bool:
+    """Whether a library's conditional creation is fsspec's own, which is none."""
+    if issubclass(kind, AsyncFileSystem):
+        return getattr(kind, "_pipe_file") is getattr(AsyncFileSystem, "_pipe_file")  # noqa: B009
+    return getattr(kind, "pipe_file") is AbstractFileSystem.pipe_file  # noqa: B009
 
 
 def _may_pass(error: Exception, may_be_late: bool) -> bool:

@@ -6,12 +6,14 @@ the assets. A problem does not stop the search: the report names each one. Uses 
 functions, so that what passes here can be read. Refuses a cache that is not sealed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from teacher_cache.folder import (
     REMEDY,
-    open_shard,
+    open_files,
     read_commit,
     read_head,
     read_sketch,
@@ -48,51 +50,59 @@ def verify_cache(
     problems: list[str] = []
     done = 0
     for commit in seal.shards:
-        problems += _file_problems(cache, seal, commit)
-        for problem in _row_problems(cache, plan, commit):
-            problems += [] if problem is None else [problem]
-            done += 1
-            if progress is not None:
+        for problem in _shard_problems(cache, plan, commit):
+            if problem is not None:
+                problems.append(problem)
+            elif progress is not None:
+                done += 1
                 progress(done, seal.num_samples)
     problems += _asset_problems(cache, seal)
-    once = tuple(dict.fromkeys(problems))  # a missing shard is met twice
-    return VerifyReport(shards=len(seal.shards), samples=done, problems=once)
+    return VerifyReport(shards=len(seal.shards), samples=seal.num_samples, problems=tuple(problems))
 
 
-def _file_problems(cache: Store, seal: Seal, commit: ShardCommit) -> Iterator[str]:
-    """The shard as a file: presence, size, checksum, and its commit record against the seal."""
+def _shard_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
+    """Everything that is wrong with a shard, and None for each row, looked at or lost."""
+    num_seen = 0
+    with ExitStack() as stack:
+        paths: list[Path] = []
+        for file in commit.files:
+            try:
+                require_shard_file(cache, file)
+                path = stack.enter_context(cache.fetched(file.file))
+                sha256 = sha256_file(path)
+            except (ShardCorruptError, OSError) as error:
+                yield str(error)
+                continue
+            paths.append(path)
+            if sha256 != file.sha256:
+                yield (
+                    f"{cache.where(file.file)}: SHA-256 is {sha256}, {file.sha256} was committed; "
+                    f"{REMEDY}"
+                )
+        if len(paths) == len(commit.files):
+            for problem in _row_problems(plan, commit, paths):
+                num_seen += problem is None
+                yield problem
+    yield from [None] * (commit.num_rows - num_seen)
     try:
-        require_shard_file(cache, commit)
-        with cache.fetched(commit.file) as path:
-            sha256 = sha256_file(path)
-        if sha256 != commit.sha256:
-            yield (
-                f"{cache.where(commit.file)}: SHA-256 is {sha256}, {commit.sha256} was committed; "
-                f"{REMEDY}"
-            )
-    except (ShardCorruptError, OSError) as error:
-        yield str(error)
-    try:
-        if read_commit(cache, commit.index) != seal.shards[commit.index]:
+        if read_commit(cache, commit.index) != commit:
             yield f"{cache}: the commit record of shard {commit.index} is not the sealed one"
     except ValueError as error:
         yield str(error)
 
 
-def _row_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
-    """One entry for each row of the shard: what is wrong with it, or None."""
-    keys = shard_keys(plan, commit)
+def _row_problems(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Iterator[str | None]:
     try:
-        shard = open_shard(cache, plan, commit)
+        shard = open_files(plan, commit, paths)
     except ShardCorruptError as error:
-        yield from [str(error), *[None] * (len(keys) - 1)]
+        yield str(error)
         return
-    for row, key in enumerate(keys):
+    for row, key in enumerate(shard_keys(plan, commit)):
         try:
             read_sample(shard, row, key, tier_parts(plan.spec), plan.spec)
-            yield None
         except ShardCorruptError as error:
             yield str(error)
+        yield None
 
 
 def _asset_problems(cache: Store, seal: Seal) -> Iterator[str]:

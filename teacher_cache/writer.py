@@ -8,12 +8,12 @@ are not those of the plan, and plans other than the one that is there.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teacher_cache.codec import planes_of
+from teacher_cache.codec import output_from_planes, planes_of
 from teacher_cache.decode import decode_json
 from teacher_cache.folder import (
     HEAD_FILE,
@@ -22,13 +22,17 @@ from teacher_cache.folder import (
     SKETCH_FILE,
     commit_name,
     committed,
+    kept_keys,
     open_shard,
     read_seal,
     require_plan,
     require_shard_files,
+    sealed_fingerprint,
     shard_keys,
     shard_metadata,
+    shard_name,
 )
+from teacher_cache.frames import decode_frame
 from teacher_cache.head import LmHead
 from teacher_cache.manifest import (
     CacheMismatchError,
@@ -37,12 +41,13 @@ from teacher_cache.manifest import (
     Seal,
     ShardCommit,
     ShardCorruptError,
+    ShardFile,
     require_equal,
     to_json,
 )
-from teacher_cache.rows import encode_row, tier_parts
+from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, RejectedSample
-from teacher_cache.shard_format import shard_format
+from teacher_cache.shard_format import EncodedRow, shard_format
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Store, sha256_file
 
@@ -100,33 +105,91 @@ def write_shard(
 
     `rows` and `rejected` together are the shard's samples in the order of the plan.
     """
-    _require_planned(plan, index, rows, rejected)
-    form = shard_format(plan.format)
+    encoded = encode_rows(rows, plan.spec)
+    return write_encoded_shard(cache, plan, index, encoded, rejected, seconds)
+
+
+def write_encoded_shard(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    rejected: Sequence[RejectedSample] = (),
+    seconds: float = 0.0,
+) -> ShardCommit:
+    """`write_shard` of rows that are encoded already, as `read_rows` gives them, one at a time."""
+    counts = Counter[str]()
+    planes = planes_of(tier_parts(plan.spec))
+    file = write_shard_file(cache, plan, index, _counted(rows, counts), planes, rejected)
+    commit = ShardCommit(
+        index=index,
+        files=(file,),
+        num_rows=counts["rows"],
+        num_vision_tokens=counts["vision_tokens"],
+        num_response_tokens=counts["response_tokens"],
+        rejected=tuple(rejected),
+        seconds=seconds,
+    )
+    return commit_shard(cache, plan, commit)
+
+
+def write_shard_file(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    planes: Collection[str],
+    rejected: Sequence[RejectedSample] = (),
+) -> ShardFile:
+    """Write, read back and publish one file of shard `index`: no part of the cache as yet.
+
+    Its rows are the shard's samples, less those rejected, in the order of the plan, each with
+    exactly the planes named. A layer's rows are those of the first file without the images.
+    """
+    form, keys = shard_format(plan.format), _wanted_keys(plan, index, rejected)
     with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
-        planes = planes_of(tier_parts(plan.spec))
-        encoded = (encode_row(row, plan.spec) for row in rows)
-        form.write(attempt, encoded, planes, shard_metadata(plan, index))
+        checked = _in_order(rows, keys, index)
+        form.write(attempt, checked, planes, shard_metadata(plan, index))
         shard = form.open(attempt)
-        found = tuple(shard.read(row, planes).key for row in range(shard.num_rows))
-        if found != tuple(row.sample.key for row in rows):
+        if tuple(shard.read(row, planes).key for row in range(shard.num_rows)) != keys:
             raise ShardCorruptError(f"{attempt}: what was written does not read back")
         sha256 = sha256_file(attempt)
-        commit = ShardCommit(
-            index=index,
-            file=f"shards/{index:05d}-{sha256[:16]}{form.suffix}",
+        file = ShardFile(
+            file=shard_name(index, sha256, plan.format),
             num_bytes=attempt.stat().st_size,
             sha256=sha256,
-            num_rows=len(rows),
-            num_vision_tokens=sum(view.num_tokens for row in rows for view in row.output.views),
-            num_response_tokens=sum(int(row.output.is_response.sum()) for row in rows),
-            rejected=tuple(rejected),
-            seconds=seconds,
+            cache=plan.fingerprint,
+            index=index,
+            planes=tuple(sorted(planes)),
         )
-        cache.publish(attempt, commit.file)
-    name = commit_name(index)
+        cache.publish(attempt, file.file)
+    return file
+
+
+def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
+    """Make shard `commit.index` exist; returns its record, or that of whoever was first.
+
+    The files are there already: written by `write_shard_file`, or copied (`Store.copy_from`) from
+    another cache under their `shard_name`, in which case `ShardFile.cache` and `.index` still say
+    where they were written. Raises ValueError unless files and counts are those of the plan's spec
+    and keys, `ShardCorruptError` for a file that is not there in its full size.
+    """
+    keys = _wanted_keys(plan, commit.index, commit.rejected)
+    if commit.num_rows != len(keys):
+        raise ValueError(
+            f"shard {commit.index}: {commit.num_rows} rows and {len(commit.rejected)} rejected "
+            f"samples are not the {len(plan.shards[commit.index])} samples of the plan"
+        )
+    found = sorted(name for file in commit.files for name in file.planes)
+    wanted = sorted(planes_of(tier_parts(plan.spec)))
+    if found != wanted:
+        raise ValueError(f"shard {commit.index}: its files hold planes {found}, not {wanted}")
+    require_shard_files(cache, [commit])
+    name = commit_name(commit.index)
     if cache.create_exclusive(name, to_json(commit).encode()):
         return commit
-    # Our file, if it is another than the winner's, stays unreferenced until `emkd gc` is run.
+    # Files that are not the winner's stay unreferenced until `emkd gc` is run: whether a record
+    # names them cannot be known in the moment of deleting them.
     return decode_json(ShardCommit, cache.read(name), cache.where(name))
 
 
@@ -141,7 +204,7 @@ def seal_cache(cache: Store) -> Seal:
     sealed = read_seal(cache)
     if sealed is not None:
         remedy = "Delete SEALED.json and run the same emkd build again."
-        require_equal(sealed.fingerprint, plan.fingerprint, f"{cache}: the seal's plan", remedy)
+        require_equal(sealed.plan, plan.fingerprint, f"{cache}: the seal's plan", remedy)
         return sealed
     unplanned = sorted(index for index in commits if index >= len(plan.shards))
     if unplanned:
@@ -160,12 +223,14 @@ def seal_cache(cache: Store) -> Seal:
         shard = open_shard(cache, plan, commit)
         if shard.keys != shard_keys(plan, commit):
             raise ShardCorruptError(f"{shard.path}: its rows are not those of the plan")
+    shards = tuple(commits[index] for index in range(len(plan.shards)))
     seal = Seal(
-        fingerprint=plan.fingerprint,
+        fingerprint=sealed_fingerprint(plan, shards),
+        plan=plan.fingerprint,
         spec=plan.spec,
         format=plan.format,
         source=plan.source,
-        shards=tuple(commits[index] for index in range(len(plan.shards))),
+        shards=shards,
         rejected=plan.rejected + tuple(r for c in commits.values() for r in c.rejected),
     )
     if not seal.num_samples:
@@ -176,17 +241,46 @@ def seal_cache(cache: Store) -> Seal:
     return seal
 
 
-def _require_planned(
-    plan: Plan, index: int, rows: Sequence[CachedSample], rejected: Sequence[RejectedSample]
-) -> None:
-    refused = [sample.key for sample in rejected]
-    wanted = [key for key, _ in plan.shards[index] if key not in set(refused)]
-    found = [row.sample.key for row in rows]
-    if found != wanted or len(found) + len(refused) != len(plan.shards[index]):
+def _wanted_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> tuple[str, ...]:
+    """Keys of the rows of a shard; ValueError for rejected samples that are not of that shard."""
+    if not 0 <= index < len(plan.shards):
+        raise ValueError(f"shard {index}: the plan has {len(plan.shards)} shards")
+    keys = kept_keys(plan, index, rejected)
+    if len(keys) + len(rejected) != len(plan.shards[index]):
         raise ValueError(
-            f"shard {index}: {len(found)} rows and {len(refused)} rejected samples are not the "
-            f"{len(plan.shards[index])} samples of the plan in its order"
+            f"shard {index}: some of the {len(rejected)} rejected samples are not among the "
+            f"{len(plan.shards[index])} samples of the plan"
         )
+    return keys
+
+
+def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> Iterator[EncodedRow]:
+    """The rows as they come; ValueError as soon as they are not those that the plan names."""
+    number = -1
+    for number, row in enumerate(rows):
+        if number >= len(keys) or row.key != keys[number]:
+            planned = keys[number] if number < len(keys) else "no more"
+            raise ValueError(
+                f"shard {index}: its rows are not the samples of the plan in its order: "
+                f"row {number} is {row.key}, planned is {planned}"
+            )
+        yield row
+    if number + 1 != len(keys):
+        raise ValueError(
+            f"shard {index}: its {number + 1} rows are not the samples of the plan, "
+            f"{len(keys)} of which were not rejected"
+        )
+
+
+def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[EncodedRow]:
+    """The rows as they come; adds up what a commit record counts."""
+    spans = planes_of(())
+    for row in rows:
+        output = output_from_planes({name: decode_frame(row.planes[name]) for name in spans}, 1)
+        counts["rows"] += 1
+        counts["vision_tokens"] += sum(view.num_tokens for view in output.views)
+        counts["response_tokens"] += int(output.is_response.sum())
+        yield row
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pipeline.predictions import Prediction, append_predictions
 from student_train.checkpoint import FinishedRun, RunIdentity
 from student_train.objective import ObjectiveName, preset
 from student_train.settings import TrainerSettings, TrainRecipe
-from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Seal, ShardCommit
+from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Seal, ShardCommit, ShardFile
 
 CACHE = "c0ffee" * 10 + "abcd"
 
@@ -125,11 +125,17 @@ def fake_cache(folder: Path) -> Path:
     fields: dict[str, Any] = {f.name: "x" for f in dataclasses.fields(CacheSpec)}
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
     fields |= {"sketch_rank": None, "vocab_size": 512, "hidden_size": 64, "batch_size": 8}
-    commit = ShardCommit(
-        index=0,
-        file="shards/0.arrow",
+    file = ShardFile(
+        file="shards/00000-0.arrow",
         num_bytes=5_600_000,
         sha256="0" * 64,
+        cache=CACHE,
+        index=0,
+        planes=(),
+    )
+    commit = ShardCommit(
+        index=0,
+        files=(file,),
         num_rows=1280,
         num_vision_tokens=46080,
         num_response_tokens=21760,
@@ -137,6 +143,7 @@ def fake_cache(folder: Path) -> Path:
     )
     seal = Seal(
         fingerprint=CACHE,
+        plan=CACHE,
         spec=CacheSpec(**fields),
         format="arrow",
         source="data/train.json",

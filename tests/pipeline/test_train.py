@@ -150,7 +150,7 @@ def test_a_flipped_bit_of_a_record_stops_training_and_names_file_and_sample(
     damaged = _copy(Path(reader.cache.url), tmp_path / "damaged")
     victim = reader.read(4, ["vision"])
     frame = encode_plane("v_logits", output_planes(victim.output)["v_logits"])
-    file = damaged / reader.seal.shards[1].file
+    file = damaged / reader.seal.shards[1].files[0].file
     intact = file.read_bytes()
     flipped = bytearray(intact)
     flipped[intact.index(frame) + len(frame) // 2] ^= 4

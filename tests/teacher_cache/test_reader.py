@@ -175,7 +175,7 @@ def test_a_shard_of_another_place_or_cache_is_refused(tmp_path: Path) -> None:
         content = other.read_bytes()
         first.write_bytes(content)
         seal = json.loads((tmp_path / "a" / "SEALED.json").read_text())
-        seal["shards"][0]["num_bytes"] = len(content)
+        seal["shards"][0]["files"][0]["num_bytes"] = len(content)
         (tmp_path / "a" / "SEALED.json").write_text(json.dumps(seal))
         with pytest.raises(ShardCorruptError, match=rf"{first.name}.*{field}"):
             CacheReader.open(tmp_path / "a").read(0, ())

@@ -40,7 +40,7 @@ def test_every_flipped_byte_of_a_shard_is_found(
     tmp_path: Path, store: LocalStore, form: ShardFormatName
 ) -> None:
     seal = build(tmp_path, make_shards(1), form)
-    file = tmp_path / seal.shards[0].file
+    file = tmp_path / seal.shards[0].files[0].file
     intact = file.read_bytes()
     draws = random.Random(0)
     for _ in range(32):
@@ -54,7 +54,7 @@ def test_all_problems_are_listed(tmp_path: Path, store: LocalStore) -> None:
     head = LmHead(weight=torch.ones(11, 6))
     spec = make_spec(head_digest=head.digest)
     seal = build(tmp_path, make_shards(), spec=spec, head=head)
-    cut, missing, _ = (tmp_path / commit.file for commit in seal.shards)
+    cut, missing, _ = (tmp_path / commit.files[0].file for commit in seal.shards)
     cut.write_bytes(cut.read_bytes()[:-1])
     missing.unlink()
     (tmp_path / "head.safetensors").unlink()
@@ -72,7 +72,7 @@ def test_the_remedy_that_is_named_heals_the_cache(
 ) -> None:
     shards = make_shards()
     seal = build(tmp_path, shards, form)
-    shard = tmp_path / seal.shards[1].file
+    shard = tmp_path / seal.shards[1].files[0].file
     intact = shard.read_bytes()
     shard.write_bytes(intact[: len(intact) // 2] + b"!!!" + intact[len(intact) // 2 + 3 :])
     problems = verify_cache(store).problems
@@ -106,6 +106,6 @@ def test_an_unsealed_cache_is_refused(store: LocalStore) -> None:
 def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path, store: LocalStore) -> None:
     build(tmp_path, make_shards(1))
     seal = json.loads((tmp_path / "SEALED.json").read_text())
-    seal["shards"][0]["sha256"] = "0" * 64
+    seal["shards"][0]["files"][0]["sha256"] = "0" * 64
     (tmp_path / "SEALED.json").write_text(json.dumps(seal))
     assert any("SHA-256" in problem for problem in verify_cache(store).problems)
