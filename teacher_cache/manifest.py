@@ -70,6 +70,9 @@ class CacheSpec(Strict):
     system_prompt: str | None
     batch_size: int
     """Samples of one forward pass; other sizes may change the last bits of a GPU's numbers."""
+    share_vision: bool
+    """Whether samples of a shard that are the same up to their last vision token have one vision
+    record, that of the first; computed beside other samples its last bits may differ."""
 
     @property
     def fingerprint(self) -> str:
