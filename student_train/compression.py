@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt64
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
@@ -211,14 +212,7 @@ class Compression:
                     places.to(hidden.device),
                     torch.searchsorted(tokens, turn.text).to(hidden.device),
                     int(torch.searchsorted(tokens, turn.end)),
-                    words(
-                        self._seed,
-                        len(vision),
-                        self._batch.samples[row].key,
-                        number,
-                        stage.layer,
-                        self._draw,
-                    ),
+                    self._words(row, number, stage, len(vision)) if "words" in needs else None,
                 )
                 chosen.append(self._compressor.keep(evidence, stage.ratio))
                 owners += [row] * len(chosen[-1])
@@ -226,6 +220,11 @@ class Compression:
         for row, place in zip(owners, torch.cat(chosen).tolist() if chosen else [], strict=True):
             is_kept[row][place] = True
         return [tokens[kept] for tokens, kept in zip(self.layout.rows, is_kept, strict=True)]
+
+    def _words(self, row: int, turn: int, stage: Stage, count: int) -> UInt64[np.ndarray, " n"]:
+        """Random words that depend on the sample itself, not on where it is in which batch."""
+        key = self._batch.samples[row].key
+        return words(self._seed, count, key, turn, stage.layer, self._draw)
 
     def _own_positions(
         self, row: int, tokens: Tensor, position_embeddings: tuple[Tensor, Tensor]

@@ -92,7 +92,7 @@ class LayerView:
         vision: Int[Tensor, " M"],
         text: Int[Tensor, " T"],
         end: int,
-        words: UInt64[np.ndarray, " M"],
+        words: UInt64[np.ndarray, " M"] | None,
     ) -> Evidence:
         """One turn of the sample in batch row `row`, whose tokens are at `columns`.
 
@@ -116,7 +116,7 @@ class LayerView:
             states=states,
             keys=keys,
             attention=attention,
-            words=words if "words" in self._needs else None,
+            words=words,
         )
 
 
