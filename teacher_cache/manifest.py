@@ -141,6 +141,11 @@ class ShardCommit(Strict):
     num_rows: int
     num_vision_tokens: int
     num_response_tokens: int
+    num_with_images: int
+    """Rows that have vision tokens."""
+    num_vision_records: int
+    """Those of them whose vision record is stored; the others share one (`CacheSpec`)."""
+    num_stored_vision_tokens: int
     rejected: tuple[RejectedSample, ...] = ()
     seconds: float = 0.0
     """Wall time of the attempt that was committed, for the report."""
@@ -174,6 +179,12 @@ class Seal(Strict):
     def num_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def samples_per_vision_record(self) -> float:
+        """Samples with images for each stored vision record; 1 where nothing is shared."""
+        records = sum(shard.num_vision_records for shard in self.shards)
+        return sum(shard.num_with_images for shard in self.shards) / records if records else 1.0
 
     def __repr__(self) -> str:
         return f"Seal({short(self.fingerprint)}, {self.num_samples} in {len(self.shards)} shards)"

@@ -205,19 +205,6 @@ class ShardFormat(ABC):
         """Open a file for random access; raises `ShardCorruptError` for what is not a shard."""
 
 
-def with_owners(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
-    """Rows some of which may have been left out, moved or replaced: who shares with whom now.
-
-    Where an owner has not come before with that very record, the first row that shares from it
-    takes its place.
-    """
-    heirs: dict[tuple[str, tuple[str, ...]], str] = {}
-    for row in rows:
-        heir = heirs.setdefault((row.shared_from or row.key, row.vision_sums), row.key)
-        owner = None if heir == row.key else heir
-        yield row if owner == row.shared_from else dataclasses.replace(row, shared_from=owner)
-
-
 def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator[StoredRow]:
     """What is to be written of each row, whose owner must have come before it.
 

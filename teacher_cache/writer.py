@@ -127,6 +127,9 @@ def write_encoded_shard(
         num_rows=counts["rows"],
         num_vision_tokens=counts["vision_tokens"],
         num_response_tokens=counts["response_tokens"],
+        num_with_images=counts["with_images"],
+        num_vision_records=counts["vision_records"],
+        num_stored_vision_tokens=counts["stored_vision_tokens"],
         rejected=tuple(rejected),
         seconds=seconds,
     )
@@ -277,8 +280,13 @@ def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[Encod
     spans = planes_of(())
     for row in rows:
         output = output_from_planes({name: decode_frame(row.planes[name]) for name in spans}, 1)
+        num_vision = sum(view.num_tokens for view in output.views)
         counts["rows"] += 1
-        counts["vision_tokens"] += sum(view.num_tokens for view in output.views)
+        counts["vision_tokens"] += num_vision
+        counts["with_images"] += num_vision > 0
+        if row.shared_from is None:
+            counts["vision_records"] += num_vision > 0
+            counts["stored_vision_tokens"] += num_vision
         counts["response_tokens"] += int(output.is_response.sum())
         yield row
 

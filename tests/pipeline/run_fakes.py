@@ -139,6 +139,9 @@ def fake_cache(folder: Path) -> Path:
         num_rows=1280,
         num_vision_tokens=46080,
         num_response_tokens=21760,
+        num_with_images=1280,
+        num_vision_records=1280,
+        num_stored_vision_tokens=46080,
         seconds=31.0,
     )
     seal = Seal(

@@ -13,9 +13,10 @@ from pipeline.inspect_sample import describe_sample
 from teacher_cache.folder import SEAL_FILE
 from teacher_cache.manifest import IncompleteCacheError, ShardCorruptError
 from teacher_cache.reader import CacheReader
+from teacher_cache.schema import CachedSample, Message, Sample, make_sample
 from teacher_cache.settings import RecordKind
 from tests.builders import build
-from tests.strategies import make_cached, make_spec
+from tests.strategies import asked_again, make_cached, make_output, make_spec
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
 
@@ -40,6 +41,26 @@ def test_a_cache_is_described_by_its_seal(tmp_path: Path, records: RecordKind) -
     assert shown["bytes_per_vision_token"] == round(shown["bytes"] / num_vision, 1)
     assert shown["spec"]["records"] == records
     assert shown["rejected"] == []
+
+
+def test_a_cache_says_how_many_samples_share_a_vision_record(tmp_path: Path) -> None:
+    build(tmp_path / "alone", [[make_cached(0)], [make_cached(1)]])
+    shown = describe_cache(CacheReader.open(tmp_path / "alone"))
+    assert (shown["vision_records"], shown["samples_per_vision_record"]) == (2, 1.0)
+    one, text = make_cached(0), CachedSample(sample=_no_image(), output=make_output("topk", 5, ()))
+    shards = [[one, asked_again(one, 1), asked_again(one, 2), text], [make_cached(3)]]
+    build(tmp_path / "shared", shards)
+    reader = CacheReader.open(tmp_path / "shared")
+    shown = describe_cache(reader)
+    found = (shown["samples"], shown["samples_with_images"], shown["vision_records"])
+    assert (found, shown["samples_per_vision_record"]) == ((5, 4, 2), 2.0)
+    stored = [commit.num_stored_vision_tokens for commit in reader.seal.shards]
+    assert (shown["vision_tokens"], stored) == (16, [4, 4])
+
+
+def _no_image() -> Sample:
+    turns = (Message(role="user", text="what?"), Message(role="assistant", text="that"))
+    return make_sample("text", [], turns)
 
 
 def test_tail_masses_are_those_of_the_rows(tmp_path: Path) -> None:

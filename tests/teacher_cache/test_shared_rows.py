@@ -20,7 +20,7 @@ from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.rows import encode_row, encode_rows, read_sample
 from teacher_cache.schema import CachedSample
 from teacher_cache.settings import RecordKind, ShardFormatName
-from teacher_cache.shard_format import EncodedRow, Shard, shard_format, with_owners
+from teacher_cache.shard_format import EncodedRow, Shard, shard_format
 from tests.strategies import (
     BEARTYPE_DRAWS,
     TIERS,
@@ -141,23 +141,6 @@ def test_what_is_not_shared_cannot_be_written_as_shared(tmp_path: Path) -> None:
     for cached in (ROWS[1:], [ONE, dataclasses.replace(ROWS[1], output=other)]):
         with pytest.raises(ValueError, match="no earlier sample with that record"):
             encoded(cached)
-
-
-def test_rows_whose_owner_is_left_out_share_among_themselves(tmp_path: Path) -> None:
-    one, first, other, second = encoded()
-    own, heir = first.key, dataclasses.replace(first, shared_from=None)
-    heiress = dataclasses.replace(second, shared_from=own)
-    assert list(with_owners([one, first, other, second])) == [one, first, other, second]
-    assert list(with_owners([first, other, second])) == [heir, other, heiress]
-    moved = dataclasses.replace(one, shared_from=own)
-    assert list(with_owners([first, one, second])) == [heir, moved, heiress]
-    again = dataclasses.replace(one, planes={**one.planes, "v_lse": other.planes["v_lse"]})
-    assert list(with_owners([again, first, second])) == [again, heir, heiress]
-    for form in FORMS:
-        for number, rows in enumerate(([first, other, second], [first, one], [again, first])):
-            kept = list(with_owners(rows))
-            shard = shard_format(form).open(write(tmp_path / f"{form} {number}", form, kept))
-            assert [shard.read(row, PLANES) for row in range(len(kept))] == kept
 
 
 def test_a_row_that_shares_can_be_encoded_alone() -> None:
