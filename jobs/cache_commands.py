@@ -1,7 +1,7 @@
 """The subcommands that look at sealed caches, and those that make caches from caches.
 
-verify and inspect read; nothing here loads a heavy library before its command is called. Exit codes
-as of every command (cli.py); 3 is a cache that something is wrong with.
+verify and inspect read, gc removes leftovers; nothing here loads a heavy library before its command
+is called. Exit codes as of every command (cli.py); 3 is a cache that something is wrong with.
 """
 
 import dataclasses
@@ -101,4 +101,35 @@ class Inspect:
             if self.picture is not None:
                 described["picture"] = str(draw_sample(reader, self.sample, self.picture))
         say(json.dumps(described, indent=1) if self.json else render(described))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gc:
+    """Remove from a sealed cache what killed and losing attempts have left."""
+
+    cache: tyro.conf.Positional[str]
+    """Folder, or URL in an object store."""
+    grace_hours: float = 24.0
+    """Leave files alone that are younger than this."""
+    dry_run: bool = False
+    """Only list what would be removed."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def __call__(self) -> int:
+        """Remove, and list what was removed."""
+        from teacher_cache.garbage import collect_garbage
+
+        report = collect_garbage(self.cache, self.grace_hours, self.dry_run)
+        if self.json:
+            say(json.dumps(dataclasses.asdict(report) | {"num_bytes": report.num_bytes}, indent=1))
+            return 0
+        done = "would be removed" if self.dry_run else "removed"
+        for leftover in report.removed:
+            say(f"{leftover.file}: {leftover.num_bytes} bytes {done}")
+        say(
+            f"{self.cache}: {len(report.removed)} files, {report.num_bytes} bytes {done}; "
+            f"{len(report.kept)} are younger than {self.grace_hours:g} hours"
+        )
         return 0

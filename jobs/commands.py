@@ -1,9 +1,9 @@
 """Distil a vanilla multimodal LLM into one with few vision tokens, from a cache of its outputs.
 
 data makes the demo's images; plan says what a cache takes; build runs the teacher once; verify and
-inspect look at a cache; train makes a student from it (recipe prints the paper's settings);
-evaluate and report compare students; submit sends a stage to a Ray cluster; demo does it all in
-miniature.
+inspect look at a cache, gc removes leftovers; train makes a student from it (recipe prints the
+paper's settings); evaluate and report compare students; submit sends a stage to a Ray cluster; demo
+does it all in miniature.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cache_commands import Inspect, Verify
+from jobs.cache_commands import Gc, Inspect, Verify
 from jobs.options import RayOptions
 from jobs.progress import say
 from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, PlanConfig, TrainConfig
@@ -237,6 +237,7 @@ def defaults() -> dict[str, Any]:
         "build": _required(Build),
         "verify": _required(Verify),
         "inspect": _required(Inspect),
+        "gc": _required(Gc),
         "train": _required(Train),
         "recipe": _required(Recipe),
         "evaluate": _required(Evaluate),
