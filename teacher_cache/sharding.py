@@ -23,15 +23,6 @@ import numpy.typing as npt
 _Ints = npt.NDArray[np.int64]
 
 
-def even_split(count: int, num_parts: int) -> tuple[range, ...]:
-    """Cut range(count) into consecutive parts whose sizes differ by at most one, longer first."""
-    if num_parts < 1:
-        raise ValueError(f"{count} items in {num_parts} parts; give at least one part")
-    size, extra = divmod(count, num_parts)
-    starts = [part * size + min(part, extra) for part in range(num_parts + 1)]
-    return tuple(range(starts[i], starts[i + 1]) for i in range(num_parts))
-
-
 def group_shards(groups: Sequence[Hashable | None], size: int) -> list[list[int]]:
     """Positions of samples, shard by shard, the members of a group next to each other.
 

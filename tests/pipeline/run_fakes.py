@@ -125,6 +125,7 @@ def fake_cache(folder: Path) -> Path:
     fields: dict[str, Any] = {f.name: "x" for f in dataclasses.fields(CacheSpec)}
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
     fields |= {"sketch_rank": None, "vocab_size": 512, "hidden_size": 64, "batch_size": 8}
+    fields |= {"share_vision": True}
     file = ShardFile(
         file="shards/00000-0.arrow",
         num_bytes=5_600_000,

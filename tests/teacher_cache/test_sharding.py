@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from teacher_cache.sharding import (
     SampleOrder,
-    even_split,
     group_shards,
     micro_batches,
     owned_positions,
@@ -15,16 +14,6 @@ from teacher_cache.sharding import (
 
 SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 SEEDS = st.integers(0, 2**64 - 1)
-
-
-@given(count=st.integers(0, 200), num_parts=st.integers(1, 30))
-def test_a_split_covers_everything_once_and_evenly(count: int, num_parts: int) -> None:
-    parts = even_split(count, num_parts)
-    assert [i for part in parts for i in part] == list(range(count))
-    sizes = [len(part) for part in parts]
-    assert len(sizes) == num_parts
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
 
 
 @given(
@@ -145,7 +134,6 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size: int, world_
 
 def test_senseless_numbers_are_refused() -> None:
     for call in (
-        lambda: even_split(3, 0),
         lambda: group_shards(["a"], 0),
         lambda: SampleOrder([], 0, 1),
         lambda: SampleOrder([0, 0], 0, 1),
