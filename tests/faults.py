@@ -6,11 +6,13 @@ an *error* is raised there instead. Each try begins with an empty folder: the bu
 reader is refused or reads everything, nothing that has a public name is half there, and the same
 build, run again, publishes byte for byte what an undisturbed one does.
 
-Run as a script (`python -m tests.faults kills|errors FOLDER FORMAT`) it forks builders from one
-warm process; it prints how many tries there were, and fails by an assertion.
+Run as a script (`python -m tests.faults kills|errors|races FOLDER FORMAT`) it forks builders from
+one warm process; it prints how many tries there were, and fails by an assertion.
 """
 
+import functools
 import os
+import random
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -34,6 +36,7 @@ from tests.builders import build, exit_status, forked, published
 from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_spec
 
 NUM_SHARDS = 2
+NUM_RACES = 12
 WRITES = ("write_new",)
 """Steps that can stop half-way."""
 Point = tuple[int, str]
@@ -66,8 +69,9 @@ class Watch:
             self.steps.append(name)
             self._strike((number, "before"))
             if (number, "half-way") == self._point:
-                path, data = arguments
-                work(path, data[: len(data) // 2])
+                if name in WRITES:
+                    path, data = arguments
+                    work(path, data[: len(data) // 2])
                 self._strike((number, "half-way"))
             result = work(*arguments)
             self._strike((number, "after"))
@@ -150,13 +154,14 @@ def try_every_point(
     return len(points)
 
 
-def _kills(folder: Path, form: ShardFormatName) -> int:
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
+
+def _kills(folder: Path, form: ShardFormatName) -> int:
     def struck(cache: Path, point: Point) -> None:
         def work() -> None:
-            with Watch(point, die)():
+            with Watch(point, _die)():
                 small_build(cache, form)
 
         assert exit_status(forked(work)) == signal.SIGKILL, point
@@ -180,8 +185,38 @@ def _errors(folder: Path, form: ShardFormatName) -> int:
     return num_tries
 
 
+def _races(folder: Path, form: ShardFormatName) -> int:
+    """Three builders at once in one folder, all doomed to die somewhere, until one gets through."""
+    folder.mkdir(parents=True, exist_ok=True)
+    watch = Watch()
+    with watch():
+        small_build(folder / "undisturbed", form)
+    wanted = published(folder / "undisturbed")
+    points = points_of(watch.steps)
+    num_kills = 0
+    for seed in range(NUM_RACES):
+        draws, cache = random.Random(seed), folder / f"race-{seed}"
+        finished = False
+        while not finished:
+
+            def work(point: Point, cache: Path = cache) -> None:
+                with Watch(point, _die)():
+                    small_build(cache, form)
+
+            doomed = [draws.choice(points) for _ in range(3)]
+            children = [forked(functools.partial(work, point)) for point in doomed]
+            statuses = [exit_status(child) for child in children]
+            assert set(statuses) <= {0, signal.SIGKILL}
+            require_refused_or_whole(cache)
+            num_kills += statuses.count(signal.SIGKILL)
+            finished = 0 in statuses
+        found = published(cache)
+        assert {name: found[name] for name in wanted} == wanted, f"seed {seed}"
+    return num_kills
+
+
 if __name__ == "__main__":
-    tried = {"kills": _kills, "errors": _errors}[sys.argv[1]](
+    tried = {"kills": _kills, "errors": _errors, "races": _races}[sys.argv[1]](
         Path(sys.argv[2]), "arrow" if sys.argv[3] == "arrow" else "webdataset"
     )
     sys.stdout.write(f"{tried}\n")
