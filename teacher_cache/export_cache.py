@@ -1,0 +1,28 @@
+"""A cache in the other shard format: the same rows, keys, order and identity.
+
+Every file is written anew, frame for frame, with the metadata it had, so that exporting back gives
+the bytes of the files that were exported first. Layers of a shard stay layers.
+"""
+
+import dataclasses
+
+from teacher_cache.derive import Progress, SealedCache, derive, no_progress, take_file
+from teacher_cache.manifest import Seal
+from teacher_cache.settings import ShardFormatName
+from teacher_cache.storage import Location, open_store
+from teacher_cache.writer import commit_shard
+
+
+def export_cache(
+    location: Location, out: Location, form: ShardFormatName, progress: Progress = no_progress
+) -> Seal:
+    """Write a sealed cache in a format; where it has that format already, its files are copied."""
+    base, store = SealedCache.open(location), open_store(out)
+    plan = dataclasses.replace(base.plan, format=form)
+
+    def make(index: int) -> None:
+        commit = base.seal.shards[index]
+        files = tuple(take_file(base, file, store, plan, index) for file in commit.files)
+        commit_shard(store, plan, dataclasses.replace(commit, files=files))
+
+    return derive(store, plan, make, head=base.head, sketch=base.sketch, progress=progress)
