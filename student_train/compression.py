@@ -15,24 +15,21 @@ modules, parameter names and saved weights stay as they were; and a decoder's ow
 code is used as it is.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_causal_mask
 
+from student_train.chooser import Chooser
 from student_train.decoder import decoder_of, require_compressible
-from student_train.draws import words
 from student_train.evidence import AttentionRecorder, LayerView
 from student_train.stages import CompressionSettings, Stage
 from student_train.token_layout import TokenLayout, layout_of
-from student_train.turns import turns_of
 from teacher_cache.collate import ModelBatch
 
 
@@ -71,16 +68,13 @@ class Compression:
     def __init__(
         self, model: nn.Module, settings: CompressionSettings, batch: ModelBatch, draw: int
     ) -> None:
-        self._compressor = require_compressible(model, settings)
+        compressor = require_compressible(model, settings)
         self._decoder: Any = decoder_of(model)
         self._batch = batch
-        self._seed, self._draw = settings.seed, draw
-        self._turns = [turns_of(sample, settings.text) for sample in batch.samples]
+        self._chooser = Chooser(compressor, settings, batch, draw)
         depth = len(self._decoder.layers)
-        drops = any(self._turns)
-        self._stages = {
-            s.layer: s for s in settings.stages if drops and s.ratio and s.layer < depth
-        }
+        stages = settings.stages if self._chooser.has_vision else ()
+        self._stages = {s.layer: s for s in stages if s.ratio and s.layer < depth}
         self._recorders: dict[int, AttentionRecorder] = {}
         self.layout: TokenLayout = layout_of(batch)
         """Which token of which sample each column of the output belongs to."""
@@ -91,11 +85,18 @@ class Compression:
         # The current pass's masks, by layer of the stage.
         self._masks: dict[int, Any] = {}
 
-    def attach(self) -> list[RemovableHandle]:
-        """Put the hooks on the decoder's layers; removing them all undoes it."""
+    def attach(
+        self, recorded: Mapping[int, AttentionRecorder] | None = None
+    ) -> list[RemovableHandle]:
+        """Put the hooks on the decoder's layers; removing them all undoes it.
+
+        `recorded` are, by layer of a stage, recorders that hold what the layer below computed, for
+        a pass that begins above it.
+        """
         layers, handles = self._decoder.layers, list[RemovableHandle]()
-        for number in self._stages:
-            if self._compressor.needs & {"keys", "attention"}:
+        self._recorders = dict(recorded or {})
+        for number in self._stages.keys() - self._recorders.keys():
+            if self._chooser.needs_attention:
                 self._recorders[number] = AttentionRecorder(layers[number - 1])
                 handles += self._recorders[number].attach()
         for number in range(min(self._stages, default=len(layers)), len(layers)):
@@ -171,7 +172,9 @@ class Compression:
 
         `position_embeddings` are those of the whole sequence, which every layer is given.
         """
-        rows = self._kept_rows(stage, hidden, position_embeddings)
+        recorder = self._recorders[stage.layer] if self._chooser.needs_attention else None
+        view = LayerView(self._chooser.needs, self._decoder.norm, recorder, hidden)
+        rows = self._chooser.kept_rows(stage, self.layout, view, position_embeddings)
         if all(len(kept) == len(row) for kept, row in zip(rows, self.layout.rows, strict=True)):
             return hidden
         layout = self.layout.only(rows)
@@ -185,60 +188,6 @@ class Compression:
         hidden = _gather(hidden, self.layout.index_of(layout).to(hidden.device))
         self.layout = layout
         return hidden
-
-    @torch.no_grad()
-    def _kept_rows(
-        self, stage: Stage, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> list[Tensor]:
-        """Positions of the tokens that each sample keeps, on the CPU."""
-        needs, recorder = self._compressor.needs, self._recorders.get(stage.layer)
-        view = LayerView(needs, self._decoder.norm, recorder, hidden)
-        chosen: list[Tensor] = []
-        owners: list[int] = []
-        is_kept = [torch.ones(len(tokens), dtype=torch.bool) for tokens in self.layout.rows]
-        for row, (tokens, start) in enumerate(
-            zip(self.layout.rows, self.layout.starts, strict=True)
-        ):
-            for number, turn in enumerate(self._turns[row]):
-                vision = turn.vision[torch.isin(turn.vision, tokens)]
-                if not len(vision):
-                    continue
-                places = torch.searchsorted(tokens, vision)
-                is_kept[row][places] = False
-                evidence = view.evidence(
-                    row,
-                    slice(start, start + len(tokens)),
-                    self._own_positions(row, tokens.to(hidden.device), position_embeddings),
-                    places.to(hidden.device),
-                    torch.searchsorted(tokens, turn.text).to(hidden.device),
-                    int(torch.searchsorted(tokens, turn.end)),
-                    self._words(row, number, stage, len(vision)) if "words" in needs else None,
-                )
-                chosen.append(self._compressor.keep(evidence, stage.ratio))
-                owners += [row] * len(chosen[-1])
-        # One copy from the device for the whole batch.
-        for row, place in zip(owners, torch.cat(chosen).tolist() if chosen else [], strict=True):
-            is_kept[row][place] = True
-        return [tokens[kept] for tokens, kept in zip(self.layout.rows, is_kept, strict=True)]
-
-    def _words(self, row: int, turn: int, stage: Stage, count: int) -> UInt64[np.ndarray, " n"]:
-        """Random words that depend on the sample itself, not on where it is in which batch."""
-        key = self._batch.samples[row].key
-        return words(self._seed, count, key, turn, stage.layer, self._draw)
-
-    def _own_positions(
-        self, row: int, tokens: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [L, d] of a sample's tokens, as if it had been run alone.
-
-        Without position ids, a decoder counts columns, padding on the left included. Attention
-        sees distances only and does not notice, but the norms of rotated keys (DART) would.
-        """
-        cos, sin = position_embeddings
-        if len(cos) == 1:
-            return cos[0, tokens], sin[0, tokens]
-        columns = tokens + self._batch.offsets[row]
-        return cos[row, columns], sin[row, columns]
 
 
 def _gather(values: Float[Tensor, "B L D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:

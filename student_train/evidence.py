@@ -42,6 +42,12 @@ class AttentionRecorder:
             handles.append(module.register_forward_hook(record))
         return handles
 
+    def copy(self) -> "AttentionRecorder":
+        """A recorder of the same layer that holds what this one has caught; not attached."""
+        copied = AttentionRecorder.__new__(AttentionRecorder)
+        copied._attention, copied._seen = self._attention, dict(self._seen)
+        return copied
+
     def take(self) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
         """Queries and keys of the latest call, before rotary embedding; forgets them."""
         width: int = self._attention.head_dim

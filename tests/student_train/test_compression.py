@@ -159,16 +159,3 @@ def test_afterwards_the_model_is_as_before_also_when_the_pass_failed(
         assert torch.equal(final_hidden(model, batch.inputs), untouched)
     after = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert after == hooks
-
-
-def test_the_draw_alone_decides_what_random_keeps(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
-    batch = batch_of(encode(model, processor))
-
-    def rows(draw: int) -> list[list[int]]:
-        with compress(model, at(0.75, "random"), batch, draw=draw) as found, torch.no_grad():
-            final_hidden(model, batch.inputs)
-        return [row.tolist() for row in found.layout.rows]
-
-    assert rows(0) == rows(0)
-    assert rows(0) != rows(1)
