@@ -11,16 +11,14 @@ and images or views that do not correspond. An error in a loader thread is raise
 is due: no hang, no early end. Reaches neither transformers nor ray.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TypeVar
 
 import torch
 
 from student_train.objective import MatchScope, ObjectiveConfig
+from student_train.read_ahead import read_ahead
 from teacher_cache.codec import Part
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.decode import Strict
@@ -31,14 +29,16 @@ from teacher_cache.settings import TierName, tier_to_learn_from
 from teacher_cache.sharding import SampleOrder, micro_batches, owned_positions
 
 Encoder = Callable[[Sample], EncodedSample]
-Loaded = TypeVar("Loaded")
 
 ORDER_VERSION = 1
 """Raised whenever one seed would come to mean another order of the same rows."""
 SHUFFLE_WINDOW = 16
 """Shards whose rows are shuffled together; part of the order."""
 READ_AHEAD = 2
-"""Micro-batches that loader threads may be ahead of the training loop; bounds their memory."""
+"""Micro-batches that loader threads may be ahead of the training loop.
+
+With the one in use, a rank holds at most (READ_AHEAD + 1) * micro_batch_size decoded samples.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class TrainingStream:
     def __iter__(self) -> Iterator[StudentBatch]:
         chunks = self.plan.positions(self.position)
         indices = (self._order.index_at(position) for chunk in chunks for position in chunk)
-        samples = _ahead(
+        samples = read_ahead(
             self._load, indices, self._num_threads, READ_AHEAD * self.plan.micro_batch_size
         )
         while True:
@@ -239,21 +239,3 @@ def _first_difference(student_ids: torch.Tensor, output: TeacherOutput) -> str:
         f"{len(output.content_ids)}; from token {where} on found ids {found}, expected {expected}; "
         "use a student with the tokenizer and chat template of the cache's teacher"
     )
-
-
-def _ahead(
-    load: Callable[[int], Loaded], indices: Iterator[int], num_threads: int, depth: int
-) -> Iterator[Loaded]:
-    """`load` of every index, in order; at most `depth` of them are under way or waiting."""
-    if num_threads == 0:
-        yield from map(load, indices)
-        return
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="stream")
-    try:
-        waiting: deque[Future[Loaded]] = deque()
-        for index in indices:
-            waiting.append(pool.submit(load, index))
-            if len(waiting) >= depth:
-                yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

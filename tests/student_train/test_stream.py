@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from student_train.objective import ObjectiveConfig, preset
+from student_train.objective import ObjectiveConfig, ObjectiveName, preset
 from student_train.stream import (
     READ_AHEAD,
     BatchPlan,
@@ -20,7 +21,10 @@ from student_train.stream import (
     check_against_teacher,
     parts_needed,
 )
+from teacher_cache import rows
+from teacher_cache.codec import planes_of
 from teacher_cache.collate import EncodedSample
+from teacher_cache.frames import decode_frame
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
 from teacher_cache.records import RecordSettings
@@ -169,6 +173,25 @@ def test_only_needed_parts_are_read(reader: CacheReader, teacher: Teacher) -> No
         assert output.vision is output.sketch is output.affinity is output.hidden is None
 
 
+@pytest.mark.parametrize("name", ["supervised", "rld", "emkd"])
+def test_frames_that_the_objective_does_not_need_are_not_even_decompressed(
+    reader: CacheReader, teacher: Teacher, name: ObjectiveName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+
+    def counting(frame: bytes) -> Tensor:
+        decoded.append(frame)
+        return decode_frame(frame)
+
+    monkeypatch.setattr(rows, "decode_frame", counting)
+    objective = preset(name)
+    stream = stream_of(reader, teacher.encoder.encode, objective=objective, batch_size=2)
+    batch = next(iter(stream))
+    needed = planes_of(parts_needed(objective, "topk+sketch"))
+    assert len(decoded) == len(needed) * len(batch.outputs)
+    assert len(needed) == {"supervised": 3, "rld": 7, "emkd": 15}[name]
+
+
 def test_an_error_in_a_thread_is_raised_where_its_sample_is_due(
     reader: CacheReader, teacher: Teacher
 ) -> None:
@@ -199,7 +222,7 @@ def test_threads_read_ahead_within_bounds_and_end_with_the_iterator(
     for num_consumed in range(2, 11, 2):
         next(batches)
         assert num_consumed <= len(encoded) <= num_consumed + READ_AHEAD * 2
-    threads = [t for t in threading.enumerate() if t.name.startswith("stream")]
+    threads = [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
     assert threads
     del batches  # what leaving the training loop does
     for thread in threads:
