@@ -1,4 +1,4 @@
-"""The subcommands that look at sealed caches, and those that make caches from caches.
+"""The subcommands that look at sealed caches and tidy them.
 
 verify and inspect read, gc removes leftovers; nothing here loads a heavy library before its command
 is called. Exit codes as of every command (cli.py); 3 is a cache that something is wrong with.

@@ -1,0 +1,140 @@
+"""The subcommands that make caches from caches: subset, export, merge.
+
+Each leaves an ordinary sealed cache and goes on where it was stopped when it is run again. Nothing
+here loads a heavy library before its command is called. Exit codes as of every command (cli.py).
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jobs.progress import say
+from teacher_cache.settings import ShardFormatName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """Write some samples of a sealed cache as a cache of their own; frames are copied as they are.
+
+    A sample must pass everything that is given; --fraction is drawn of what is left then.
+    """
+
+    cache: tyro.conf.Positional[str]
+    """Folder, or URL in an object store."""
+    out: str
+    keys: Path | None = None
+    """File with one key a line."""
+    fraction: float | None = None
+    """Share of the samples, drawn at random by --seed."""
+    seed: int = 0
+    min_vision_tokens: int | None = None
+    max_vision_tokens: int | None = None
+    min_response_tokens: int | None = None
+    max_response_tokens: int | None = None
+    format: ShardFormatName | None = None
+    """Default: that of the cache."""
+    samples_per_shard: int | None = None
+    """Default: that of the cache's largest shard."""
+    json: bool = False
+    """Print the seal as JSON."""
+
+    def __call__(self) -> int:
+        """Write the cache, and say what is in it."""
+        from jobs.progress import Bars
+        from teacher_cache.subset_cache import Selection, subset_cache
+
+        keys = None if self.keys is None else tuple(self.keys.read_text().split())
+        names = [field.name for field in dataclasses.fields(Selection) if field.name != "keys"]
+        selection = Selection(keys=keys, **{name: getattr(self, name) for name in names})
+        with Bars() as bars:
+            seal = subset_cache(
+                self.cache,
+                self.out,
+                selection,
+                form=self.format,
+                samples_per_shard=self.samples_per_shard,
+                progress=bars.update,
+            )
+        return say_seal(self.out, seal, self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a sealed cache in the other format: the same samples, order and identity.
+
+    Exporting back gives the bytes of the files that were exported.
+    """
+
+    cache: tyro.conf.Positional[str]
+    """Folder, or URL in an object store."""
+    out: str
+    format: ShardFormatName
+    json: bool = False
+    """Print the seal as JSON."""
+
+    def __call__(self) -> int:
+        """Write the cache, and say what is in it."""
+        from jobs.progress import Bars
+        from teacher_cache.export_cache import export_cache
+
+        with Bars() as bars:
+            seal = export_cache(self.cache, self.out, self.format, partial(bars.update, "shards"))
+        return say_seal(self.out, seal, self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Join sealed caches of one teacher and one recipe; their files are linked or copied unopened.
+
+    One disk holds them once then: a file has a name in both caches.
+    """
+
+    caches: tyro.conf.Positional[tuple[str, ...]]
+    """Folders, or URLs in an object store."""
+    out: str
+    on_duplicate: Literal["refuse", "first"] = "refuse"
+    """What is done about samples that are in several of them."""
+    format: ShardFormatName | None = None
+    """Default: that of the first cache; files of the other format are rewritten frame by frame."""
+    json: bool = False
+    """Print the seal as JSON."""
+
+    def __call__(self) -> int:
+        """Write the cache, and say what is in it."""
+        from jobs.progress import Bars
+        from teacher_cache.merge_caches import merge_caches
+
+        with Bars() as bars:
+            seal = merge_caches(
+                self.caches,
+                self.out,
+                on_duplicate=self.on_duplicate,
+                form=self.format,
+                progress=partial(bars.update, "shards"),
+            )
+        return say_seal(self.out, seal, self.json)
+
+
+def say_seal(out: str, seal: Any, as_json: bool) -> int:
+    """Print what a cache that was just sealed holds; returns the exit code of success."""
+    told: dict[str, Any] = {
+        "cache": out,
+        "samples": seal.num_samples,
+        "shards": len(seal.shards),
+        "bytes": seal.num_bytes,
+        "format": seal.format,
+        "fingerprint": seal.fingerprint,
+    }
+    if as_json:
+        say(json.dumps(told))
+    else:
+        say(
+            f"{out}: {told['samples']} samples in {told['shards']} {told['format']} shards, "
+            f"{told['bytes'] / 1e6:.1f} MB, fingerprint {told['fingerprint'][:12]}"
+        )
+    return 0

@@ -1,0 +1,62 @@
+"""Promises of jobs/derive_commands.py: flags choose, a sealed cache is left and told of."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cli import main
+from teacher_cache.reader import CacheReader
+from tests.builders import published
+from tests.derived import base_cache
+
+Run = pytest.CaptureFixture[str]
+
+
+def _json(arguments: Sequence[str], captured: Run) -> Any:
+    captured.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(captured.readouterr().out)
+
+
+def test_a_part_the_rest_and_both_again(tmp_path: Path, capsys: Run) -> None:
+    base = base_cache(tmp_path / "a")
+    keys = CacheReader.open(tmp_path / "a").keys
+    a, part, rest, both = (str(tmp_path / name) for name in ("a", "part", "rest", "both"))
+    for name, chosen in (("some", keys[:3]), ("others", keys[3:])):
+        (tmp_path / name).write_text("\n".join(chosen) + "\n")
+    told = _json(["subset", a, "--out", part, "--keys", str(tmp_path / "some")], capsys)
+    assert (told["samples"], told["format"], told["cache"]) == (3, "arrow", part)
+    others = ["--keys", str(tmp_path / "others"), "--samples-per-shard", "4"]
+    assert main(["subset", a, "--out", rest, *others, "--format", "webdataset"]) == 0
+    assert "7 samples in 2 webdataset shards" in capsys.readouterr().out
+    assert _json(["merge", part, rest, "--out", both], capsys)["samples"] == 10
+    assert main(["verify", both]) == 0
+    assert set(CacheReader.open(both).keys) == set(keys)
+    assert main(["merge", a, both, "--out", str(tmp_path / "m")]) == 2
+    assert "10 samples are in several of the caches" in capsys.readouterr().err
+    told = _json(
+        ["merge", a, both, "--out", str(tmp_path / "m"), "--on-duplicate", "first"], capsys
+    )
+    assert (told["samples"], told["shards"]) == (10, len(base.seal.shards))
+
+
+def test_predicates_are_flags(tmp_path: Path, capsys: Run) -> None:
+    base_cache(tmp_path / "a")
+    flags = ["--min-response-tokens", "2", "--max-vision-tokens", "4", "--fraction", "0.5"]
+    out = str(tmp_path / "s")
+    told = _json(["subset", str(tmp_path / "a"), "--out", out, *flags, "--seed", "3"], capsys)
+    assert 0 < told["samples"] < 10
+    assert main(["subset", str(tmp_path / "a"), "--out", out, "--fraction", "2"]) == 2
+    assert "fraction is 2" in capsys.readouterr().err
+
+
+def test_there_and_back(tmp_path: Path, capsys: Run) -> None:
+    base = base_cache(tmp_path / "a")
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    told = _json(["export", str(tmp_path / "a"), "--out", there, "--format", "webdataset"], capsys)
+    assert told["fingerprint"] == base.seal.fingerprint
+    assert main(["export", there, "--out", back, "--format", "arrow"]) == 0
+    assert published(Path(back)) == published(tmp_path / "a")
