@@ -4,7 +4,7 @@ Each builder writes a folder that `AutoModelForImageTextToText` and `AutoProcess
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +316,16 @@ def tiny_samples(count: int, seed: int = 0) -> list[Sample]:
             messages = [Message(role="system", text="describe the picture"), question, answer]
         samples.append(make_sample(f"tiny-{number}", images, messages))
     return samples
+
+
+def ask(
+    text: str,
+    answer: str = "two.",
+    seeds: Sequence[int] = (1,),
+    system: str | None = None,
+    source_id: str = "asked",
+) -> Sample:
+    """A question about the images of these seeds; `<image>` stands where the text says."""
+    turns = [Message(role="user", text=text), Message(role="assistant", text=answer)]
+    opening = [] if system is None else [Message(role="system", text=system)]
+    return make_sample(source_id, [tiny_image(seed) for seed in seeds], [*opening, *turns])
