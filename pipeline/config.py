@@ -90,6 +90,57 @@ class BuildConfig(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExtendConfig(Strict):
+    """Add to a sealed cache, as a new one: samples of a source, or records of a further kind."""
+
+    cache: str
+    """The cache to extend, which stays as it is: folder, or URL in an object store."""
+    out: str
+    """Folder or URL of the extended cache."""
+    teacher: str
+    """The teacher that the cache was built with; its content is compared."""
+    source: str | None = None
+    """New samples: those of this source that the cache does not have."""
+    image_root: Path | None = None
+    limit: int | None = None
+    samples_per_shard: int | None = None
+    """Of the new shards; default: as many as the cache's largest has."""
+    on_bad_sample: Literal["refuse", "record"] = "refuse"
+    records: RecordKind | None = None
+    """Further records of the samples that are there, from the images that the cache holds."""
+    top_k: int | None = None
+    affinity_dtype: Literal["float32", "float16"] | None = None
+    sketch_rank: int | None = None
+    calibration_samples: int | None = None
+    """Samples of the cache, from the first on, to which a new sketch is fitted; default: 256."""
+    hidden_dtype: Literal["float32", "bfloat16"] | None = None
+    device: str = "auto"
+    torch_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.records is None):
+            raise ValueError(
+                "give either source, to add samples, or records, to add records of the samples "
+                f"that are there; found source {self.source}, records {self.records}"
+            )
+        other = "records" if self.records is not None else "source"
+        idle = _SAMPLE_SETTINGS if self.records is not None else _RECORD_SETTINGS
+        for field in fields(self):
+            if field.name in idle and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} would have no effect: {other} is given")
+
+
+_SAMPLE_SETTINGS = ("image_root", "limit", "samples_per_shard", "on_bad_sample")
+_RECORD_SETTINGS = (
+    "top_k",
+    "affinity_dtype",
+    "sketch_rank",
+    "calibration_samples",
+    "hidden_dtype",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig(Strict):
     """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
 
@@ -97,6 +148,9 @@ class PlanConfig(Strict):
     """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
     source."""
     images_per_sample: float = 1.0
+    samples_per_image: float | None = None
+    """Samples, on average, that ask about the same images behind the same prompt: they share what
+    is stored of the images. Default: 1, or with --pilot what is found among its samples."""
     vision_tokens: int = 576
     """Vision tokens of one view of an image."""
     views: int = 1
@@ -133,6 +187,8 @@ class PlanConfig(Strict):
 
     def __post_init__(self) -> None:
         at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
+        if self.samples_per_image is not None and self.samples_per_image < 1:
+            raise ValueError(f"samples_per_image must be >= 1, found {self.samples_per_image}")
         if self.response_tokens > self.text_tokens:
             raise ValueError(
                 f"response_tokens is {self.response_tokens}, but text_tokens, which counts the "

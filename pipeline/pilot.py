@@ -29,6 +29,7 @@ from teacher_cache.schema import CachedSample, Sample, SampleError, TeacherOutpu
 from teacher_cache.settings import RecordKind
 from teacher_cache.sketch import HiddenMoments, basis_from_moments
 from teacher_cache.teacher import Teacher
+from teacher_cache.vision_sharing import seen_by_vision
 
 
 class Pilot:
@@ -53,6 +54,7 @@ class Pilot:
         self.energy = dict.fromkeys(sorted({min(r, self.hidden_size) for r in SKETCH_RANKS}), 0.0)
         self.total_energy = 0.0
         self.spreads: list[float] = []
+        self.num_with_images, self.shown = 0, set[str]()
         self.num_samples = self.num_vision = self.num_response = 0
 
     def run(self) -> PilotReport:
@@ -113,11 +115,18 @@ class Pilot:
                 float(states[0, 0, 0])  # waits for an accelerator
                 self.seconds.append((time.perf_counter() - begun, len(batch)))
                 for (sample, item), rows in zip(batch, states, strict=True):
+                    self._count_images(sample, item)
                     if bool(torch.isfinite(rows[: item.num_tokens]).all()):
                         yield sample, item, rows
                     else:
                         self.rejected.append(f"{sample.source_id}: NaN or infinite states")
             self.progress(what, min(start + size, len(samples)), len(samples))
+
+    def _count_images(self, sample: Sample, encoded: EncodedSample) -> None:
+        seen = seen_by_vision(sample, encoded)
+        if seen is not None:
+            self.num_with_images += 1
+            self.shown.add(seen)
 
     def _measure(self, sample: Sample, encoded: EncodedSample, states: Tensor) -> None:
         """One sample in every tier: its bytes, its tails, and its views against every logit."""
@@ -187,11 +196,19 @@ class Pilot:
             teacher_seconds_per_sample=seconds,
             tails=tuple(self._tail(k) for k in sorted({k for k, _ in self.tails})),
             energy={r: held / total if total else 1.0 for r, held in self.energy.items()},
+            samples_per_image=self.samples_per_image,
             row_mean_spread=sum(self.spreads) / len(self.spreads),
             tiers=measured,
             cost=cost(self.config, planned, seconds),
             recommendation=recommend(measured),
         )
+
+    @property
+    def samples_per_image(self) -> float:
+        """Samples for each vision record: as the settings say, or as found so far."""
+        given = self.config.samples_per_image
+        found = self.num_with_images / len(self.shown) if self.shown else 1.0
+        return found if given is None else given
 
     def _tail(self, top_k: int) -> Tail:
         vision_median, vision_p90 = _quantiles(self.tails[top_k, "vision"])
@@ -208,7 +225,8 @@ class Pilot:
         tier, sums = self.tiers[name], self.sums[name]
         dtype = self.specs[tier.records].logits_dtype
         once = asset_bytes(tier, self.vocab_size, self.hidden_size, dtype)
-        per_sample = sums.stored / self.num_samples
+        saved = sums.shareable * (1 - 1 / self.samples_per_image)
+        per_sample = (sums.stored - saved) / self.num_samples
         bare = tier.records == "topk" and tier.top_k is not None
         return TierMeasure(
             size=TierSize(

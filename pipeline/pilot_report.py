@@ -70,7 +70,8 @@ class PilotReport:
 
     `samples`, `vision_tokens` and `response_tokens` are those measured; `energy` maps r to the
     share of the vision logits' variance that r directions hold; `row_mean_spread` is the standard
-    deviation over a view's tokens of the mean logit, which raw L1 sees and softmax does not.
+    deviation over a view's tokens of the mean logit, which raw L1 sees and softmax does not;
+    `samples_per_image` counts samples with images for each vision record that a build would store.
     """
 
     samples: int
@@ -85,6 +86,7 @@ class PilotReport:
     teacher_seconds_per_sample: float
     tails: tuple[Tail, ...]
     energy: dict[int, float]
+    samples_per_image: float
     row_mean_spread: float
     tiers: tuple[TierMeasure, ...]
     cost: Cost
@@ -166,6 +168,7 @@ def render_pilot(report: PilotReport) -> str:
         f"{report.calibration_tokens:,} vision tokens fitted the sketch; measured on "
         f"{report.samples} other samples with {report.vision_tokens:,} vision and "
         f"{report.response_tokens:,} response tokens.",
+        f"{report.samples_per_image:.3g} samples with images share a vision record.",
         f"V = {report.vocab_size:,}, D = {report.hidden_size:,}, "
         f"{report.teacher_seconds_per_sample:.3g} teacher seconds per sample.",
         *(f"rejected: {reason}" for reason in report.rejected),

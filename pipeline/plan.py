@@ -164,7 +164,9 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
     for tier in tiers(config.vocab_size, config.hidden_size):
         planes = plane_bytes(shape, tier)
         of_vision = sum(size for name, size in planes.items() if is_vision_plane(name))
-        per_sample = sum(planes.values()) + config.images_per_sample * config.image_bytes
+        shared = of_vision + planes["views"] + config.images_per_sample * config.image_bytes
+        alone = sum(planes.values()) - of_vision - planes["views"]
+        per_sample = alone + shared / (config.samples_per_image or 1.0)
         once = asset_bytes(tier, config.vocab_size, config.hidden_size, shape.logits_dtype)
         sizes.append(
             TierSize(

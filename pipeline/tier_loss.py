@@ -21,7 +21,7 @@ from student_train.divergence import reverse_kl
 from student_train.matching import solve_assignment
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal, Signal, TopKSignal
-from teacher_cache.codec import output_planes
+from teacher_cache.codec import VISION_PLANES, output_planes
 from teacher_cache.head import LmHead
 from teacher_cache.manifest import CacheSpec
 from teacher_cache.rows import encode_row
@@ -36,6 +36,7 @@ class TierSums:
     layout_vision: int = 0
     stored_vision: int = 0
     stored: int = 0
+    shareable: int = 0
     exact_cost: float = 0.0
     chosen_cost: float = 0.0
     equal_pairs: int = 0
@@ -43,13 +44,19 @@ class TierSums:
     cosines: list[float] = field(default_factory=list[float])
 
     def weigh(self, cached: CachedSample, spec: CacheSpec) -> None:
-        """Add the bytes of a sample as a row of a shard (its file's own structure aside)."""
+        """Add the bytes of a sample as a row of a shard (its file's own structure aside).
+
+        `shareable` are those that another row may store for it (vision_sharing.py).
+        """
         planes = output_planes(cached.output)
         row = encode_row(cached, spec)
         vision = [name for name in planes if is_vision_plane(name)]
         self.layout_vision += sum(planes[name].nbytes for name in vision)
         self.stored_vision += sum(len(row.planes[name]) for name in vision)
         self.stored += sum(map(len, row.planes.values())) + sum(map(len, row.images))
+        if row.images:
+            shared = sum(len(row.planes[name]) for name in VISION_PLANES & row.planes.keys())
+            self.shareable += shared + sum(map(len, row.images))
         self.stored += sum(len(text.encode()) for text in (row.key, row.messages, row.checks))
 
     @property

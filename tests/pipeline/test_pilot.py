@@ -13,7 +13,7 @@ from pipeline.plan import Tier, TierSize
 from teacher_cache.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
-from tests.tiny import tiny_samples
+from tests.tiny import ask, tiny_samples
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,25 @@ def test_the_report_says_what_was_measured_on_what(report: PilotReport) -> None:
     assert report.recommendation.flags in text
     assert report.student_stand_in in text
     assert report.samples == 5  # the other half fitted the sketch
+
+
+def test_questions_about_one_image_are_counted_and_planned_for(
+    config: PlanConfig, tmp_path: Path
+) -> None:
+    words = ("what?", "how many?", "a square?", "red?", "in the picture?", "digits?")
+    samples = [
+        ask(f"<image>\n{text}", seeds=[number // 3], source_id=f"{number}")
+        for number, text in enumerate(words)
+    ]
+    samples.append(ask("what?", seeds=[], source_id="text"))
+    source = str(write_llava_json(tmp_path, samples))
+    found = run_pilot(replace(config, pilot=7, source=source))
+    alone = run_pilot(replace(config, pilot=7, source=source, samples_per_image=1.0))
+    assert (found.samples_per_image, alone.samples_per_image) == (3.0, 1.0)
+    assert "3 samples with images share a vision record" in render_pilot(found)
+    for shared, apart in zip(found.tiers, alone.tiers, strict=True):
+        assert shared.size.per_vision_token == apart.size.per_vision_token
+        assert shared.size.per_sample < apart.size.per_sample
 
 
 def _measure(tier: Tier, in_all: float, regret: float | None, cosine: float = 1.0) -> TierMeasure:

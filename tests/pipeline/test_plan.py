@@ -71,6 +71,17 @@ def test_sizes_add_up() -> None:
         assert size.per_sample > 1000
 
 
+def test_what_images_take_is_divided_by_the_samples_that_share_them() -> None:
+    alone = plan(PlanConfig(image_bytes=1000)).tiers
+    shared = plan(PlanConfig(image_bytes=1000, samples_per_image=4.0)).tiers
+    text = plan(PlanConfig(images_per_sample=0.0)).tiers
+    for one, four, none in zip(alone, shared, text, strict=True):
+        # Affinities and text states belong to each sample: 128 text and 576 vision tokens.
+        rows = 576 * 2 if one.tier.top_k else 4096 * (4 if "32" in one.tier.name else 2)
+        own = none.per_sample + 128 * rows
+        assert one.per_sample - own == pytest.approx(4 * (four.per_sample - own))
+
+
 def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
     config = PlanConfig(
         samples=1000,
@@ -93,6 +104,7 @@ def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
         ({"teacher": "somewhere"}, "teacher would have no effect"),
         ({"pilot": 8}, "a pilot needs source, teacher"),
         ({"views": 0}, "views must be >= 1"),
+        ({"samples_per_image": 0.5}, "samples_per_image must be >= 1"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(
