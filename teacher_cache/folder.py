@@ -18,7 +18,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from teacher_cache.decode import DecodeError, decode_json
+from teacher_cache.decode import DecodeError
 from teacher_cache.head import LmHead
 from teacher_cache.layered_shard import LayeredShard
 from teacher_cache.manifest import (
@@ -30,6 +30,7 @@ from teacher_cache.manifest import (
     ShardCorruptError,
     ShardFile,
     cache_fingerprint,
+    read_record,
     require_equal,
     to_json,
 )
@@ -90,19 +91,20 @@ def require_seal(cache: Store) -> Seal:
 def require_same_plan(cache: Store, seal: Seal) -> Plan:
     """The plan that was sealed; `CacheMismatchError` where plan and seal are of two caches."""
     plan = require_plan(cache)
+    what = f"{cache}: what {SEAL_FILE} says beside {PLAN_FILE} of"
     remedy = "The folder is damaged or a mixture of two caches: build it again."
-    require_equal(seal.spec, plan.spec, f"{cache}: the seal's spec", remedy)
-    require_equal(seal.format, plan.format, f"{cache}: the seal's format", remedy)
-    require_equal(seal.plan, plan.fingerprint, f"{cache}: the seal's plan", remedy)
+    require_equal(seal.spec, plan.spec, f"{what} the spec", remedy)
+    require_equal(seal.format, plan.format, f"{what} the format", remedy)
+    require_equal(seal.plan, plan.fingerprint, f"{what} the plan", remedy)
     sealed = [(commit.index, commit.num_rows) for commit in seal.shards]
     numbers = range(len(plan.shards))
     if [index for index, _ in sealed] == list(numbers):
         planned = [(index, len(shard_keys(plan, seal.shards[index]))) for index in numbers]
     else:
         planned = [(index, len(plan.shards[index])) for index in numbers]
-    require_equal(sealed, planned, f"{cache}: shards and rows of the seal", remedy)
+    require_equal(sealed, planned, f"{what} shards and rows", remedy)
     found = sealed_fingerprint(plan, seal.shards)
-    require_equal(seal.fingerprint, found, f"{cache}: the seal's fingerprint", remedy)
+    require_equal(seal.fingerprint, found, f"{what} the fingerprint", remedy)
     return plan
 
 
@@ -286,4 +288,4 @@ def _read(cache: Store, name: str, kind: type[R]) -> R | None:
         data = cache.read(name)
     except FileNotFoundError:
         return None
-    return decode_json(kind, data, cache.where(name))
+    return read_record(kind, data, cache.where(name))

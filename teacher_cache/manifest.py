@@ -7,16 +7,19 @@
 
 `CacheSpec` holds every setting that changes the stored numbers, and nothing else: its digest with
 the keys that are in it is the cache's fingerprint. Disagreement is an error that lists field,
-stored and wanted value. This module knows types, no files; `decode.decode_json` reads what
-`to_json` writes.
+stored and wanted value. The file of a record begins with a checksum of the rest: what was damaged,
+torn or edited is refused. This module knows types and texts, no folders.
 """
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from teacher_cache.decode import Strict
+from teacher_cache.decode import DecodeError, Strict, decode_json
 from teacher_cache.fingerprint import digest_json, short
 from teacher_cache.schema import RejectedSample
 from teacher_cache.settings import RecordKind, ShardFormatName
@@ -226,3 +229,30 @@ def _brief(value: object) -> str:
 def to_json(record: CacheSpec | Plan | ShardCommit | Seal) -> str:
     """Canonical text of a record: sorted keys, one trailing newline; equal records, equal bytes."""
     return json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1) + "\n"
+
+
+R = TypeVar("R", Plan, ShardCommit, Seal)
+
+_FIRST_LINES = re.compile(rb'\{\n "check": "([0-9a-f]{64})",\n')
+
+
+def record_bytes(record: Plan | ShardCommit | Seal) -> bytes:
+    """The file of a record: `to_json`, before whose fields stands `check`, the SHA-256 of them."""
+    fields = to_json(record).encode().removeprefix(b"{\n")
+    return b'{\n "check": "%s",\n' % hashlib.sha256(fields).hexdigest().encode() + fields
+
+
+def read_record(kind: type[R], data: bytes, where: str) -> R:
+    """The inverse of `record_bytes`; `where` (a file name) opens the error messages.
+
+    Raises `DecodeError` unless every byte is the one that was written.
+    """
+    found = _FIRST_LINES.match(data)
+    if found is None or hashlib.sha256(data[found.end() :]).hexdigest().encode() != found[1]:
+        raise DecodeError(
+            f"{where} is not the {kind.__name__} that was written: its check does not fit the "
+            "rest, so it was damaged, torn or edited. Restore it from a copy; where there is "
+            "none, a commit record or a seal may be deleted and the same emkd build run again, "
+            "and without its plan a cache must be built anew"
+        )
+    return decode_json(kind, b"{\n" + data[found.end() :], where)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from teacher_cache.folder import (
     REMEDY,
+    commit_name,
     open_files,
     read_commit,
     read_head,
@@ -86,7 +87,7 @@ def _shard_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[s
     yield from [None] * (commit.num_rows - num_seen)
     try:
         if read_commit(cache, commit.index) != commit:
-            yield f"{cache}: the commit record of shard {commit.index} is not the sealed one"
+            yield f"{cache.where(commit_name(commit.index))} is not the record that was sealed"
     except ValueError as error:
         yield str(error)
 

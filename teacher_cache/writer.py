@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teacher_cache.codec import output_from_planes, planes_of
-from teacher_cache.decode import decode_json
 from teacher_cache.folder import (
     HEAD_FILE,
     PLAN_FILE,
@@ -42,8 +41,9 @@ from teacher_cache.manifest import (
     ShardCommit,
     ShardCorruptError,
     ShardFile,
+    read_record,
+    record_bytes,
     require_equal,
-    to_json,
 )
 from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, RejectedSample
@@ -61,7 +61,7 @@ def write_plan(cache: Store, plan: Plan) -> Plan:
     repeated = [key for key, count in counts.items() if count > 1]
     if repeated:
         raise ValueError(f"a plan names each key once; repeated: {repeated[:5]}")
-    cache.create_exclusive(PLAN_FILE, to_json(plan).encode())
+    cache.create_exclusive(PLAN_FILE, record_bytes(plan))
     stored = require_plan(cache)
     require_equal(
         stored,
@@ -189,11 +189,11 @@ def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
         raise ValueError(f"shard {commit.index}: its files hold planes {found}, not {wanted}")
     require_shard_files(cache, [commit])
     name = commit_name(commit.index)
-    if cache.create_exclusive(name, to_json(commit).encode()):
+    if cache.create_exclusive(name, record_bytes(commit)):
         return commit
     # Files that are not the winner's stay unreferenced until `emkd gc` is run: whether a record
     # names them cannot be known in the moment of deleting them.
-    return decode_json(ShardCommit, cache.read(name), cache.where(name))
+    return read_record(ShardCommit, cache.read(name), cache.where(name))
 
 
 def seal_cache(cache: Store) -> Seal:
@@ -240,7 +240,7 @@ def seal_cache(cache: Store) -> Seal:
         raise ValueError(
             f"{cache}: every sample was rejected, a cache of none is of no use: {seal.rejected[:3]}"
         )
-    cache.create_exclusive(SEAL_FILE, to_json(seal).encode())
+    cache.create_exclusive(SEAL_FILE, record_bytes(seal))
     return seal
 
 

@@ -4,6 +4,7 @@ Run as a script (`python -m tests.builders kill|race FOLDER FORMAT`) it forks bu
 warm process, so that a kill costs milliseconds; it fails by an assertion.
 """
 
+import hashlib
 import os
 import random
 import signal
@@ -58,6 +59,19 @@ def published(cache: Path) -> dict[str, bytes]:
         for file in files
         if not file.name.startswith(".")
     }
+
+
+def edit_record(file: Path, old: str, new: str, count: int = -1) -> None:
+    """Change the text of a plan, commit record or seal, and give it a check that fits again.
+
+    What is found then is that records disagree, not that a byte is damaged.
+    """
+    first, fields = file.read_text().split("\n", 2)[1:]
+    assert '"check"' in first
+    assert old in fields
+    changed = fields.replace(old, new, count)
+    digest = hashlib.sha256(changed.encode()).hexdigest()
+    file.write_text(f'{{\n "check": "{digest}",\n{changed}')
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -14,7 +14,14 @@ from pipeline.predictions import Prediction, append_predictions
 from student_train.checkpoint import FinishedRun, RunIdentity
 from student_train.objective import ObjectiveName, preset
 from student_train.settings import TrainerSettings, TrainRecipe
-from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Seal, ShardCommit, ShardFile
+from teacher_cache.manifest import (
+    LAYOUT_VERSION,
+    CacheSpec,
+    Seal,
+    ShardCommit,
+    ShardFile,
+    record_bytes,
+)
 
 CACHE = "c0ffee" * 10 + "abcd"
 
@@ -154,5 +161,6 @@ def fake_cache(folder: Path) -> Path:
         shards=(commit,),
         rejected=(),
     )
-    write_json(folder / "SEALED.json", dataclasses.asdict(seal))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "SEALED.json").write_bytes(record_bytes(seal))
     return folder

@@ -1,6 +1,5 @@
 """Any sample, any part, from any thread or process; anything doubtful is refused by name."""
 
-import json
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from teacher_cache.settings import ShardFormatName
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import LocalStore
 from teacher_cache.writer import write_plan, write_shard
-from tests.builders import build, make_shards
+from tests.builders import build, edit_record, make_shards
 from tests.strategies import assert_same, make_cached, make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
@@ -118,18 +117,14 @@ Damage = Callable[[Path], None]
 
 
 def _edit(name: str, old: str, new: str) -> Damage:
-    def damage(cache: Path) -> None:
-        text = (cache / name).read_text()
-        assert old in text
-        (cache / name).write_text(text.replace(old, new))
-
-    return damage
+    return lambda cache: edit_record(cache / name, old, new)
 
 
 def _other_plan(cache: Path) -> None:
-    plan = json.loads((cache / "plan.json").read_text())
-    plan["shards"].reverse()
-    (cache / "plan.json").write_text(json.dumps(plan))
+    first, second = (make_cached(number).sample.key for number in (0, 5))
+    edit_record(cache / "plan.json", first, "other")
+    edit_record(cache / "plan.json", second, first)
+    edit_record(cache / "plan.json", "other", second)
 
 
 @pytest.mark.parametrize(
@@ -167,16 +162,17 @@ def test_missing_and_cut_shards_are_refused_at_once(cache: Path) -> None:
 
 
 def test_a_shard_of_another_place_or_cache_is_refused(tmp_path: Path) -> None:
-    build(tmp_path / "a", make_shards())
+    seal = build(tmp_path / "a", make_shards())
     build(tmp_path / "b", make_shards(), spec=make_spec(attention="eager"))
+    num_bytes = seal.shards[0].num_bytes
     first, second, _ = sorted((tmp_path / "a" / "shards").iterdir())
     foreign, *_ = sorted((tmp_path / "b" / "shards").iterdir())
     for other, field in ((second, "emkd.shard"), (foreign, "emkd.cache")):
         content = other.read_bytes()
         first.write_bytes(content)
-        seal = json.loads((tmp_path / "a" / "SEALED.json").read_text())
-        seal["shards"][0]["files"][0]["num_bytes"] = len(content)
-        (tmp_path / "a" / "SEALED.json").write_text(json.dumps(seal))
+        sizes = (f'"num_bytes": {num_bytes}', f'"num_bytes": {len(content)}')
+        edit_record(tmp_path / "a" / "SEALED.json", *sizes, count=1)
+        num_bytes = len(content)
         with pytest.raises(ShardCorruptError, match=rf"{first.name}.*{field}"):
             CacheReader.open(tmp_path / "a").read(0, ())
 

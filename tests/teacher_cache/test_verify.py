@@ -1,6 +1,5 @@
 """Verification finds every kind of damage, and all of it."""
 
-import json
 import random
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from teacher_cache.settings import ShardFormatName
 from teacher_cache.storage import LocalStore
 from teacher_cache.verify import verify_cache
 from teacher_cache.writer import write_plan
-from tests.builders import build, make_shards
+from tests.builders import build, edit_record, make_shards
 from tests.strategies import make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
@@ -59,9 +58,14 @@ def test_all_problems_are_listed(tmp_path: Path, store: LocalStore) -> None:
     missing.unlink()
     (tmp_path / "head.safetensors").unlink()
     record = tmp_path / "commits" / "00002.json"
-    record.write_text(record.read_text().replace('"seconds": 0.0', '"seconds": 1.0'))
+    edit_record(record, '"seconds": 0.0', '"seconds": 1.0')
     problems = "\n".join(verify_cache(store).problems)
-    for expected in (cut.name, f"{missing.name} is missing", "head.safetensors", "shard 2 is not"):
+    for expected in (
+        cut.name,
+        f"{missing.name} is missing",
+        "head.safetensors",
+        "00002.json is not",
+    ):
         assert expected in problems
     assert problems.count(f"{missing.name} is missing") == 1
 
@@ -104,8 +108,6 @@ def test_an_unsealed_cache_is_refused(store: LocalStore) -> None:
 
 
 def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path, store: LocalStore) -> None:
-    build(tmp_path, make_shards(1))
-    seal = json.loads((tmp_path / "SEALED.json").read_text())
-    seal["shards"][0]["files"][0]["sha256"] = "0" * 64
-    (tmp_path / "SEALED.json").write_text(json.dumps(seal))
+    seal = build(tmp_path, make_shards(1))
+    edit_record(tmp_path / "SEALED.json", seal.shards[0].files[0].sha256, "0" * 64)
     assert any("SHA-256" in problem for problem in verify_cache(store).problems)
