@@ -132,14 +132,17 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
     if rows == 0:
         return {"positions": 0, "k": kept}
     tails = sorted(math.exp(value) for value in record.log_tail.tolist())
+    counts = sorted(record.counts.tolist())
+    uneven = {"k_fewest": counts[0], "k_median": counts[rows // 2]}
     return {
         "positions": rows,
         "k": kept,
+        **({} if record.num_kept is None else uneven),
         "tail_mass": {
             "median": round(tails[len(tails) // 2], 5),
             "largest": round(tails[-1], 5),
         },
-        "first_position_ids": record.ids[0, :8].tolist(),
+        "first_position_ids": record.ids[0, : record.counts[0]][:8].tolist(),
     }
 
 
