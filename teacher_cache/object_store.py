@@ -179,8 +179,10 @@ class ObjectStore(Store):
     def copy_from(self, other: Store, name: str, as_name: str) -> None:
         """Publish a file of another store; within one object store no bytes come by here."""
         if isinstance(other, ObjectStore) and other._scheme == self._scheme:
-            source = other._path(name)
-            self._call("copied", as_name, lambda files, path: files.cp_file(source, path))
+            target = self._path(as_name)
+            other._call("copied", name, lambda files, path: files.cp_file(path, target))
+        elif not other.exists(name):
+            raise FileNotFoundError(f"{other.where(name)} is not there")
         else:
             with other.fetched(name) as local:
                 self.publish(local, as_name)

@@ -1,11 +1,15 @@
 """Fixtures shared by all tests: small real models, built once per session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny import FAMILIES
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 TinyFolder = Callable[[str], Path]
 
@@ -21,6 +25,33 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
         return built[family]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Generator[S3Server]":
+    """A real S3 server on this machine; only the tests that ask for it load its libraries."""
+    from tests.s3_server import S3Server
+
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.make_bucket()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(
+    s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> "Generator[S3Server]":
+    """The S3 server, well-behaved to begin with, found by this process and its children."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EMKD_DOWNLOADS", str(tmp_path / "downloads"))
+    s3_server.behave()
+    yield s3_server
+    s3_server.behave()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

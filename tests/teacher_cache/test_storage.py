@@ -1,14 +1,18 @@
 """Names never hold half a file; of several creators one wins."""
 
+import errno
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from teacher_cache import storage
 from teacher_cache.storage import (
+    LocalStore,
     create_exclusive,
     make_folder,
+    open_store,
     private_path,
     publish,
     sha256_file,
@@ -66,3 +70,46 @@ def test_making_a_folder_that_is_there_is_no_error(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_location_is_a_folder_a_url_or_a_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert open_store(store) is store
+    assert str(store) == str(open_store(str(tmp_path))) == str(open_store(f"file://{tmp_path}"))
+    with pytest.raises(ValueError, match="give it as text"):
+        open_store(Path("s3://bucket/cache"))
+
+
+def test_a_copy_on_one_disk_is_a_second_name_and_elsewhere_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = LocalStore(tmp_path / "one"), LocalStore(tmp_path / "other")
+    one.write_atomic("shards/a", b"content")
+    other.copy_from(one, "shards/a", "shards/b")
+    other.copy_from(one, "shards/a", "shards/b")
+    assert (tmp_path / "one/shards/a").samefile(tmp_path / "other/shards/b")
+
+    def refused(_path: Path, _name: Path) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(storage, "link", refused)
+    other.copy_from(one, "shards/a", "shards/b")
+    assert not (tmp_path / "one/shards/a").samefile(tmp_path / "other/shards/b")
+    assert other.read("shards/b") == b"content"
+    assert other.names("shards") == ["shards/b"]
+
+
+def test_a_damaged_file_is_replaced_by_the_copy(tmp_path: Path) -> None:
+    one, other = LocalStore(tmp_path / "one"), LocalStore(tmp_path / "other")
+    one.write_atomic("a", b"content")
+    other.write_atomic("a", b"cont")
+    other.copy_from(one, "a", "a")
+    assert other.read("a") == b"content"
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        LocalStore(tmp_path / "file" / "cache").require_writable()
+    LocalStore(tmp_path / "new").require_writable()
+    assert list((tmp_path / "new").iterdir()) == []
