@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
 from teacher_cache.affinity import cosine_affinity
+from teacher_cache.codec import Part
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import (
     IMAGE_PLACEHOLDER,
@@ -34,7 +35,7 @@ GRIDS = (24, 27)
 """Sides of an image's grid of vision tokens: CLIP at 336 pixels, SigLIP at 384."""
 SKETCH_RANK = 128
 QUESTION_TOKENS, RESPONSE_TOKENS = (8, 64), (12, 256)
-PARTS = frozenset({"vision", "sketch", "affinity", "response"})
+PARTS: frozenset[Part] = frozenset({"vision", "sketch", "affinity", "response"})
 """What EM-KD reads."""
 
 
@@ -66,6 +67,38 @@ def build_cache(
     starts = range(0, len(samples), rows_per_shard)
     build(folder, [samples[at : at + rows_per_shard] for at in starts], form, spec)
     return CacheReader.open(folder)
+
+
+def tensors(cached: CachedSample) -> dict[str, Tensor]:
+    """What a sample's output consists of, by name, for containers that know no records."""
+    output = cached.output
+    vision, response, sketch, affinity = (
+        output.vision,
+        output.response,
+        output.sketch,
+        output.affinity,
+    )
+    assert vision is not None
+    assert response is not None
+    assert sketch is not None
+    assert affinity is not None
+    return {
+        "views": torch.tensor([[v.image, v.view, v.rows, v.cols] for v in output.views]).int(),
+        "content_ids": output.content_ids,
+        "content_flags": output.is_response + 2 * output.after_image.to(torch.uint8),
+        "v_ids": vision.ids,
+        "v_logits": vision.logits,
+        "v_lse": vision.logsumexp,
+        "v_tail": vision.log_tail,
+        "r_ids": response.ids,
+        "r_logits": response.logits,
+        "r_lse": response.logsumexp,
+        "r_tail": response.log_tail,
+        "s_codes": sketch.codes,
+        "s_scale": sketch.scale,
+        "s_shift": sketch.tail_shift,
+        "a_cosine": affinity.cosine,
+    }
 
 
 def _sample(number: int, k: int, dtype: str, picture_kb: int) -> CachedSample:
@@ -111,6 +144,8 @@ def _top_k(hidden: Tensor, dtype: str, k: int) -> TopKRecord:
 def _sketch(hidden: Tensor, generator: torch.Generator) -> SketchRecord:
     wide = hidden @ torch.randn(WIDTH, SKETCH_RANK, generator=generator)
     wide += 0.5 * torch.randn(wide.shape, generator=generator)
+    # Principal components come in the order of their variance: here it falls as 1 / rank.
+    wide /= torch.arange(1, SKETCH_RANK + 1).sqrt()
     scale = wide.abs().amax(dim=1) / 127
     return SketchRecord(
         codes=(wide / scale[:, None]).round().to(torch.int8),
