@@ -8,12 +8,13 @@ pages only when it is read. What another row stores is empty; its key and number
 """
 
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from teacher_cache.arrow_layout import Block, batch_blocks, require_plain
 from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.shard_format import EncodedRow, Shard, ShardFormat, StoredRow, stored_rows
 
@@ -50,15 +51,20 @@ class ArrowFormat(ShardFormat):
     def open(self, path: Path) -> "ArrowShard":
         """Map a file into memory; raises `ShardCorruptError` for what is not an Arrow file."""
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            data = pa.memory_map(str(path)).read_buffer()
+            octets = memoryview(data).cast("B")
+            blocks = batch_blocks(octets)
+            reader = pa.ipc.open_file(data)
             stored: dict[bytes, bytes] = reader.schema.metadata or {}
             metadata = {name.decode(): value.decode() for name, value in stored.items()}
             names: list[str] = reader.schema.names
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ShardCorruptError(f"{path} is not an intact Arrow file: {error}") from error
         if not reader.schema.equals(_schema(names[len(_TEXTS) + 2 :], {})):
             raise ShardCorruptError(f"{path} is not a shard: it has columns {reader.schema}")
-        return ArrowShard(path, metadata, reader)
+        if reader.num_record_batches != len(blocks):
+            raise ShardCorruptError(f"{path}: its footer speaks of {len(blocks)} batches")
+        return ArrowShard(path, metadata, reader, octets, blocks)
 
 
 def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
@@ -73,12 +79,20 @@ def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
 class ArrowShard(Shard):
     """A memory-mapped Arrow file."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], reader: Any) -> None:
-        super().__init__(path, metadata, reader.num_record_batches)
-        self._reader = reader
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        reader: Any,
+        data: memoryview,
+        blocks: Sequence[Block],
+    ) -> None:
+        super().__init__(path, metadata, len(blocks))
+        self._reader, self._data, self._blocks = reader, data, blocks
         self._lock = threading.Lock()
 
     def _batch(self, row: int) -> Any:
+        require_plain(self._data, self._blocks[row])
         try:
             with self._lock:
                 batch = self._reader.get_batch(row)

@@ -47,6 +47,12 @@ _ARRAYS = {  # what numpy calls them; it has no bfloat16
 MAX_FRAME_BYTES = 2**32
 """Content of the largest frame, and of the largest plane; a larger claim is taken for damage."""
 
+MAX_RATIO = 1000
+"""Content of a frame of more than `FREE_BYTES` is at most so many times as long as the frame: what
+a small file can ask for in memory is bounded by that."""
+
+FREE_BYTES = 2**24
+
 MAX_DIMS = 8
 """Dimensions of a plane; more are taken for damage."""
 
@@ -105,22 +111,34 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
 
 def _compress(parts: Sequence[bytes]) -> bytes:
     """One frame in which each part begins a block: bytes of one kind share their statistics."""
-    stream = _zstd.compressor.compressobj(size=sum(map(len, parts)))
+    num_bytes = sum(map(len, parts))
+    stream = _zstd.compressor.compressobj(size=num_bytes)
     pieces: list[bytes] = []
     for part in parts:
         if part:
             pieces.append(stream.compress(part))
             pieces.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
     pieces.append(stream.flush())
-    return b"".join(pieces)
+    frame = b"".join(pieces)
+    if num_bytes > _most_content(frame):
+        raise ValueError(
+            f"{num_bytes} bytes of a plane shrink to {len(frame)}: no reader would believe that; "
+            "the teacher repeats one number"
+        )
+    return frame
+
+
+def _most_content(frame: bytes) -> int:
+    """Bytes that a frame may claim to hold."""
+    blocks = (len(frame) // 4 + 1) * _BLOCK_BYTES
+    return min(MAX_FRAME_BYTES, blocks, max(FREE_BYTES, MAX_RATIO * len(frame)))
 
 
 def _decompress(frame: bytes) -> bytes:
     try:
         claimed = zstandard.get_frame_parameters(frame)
-        limit = min(MAX_FRAME_BYTES, (len(frame) // 4 + 1) * _BLOCK_BYTES)
         # An unknown size is reported as 2**64 - 1, beyond every limit.
-        if not claimed.has_checksum or claimed.content_size > limit:
+        if not claimed.has_checksum or claimed.content_size > _most_content(frame):
             raise ShardCorruptError(
                 f"a frame of {len(frame)} bytes claims {claimed.content_size} bytes of content "
                 f"{'with' if claimed.has_checksum else 'without'} a checksum"
