@@ -1,9 +1,9 @@
 """Distil a vanilla multimodal LLM into one with few vision tokens, from a cache of its outputs.
 
 data makes the demo's images; plan says what a cache takes; build runs the teacher once; verify and
-inspect look at a cache, gc removes leftovers; subset, export and merge make caches from caches;
-train makes a student from it (recipe prints the paper's settings); evaluate and report compare
-students; submit sends a stage to a Ray cluster; demo does it all in miniature.
+inspect look at a cache, gc removes leftovers; subset, export, merge and extend make caches from
+caches; train makes a student from it (recipe prints the paper's settings); evaluate and report
+compare students; submit sends a stage to a Ray cluster; demo does it all in miniature.
 """
 
 import dataclasses
@@ -17,10 +17,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jobs.cache_commands import Gc, Inspect, Verify
-from jobs.derive_commands import Export, Merge, Subset
+from jobs.derive_commands import Export, Extend, Merge, Subset
 from jobs.options import RayOptions
 from jobs.progress import say
-from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, PlanConfig, TrainConfig
+from pipeline.config import (
+    BuildConfig,
+    DigitsConfig,
+    EvaluateConfig,
+    ExtendConfig,
+    PlanConfig,
+    TrainConfig,
+)
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]
@@ -28,6 +35,7 @@ Stage = Literal["build", "train", "evaluate"]
 CONFIG_CLASSES: dict[str, type] = {
     "plan": PlanConfig,
     "build": BuildConfig,
+    "extend": ExtendConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
 }
@@ -242,6 +250,7 @@ def defaults() -> dict[str, Any]:
         "subset": _required(Subset),
         "export": _required(Export),
         "merge": _required(Merge),
+        "extend": _required(Extend),
         "train": _required(Train),
         "recipe": _required(Recipe),
         "evaluate": _required(Evaluate),

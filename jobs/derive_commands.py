@@ -1,4 +1,4 @@
-"""The subcommands that make caches from caches: subset, export, merge.
+"""The subcommands that make caches from caches: subset, export, merge, extend.
 
 Each leaves an ordinary sealed cache and goes on where it was stopped when it is run again. Nothing
 here loads a heavy library before its command is called. Exit codes as of every command (cli.py).
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from jobs.progress import say
+from pipeline.config import ExtendConfig
 from teacher_cache.settings import ShardFormatName
 
 
@@ -118,6 +119,35 @@ class Merge:
                 progress=partial(bars.update, "shards"),
             )
         return say_seal(self.out, seal, self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extend:
+    """Add to a sealed cache, as a new one: samples (--source), or further records (--records).
+
+    Files of the old cache are linked or copied unopened. Runs in this one process.
+    """
+
+    cache: tyro.conf.Positional[str]
+    """The cache to extend: folder, or URL in an object store."""
+    config: ExtendConfig
+    json: bool = False
+    """Print the seal as JSON."""
+
+    def __call__(self) -> int:
+        """Write the cache, and say what is in it."""
+        from jobs.progress import Bars
+
+        with Bars() as bars:
+            if self.config.source is not None:
+                from pipeline.extend import extend_samples
+
+                seal = extend_samples(self.cache, self.config, bars.update)
+            else:
+                from pipeline.extend_records import extend_records
+
+                seal = extend_records(self.cache, self.config, bars.update)
+        return say_seal(self.config.out, seal, self.json)
 
 
 def say_seal(out: str, seal: Any, as_json: bool) -> int:

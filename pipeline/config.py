@@ -93,10 +93,8 @@ class BuildConfig(Strict):
 class ExtendConfig(Strict):
     """Add to a sealed cache, as a new one: samples of a source, or records of a further kind."""
 
-    cache: str
-    """The cache to extend, which stays as it is: folder, or URL in an object store."""
     out: str
-    """Folder or URL of the extended cache."""
+    """Folder or URL of the extended cache; the one that is extended stays as it is."""
     teacher: str
     """The teacher that the cache was built with; its content is compared."""
     source: str | None = None

@@ -6,7 +6,7 @@ every field of the spec that says who the teacher is, is compared; what is store
 
 import dataclasses
 
-from teacher_cache.manifest import CacheSpec, differences
+from teacher_cache.manifest import CacheMismatchError, CacheSpec, differences
 from teacher_cache.records import RecordSettings
 from teacher_cache.teacher import Teacher
 
@@ -44,6 +44,17 @@ def other_teacher(spec: CacheSpec, teacher: Teacher) -> list[tuple[str, str, str
     found = teacher.spec(RecordSettings(records="topk", top_k=1), batch_size=spec.batch_size)
     stored = dataclasses.replace(found, **{name: getattr(spec, name) for name in TEACHER_FIELDS})
     return differences(stored, found)
+
+
+def require_same_teacher(spec: CacheSpec, teacher: Teacher, path: str) -> None:
+    """Raise `CacheMismatchError` with a table unless the teacher is the cache's own."""
+    rows = other_teacher(spec, teacher)
+    if rows:
+        table = "\n".join(f"  {name}: stored {have}, found {now}" for name, have, now in rows)
+        raise CacheMismatchError(
+            f"{path} is not the teacher of the cache:\n{table}\n"
+            "Give the teacher that the cache was built with."
+        )
 
 
 def record_settings(spec: CacheSpec) -> RecordSettings:

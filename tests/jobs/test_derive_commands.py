@@ -10,7 +10,9 @@ import pytest
 from jobs.cli import main
 from teacher_cache.reader import CacheReader
 from tests.builders import published
+from tests.conftest import TinyFolder
 from tests.derived import base_cache
+from tests.extended import build_config, built
 
 Run = pytest.CaptureFixture[str]
 
@@ -60,3 +62,23 @@ def test_there_and_back(tmp_path: Path, capsys: Run) -> None:
     assert told["fingerprint"] == base.seal.fingerprint
     assert main(["export", there, "--out", back, "--format", "arrow"]) == 0
     assert published(Path(back)) == published(tmp_path / "a")
+
+
+def test_a_cache_is_extended_by_samples_and_by_records(
+    tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
+) -> None:
+    model = tiny_folder("llava")
+    base = str(built(tmp_path, model, "topk"))
+    source = build_config(tmp_path, model, "topk", 9).source.path
+    teacher = ["--teacher", str(model), "--device", "cpu"]
+    more, both = str(tmp_path / "more"), str(tmp_path / "both")
+    told = _json(["extend", base, "--out", more, "--source", source, *teacher], capsys)
+    assert told["samples"] == 9
+    records = ["--records", "hidden", "--hidden-dtype", "float32"]
+    assert main(["extend", more, "--out", both, *records, *teacher]) == 0
+    assert "9 samples" in capsys.readouterr().out
+    assert CacheReader.open(both).spec.records == "topk+hidden"
+    assert main(["verify", both, *teacher]) == 0
+    with pytest.raises(SystemExit):
+        main(["extend", more, "--out", both, *teacher])
+    assert "give either source" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""New kinds of records for the samples of a sealed cache, as a new cache of layered shards.
+
+Promises: the teacher runs over the images and messages that the cache itself holds, in the batches
+that its build had, so that no source is needed and the new planes are those that a build of all
+records would have written; they lie in a second file beside each old one, which is linked or
+copied unopened. Records that the cache has are not stored again, and the old cache stays valid.
+Refuses another teacher than the cache's, records that the cache has, samples that the teacher does
+not accept, settings of records that are not new. Running it again resumes it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import torch
+
+from pipeline.build import Progress, no_progress
+from pipeline.config import ExtendConfig
+from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
+from teacher_cache.codec import planes_of
+from teacher_cache.derive import SealedCache, derive, take_file
+from teacher_cache.folder import SKETCH_FILE, read_plan, read_sketch, shard_keys
+from teacher_cache.manifest import CacheSpec, Seal
+from teacher_cache.reader import CacheReader
+from teacher_cache.records import RecordSettings
+from teacher_cache.rows import encode_rows, tier_parts
+from teacher_cache.schema import CachedSample, Sample, TeacherOutput
+from teacher_cache.settings import RecordKind, holds
+from teacher_cache.shard_format import EncodedRow
+from teacher_cache.storage import Location, Store, open_store
+from teacher_cache.teacher import Teacher
+from teacher_cache.vision_sharing import VisionOwners
+from teacher_cache.writer import commit_shard, write_shard_file
+
+_PIECES = ("topk", "sketch", "hidden")
+"""What records are made of, in the order of their names."""
+_SETTINGS = {
+    "topk": ("top_k", "affinity_dtype"),
+    "sketch": ("sketch_rank", "calibration_samples"),
+    "hidden": ("hidden_dtype",),
+}
+"""Settings of `ExtendConfig` that a piece needs, if it is new."""
+
+
+class RecordExtender:
+    """Computes the new planes of one cache, shard by shard."""
+
+    def __init__(
+        self, cache: Location, config: ExtendConfig, progress: Progress = no_progress
+    ) -> None:
+        self.config = config
+        self.progress = progress
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+        self.base = SealedCache.open(cache)
+        self.out: Store = open_store(config.out)
+        self._reader = CacheReader.open(cache)
+        records, self._computed = joined(self.base.spec.records, config.records)
+        self.settings = _settings(config, self.base.spec, records)
+        self.teacher: Teacher = load_as(config.teacher, self.base.spec, config.device)
+        require_same_teacher(self.base.spec, self.teacher, config.teacher)
+        self._load_basis()
+        self.plan = dataclasses.replace(self.base.plan, spec=self._spec())
+        self._new_planes = _planes(self.plan.spec) - _planes(self.base.spec)
+
+    def run(self) -> Seal:
+        """Write what is missing of the extended cache, and seal it."""
+        head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
+        sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
+        return derive(self.out, self.plan, self.build_shard, head=head, sketch=sketch)
+
+    def build_shard(self, index: int) -> None:
+        """Take over the files of a shard, write the new planes beside them, and commit it."""
+        commit = self.base.seal.shards[index]
+        layer = write_shard_file(
+            self.out, self.plan, index, self._rows(index), self._new_planes, commit.rejected
+        )
+        old = [take_file(self.base, file, self.out, self.plan, index) for file in commit.files]
+        commit_shard(self.out, self.plan, dataclasses.replace(commit, files=(*old, layer)))
+
+    def _spec(self) -> CacheSpec:
+        base = self.base.spec
+        return self.teacher.spec(
+            self.settings, batch_size=base.batch_size, share_vision=base.share_vision
+        )
+
+    def _rows(self, index: int) -> Iterator[EncodedRow]:
+        """The samples of a shard with nothing but the new planes."""
+        computed = dataclasses.replace(self.settings, records=self._computed)
+        owners: VisionOwners | None = {} if self.base.spec.share_vision else None
+        cached: list[CachedSample] = []
+        for samples in self._batches(index):
+            outputs = self.teacher.outputs(samples, computed, owners)
+            for sample, output in zip(samples, outputs, strict=True):
+                if not isinstance(output, TeacherOutput):
+                    raise ValueError(
+                        f"sample {sample.key} ({sample.source_id}) is in {self.base.store}, but "
+                        f"the teacher does not give new records for it: {output.reason}; leave it "
+                        "out by emkd subset first"
+                    )
+                cached.append(CachedSample(sample=sample, output=output))
+            self._tell(index, len(cached))
+        spec = dataclasses.replace(self.plan.spec, records=self._computed)
+        for row in encode_rows(cached, spec):
+            planes = {name: row.planes[name] for name in self._new_planes}
+            yield dataclasses.replace(row, images=(), planes=planes)
+
+    def _batches(self, index: int) -> Iterator[list[Sample]]:
+        """The batches in which the build ran the teacher over a shard; rejected samples are out."""
+        planned = [key for key, _ in self.base.plan.shards[index]]
+        kept = set(shard_keys(self.base.plan, self.base.seal.shards[index]))
+        size = self.base.spec.batch_size
+        for start in range(0, len(planned), size):
+            keys = [key for key in planned[start : start + size] if key in kept]
+            if keys:
+                yield [self._sample(key) for key in keys]
+
+    def _sample(self, key: str) -> Sample:
+        return self._reader.read(self._reader.find(key), ()).sample
+
+    def _tell(self, index: int, done: int) -> None:
+        before = sum(commit.num_rows for commit in self.base.seal.shards[:index])
+        self.progress("samples", before + done, self.base.seal.num_samples)
+
+    def _load_basis(self) -> None:
+        """The sketch's basis: the base's own, the one of a run before, or fitted now."""
+        if not holds(self.settings.records, "sketch"):
+            return
+        begun = read_plan(self.out)
+        if self.base.sketch is not None:
+            self.teacher.sketch = self.base.sketch
+        elif begun is not None and self.out.exists(SKETCH_FILE):
+            self.teacher.sketch = read_sketch(self.out, begun.spec)
+        else:
+            self.teacher.fit_sketch(self._calibration(), self.settings.sketch_rank)
+
+    def _calibration(self) -> Iterator[Sequence[Sample]]:
+        """The samples that a build would have taken, the first ones of the source, in batches."""
+        count = min(self.config.calibration_samples or 256, len(self._reader))
+        places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
+        first = sorted(range(len(places)), key=lambda row: places[row][1])[:count]
+        size = self.base.spec.batch_size
+        for start in range(0, count, size):
+            rows = first[start : start + size]
+            yield [self._reader.read(row, ()).sample for row in rows]
+            self.progress("calibrate", start + len(rows), count)
+
+
+def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, RecordKind]:
+    """What a cache holds when `wanted` is added, and what has to be computed for it.
+
+    A sketch is made with the top-k records that its shift belongs to. ValueError where nothing is
+    new.
+    """
+    pieces = {name for name in _PIECES if wanted is not None and holds(wanted, name)}
+    new = pieces - set(held.split("+"))
+    if not new:
+        raise ValueError(
+            f"the cache holds {held}, {wanted} adds nothing to it; name records that it has not"
+        )
+    computed = new | ({"topk"} if "sketch" in new else set())
+    return _kind(pieces | set(held.split("+"))), _kind(computed)
+
+
+def extend_records(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
+    """Write a cache with further records of its samples as a new one, in this process."""
+    return RecordExtender(cache, config, progress).run()
+
+
+def _kind(pieces: set[str]) -> RecordKind:
+    name = "+".join(piece for piece in _PIECES if piece in pieces)
+    kinds: dict[str, RecordKind] = {kind: kind for kind in get_args(RecordKind)}
+    return kinds[name]
+
+
+def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> RecordSettings:
+    """The base's settings for what it holds, the given ones for what is new."""
+    known = record_settings(base)
+    changes: dict[str, object] = {"records": records}
+    for piece, names in _SETTINGS.items():
+        new = piece in records.split("+") and piece not in base.records.split("+")
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not new:
+                raise ValueError(
+                    f"{name} is given, but {piece} records are not new: the cache holds "
+                    f"{base.records}, and {records} is to be held"
+                )
+            if value is not None and name != "calibration_samples":
+                changes[name] = value
+    return dataclasses.replace(known, **changes)
+
+
+def _planes(spec: CacheSpec) -> frozenset[str]:
+    return planes_of(tier_parts(spec), spec)

@@ -1,0 +1,181 @@
+"""Promises of emkd extend: what is added is what a build would have made, what was there stays."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ExtendConfig
+from pipeline.extend import extend_samples
+from pipeline.extend_records import extend_records, joined
+from pipeline.verify_teacher import verify_teacher
+from teacher_cache.codec import output_planes
+from teacher_cache.manifest import CacheMismatchError
+from teacher_cache.reader import CacheReader
+from teacher_cache.settings import RecordKind
+from teacher_cache.subset_cache import Selection, subset_cache
+from teacher_cache.verify import verify_cache
+from tests.builders import published
+from tests.conftest import TinyFolder
+from tests.extended import build_config, built, more_records, more_samples, samples_to_cache
+from tests.llava_json import write_llava_json
+from tests.strategies import assert_same_bits
+from tests.tiny import tiny_llava
+
+
+def _assert_same_rows(found: CacheReader, expected: CacheReader) -> None:
+    """Same keys in the same order, same samples, same planes to the bit."""
+    assert found.keys == expected.keys
+    assert found.parts == expected.parts
+    for index in range(len(expected)):
+        ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
+        assert ours.sample == theirs.sample
+        assert ours.output.shared_from == theirs.output.shared_from
+        planes = output_planes(theirs.output)
+        for name, values in output_planes(ours.output).items():
+            assert_same_bits(values, planes[name])
+
+
+def _sound(out: Path, model: Path) -> CacheReader:
+    assert verify_cache(out).problems == ()
+    reader = CacheReader.open(out)
+    assert verify_teacher(reader, str(model), device="cpu").problems == ()
+    return reader
+
+
+def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk+sketch")
+    before = published(base)
+    more_samples(tmp_path, model, tmp_path / "more")
+    # Shards are batches here, so that each sample has the neighbours that it has in a build of all.
+    everything = CacheReader.open(built(tmp_path, model, "topk+sketch", 12))
+    more = _sound(tmp_path / "more", model)
+    assert more.spec == everything.spec
+    _assert_same_rows(more, everything)
+    assert len(more) == 12
+    assert any(more.read(index, ()).output.shared_from for index in range(12))
+    assert published(base) == before
+    for commit, old in zip(more.seal.shards, CacheReader.open(base).seal.shards, strict=False):
+        assert (tmp_path / "more" / commit.files[0].file).samefile(base / old.files[0].file)
+
+
+@pytest.mark.parametrize(
+    ("held", "added", "both"),
+    [
+        ("topk+sketch", "hidden", "topk+sketch+hidden"),
+        ("hidden", "topk+sketch", "topk+sketch+hidden"),
+        ("topk", "topk+sketch", "topk+sketch"),
+        ("topk+hidden", "topk+sketch+hidden", "topk+sketch+hidden"),
+        ("topk", "hidden", "topk+hidden"),
+    ],
+)
+def test_extended_by_records_is_built_with_all_of_them(
+    tmp_path: Path, tiny_folder: TinyFolder, held: RecordKind, added: RecordKind, both: RecordKind
+) -> None:
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, held)
+    before = published(base)
+    config = ExtendConfig(
+        out=str(tmp_path / "more"), teacher=str(model), records=added, device="cpu"
+    )
+    new = set(both.split("+")) - set(held.split("+"))
+    if "hidden" in new:
+        config = dataclasses.replace(config, hidden_dtype="float32")
+    if "sketch" in new:
+        config = dataclasses.replace(config, sketch_rank=4, calibration_samples=3)
+    if "topk" in new:
+        config = dataclasses.replace(config, top_k=6)
+    extend_records(base, config)
+    more = _sound(tmp_path / "more", model)
+    at_once = CacheReader.open(built(tmp_path / "once", model, both))
+    assert more.spec == at_once.spec
+    _assert_same_rows(more, at_once)
+    assert published(base) == before
+    for commit, old in zip(more.seal.shards, CacheReader.open(base).seal.shards, strict=True):
+        assert (tmp_path / "more" / commit.files[0].file).samefile(base / old.files[0].file)
+        assert len(commit.files) == 2
+    # Layered shards are ordinary ones to the other tools.
+    subset_cache(tmp_path / "more", tmp_path / "part", Selection(keys=more.keys[1:4]))
+    part = _sound(tmp_path / "part", model)
+    for index, key in enumerate(part.keys):
+        ours = output_planes(part.read(index, part.parts).output)
+        theirs = output_planes(more.read(more.find(key), more.parts).output)
+        assert all(ours[name].equal(values) for name, values in theirs.items())
+
+
+@pytest.mark.parametrize("what", ["samples", "records"])
+def test_an_extension_that_is_killed_and_run_again_leaves_the_same_bytes(
+    tmp_path: Path, what: str
+) -> None:
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        command = [sys.executable, "-m", "tests.extended", what, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_teacher_is_refused_with_a_table(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    built(tmp_path, tiny_folder("llava"), "topk+sketch")
+    other = tiny_llava(tmp_path / "other", seed=1)
+    for extend in (more_samples, more_records):
+        with pytest.raises(CacheMismatchError, match=r"not the teacher of the cache:\n *teacher_w"):
+            extend(tmp_path, other, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_source_without_anything_new_is_refused(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk")
+    source = write_llava_json(tmp_path / "known", samples_to_cache()[2:5])
+    config = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), source=str(source))
+    with pytest.raises(ValueError, match="each of its 3 usable samples is in"):
+        extend_samples(base, config)
+
+
+def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk")
+    source = Path(build_config(tmp_path, model, "topk", 12).source.path)
+    next(source.parent.glob("tiny-711-*.png")).unlink()
+    config = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), source=str(source))
+    with pytest.raises(ValueError, match="--on-bad-sample record"):
+        extend_samples(base, config)
+    seal = extend_samples(base, dataclasses.replace(config, on_bad_sample="record", device="cpu"))
+    assert seal.num_samples == 11
+    assert [rejected.source_id for rejected in seal.rejected] == ["tiny-711"]
+
+
+def test_what_records_are_joined_and_computed() -> None:
+    assert joined("topk", "hidden") == ("topk+hidden", "hidden")
+    assert joined("hidden", "topk") == ("topk+hidden", "topk")
+    assert joined("topk", "topk+sketch") == ("topk+sketch", "topk+sketch")
+    assert joined("topk", "topk+sketch+hidden") == ("topk+sketch+hidden", "topk+sketch+hidden")
+    assert joined("topk+hidden", "topk+sketch") == ("topk+sketch+hidden", "topk+sketch")
+    for held in ("topk", "topk+hidden", "topk+sketch+hidden"):
+        with pytest.raises(ValueError, match=r"topk adds nothing"):
+            joined(held, "topk")
+
+
+def test_settings_that_would_have_no_effect_are_refused(
+    tmp_path: Path, tiny_folder: TinyFolder
+) -> None:
+    config: dict[str, Any] = {"out": "b", "teacher": "c"}
+    with pytest.raises(ValueError, match="give either source"):
+        ExtendConfig(**config)
+    with pytest.raises(ValueError, match="give either source"):
+        ExtendConfig(**config, source="s", records="hidden")
+    with pytest.raises(ValueError, match="top_k would have no effect: source is given"):
+        ExtendConfig(**config, source="s", top_k=4)
+    with pytest.raises(ValueError, match="limit would have no effect: records is given"):
+        ExtendConfig(**config, records="hidden", limit=4)
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk")
+    idle = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), records="hidden", top_k=4)
+    with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
+        extend_records(base, idle)
