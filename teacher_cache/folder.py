@@ -84,7 +84,7 @@ def require_seal(cache: Store) -> Seal:
     num_shards, num_committed = len(require_plan(cache).shards), len(committed(cache))
     raise IncompleteCacheError(
         f"{cache}: {num_committed} of {num_shards} shards are committed and the cache is not "
-        "sealed; run the same emkd build again, it does the rest"
+        f"sealed (it has no {SEAL_FILE}); run the same emkd build again, it does the rest"
     )
 
 
