@@ -55,12 +55,12 @@ class CacheExtender(CacheBuilder):
             rejected=(*self.base.seal.rejected, *rejected),
         )
 
-    def build_shard(self, index: int) -> ShardCommit:
+    def make_shard(self, index: int) -> ShardCommit:
         """Take over shard `index` of the base, or run the teacher over a new one."""
         if index < len(self.base.seal.shards):
             commit = self.base.seal.shards[index]
             return take_shard(self.cache, self._plan, index, self.base, commit)
-        return super().build_shard(index)
+        return self.build_shard(index)
 
     def _require_same_spec(self) -> CacheSpec:
         """The base's spec, which must be what this teacher and these settings give."""
@@ -88,7 +88,7 @@ def extend_samples(cache: Location, config: ExtendConfig, progress: Progress = n
             progress("samples", starts[index] + done, plan.num_samples)
 
         extender.progress = in_all
-        extender.build_shard(index)
+        extender.make_shard(index)
         in_all("", len(plan.shards[index]), 0)
 
     return derive(extender.cache, plan, make, head=base.head, sketch=base.sketch)
