@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2VLConfig,
+    Qwen3Config,
+)
 
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.pretrained import load_model
@@ -25,7 +31,8 @@ def deep_model(
 ) -> tuple[Any, Any]:
     """A saved tiny model made anew with four decoder layers, and its processor.
 
-    `decoder` replaces the family's text decoder by one of `DECODERS`, `text` fields of its config.
+    `decoder` replaces the family's text decoder by one of `DECODERS`, or Qwen2.5-VL by `qwen2_vl`;
+    `text` are fields of the text config.
     """
     loaded: Any = load_model(str(folder))
     vanilla, processor = loaded
@@ -34,7 +41,9 @@ def deep_model(
         "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads "
         "max_position_embeddings initializer_range pad_token_id bos_token_id eos_token_id"
     )
-    if decoder is not None:
+    if decoder == "qwen2_vl":
+        config = _qwen2_vl(config)
+    elif decoder is not None:
         fields = {name: getattr(config.text_config, name) for name in names.split()}
         fields |= {"sliding_window": None} if decoder == "mistral" else {}
         config.text_config = DECODERS[decoder](**fields, head_dim=8)
@@ -42,9 +51,29 @@ def deep_model(
     for name, value in {**changes, **text}.items():
         setattr(config.text_config, name, value)
     torch.manual_seed(1)
-    model = type(vanilla)._from_config(config, attn_implementation=attention)
+    model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     model.generation_config = vanilla.generation_config
     return model.eval(), processor
+
+
+def _qwen2_vl(config: Any) -> Any:
+    """The config of a Qwen2-VL that takes what a tiny Qwen2.5-VL's processor gives."""
+    text = config.text_config.to_dict()
+    del text["model_type"]
+    marks = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": config.text_config.hidden_size,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": config.vision_config.patch_size,
+            "spatial_merge_size": config.vision_config.spatial_merge_size,
+        },
+        text_config=text,
+        **{mark: getattr(config, mark) for mark in marks},
+    )
 
 
 def encode(

@@ -22,6 +22,7 @@ MODELS = [
     ("llava", "llama"),
     ("llava", "mistral"),
     ("llava", "qwen3"),
+    ("qwen2_5_vl", "qwen2_vl"),
 ]
 PYRAMID = (Stage(layer=1, ratio=0.25), Stage(layer=3, ratio=0.5))
 

@@ -18,15 +18,19 @@ from tests.tiny import tiny_samples
 
 NUM_NEW = 6
 PYRAMID = (Stage(layer=1, ratio=0.5), Stage(layer=3, ratio=0.75))
-MODELS = [
-    ("llava", None),
-    ("llava_next", None),
-    ("llava_onevision", None),
-    ("qwen2_5_vl", None),
-    ("internvl", None),
-    ("idefics3", None),
-    ("llava", "mistral"),
-    ("llava", "qwen3"),
+CASES = [
+    ("llava", None, "dart"),
+    ("llava", None, "fastv"),
+    ("llava", None, "random"),
+    ("llava_next", None, "dart"),
+    ("llava_onevision", None, "fastv"),
+    ("qwen2_5_vl", None, "dart"),
+    ("qwen2_5_vl", None, "fastv"),
+    ("internvl", None, "random"),
+    ("idefics3", None, "fastv"),
+    ("llava", "mistral", "dart"),
+    ("llava", "qwen3", "fastv"),
+    ("qwen2_5_vl", "qwen2_vl", "fastv"),
 ]
 
 
@@ -48,8 +52,7 @@ def generate(model: Any, batch: ModelBatch, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize(("family", "decoder"), MODELS)
-@pytest.mark.parametrize("compressor", ["dart", "fastv", "random"])
+@pytest.mark.parametrize(("family", "decoder", "compressor"), CASES)
 def test_a_cache_changes_no_answer(
     family: str, decoder: str | None, compressor: str, tiny_folder: TinyFolder
 ) -> None:

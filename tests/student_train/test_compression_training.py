@@ -120,8 +120,9 @@ def by_lengths(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Like flash kernels: a 2-D mask or none, real tokens only, no position ids with gaps."""
-    positions = options.get("position_ids")
-    assert positions is None or bool((positions.diff(dim=-1) == 1).all())
+    if (positions := options.get("position_ids")) is not None:
+        assert positions.shape[-1] == query.shape[2]
+        assert bool((positions.diff(dim=-1) == 1).all())
     groups = module.num_key_value_groups
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     output = torch.zeros_like(query)

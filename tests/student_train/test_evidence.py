@@ -19,6 +19,7 @@ MODELS = [
     ("llava", "llama"),
     ("llava", "mistral"),
     ("llava", "qwen3"),
+    ("qwen2_5_vl", "qwen2_vl"),
     ("llava", None),
     ("qwen2_5_vl", None),
 ]

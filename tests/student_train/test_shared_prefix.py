@@ -42,7 +42,8 @@ def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
     batch = batch_of(encode(model, processor), "left")
     student_settings = at(0.75, compressor)
     expected = whole_pass(model, student_settings, batch, 0)
-    with record_entry(model, LAYER) as entry, compress(model, student_settings, batch) as found:
+    # This order is the harder one: the hooks of `compress` are there first.
+    with compress(model, student_settings, batch) as found, record_entry(model, LAYER) as entry:
         student = final_hidden(model, batch.inputs)
     assert torch.equal(student, expected[0])
     assert torch.equal(found.layout.positions, expected[1])
