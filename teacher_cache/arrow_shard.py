@@ -100,23 +100,24 @@ class ArrowShard(Shard):
             batch.validate(full=True)
         except pa.ArrowException as error:
             raise ValueError(str(error)) from error
-        if batch.num_rows != 1 or any(column.null_count for column in batch.columns):
-            raise ValueError(f"expected one row without nulls, found {batch.num_rows} rows")
+        if batch.num_rows != 1:
+            raise ValueError(f"expected one row, found {batch.num_rows}")
         return batch
 
     def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
-        batch = self._batch(row)
-        key, source_id, messages, checks, shared_from = (
-            batch.column(name)[0].as_py() for name in _TEXTS
-        )
-        frames = {name: batch.column(name)[0].as_py() for name in planes}
+        names = [*_TEXTS, "shared_row", "images", *planes]
+        (stored,) = self._batch(row).select(names).to_pylist()  # in one call: half the time
+        if None in stored.values():
+            raise ValueError("expected values, found nulls")
         encoded = EncodedRow(
-            key=key,
-            source_id=source_id,
-            messages=messages,
-            images=tuple(batch.column("images")[0].as_py()),
-            planes={name: frame for name, frame in frames.items() if frame},
-            shared_from=shared_from or None,
+            key=stored["key"],
+            source_id=stored["source_id"],
+            messages=stored["messages"],
+            images=tuple(stored["images"]),
+            planes={name: stored[name] for name in planes if stored[name]},
+            shared_from=stored["shared_from"] or None,
         )
-        owner = batch.column("shared_row")[0].as_py()
-        return StoredRow(row=encoded, checks=checks, owner=None if owner == _NO_ROW else owner)
+        owner = stored["shared_row"]
+        return StoredRow(
+            row=encoded, checks=stored["checks"], owner=None if owner == _NO_ROW else owner
+        )
