@@ -2,6 +2,7 @@
 
 Teacher tensors never pass through Ray: an actor returns the commit record of a shard, a few
 hundred bytes. With `--no-ray` the same functions run in a plain loop and write the same bytes.
+A shard that has cost two workers is searched for the samples that kill them, when all else is done.
 """
 
 import threading
@@ -9,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError
 
+from jobs.killers import TooManyDeathsError, find_killers
 from jobs.options import RayOptions
 from jobs.paths import absolute
 from jobs.progress import Bars
-from jobs.ray_pool import ActorPool, get, ray_session, worker_resources
+from jobs.ray_pool import ActorPool, WorkerLostError, get, ray_session, worker_resources
 from pipeline.build import CacheBuilder, build, finished, missing_shards
 from pipeline.config import BuildConfig
 from teacher_cache.manifest import Plan, Seal
@@ -85,10 +88,38 @@ def _build_shards(cache: Store, plan: Plan, pool: ActorPool, bars: Bars) -> None
     done = plan.num_samples - sum(sizes[index] for index in missing)
 
     def show(actors: Sequence[Any]) -> None:
-        states = ray.get([actor.status.remote() for actor in actors], timeout=30)
+        try:
+            states = ray.get([actor.status.remote() for actor in actors], timeout=30)
+        except ActorDiedError:
+            return  # the pool hears of it next
         running = sum(part for what, part, _ in states if what.startswith("shard"))
         bars.update("samples", min(done + running, plan.num_samples), plan.num_samples)
 
-    for index, _ in pool.map("build_shard", missing, show):
+    lost: list[int] = []
+    for index, _ in pool.map("build_shard", missing, show, lost):
         done += sizes[index]
         bars.update("samples", done, plan.num_samples)
+    for index in lost:
+        _build_without_killers(pool, index, sizes[index])
+        done += sizes[index]
+        bars.update("samples", done, plan.num_samples)
+
+
+def _build_without_killers(pool: ActorPool, index: int, num_samples: int) -> None:
+    """Build a shard that two workers have died of; its killers are rejected as bad samples are."""
+
+    def survives(start: int, stop: int) -> bool:
+        try:
+            pool.call("probe", index, start, stop)
+        except WorkerLostError:
+            return False
+        return True
+
+    try:
+        killers = find_killers(survives, num_samples)
+        pool.call("build_shard", index, killers)
+    except (WorkerLostError, TooManyDeathsError) as error:
+        raise WorkerLostError(
+            f"shard {index}: its workers keep dying, and not of single samples alone; are they out "
+            f"of memory? Lower --batch-size or --num-workers. {error}"
+        ) from error

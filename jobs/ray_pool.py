@@ -84,40 +84,60 @@ class ActorPool:
     def __init__(self, make: Callable[[], Any], first: Any, options: RayOptions) -> None:
         self._make = make
         self._options = options
-        self._first = first
+        self._idle = [first]
 
     def map(
         self,
         method: str,
         numbers: Sequence[int],
         on_poll: Callable[[Sequence[Any]], None],
+        lost: list[int] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, result) as results come; `on_poll(actors)` is called twice a second."""
+        """Yield (number, result) as results come; `on_poll(actors)` is called twice a second.
+
+        Work whose workers die more often than the retries allow ends it with `WorkerLostError`.
+        With a list of `lost` numbers, one that has cost two workers goes there instead, and the
+        others go on.
+        """
         waiting = list(reversed(numbers))
         attempts = dict.fromkeys(numbers, 0)
-        idle = [self._first]
-        idle += [self._make() for _ in range(min(self._options.num_workers, len(numbers)) - 1)]
+        idle = self._idle
+        num_workers = min(self._options.num_workers, len(numbers))
+        idle += [self._make() for _ in range(num_workers - len(idle))]
         busy: dict[Any, tuple[int, Any]] = {}
         while waiting or busy:
             while idle and waiting:
                 number, actor = waiting.pop(), idle.pop(0)
                 busy[getattr(actor, method).remote(number)] = (number, actor)
             ready, _ = ray.wait(list(busy), timeout=0.5)
-            on_poll([actor for _, actor in busy.values()])
+            on_poll([actor for reference, (_, actor) in busy.items() if reference not in ready])
             for reference in ready:
                 number, actor = busy.pop(reference)
                 try:
                     result = get(reference)
                 except ActorDiedError as error:
                     attempts[number] += 1
-                    if attempts[number] > self._options.max_retries:
+                    if lost is not None and attempts[number] == 2:
+                        lost.append(number)
+                    elif attempts[number] > self._options.max_retries:
                         raise WorkerLostError(
                             f"{method}({number}): its worker died {attempts[number]} times; the "
                             f"last time: {error}"
                         ) from error
+                    else:
+                        waiting.append(number)
                     logger.warning("%s(%d): worker died, starting another", method, number)
-                    waiting.append(number)
                     idle.append(self._make())
                     continue
                 idle.append(actor)
                 yield number, result
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run one piece of work on one worker; `WorkerLostError` where that dies of it."""
+        actor = self._idle.pop() if self._idle else self._make()
+        try:
+            result = get(getattr(actor, method).remote(*arguments))
+        except ActorDiedError as error:
+            raise WorkerLostError(f"{method}{arguments}: its worker died: {error}") from error
+        self._idle.append(actor)
+        return result

@@ -141,19 +141,23 @@ class CacheBuilder:
         cache.write_atomic(SETTINGS_FILE, _settings(config).encode())
         return plan
 
-    def build_shard(self, index: int) -> ShardCommit:
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
         """Run the teacher over shard `index` of the plan and commit it; returns its record.
 
-        Raises `SampleError` for a sample that cannot be used, unless the settings record those.
+        `killers` are the places in the shard of samples that no process survives. Raises
+        `SampleError` for a sample that cannot be used, unless the settings record those.
         """
         done = read_commit(self.cache, index)
         if done is not None:
             return done
         plan, started = self._plan, time.monotonic()
         rows: list[CachedSample] = []
-        rejected: list[RejectedSample] = []
+        shard = plan.shards[index]
+        rejected = [self._killer(*shard[place]) for place in killers]
+        self._refuse(rejected)
+        shard = [pair for place, pair in enumerate(shard) if place not in killers]
         owners: VisionOwners | None = {} if plan.spec.share_vision else None
-        for samples in self._batches(plan.shards[index]):
+        for samples in self._batches(shard):
             outputs = self.teacher.outputs(samples, self.records, owners)
             for sample, output in zip(samples, outputs, strict=True):
                 if isinstance(output, TeacherOutput):
@@ -164,6 +168,12 @@ class CacheBuilder:
         self._refuse(rejected)
         seconds = time.monotonic() - started
         return write_shard(self.cache, plan, index, rows, rejected, seconds)
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        owners: VisionOwners | None = {} if self._plan.spec.share_vision else None
+        for samples in self._batches(self._plan.shards[index][start:stop]):
+            self.teacher.outputs(samples, self.records, owners)
 
     @cached_property
     def _plan(self) -> Plan:
@@ -194,6 +204,10 @@ class CacheBuilder:
                 f"has content {sample.key}, planned {key}; build into a new folder",
             )
         return dataclasses.replace(sample, key=key)
+
+    def _killer(self, key: str, index: int) -> RejectedSample:
+        sample = self._sample(key, index)
+        return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
 
     def _fit_basis(self, indices: Sequence[int]) -> None:
         size = self.config.batch_size

@@ -1,0 +1,45 @@
+"""Finds the samples of a shard that kill the process that works on them, by halving.
+
+A decoder that crashes, an image that takes all memory: no process can report its own death.
+
+Promises: the number of deaths is bounded; a sample is named only if its process died with that
+sample alone. Knows neither Ray nor teachers: `survives` does the work.
+"""
+
+from collections.abc import Callable
+
+MAX_DEATHS = 32
+"""Workers that the search may cost in one shard: three killers among 256 samples take up to 27."""
+
+
+class TooManyDeathsError(RuntimeError):
+    """The search was given up: more workers died of a shard than it may cost."""
+
+
+def find_killers(
+    survives: Callable[[int, int], bool], num_samples: int, max_deaths: int = MAX_DEATHS
+) -> list[int]:
+    """Positions of the samples that kill a worker on their own; a worker has died of the whole.
+
+    `survives(start, stop)` has a worker run over those samples. The list is empty where no sample
+    does it alone. Raises `TooManyDeathsError` after `max_deaths` deaths.
+    """
+    killers: list[int] = []
+    suspects = [(0, num_samples)]  # ranges that a worker has died of, the first one last
+    num_deaths = 0
+    while suspects:
+        start, stop = suspects.pop()
+        if stop - start == 1:
+            killers.append(start)
+            continue
+        middle = (start + stop) // 2
+        halves = [(middle, stop), (start, middle)]
+        dead = [half for half in halves if not survives(*half)]
+        num_deaths += len(dead)
+        if num_deaths > max_deaths:
+            raise TooManyDeathsError(
+                f"{num_deaths} workers died in the search; samples {killers} of the shard kill a "
+                "worker on their own, and there are more"
+            )
+        suspects += dead
+    return killers
