@@ -97,7 +97,7 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
         return CachedSample(sample=sample, output=output)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardCorruptError(f"sample {row.key}: {error}") from error
 
 

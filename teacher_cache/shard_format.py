@@ -79,7 +79,7 @@ class EncodedRow:
             stored = json.loads(checks)
             images, planes = stored["images"], stored["planes"]
             intact = stored["row"] == self._sum(images, planes)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: JSON in JSON in JSON
             intact, images, planes = False, [], {}
         if not intact:
             raise ShardCorruptError("its key, id, messages or checks are damaged")
@@ -138,11 +138,13 @@ class Shard(ABC):
     def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
         """What is stored of a row; planes that are not there are left out.
 
-        Raises ValueError, KeyError, TypeError or OSError.
+        Raises ValueError, KeyError, TypeError, OSError or RecursionError.
         """
 
     def read(self, row: int, planes: Collection[str]) -> EncodedRow:
         """Row `row`, complete, with the given planes only; every byte returned has been checked."""
+        if not 0 <= row < self.num_rows:
+            raise ShardCorruptError(f"{self.path}: it has {self.num_rows} rows, none is row {row}")
         try:
             stored = self._fetch(row, planes)
             encoded = stored.row
@@ -151,7 +153,7 @@ class Shard(ABC):
             missing = set(planes) - encoded.planes.keys()
             if missing:
                 raise ValueError(f"planes {', '.join(sorted(missing))} are missing")
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ShardCorruptError(f"{self.path}: row {row} cannot be read: {error}") from error
         try:
             encoded.verify(stored.checks)

@@ -61,7 +61,7 @@ class WebDatasetFormat(ShardFormat):
         """Index a file by its headers; raises `ShardCorruptError` for what is not a shard."""
         try:
             return TarShard(path)
-        except (tarfile.TarError, OSError, ValueError, KeyError, EOFError) as error:
+        except (tarfile.TarError, OSError, ValueError, KeyError, EOFError, RecursionError) as error:
             raise ShardCorruptError(f"{path} is not an intact shard: {error}") from error
 
 
@@ -80,6 +80,17 @@ def _members(stored: StoredRow) -> dict[str, bytes]:
     return {**members, "sample.json": json.dumps(text, indent=1).encode()}
 
 
+class _PlainMember(tarfile.TarInfo):
+    """A header that is refused before tarfile acts on it, unless it is that of a plain file."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        # Headers of other kinds have tarfile read as many bytes as they say; a negative size has
+        # it read the same header for ever. isreg() would let sparse files through.
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
+            raise ValueError(f"member {self.name!r} is not a plain file")
+        return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+
+
 class TarShard(Shard):
     """A tar with an index from member to place; payloads stay on the disk until they are read."""
 
@@ -92,7 +103,8 @@ class TarShard(Shard):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             metadata, end = self._index(file)
         # tarfile takes a damaged header for the end; after the true end there are only zeros.
-        if len(tail := self._map[end:]) < 1024 or any(tail):
+        tail = len(self._map) - end
+        if not 1024 <= tail <= 2 * tarfile.RECORDSIZE or any(self._map[end:]):
             raise ValueError(f"the tar does not end at byte {end}, where its members do")
         self._keys = list(self._text)
         self._rows = {key: row for row, key in enumerate(self._keys)}
@@ -101,11 +113,8 @@ class TarShard(Shard):
     def _index(self, file: BinaryIO) -> tuple[dict[str, str], int]:
         metadata: dict[str, str] | None = None
         end = 0
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_PlainMember) as tar:
             for member in tar:
-                # isreg() would let sparse files through, whose bytes are not where they seem.
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.pax_headers:
-                    raise ValueError(f"member {member.name!r} is not a plain file")
                 place = (member.offset_data, member.size)
                 end = member.offset_data + -(-member.size // 512) * 512
                 if end > len(self._map):

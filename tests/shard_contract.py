@@ -161,6 +161,12 @@ class ShardContract:
     def test_an_empty_shard_is_a_shard(self, tmp_path: Path) -> None:
         assert self.form.open(self.written(tmp_path, [], "topk")).keys == ()
 
+    def test_a_row_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        shard = self.form.open(self.written(tmp_path, [make_cached(1)], "topk"))
+        for row in (1, 7, -1):
+            with pytest.raises(ShardCorruptError, match=f"it has 1 rows, none is row {row}"):
+                shard.read(row, PLANES)
+
     def test_what_is_not_a_shard_is_refused(self, tmp_path: Path) -> None:
         for content in (b"", b"hello", bytes(20_000)):
             (tmp_path / "shard").write_bytes(content)

@@ -1,17 +1,13 @@
 """Rows that share a vision record: complete when read, stored once, refused where they lie."""
 
 import dataclasses
-import io
 import json
-import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +17,7 @@ from teacher_cache.rows import encode_row, encode_rows, read_sample
 from teacher_cache.schema import CachedSample
 from teacher_cache.settings import RecordKind, ShardFormatName
 from teacher_cache.shard_format import EncodedRow, Shard, shard_format
+from tests.hostile import rebound, rewrite_arrow, rewrite_tar
 from tests.strategies import (
     BEARTYPE_DRAWS,
     TIERS,
@@ -147,40 +144,6 @@ def test_a_row_that_shares_can_be_encoded_alone() -> None:
     assert [encode_row(each, make_spec()) for each in ROWS] == encoded()
 
 
-def _arrow(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Write a hostile Arrow shard: the rows as `change` leaves them, their checks made good."""
-    write(path, "arrow", encoded())
-    with pa.OSFile(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-    rows = table.to_pylist()
-    change(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for row in rows:
-            columns = [pa.array([row[field.name]], field.type) for field in table.schema]
-            writer.write_batch(pa.record_batch(columns, schema=table.schema))
-
-
-def _tar(path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
-    """Write a hostile tar: the members as `change` leaves them."""
-    write(path, "webdataset", encoded())
-    with tarfile.open(path) as tar:
-        files = [(member, tar.extractfile(member)) for member in tar.getmembers()]
-        members = {member.name: file.read() for member, file in files if file is not None}
-    change(members)
-    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def _rebound(key: str, source_id: str, messages: str, checks: str, shared_from: str | None) -> str:
-    """Checks that fit a row which names another owner: what a forger would write."""
-    sums = json.loads(checks)
-    texts = [key, source_id, shared_from, messages, sums["images"], sorted(sums["planes"].items())]
-    return json.dumps({**sums, "row": xxhash.xxh3_64_hexdigest(json.dumps(texts).encode())})
-
-
 @pytest.mark.parametrize(
     ("owner", "number", "found"),
     [
@@ -203,9 +166,9 @@ def test_arrow_rows_that_name_a_wrong_owner_are_refused(
         row["shared_from"], row["shared_row"] = owner, number
         texts = (row["key"], row["source_id"], row["messages"], row["checks"])
         if owner != "../secret":
-            row["checks"] = _rebound(*texts, owner or None)
+            row["checks"] = rebound(*texts, owner or None)
 
-    _arrow(tmp_path / "shard", change)
+    rewrite_arrow(write(tmp_path / "shard", "arrow", encoded()), change)
     shard = shard_format("arrow").open(tmp_path / "shard")
     with pytest.raises(ShardCorruptError, match=found):
         shard.read(3, PLANES)
@@ -232,11 +195,11 @@ def test_tar_rows_that_name_a_wrong_owner_are_refused(
         text = json.loads(members[f"{key}.sample.json"])
         if isinstance(owner, str) and owner != "../secret":
             texts = (key, text["source_id"], text["messages"], text["checks"])
-            text["checks"] = _rebound(*texts, owner)
+            text["checks"] = rebound(*texts, owner)
         text["shared_from"] = owner
         members[f"{key}.sample.json"] = json.dumps(text).encode()
 
-    _tar(tmp_path / "shard", change)
+    rewrite_tar(write(tmp_path / "shard", "webdataset", encoded()), change)
     shard = shard_format("webdataset").open(tmp_path / "shard")
     with pytest.raises(ShardCorruptError, match=found):
         shard.read(3, PLANES)
@@ -245,16 +208,27 @@ def test_tar_rows_that_name_a_wrong_owner_are_refused(
 
 def test_a_row_with_a_record_beside_its_owners_is_refused(tmp_path: Path) -> None:
     key, extra = ROWS[1].sample.key, encoded()[0]
-    _arrow(tmp_path / "arrow", lambda rows: rows[1].update(v_ids=extra.planes["v_ids"]))
-    _tar(tmp_path / "webdataset", lambda all_: all_.update({f"{key}.0.image.png": extra.images[0]}))
+    rewrite_arrow(
+        write(tmp_path / "arrow", "arrow", encoded()),
+        lambda rows: rows[1].update(v_ids=extra.planes["v_ids"]),
+    )
+    rewrite_tar(
+        write(tmp_path / "webdataset", "webdataset", encoded()),
+        lambda all_: all_.update({f"{key}.0.image.png": extra.images[0]}),
+    )
     for form in FORMS:
         with pytest.raises(ShardCorruptError, match="a vision record beside that of"):
             shard_format(form).open(tmp_path / form).read(1, PLANES)
 
 
 def test_an_owner_without_what_it_stores_for_others_is_refused(tmp_path: Path) -> None:
-    _arrow(tmp_path / "arrow", lambda rows: rows[0].update(v_lse=b""))
-    _tar(tmp_path / "webdataset", lambda members: members.pop(f"{ONE.sample.key}.v_lse.zst"))
+    rewrite_arrow(
+        write(tmp_path / "arrow", "arrow", encoded()), lambda rows: rows[0].update(v_lse=b"")
+    )
+    rewrite_tar(
+        write(tmp_path / "webdataset", "webdataset", encoded()),
+        lambda members: members.pop(f"{ONE.sample.key}.v_lse.zst"),
+    )
     for form in FORMS:
         shard = shard_format(form).open(tmp_path / form)
         for row in (0, 1, 3):
