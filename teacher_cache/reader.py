@@ -58,6 +58,7 @@ class CacheReader:
         self._numbers: dict[str, int] = {}
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}
 
     @classmethod
     def open(cls, location: Location) -> "CacheReader":
@@ -135,10 +136,15 @@ class CacheReader:
 
     def _shard(self, number: int) -> Shard:
         with self._lock:
-            shard = self._open.pop(number, None)
+            opening = self._opening.setdefault(number, threading.Lock())
+        with opening:  # a shard may have to be fetched: only who wants this one waits
+            with self._lock:
+                shard = self._open.get(number)
             if shard is None:
                 shard = open_shard(self.cache, self._plan, self.seal.shards[number])
-            self._open[number] = shard
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return shard
+            with self._lock:
+                self._open[number] = shard
+                self._open.move_to_end(number)
+                if len(self._open) > _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+        return shard

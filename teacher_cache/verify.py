@@ -6,9 +6,13 @@ the assets. A problem does not stop the search: the report names each one. Uses 
 functions, so that what passes here can be read. Refuses a cache that is not sealed.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 from teacher_cache.folder import (
@@ -26,6 +30,9 @@ from teacher_cache.folder import (
 from teacher_cache.manifest import Plan, Seal, ShardCommit, ShardCorruptError
 from teacher_cache.rows import read_sample, tier_parts
 from teacher_cache.storage import Location, Store, open_store, sha256_file
+
+NUM_THREADS = 8
+"""Shards that are looked at at a time, at most; of a remote cache, that many are on this disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +55,21 @@ def verify_cache(
     cache = open_store(location)
     seal = require_seal(cache)
     plan = require_same_plan(cache, seal)
-    problems: list[str] = []
-    done = 0
-    for commit in seal.shards:
+    lock, done = threading.Lock(), count(1)
+
+    def check(commit: ShardCommit) -> list[str]:
+        problems: list[str] = []
         for problem in _shard_problems(cache, plan, commit):
             if problem is not None:
                 problems.append(problem)
             elif progress is not None:
-                done += 1
-                progress(done, seal.num_samples)
+                with lock:
+                    progress(next(done), seal.num_samples)
+        return problems
+
+    # Hashing and decompression, nearly all of the work, leave the interpreter to other threads.
+    with ThreadPoolExecutor(min(NUM_THREADS, os.cpu_count() or 1)) as pool:
+        problems = list(chain.from_iterable(pool.map(check, seal.shards)))
     problems += _asset_problems(cache, seal)
     return VerifyReport(shards=len(seal.shards), samples=seal.num_samples, problems=tuple(problems))
 
