@@ -7,6 +7,7 @@ bfloat16 values become float32 (exactly). Frames' checksums are checked, `checks
 """
 
 # ruff: noqa: T201
+import itertools
 import json
 import math
 import struct
@@ -31,12 +32,16 @@ def planes(payload, shape, width):
     return np.ascontiguousarray(octets.T).view(f"<u{width}").reshape(-1)
 
 
+def floats(keys):
+    """Bits of floats from integers that ascend as the floats descend."""
+    sign = keys.dtype.type(1 << (8 * keys.dtype.itemsize - 1))
+    return np.where(keys & sign, keys, keys ^ (sign - 1))
+
+
 def ranks(payload, shape, width):
     """Transform 2: integers that ascend as floats descend, their steps rank by rank, as planes."""
     steps = planes(payload, shape, width).reshape(shape[-1], math.prod(shape[:-1]))
-    keys = np.cumsum(steps, axis=0, dtype=steps.dtype).T.reshape(-1)
-    sign = keys.dtype.type(1 << (8 * width - 1))
-    return np.where(keys & sign, keys, keys ^ (sign - 1))
+    return floats(np.cumsum(steps, axis=0, dtype=steps.dtype).T.reshape(-1))
 
 
 def dictionary(payload, shape, width):
@@ -48,13 +53,24 @@ def dictionary(payload, shape, width):
     return entries[planes(payload[start:], shape, place_width)]
 
 
+def stairs(payload, shape, width):
+    """Transform 4: how many ranks, the length of each, steps from rank to rank as planes."""
+    end = 4 + 4 * int.from_bytes(payload[:4], "little")
+    lengths = planes(payload[4:end], (end // 4 - 1,), 4).tolist()
+    keys, start = planes(payload[end:], shape, width).copy(), 0
+    for before, length in itertools.pairwise(lengths):
+        keys[start + before :][:length] += keys[start:][:length]
+        start += before
+    return floats(keys)
+
+
 def decode_frame(frame):
     """The array in a frame."""
     content = zstandard.decompress(frame)
     dtype, transform, num_dims = content[:3]
     shape = struct.unpack_from(f"<{num_dims}I", content, 3)
     width = np.dtype(NAMES[dtype - 1]).itemsize
-    join = (plain, planes, ranks, dictionary)[transform]
+    join = (plain, planes, ranks, dictionary, stairs)[transform]
     bits = join(content[3 + 4 * num_dims :], shape, width)
     values = (bits.astype("<u4") << 16).view("<f4") if dtype == 2 else bits.view(NAMES[dtype - 1])
     return values.reshape(shape)

@@ -1,8 +1,13 @@
-"""Records as named planes, and back, to the bit; which layout packs which plane best.
+"""Records as named planes, and back; which layout packs which plane best.
 
-A plane is one tensor, stored as one frame (frames.py). Planes of a tier are fixed (`planes_of`):
-every row of a cache has the same ones, empty or not. Layouts are chosen by what a plane means and
-by what benchmarks/codec.py measures; frames say which one they took, so readers need no table.
+A plane is one tensor, stored as one frame (frames.py). Planes of a cache are fixed by its spec
+(`planes_of`): every row has the same ones, empty or not. By default they come back to the bit; a
+spec may ask for numbers of eight bits (quantize.py; error_gate.py measures the error), and for as
+many entries at each position as hold some mass, of which only the kept ones are stored. Which form
+a part has is told by the names of its planes. Layouts are chosen by what a plane means and by what
+benchmarks/codec.py measures; frames say which one they took, so readers need no table.
+
+Refuses planes that do not fit together, before memory is taken for what they claim.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,10 +15,13 @@ from itertools import chain
 from typing import Literal
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from teacher_cache.frames import encode_frame
+from teacher_cache.manifest import CacheSpec
+from teacher_cache.quantize import from_int8, from_scale, to_int8, to_scale
+from teacher_cache.ragged import flatten, lengths_by_rank, unflatten
 from teacher_cache.schema import (
     AffinityRecord,
     HiddenRecord,
@@ -23,20 +31,39 @@ from teacher_cache.schema import (
     ViewGrid,
 )
 from teacher_cache.settings import RecordKind
-from teacher_cache.transforms import DICTIONARY, PLAIN, PLANES, RANKS, Transform
+from teacher_cache.transforms import (
+    DICTIONARY,
+    MAX_STAIRS,
+    PLAIN,
+    PLANES,
+    RANKS,
+    Transform,
+    stairs,
+)
 
 Part = Literal["vision", "sketch", "affinity", "response", "hidden"]
 
 _IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the plane content_flags
 
 _SPAN_PLANES = ("views", "content_ids", "content_flags")
+
+
+def _top_k_names(prefix: str) -> tuple[str, ...]:
+    names = ("ids", "counts", "logits", "codes", "low", "high", "lse", "tail")
+    return tuple(f"{prefix}_{name}" for name in names)
+
+
 PART_PLANES: dict[Part, tuple[str, ...]] = {
-    "vision": ("v_ids", "v_logits", "v_lse", "v_tail"),
+    "vision": _top_k_names("v"),
     "sketch": ("s_codes", "s_scale", "s_shift"),
-    "affinity": ("a_cosine",),
-    "response": ("r_ids", "r_logits", "r_lse", "r_tail"),
-    "hidden": ("h_vision", "h_text", "h_predicting"),
+    "affinity": ("a_cosine", "a_codes", "a_low", "a_high"),
+    "response": _top_k_names("r"),
+    "hidden": (
+        *("h_vision", "h_text", "h_predicting"),
+        *("h_vision_scale", "h_text_scale", "h_predicting_scale"),
+    ),
 }
+"""Every plane that a part may have; a cache has those of one form (`planes_of`)."""
 VISION_PLANES = frozenset(
     name
     for name in (*_SPAN_PLANES, *chain.from_iterable(PART_PLANES.values()))
@@ -53,25 +80,64 @@ TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
 }
 
 
+_IDS = (PLAIN, DICTIONARY)
 _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
-    "v_ids": (PLAIN, DICTIONARY),
-    "r_ids": (PLAIN, DICTIONARY),
+    "v_ids": _IDS,
+    "r_ids": _IDS,
     "v_logits": (RANKS,),
     "r_logits": (RANKS,),
-    # Bytes have one plane; codes of a sketch are nearly noise, in whatever order.
+    "v_codes": (RANKS,),
+    "r_codes": (RANKS,),
+    # Bytes have one plane; codes of a sketch or a state are nearly noise, in whatever order.
     "s_codes": (PLAIN,),
+    "a_codes": (PLAIN,),
     "content_flags": (PLAIN,),
 }
 
 
-def encode_plane(name: str, values: Shaped[Tensor, "..."]) -> bytes:
-    """The frame of a plane, in the smallest of the layouts that suit what it holds."""
-    return encode_frame(values, _TRANSFORMS.get(name, (PLANES,)))
+_SMALL_BYTES = 4096
+"""Below it there is nothing to gain by another layout than the plain one, which is read soonest."""
 
 
-def planes_of(parts: Collection[Part]) -> frozenset[str]:
-    """Names of the planes that hold these parts; the token spans are always among them."""
-    return frozenset(_SPAN_PLANES).union(*(PART_PLANES[part] for part in parts))
+def encode_plane(
+    name: str, values: Shaped[Tensor, "..."], counts: Int[Tensor, " N"] | None = None
+) -> bytes:
+    """The frame of a plane, in the smallest of the layouts that suit what it holds.
+
+    `counts` has the number of entries of each position where those differ.
+    """
+    small = values.numel() * values.dtype.itemsize < _SMALL_BYTES
+    transforms = _TRANSFORMS.get(name, (PLAIN,) if small else (PLANES,))
+    if counts is not None and RANKS in transforms:
+        lengths = lengths_by_rank(counts)
+        transforms = (stairs(lengths) if len(lengths) <= MAX_STAIRS else PLANES,)
+    return encode_frame(values, transforms)
+
+
+def encode_planes(planes: Mapping[str, Tensor], without: Collection[str] = ()) -> dict[str, bytes]:
+    """The frames of a sample's planes but for those that are `without`."""
+    return {
+        name: encode_plane(name, values, planes.get(f"{name[0]}_counts"))
+        for name, values in planes.items()
+        if name not in without
+    }
+
+
+def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozenset[str]:
+    """Names of the planes that hold these parts; the token spans are always among them.
+
+    In the form that a cache of that spec has; without one, every number as records hold it.
+    """
+    exact_logits = spec is None or spec.logits_codec != "affine8"
+    absent = {"codes", "low", "high"} if exact_logits else {"logits"}
+    if spec is None or spec.top_mass is None:
+        absent.add("counts")
+    without = {f"{prefix}_{name}" for prefix in ("v", "r") for name in absent}
+    int8_cosine = spec is not None and spec.affinity_dtype == "int8"
+    without |= {"a_cosine"} if int8_cosine else {"a_codes", "a_low", "a_high"}
+    if spec is None or spec.hidden_dtype != "int8":
+        without |= {"h_vision_scale", "h_text_scale", "h_predicting_scale"}
+    return frozenset(_SPAN_PLANES).union(*(PART_PLANES[part] for part in parts)) - without
 
 
 def parts_in(output: TeacherOutput) -> frozenset[Part]:
@@ -79,8 +145,12 @@ def parts_in(output: TeacherOutput) -> frozenset[Part]:
     return frozenset(part for part in PART_PLANES if getattr(output, part) is not None)
 
 
-def output_planes(output: TeacherOutput) -> dict[str, Tensor]:
-    """The tensors of an output by plane name, each as the record holds it."""
+def output_planes(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[str, Tensor]:
+    """The tensors of an output by plane name, in the form that a cache of that spec has.
+
+    Without a spec each number is as the record holds it; positions that keep different numbers of
+    entries have a plane of `counts` and the kept entries alone (ragged.py).
+    """
     views = [[view.image, view.view, view.rows, view.cols] for view in output.views]
     flags = output.is_response * _IS_RESPONSE + output.after_image * _AFTER_IMAGE
     planes = {
@@ -90,48 +160,63 @@ def output_planes(output: TeacherOutput) -> dict[str, Tensor]:
     }
     for prefix, record in (("v", output.vision), ("r", output.response)):
         if record is not None:
-            planes[f"{prefix}_ids"] = record.ids
-            planes[f"{prefix}_logits"] = record.logits
-            planes[f"{prefix}_lse"] = record.logsumexp
-            planes[f"{prefix}_tail"] = record.log_tail
+            of_record = _top_k_planes(record, spec)
+            planes |= {f"{prefix}_{name}": values for name, values in of_record.items()}
     if output.sketch is not None:
         planes["s_codes"] = output.sketch.codes
         planes["s_scale"] = output.sketch.scale
         planes["s_shift"] = output.sketch.tail_shift
     if output.affinity is not None:
-        planes["a_cosine"] = output.affinity.cosine
+        if spec is not None and spec.affinity_dtype == "int8":
+            names = ("a_codes", "a_low", "a_high")
+            planes |= zip(names, to_scale(output.affinity.cosine), strict=True)
+        else:
+            planes["a_cosine"] = output.affinity.cosine
     if output.hidden is not None:
-        planes["h_vision"] = output.hidden.vision
-        planes["h_text"] = output.hidden.text
-        planes["h_predicting"] = output.hidden.predicting
+        for name in ("vision", "text", "predicting"):
+            states: Tensor = getattr(output.hidden, name)
+            if spec is not None and spec.hidden_dtype == "int8":
+                group = spec.hidden_group or spec.hidden_size
+                planes[f"h_{name}"], planes[f"h_{name}_scale"] = to_int8(states, group)
+            else:
+                planes[f"h_{name}"] = states
     return planes
 
 
-def output_from_planes(planes: Mapping[str, Tensor], vocab_size: int) -> TeacherOutput:
+def output_from_planes(
+    planes: Mapping[str, Tensor], vocab_size: int, top_k: int | None = None
+) -> TeacherOutput:
     """The inverse of `output_planes`; a part none of whose planes is given is None.
 
-    Raises KeyError where a part is given in part, ValueError where its numbers do not add up.
+    Numbers of eight bits become float32. No position may keep more than `top_k` entries, or than
+    the vocabulary has where that is None. Raises KeyError where a part is given in part, ValueError
+    where its numbers do not add up.
     """
     flags = planes["content_flags"]
     has = {part: any(name in planes for name in names) for part, names in PART_PLANES.items()}
 
-    def top_k(prefix: str) -> TopKRecord:
-        return TopKRecord(
-            ids=planes[f"{prefix}_ids"],
-            logits=planes[f"{prefix}_logits"],
-            logsumexp=planes[f"{prefix}_lse"],
-            log_tail=planes[f"{prefix}_tail"],
-            vocab_size=vocab_size,
-        )
+    limit = vocab_size if top_k is None else top_k
 
     def sketch() -> SketchRecord:
         return SketchRecord(
             codes=planes["s_codes"], scale=planes["s_scale"], tail_shift=planes["s_shift"]
         )
 
+    def affinity() -> AffinityRecord:
+        if "a_codes" in planes:
+            return AffinityRecord(
+                cosine=from_scale(planes["a_codes"], planes["a_low"], planes["a_high"])
+            )
+        return AffinityRecord(cosine=planes["a_cosine"])
+
+    def states(name: str) -> Tensor:
+        values = planes[f"h_{name}"]
+        quantised = values.dtype == torch.int8
+        return from_int8(values, planes[f"h_{name}_scale"]) if quantised else values
+
     def hidden() -> HiddenRecord:
         return HiddenRecord(
-            vision=planes["h_vision"], text=planes["h_text"], predicting=planes["h_predicting"]
+            vision=states("vision"), text=states("text"), predicting=states("predicting")
         )
 
     return TeacherOutput(
@@ -142,9 +227,51 @@ def output_from_planes(planes: Mapping[str, Tensor], vocab_size: int) -> Teacher
         content_ids=planes["content_ids"],
         is_response=(flags & _IS_RESPONSE).bool(),
         after_image=(flags & _AFTER_IMAGE).bool(),
-        vision=top_k("v") if has["vision"] else None,
+        vision=_top_k_from(planes, "v", vocab_size, limit) if has["vision"] else None,
         sketch=sketch() if has["sketch"] else None,
-        affinity=AffinityRecord(cosine=planes["a_cosine"]) if has["affinity"] else None,
-        response=top_k("r") if has["response"] else None,
+        affinity=affinity() if has["affinity"] else None,
+        response=_top_k_from(planes, "r", vocab_size, limit) if has["response"] else None,
         hidden=hidden() if has["hidden"] else None,
+    )
+
+
+def _top_k_planes(record: TopKRecord, spec: CacheSpec | None) -> dict[str, Tensor]:
+    planes = {"ids": record.ids, "lse": record.logsumexp, "tail": record.log_tail}
+    if spec is not None and spec.logits_codec == "affine8":
+        planes["codes"], planes["low"], planes["high"] = to_scale(record.logits)
+    else:
+        planes["logits"] = record.logits
+    if record.num_kept is not None:
+        planes["counts"] = record.num_kept.to(torch.int32)
+        for name in {"ids", "logits", "codes"} & planes.keys():
+            planes[name] = flatten(planes[name], record.num_kept)
+    return planes
+
+
+def _top_k_from(
+    planes: Mapping[str, Tensor], prefix: str, vocab_size: int, limit: int
+) -> TopKRecord:
+    counts = planes.get(f"{prefix}_counts")
+
+    def plane(name: str) -> Tensor:
+        return planes[f"{prefix}_{name}"]
+
+    def rows(name: str) -> Tensor:
+        return plane(name) if counts is None else unflatten(plane(name), counts, limit)
+
+    if f"{prefix}_codes" in planes:
+        logits = from_scale(rows("codes"), plane("low"), plane("high"))
+    else:
+        logits = rows("logits")
+    ids, logsumexp, log_tail = rows("ids"), plane("lse"), plane("tail")
+    if ids.shape != logits.shape or not ids.shape[:1] == logsumexp.shape == log_tail.shape:
+        shapes = [list(each.shape) for each in (ids, logits, logsumexp, log_tail)]
+        raise ValueError(f"ids, logits, lse and tail have shapes {shapes}")
+    return TopKRecord(
+        ids=ids,
+        logits=logits,
+        logsumexp=logsumexp,
+        log_tail=log_tail,
+        vocab_size=vocab_size,
+        num_kept=counts,
     )

@@ -22,7 +22,7 @@ from typing import TypeVar
 from teacher_cache.decode import DecodeError, Strict, decode_json
 from teacher_cache.fingerprint import digest_json, short
 from teacher_cache.schema import RejectedSample
-from teacher_cache.settings import RecordKind, ShardFormatName
+from teacher_cache.settings import LogitsCodec, RecordKind, ShardFormatName
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a shard or the meaning of a field change."""
@@ -47,7 +47,11 @@ class CacheSpec(Strict):
     layout_version: int
     records: RecordKind
     top_k: int | None
-    """Kept entries per position; None for the hidden tier."""
+    """Kept entries per position, the most of them where `top_mass` is set; None for hidden."""
+    top_mass: float | None
+    """Each position keeps as few entries as hold this much probability; None: all keep `top_k`."""
+    top_k_floor: int | None
+    """Fewest entries of a position where `top_mass` is set."""
     sketch_rank: int | None
     sketch_digest: str | None
     """Content of the calibrated PCA basis."""
@@ -57,8 +61,20 @@ class CacheSpec(Strict):
     """Rows of the LM head that the teacher and its tokenizer share with students."""
     hidden_size: int
     logits_dtype: str
+    """Of the teacher's logits, and of the stored ones unless `logits_codec` is affine8."""
+    logits_codec: LogitsCodec | None
+    """None for hidden. What is stored as affine8 is read as float32; so are int8 cosines and
+    states."""
+    logits_max_error: float | None
+    """No logit of the cache is further from the teacher's; None where they are exact."""
     hidden_dtype: str | None
+    hidden_group: int | None
+    """Most channels that share a scale, where `hidden_dtype` is int8."""
+    hidden_max_error: float | None
+    """No int8 state of the cache is further from the teacher's, as a share of its length."""
     affinity_dtype: str | None
+    affinity_max_error: float | None
+    """No int8 cosine of the cache is further from the teacher's."""
     teacher_class: str
     teacher_weights: str
     teacher_config: str

@@ -25,9 +25,9 @@ from teacher_cache.schema import (
     TokenSpans,
     TopKRecord,
 )
-from teacher_cache.settings import RecordKind, holds
+from teacher_cache.settings import LogitsCodec, RecordKind, holds
 from teacher_cache.sketch import SketchBasis, encode_sketch
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.topk import require_cut, top_k_from_hidden
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""
@@ -37,22 +37,38 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class RecordSettings:
     """What is stored of the teacher, and how exactly.
 
-    `top_k`, `sketch_rank` and `affinity_dtype` belong to the top-k tiers, `hidden_dtype` to the
-    hidden tier; a `CacheSpec` leaves out what its tier has no use for.
+    `hidden_...` belong to the hidden tier, all else to the top-k tiers; a `CacheSpec` leaves out
+    what its tier has no use for. `top_mass` lets each position keep as few of its largest logits as
+    hold that much probability, but no fewer than `top_k_floor` and no more than `top_k`. The
+    `..._max_error` are promises: logits and cosines of eight bits are that close to the teacher's,
+    states relative to their length; a sample that is not stops the build. `hidden_group` is the
+    most channels that share an int8 scale (None: all of a token's).
     """
 
     records: RecordKind
     top_k: int = 64
+    top_mass: float | None = None
+    top_k_floor: int = 8
+    logits_codec: LogitsCodec = "exact"
+    logits_max_error: float = 0.05
     sketch_rank: int = 128
     hidden_dtype: str = "bfloat16"
+    hidden_group: int | None = 64
+    hidden_max_error: float = 0.02
     affinity_dtype: str = "float16"
+    affinity_max_error: float = 0.002
 
     def __post_init__(self) -> None:
+        known = (*DTYPES, "int8")
         for name in ("hidden_dtype", "affinity_dtype"):
-            if getattr(self, name) not in DTYPES:
+            if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(DTYPES)}"
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        if self.hidden_group is not None and self.hidden_group < 1:
+            raise ValueError(f"hidden_group is {self.hidden_group}, expected at least 1 channel")
+        if self.top_mass is not None:
+            require_cut(self.top_k, self.top_mass, self.top_k_floor)
 
 
 def make_output(
@@ -74,7 +90,7 @@ def make_output(
     predicting = states[spans.predicting]
     hidden = top = code = affinity = response = None
     if holds(settings.records, "hidden"):
-        dtype = DTYPES[settings.hidden_dtype]
+        dtype = DTYPES.get(settings.hidden_dtype, states.dtype)  # int8: of all there is (rows.py)
         hidden = HiddenRecord(
             vision=vision.to("cpu", dtype),
             text=text.to("cpu", dtype),
@@ -83,9 +99,9 @@ def make_output(
         if shown is not None and shown.hidden is not None:
             hidden = dataclasses.replace(hidden, vision=shown.hidden.vision)
     if holds(settings.records, "topk"):
-        response = _on_cpu(top_k_from_hidden(predicting, head, settings.top_k))
-        cosine = cosine_affinity(text, vision)
-        affinity = AffinityRecord(cosine=cosine.to("cpu", DTYPES[settings.affinity_dtype]))
+        response = _on_cpu(_top_k(predicting, head, settings))
+        dtype = DTYPES.get(settings.affinity_dtype, torch.float32)
+        affinity = AffinityRecord(cosine=cosine_affinity(text, vision).to("cpu", dtype))
         if shown is not None:
             top, code = shown.vision, shown.sketch
         else:
@@ -110,7 +126,7 @@ def _vision_record(
     settings: RecordSettings,
     sketch: SketchBasis | None,
 ) -> tuple[TopKRecord, SketchRecord | None]:
-    top, code = top_k_from_hidden(vision, head, settings.top_k), None
+    top, code = _top_k(vision, head, settings), None
     if holds(settings.records, "sketch"):
         if sketch is None:
             raise ValueError("the topk+sketch tier needs a basis; fit one first")
@@ -121,6 +137,10 @@ def _vision_record(
     return _on_cpu(top), code
 
 
+def _top_k(states: Float[Tensor, "N D"], head: LmHead, settings: RecordSettings) -> TopKRecord:
+    return top_k_from_hidden(states, head, settings.top_k, settings.top_mass, settings.top_k_floor)
+
+
 def _on_cpu(record: TopKRecord) -> TopKRecord:
     return TopKRecord(
         ids=record.ids.cpu(),
@@ -128,4 +148,5 @@ def _on_cpu(record: TopKRecord) -> TopKRecord:
         logsumexp=record.logsumexp.cpu(),
         log_tail=record.log_tail.cpu(),
         vocab_size=record.vocab_size,
+        num_kept=None if record.num_kept is None else record.num_kept.cpu(),
     )

@@ -1,8 +1,9 @@
 """A cached sample as an encoded row, and back: the one place where content meets its bytes.
 
-Promises: what is decoded equals what was encoded, to the bit, and the sample's content has been
-checked against its key; whatever does not add up is a `ShardCorruptError`. Parts not asked for
-are not decompressed.
+Promises: what is decoded equals what was encoded, to the bit, unless the spec has lossy codecs:
+then it is within the bounds that the spec states, or is refused at writing (error_gate.py). The
+sample's content has been checked against its key; whatever does not add up is a
+`ShardCorruptError`. Parts not asked for are not decompressed.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ from teacher_cache.codec import (
     TIER_PARTS,
     VISION_PLANES,
     Part,
-    encode_plane,
+    encode_planes,
     output_from_planes,
     output_planes,
     parts_in,
     planes_of,
 )
+from teacher_cache.error_gate import require_within_bounds
 from teacher_cache.frames import decode_frame
 from teacher_cache.manifest import CacheSpec, ShardCorruptError
 from teacher_cache.schema import (
@@ -44,7 +46,7 @@ def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[Enc
     shared = {each.output.shared_from for each in cached}
     owners: dict[str | None, tuple[dict[str, Tensor], EncodedRow]] = {}
     for each in cached:
-        planes = _vision_planes(each.output)
+        planes = _vision_planes(each.output, spec)
         ready: dict[str, bytes] = {}
         if each.output.shared_from is not None:
             theirs, row = owners.get(each.output.shared_from, ({}, None))
@@ -71,9 +73,9 @@ def encode_row(
     _require_tier(cached, spec)
     turns = [{"role": message.role, "text": message.text} for message in sample.messages]
     frames = dict(ready or {})
-    for name, values in output_planes(output).items():
-        if name not in frames:
-            frames[name] = encode_plane(name, values)
+    planes = output_planes(output, spec)
+    require_within_bounds(f"{sample.key} ({sample.source_id})", output, planes, spec)
+    frames |= encode_planes(planes, ready or ())
     return EncodedRow(
         key=sample.key,
         source_id=sample.source_id,
@@ -93,7 +95,7 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
         planes = {name: decode_frame(frame) for name, frame in row.planes.items()}
-        output = output_from_planes(planes, spec.vocab_size)
+        output = output_from_planes(planes, spec.vocab_size, spec.top_k)
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
         return CachedSample(sample=sample, output=output)
@@ -108,7 +110,7 @@ def read_sample(
 
     Raises `ShardCorruptError` naming file and sample.
     """
-    encoded = shard.read(row, planes_of(parts))
+    encoded = shard.read(row, planes_of(parts, spec))
     try:
         if encoded.key != key:
             raise ShardCorruptError(f"row {row} holds sample {encoded.key}, the plan has {key}")
@@ -150,8 +152,25 @@ def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
                 f"sample {cached.sample.key}: records over {record.vocab_size} vocabulary rows, "
                 f"the cache is over {spec.vocab_size}"
             )
+        if isinstance(record, TopKRecord):
+            _require_kept(cached.sample.key, record, spec)
 
 
-def _vision_planes(output: TeacherOutput) -> dict[str, Tensor]:
-    planes = output_planes(output)
+def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
+    if (record.num_kept is None) != (spec.top_mass is None):
+        found = "all K" if record.num_kept is None else "different numbers of"
+        raise ValueError(
+            f"sample {key}: positions keep {found} entries, the cache has top_mass {spec.top_mass}"
+        )
+    if record.num_kept is None or spec.top_k is None or not len(record.num_kept):
+        return
+    if int(record.num_kept.max()) > spec.top_k:
+        raise ValueError(
+            f"sample {key}: a position keeps {int(record.num_kept.max())} entries, the cache has "
+            f"top_k {spec.top_k}"
+        )
+
+
+def _vision_planes(output: TeacherOutput, spec: CacheSpec) -> dict[str, Tensor]:
+    planes = output_planes(output, spec)
     return {name: planes[name] for name in VISION_PLANES & planes.keys()}

@@ -25,6 +25,9 @@ from teacher_cache.decode import Strict
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of one image inside the text of a message, as in LLaVA's JSON files."""
 
+MAX_VOCAB_SIZE = 2**24
+"""Vocabulary rows of the largest head that top-k records are made of."""
+
 Role = Literal["system", "user", "assistant"]
 
 
@@ -195,8 +198,9 @@ class TopKRecord:
 
     def __post_init__(self) -> None:
         num_kept = self.ids.shape[1]
-        if num_kept > self.vocab_size:
-            raise ValueError(f"top-k of {num_kept} entries from {self.vocab_size} vocabulary rows")
+        if not num_kept <= self.vocab_size <= MAX_VOCAB_SIZE:
+            rows = f"{self.vocab_size} vocabulary rows (of at most {MAX_VOCAB_SIZE})"
+            raise ValueError(f"top-k of {num_kept} entries from {rows}")
         low, high = map(int, self.ids.aminmax()) if self.ids.numel() else (0, 0)
         if not 0 <= low <= high < self.vocab_size:
             raise ValueError(f"token ids span {low}..{high}, expected 0..{self.vocab_size - 1}")

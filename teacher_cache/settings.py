@@ -11,6 +11,16 @@ TierName = Literal["topk", "topk+sketch", "hidden"]
 
 ShardFormatName = Literal["arrow", "webdataset"]
 
+LogitsCodec = Literal["exact", "affine8"]
+"""How top-k logits are stored: to the bit, or as 8-bit codes between a position's smallest kept
+logit and its largest, which are exact."""
+
+AffinityDtype = Literal["float32", "float16", "int8"]
+"""How cosines are stored; int8: as 8-bit codes between a text token's smallest and its largest."""
+
+HiddenDtype = Literal["float32", "bfloat16", "int8"]
+"""How hidden states are stored; int8: with a scale for each group of channels of each token."""
+
 
 def holds(records: RecordKind, piece: Literal["topk", "sketch", "hidden"]) -> bool:
     """Whether the records have this piece."""

@@ -161,18 +161,30 @@ class Teacher:
         hidden, top = holds(settings.records, "hidden"), holds(settings.records, "topk")
         basis = self.sketch if holds(settings.records, "sketch") else None
         processor = self.encoder.processor
+        width = self.head.weight.shape[1]
+        varies = top and settings.top_mass is not None
+        codes = top and settings.logits_codec == "affine8"
+        scaled = top and settings.affinity_dtype == "int8"
+        grouped = hidden and settings.hidden_dtype == "int8"
         return CacheSpec(
             layout_version=LAYOUT_VERSION,
             records=settings.records,
             top_k=settings.top_k if top else None,
+            top_mass=settings.top_mass if top else None,
+            top_k_floor=settings.top_k_floor if varies else None,
             sketch_rank=None if basis is None else basis.rank,
             sketch_digest=None if basis is None else basis.digest,
             head_digest=self.head.digest if hidden else None,
             vocab_size=self.head.vocab_size,
-            hidden_size=self.head.weight.shape[1],
+            hidden_size=width,
             logits_dtype=_name(self.head.weight.dtype),
+            logits_codec=settings.logits_codec if top else None,
+            logits_max_error=settings.logits_max_error if codes else None,
             hidden_dtype=settings.hidden_dtype if hidden else None,
+            hidden_group=min(settings.hidden_group or width, width) if grouped else None,
+            hidden_max_error=settings.hidden_max_error if grouped else None,
             affinity_dtype=settings.affinity_dtype if top else None,
+            affinity_max_error=settings.affinity_max_error if scaled else None,
             teacher_class=type(self.model).__name__,
             teacher_weights=self._weights_digest,
             teacher_config=config_digest(self.model.config),

@@ -2,6 +2,7 @@
 
 Promise: entries descend, ties go to the smaller id, and the log of the left-out mass is computed
 from the left-out logits themselves (1 minus the kept mass loses everything when little is left).
+All positions keep k entries, or each as few of its k largest as hold a given probability.
 Work is cut into chunks of rows, so that no logits tensor of more than
 `MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
 """
@@ -9,7 +10,7 @@ Work is cut into chunks of rows, so that no logits tensor of more than
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from teacher_cache.head import LmHead
@@ -26,24 +27,50 @@ def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def top_k_from_hidden(hidden: Float[Tensor, "N D"], head: LmHead, k: int) -> TopKRecord:
-    """Record of the logits that `head` gives to final hidden states; results stay on the device."""
+def require_cut(k: int, mass: float, floor: int) -> None:
+    """Raise ValueError unless `floor`..k entries can be cut where they hold `mass`."""
+    if not 0 < mass < 1:
+        raise ValueError(
+            f"top_mass is {mass}, expected a probability between 0 and 1 (both left out); leave it "
+            "away to keep top_k entries of every position"
+        )
+    if not 1 <= floor <= k:
+        raise ValueError(f"top_k_floor is {floor}, expected 1..top_k, which is {k}")
+
+
+def top_k_from_hidden(
+    hidden: Float[Tensor, "N D"],
+    head: LmHead,
+    k: int,
+    mass: float | None = None,
+    floor: int = 1,
+) -> TopKRecord:
+    """Record of the logits that `head` gives to final hidden states; results stay on the device.
+
+    `mass` and `floor` as for `top_k_record`.
+    """
     chunks = row_chunks(len(hidden), head.vocab_size)
-    records = [top_k_record(head.logits(hidden[rows]), k) for rows in chunks]
+    records = [top_k_record(head.logits(hidden[rows]), k, mass, floor) for rows in chunks]
     if not records:
-        return top_k_record(head.logits(hidden), k)
+        return top_k_record(head.logits(hidden), k, mass, floor)
+    most = max(record.ids.shape[1] for record in records)
     return TopKRecord(
-        ids=torch.cat([record.ids for record in records]),
-        logits=torch.cat([record.logits for record in records]),
+        ids=torch.cat([_widened(record.ids, most) for record in records]),
+        logits=torch.cat([_widened(record.logits, most) for record in records]),
         logsumexp=torch.cat([record.logsumexp for record in records]),
         log_tail=torch.cat([record.log_tail for record in records]),
         vocab_size=head.vocab_size,
+        num_kept=None if mass is None else torch.cat([record.counts for record in records]),
     )
 
 
-def top_k_record(logits: Float[Tensor, "N V"], k: int) -> TopKRecord:
+def top_k_record(
+    logits: Float[Tensor, "N V"], k: int, mass: float | None = None, floor: int = 1
+) -> TopKRecord:
     """Record of raw logits; `ids` int32, `logits` in the dtype given, normalisers in float32.
 
+    With `mass`, a position keeps the smallest number of its k largest logits, at least `floor`,
+    whose probabilities add up to `mass`, or all k; K is then the most that one of them keeps.
     Float64 logits (of tests) give float64 normalisers.
     """
     num_rows, vocab_size = logits.shape
@@ -58,6 +85,13 @@ def top_k_record(logits: Float[Tensor, "N V"], k: int) -> TopKRecord:
     ids = _largest_ids(logits, k)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logsumexp = wide.logsumexp(dim=1)
+    num_kept = None
+    if mass is not None:
+        require_cut(k, mass, floor)
+        num_kept = _smallest_cut(wide.gather(1, ids), logsumexp, mass, floor)
+        most = int(num_kept.max()) if num_rows else 1
+        kept = torch.arange(most, device=ids.device) < num_kept[:, None]
+        ids = ids[:, :most].where(kept, ids[:, :1])
     tail = wide.scatter(1, ids, -torch.inf).logsumexp(dim=1) - logsumexp
     return TopKRecord(
         ids=ids.to(torch.int32),
@@ -65,7 +99,23 @@ def top_k_record(logits: Float[Tensor, "N V"], k: int) -> TopKRecord:
         logsumexp=logsumexp,
         log_tail=tail,
         vocab_size=vocab_size,
+        num_kept=num_kept,
     )
+
+
+def _smallest_cut(
+    kept: Float[Tensor, "N K"], logsumexp: Float[Tensor, " N"], mass: float, floor: int
+) -> Int[Tensor, " N"]:
+    """How many of each row's descending logits hold `mass`, within `floor`..K; int32."""
+    share = (kept.to(torch.float64) - logsumexp.to(torch.float64)[:, None]).exp().cumsum(dim=1)
+    too_few = (share < mass).sum(dim=1)
+    return (too_few + 1).clamp(floor, kept.shape[1]).to(torch.int32)
+
+
+def _widened(values: Shaped[Tensor, "N K"], num_columns: int) -> Shaped[Tensor, "N columns"]:
+    """The same with more columns, which repeat the first."""
+    more = num_columns - values.shape[1]
+    return torch.cat([values, values[:, :1].expand(-1, more)], dim=1) if more else values
 
 
 def _largest_ids(logits: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N K"]:

@@ -13,7 +13,7 @@ comes to about a nanosecond a value, of which benchmarks/reader.py prints the su
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +124,59 @@ def _join_dictionary(payload: Octets, shape: Shape, width: int) -> Bits:
     return np.cumsum(steps, dtype=steps.dtype).take(codes, mode="wrap")
 
 
+def stairs(num_rows: Sequence[int] | None = None) -> Transform:
+    """The layout of rows of different lengths: differences from rank to rank, as byte planes.
+
+    Values stand rank by rank, the longest row first: one of each row, then one of each row that
+    has a second, ...; `num_rows` says of how many, rank by rank (default: one rank). In all else
+    it is `RANKS`. Its `split` raises ValueError for values that are not so many.
+    """
+
+    def split(bits: Bits) -> list[bytes]:
+        one_rank = [bits.size] if bits.size else []
+        lengths = np.array(one_rank if num_rows is None else num_rows, "<u4")
+        if not _are_stairs(lengths, bits.size):
+            raise ValueError(f"ranks of {lengths} values are no stairs of {bits.size}")
+        keys = _descending(bits.reshape(-1))
+        steps, before = keys.copy(), 0
+        for at, length in _later_ranks(lengths):
+            steps[at : at + length] -= keys[before : before + length]
+            before = at
+        return [struct.pack("<I", len(lengths)), *_split_planes(lengths), *_split_planes(steps)]
+
+    return Transform(code=4, split=split, join=_join_stairs)
+
+
+def _join_stairs(payload: Octets, shape: Shape, width: int) -> Bits:
+    num_ranks = int.from_bytes(payload[:4], "little")
+    end = 4 + 4 * num_ranks
+    if len(payload) < 4 or num_ranks > MAX_STAIRS:
+        raise ShardCorruptError(f"{num_ranks} ranks in {len(payload)} bytes")
+    _require_size(payload, end + math.prod(shape) * width)
+    lengths = _join_planes(payload[4:end], (num_ranks,), 4)
+    keys = _join_planes(payload[end:], shape, width)
+    if not _are_stairs(lengths, len(keys)):
+        raise ShardCorruptError(f"ranks of {lengths} values are no stairs of {len(keys)}")
+    before = 0
+    for at, length in _later_ranks(lengths):
+        keys[at : at + length] += keys[before : before + length]
+        before = at
+    return _descending(keys)
+
+
+def _are_stairs(lengths: npt.NDArray[np.integer], total: int) -> bool:
+    """Whether no rank is empty or has more values than the one before, and all have `total`."""
+    signed = lengths.astype(np.int64)
+    descend = bool((np.diff(signed) <= 0).all() and (signed > 0).all())
+    return descend and len(signed) <= MAX_STAIRS and int(signed.sum()) == total
+
+
+def _later_ranks(lengths: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
+    """(where it begins, how many values) of every rank but the first."""
+    starts = np.cumsum(lengths[:-1], dtype=np.int64)
+    return list(zip(starts.tolist(), lengths[1:].tolist(), strict=True))
+
+
 def _rows_and_kept(shape: Shape) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
@@ -154,11 +207,15 @@ def _require_size(payload: Octets, expected: int) -> None:
         raise ShardCorruptError(f"a payload of {len(payload)} bytes, its shape needs {expected}")
 
 
+MAX_STAIRS = 2**16
+"""Most ranks of `stairs`, each of which costs a loop."""
+
 _UNSIGNED = {width: np.dtype(f"<u{width}") for width in (1, 2, 4, 8)}
 
 PLAIN = Transform(code=0, split=_split_plain, join=_join_plain)
 PLANES = Transform(code=1, split=_split_planes, join=_join_planes)
 RANKS = Transform(code=2, split=_split_ranks, join=_join_ranks)
 DICTIONARY = Transform(code=3, split=_split_dictionary, join=_join_dictionary)
+STAIRS = stairs()
 
-TRANSFORMS = {each.code: each for each in (PLAIN, PLANES, RANKS, DICTIONARY)}
+TRANSFORMS = {each.code: each for each in (PLAIN, PLANES, RANKS, DICTIONARY, STAIRS)}

@@ -119,7 +119,7 @@ def write_encoded_shard(
 ) -> ShardCommit:
     """`write_shard` of rows that are encoded already, as `read_rows` gives them, one at a time."""
     counts = Counter[str]()
-    planes = planes_of(tier_parts(plan.spec))
+    planes = planes_of(tier_parts(plan.spec), plan.spec)
     file = write_shard_file(cache, plan, index, _counted(rows, counts), planes, rejected)
     commit = ShardCommit(
         index=index,
@@ -184,7 +184,7 @@ def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
             f"samples are not the {len(plan.shards[commit.index])} samples of the plan"
         )
     found = sorted(name for file in commit.files for name in file.planes)
-    wanted = sorted(planes_of(tier_parts(plan.spec)))
+    wanted = sorted(planes_of(tier_parts(plan.spec), plan.spec))
     if found != wanted:
         raise ValueError(f"shard {commit.index}: its files hold planes {found}, not {wanted}")
     require_shard_files(cache, [commit])

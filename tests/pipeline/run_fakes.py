@@ -131,7 +131,10 @@ def fake_cache(folder: Path) -> Path:
     """A sealed cache, without its shards."""
     fields: dict[str, Any] = {f.name: "x" for f in dataclasses.fields(CacheSpec)}
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
-    fields |= {"sketch_rank": None, "vocab_size": 512, "hidden_size": 64, "batch_size": 8}
+    fields |= {"sketch_rank": None, "top_mass": None, "top_k_floor": None, "hidden_group": None}
+    fields |= {"logits_max_error": None, "hidden_max_error": None, "affinity_max_error": None}
+    fields |= {"logits_codec": None, "affinity_dtype": None}
+    fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
     fields |= {"share_vision": True}
     file = ShardFile(
         file="shards/00000-0.arrow",

@@ -153,5 +153,5 @@ def test_states_that_are_not_finite_are_refused(
 
 
 def test_unknown_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="affinity_dtype is 'int8', expected one of float32"):
-        RecordSettings(records="topk", affinity_dtype="int8")
+    with pytest.raises(ValueError, match="affinity_dtype is 'int4', expected one of float32"):
+        RecordSettings(records="topk", affinity_dtype="int4")

@@ -1,0 +1,55 @@
+"""Rows of different lengths, without their padding: the order of stored top-k entries.
+
+Only kept entries are stored, rank by rank, of the rows that keep most first: the first entry of
+every row, then the second of every row that has one, and so on. So alike numbers stand side by
+side, and transforms.stairs needs to know of each rank only how many rows have it.
+
+`unflatten` gives every row as many columns as the longest has and repeats the row's first entry
+there (schema.TopKRecord); it refuses counts that do not fit (ValueError) before it takes memory.
+"""
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+def flatten(values: Shaped[Tensor, "N K"], counts: Int[Tensor, " N"]) -> Shaped[Tensor, " E"]:
+    """The first `counts[i]` entries of each row i."""
+    longest_first = counts.argsort(descending=True, stable=True)
+    most = _most(counts)
+    return values[longest_first, :most].T[_inside(counts, most)]
+
+
+def unflatten(
+    values: Shaped[Tensor, "..."], counts: Int[Tensor, " N"], limit: int
+) -> Shaped[Tensor, "N K"]:
+    """The inverse of `flatten`, with the largest count as K (1 without rows), at most `limit`."""
+    num_rows, total = len(counts), int(counts.sum(dtype=torch.int64))
+    if num_rows and not 1 <= int(counts.min()) <= int(counts.max()) <= limit:
+        raise ValueError(
+            f"positions keep {int(counts.min())}..{int(counts.max())} entries, expected 1..{limit}"
+        )
+    if values.shape != (total,):
+        raise ValueError(f"entries of shape {list(values.shape)}, the counts add up to {total}")
+    longest_first = counts.argsort(descending=True, stable=True)
+    most = _most(counts)
+    by_rank = values[:num_rows].repeat(most, 1)
+    by_rank[_inside(counts, most)] = values
+    rows = torch.empty_like(by_rank.T)
+    rows[longest_first] = by_rank.T
+    return rows
+
+
+def lengths_by_rank(counts: Int[Tensor, " N"]) -> list[int]:
+    """How many rows have a first entry, a second, ...; nothing for no rows."""
+    return _inside(counts, _most(counts)).sum(dim=1).tolist() if len(counts) else []
+
+
+def _most(counts: Tensor) -> int:
+    return int(counts.max()) if len(counts) else 1
+
+
+def _inside(counts: Tensor, num_kept: int) -> Bool[Tensor, "K N"]:
+    """Which ranks each row has, the longest rows first."""
+    descending = counts.sort(descending=True).values
+    return torch.arange(num_kept)[:, None] < descending
