@@ -1,8 +1,5 @@
 """Keep-sets against plain loops written from the method, and their counts against the paper's."""
 
-import math
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +17,9 @@ from student_train.compressors import (
     register,
 )
 from student_train.draws import words
+from tests.epic_references import dart_by_loops, fastv_by_loops, random_by_loops
 
+NAMES = ("dart", "fastv", "random")
 RATIOS = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.556, 0.667, 0.778, 0.889, 0.9, 0.99])
 
 
@@ -43,55 +42,20 @@ def made_up(seed: int, num_vision: int, num_text: int, vision_first: bool) -> Ev
     )
 
 
-def written_ratio(ratio: float) -> Fraction:
-    return Fraction(str(ratio))
-
-
-def dart_by_loops(evidence: Evidence, ratio: float) -> list[int]:
-    assert evidence.states is not None
-    assert evidence.keys is not None
-    states, keys = evidence.states.tolist(), evidence.keys.tolist()
-
-    def pivots(places: list[int]) -> list[int]:
-        by_norm = sorted(places, key=lambda p: -sum(abs(x) for x in keys[p]))
-        return sorted(by_norm[:4])
-
-    def cosine(a: list[float], b: list[float]) -> float:
-        dot = sum(x * y for x, y in zip(a, b, strict=True))
-        return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-    vision = evidence.vision.tolist()
-    if ratio == 0:
-        return vision
-    kept = pivots(vision)
-    chosen = kept + pivots(evidence.instruction.tolist())
-    share = math.floor((1 - written_ratio(ratio)) * len(vision) / len(chosen))
-    for pivot in chosen:
-        free = [place for place in vision if place not in kept]
-        free.sort(key=lambda place: cosine(states[pivot], states[place]))
-        kept = kept + free[:share]
-    return sorted(kept)
-
-
-def fastv_by_loops(evidence: Evidence, ratio: float) -> list[int]:
-    assert evidence.attention is not None
-    attention = evidence.attention.tolist()
-    vision = evidence.vision.tolist()
-    best = sorted(vision, key=lambda place: -attention[place])
-    return sorted(best[: math.floor((1 - written_ratio(ratio)) * len(vision))])
-
-
-def random_by_loops(evidence: Evidence, ratio: float) -> list[int]:
+def by_loops(name: str, evidence: Evidence, ratio: float) -> list[int]:
+    vision, text = evidence.vision.tolist(), evidence.instruction.tolist()
+    if name == "dart":
+        assert evidence.states is not None
+        assert evidence.keys is not None
+        return dart_by_loops(evidence.states.tolist(), evidence.keys.tolist(), vision, text, ratio)
+    if name == "fastv":
+        assert evidence.attention is not None
+        return fastv_by_loops(evidence.attention.tolist(), vision, ratio)
     assert evidence.words is not None
-    pairs = sorted(zip(evidence.words.tolist(), evidence.vision.tolist(), strict=True))
-    count = math.floor((1 - written_ratio(ratio)) * len(pairs))
-    return sorted(place for _, place in pairs[:count])
+    return random_by_loops(evidence.words.tolist(), vision, ratio)
 
 
-REFERENCES = {"dart": dart_by_loops, "fastv": fastv_by_loops, "random": random_by_loops}
-
-
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -105,7 +69,7 @@ def test_keep_sets_are_those_of_plain_loops(
 ) -> None:
     evidence = made_up(seed, num_vision, num_text, vision_first)
     kept = COMPRESSORS[name].keep(evidence, ratio).tolist()
-    assert kept == REFERENCES[name](evidence, ratio)
+    assert kept == by_loops(name, evidence, ratio)
     assert kept == sorted(set(kept) & set(evidence.vision.tolist()))
     if ratio == 0:
         assert kept == evidence.vision.tolist()
@@ -117,7 +81,7 @@ def test_keep_sets_are_those_of_plain_loops(
 )
 def test_counts_of_576_tokens_are_the_released_codes(ratio: float, dart: int, others: int) -> None:
     evidence = made_up(0, 576, 12, True)
-    counts = {name: len(COMPRESSORS[name].keep(evidence, ratio)) for name in REFERENCES}
+    counts = {name: len(COMPRESSORS[name].keep(evidence, ratio)) for name in NAMES}
     assert counts == {"dart": dart, "fastv": others, "random": others}
 
 
@@ -144,9 +108,9 @@ def test_half_precision_is_summed_in_float32() -> None:
 
 def test_random_keeps_each_token_equally_often() -> None:
     counts = np.zeros(8)
-    for draw in range(4000):
+    for draw in range(1500):
         counts[random_keep(words(0, 8, draw), torch.arange(8), 0.75).numpy()] += 1
-    assert np.abs(counts / 4000 - 0.25).max() < 0.03
+    assert np.abs(counts / 1500 - 0.25).max() < 0.04
 
 
 def test_one_more_compressor_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
