@@ -24,6 +24,8 @@ class Verify:
 
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
+    workers: int | None = None
+    """Threads that look at a shard each; default: 8, or as many as there are CPUs."""
     teacher: str | None = None
     """The teacher that the cache was built with: folder or hub id."""
     samples: int = 32
@@ -39,7 +41,7 @@ class Verify:
         from teacher_cache.verify import verify_cache
 
         with Bars() as bars:
-            report = verify_cache(self.cache, partial(bars.update, "verify"))
+            report = verify_cache(self.cache, partial(bars.update, "verify"), self.workers)
             problems, plain = list(report.problems), dataclasses.asdict(report)
             lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
             if self.teacher is not None and not problems:

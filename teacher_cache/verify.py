@@ -45,13 +45,19 @@ class VerifyReport:
 
 
 def verify_cache(
-    location: Location, progress: Callable[[int, int], None] | None = None
+    location: Location,
+    progress: Callable[[int, int], None] | None = None,
+    num_threads: int | None = None,
 ) -> VerifyReport:
     """Check every byte of a sealed cache; `progress` is called with (samples done, in all).
 
+    `num_threads` look at one shard each; by default `NUM_THREADS`, or as many as there are CPUs.
+    The report is in the order of the shards, whatever the number of threads.
     Raises `IncompleteCacheError` for a cache without a seal and `CacheMismatchError` where seal
     and plan are of different caches; every other finding is in the report.
     """
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}, expected at least 1")
     cache = open_store(location)
     seal = require_seal(cache)
     plan = require_same_plan(cache, seal)
@@ -67,8 +73,8 @@ def verify_cache(
                     progress(next(done), seal.num_samples)
         return problems
 
-    # Hashing and decompression, nearly all of the work, leave the interpreter to other threads.
-    with ThreadPoolExecutor(min(NUM_THREADS, os.cpu_count() or 1)) as pool:
+    # Fetching, hashing and decompression leave the interpreter to other threads.
+    with ThreadPoolExecutor(num_threads or min(NUM_THREADS, os.cpu_count() or 1)) as pool:
         problems = list(chain.from_iterable(pool.map(check, seal.shards)))
     problems += _asset_problems(cache, seal)
     return VerifyReport(shards=len(seal.shards), samples=seal.num_samples, problems=tuple(problems))

@@ -111,3 +111,15 @@ def test_a_wrong_checksum_in_the_seal_is_found(tmp_path: Path, store: LocalStore
     seal = build(tmp_path, make_shards(1))
     edit_record(tmp_path / "SEALED.json", seal.shards[0].files[0].sha256, "0" * 64)
     assert any("SHA-256" in problem for problem in verify_cache(store).problems)
+
+
+def test_the_report_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    seal = build(tmp_path, make_shards())
+    for commit in seal.shards:
+        path = tmp_path / commit.files[0].file
+        path.write_bytes(path.read_bytes()[:-1])
+    reports = [verify_cache(tmp_path, num_threads=number) for number in (1, 2, 5)]
+    assert reports[0] == reports[1] == reports[2]
+    assert len(reports[0].problems) == 3
+    with pytest.raises(ValueError, match="num_threads is 0"):
+        verify_cache(tmp_path, num_threads=0)
