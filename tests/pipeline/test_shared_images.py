@@ -8,6 +8,7 @@ import torch
 
 from pipeline.build import CacheBuilder, build, missing_shards
 from pipeline.config import BuildConfig, SourceConfig
+from pipeline.verify_teacher import verify_teacher
 from teacher_cache.codec import VISION_PLANES, encode_plane, output_planes
 from teacher_cache.folder import require_plan
 from teacher_cache.manifest import CacheMismatchError, Seal, ShardCorruptError
@@ -79,8 +80,7 @@ def counts(seal: Seal) -> tuple[int, int, int]:
     return seal.num_samples, with_images, sum(shard.num_vision_records for shard in seal.shards)
 
 
-@pytest.mark.parametrize("form", ["arrow", "webdataset"])
-@pytest.mark.parametrize("records", ["topk+sketch", "hidden"])
+@pytest.mark.parametrize(("form", "records"), [("arrow", "topk+sketch"), ("webdataset", "hidden")])
 def test_questions_about_one_image_share_what_the_teacher_says_of_it(
     config: BuildConfig, form: str, records: str
 ) -> None:
@@ -194,3 +194,9 @@ def test_damage_to_an_owners_record_is_found_in_all_that_share_it(
     problems = "\n".join(verify_cache(open_store(damaged.out)).problems)
     keys = {name for name, cached in found.items() if cached.sample.key in problems}
     assert keys == {"b0", "b1"}
+
+
+def test_the_teacher_run_again_says_what_is_shared(config: BuildConfig) -> None:
+    build(config)
+    report = verify_teacher(CacheReader.open(config.out), config.teacher, device="cpu")
+    assert (report.samples, report.problems) == (11, ())
