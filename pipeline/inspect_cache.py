@@ -9,26 +9,35 @@ strings, lists), ready for JSON; `render` lays it out for a terminal.
 import dataclasses
 import math
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
-from teacher_cache.codec import Part
+from teacher_cache.codec import PART_PLANES, Part
+from teacher_cache.folder import open_shard, require_plan
 from teacher_cache.reader import CacheReader
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 _TAILED: tuple[Part, ...] = ("vision", "response")
 
 
-def describe_cache(reader: CacheReader, num_rows: int = 256) -> dict[str, Any]:
+def describe_cache(
+    reader: CacheReader, num_rows: int = 256, num_shards: int = 16
+) -> dict[str, Any]:
     """The seal of a cache: counts, bytes, every setting that fixed its numbers, the rejects.
 
-    `num_rows` bounds the rows whose tail masses are looked at.
+    `num_rows` bounds the rows whose tail masses are looked at; `num_shards` the shards of a cache
+    in an object store that are fetched to look into.
     """
     seal = reader.seal
+    numbers = list(range(len(seal.shards)))
+    if not reader.cache.in_place:
+        numbers = sorted(random.Random(0).sample(numbers, min(num_shards, len(numbers))))
     num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
     return {
         "cache": str(reader.cache),
@@ -45,20 +54,41 @@ def describe_cache(reader: CacheReader, num_rows: int = 256) -> dict[str, Any]:
         "response_tokens": sum(shard.num_response_tokens for shard in seal.shards),
         "bytes_per_vision_token": round(seal.num_bytes / num_vision, 1) if num_vision else None,
         "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
-        "tail_mass": _tail_mass(reader, num_rows),
+        "bytes_of_parts": _bytes_of_parts(reader, numbers),
+        "tail_mass": _tail_mass(reader, numbers, num_rows),
         "spec": dataclasses.asdict(seal.spec),
         "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
     }
 
 
-def _tail_mass(reader: CacheReader, num_rows: int) -> dict[str, Any] | None:
-    """Quantiles of the probability outside the top-k over a sample of rows; None without top-k."""
+def _bytes_of_parts(reader: CacheReader, numbers: Sequence[int]) -> dict[str, int]:
+    """Where the bytes of some shards are: images, token spans, each part, and what is around."""
+    plan = require_plan(reader.cache)
+    part_of = {plane: part for part, planes in PART_PLANES.items() for plane in planes}
+    found = Counter[str]()
+    whole = 0
+    for number in numbers:
+        commit = reader.seal.shards[number]
+        for plane, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
+            found["images" if plane == "images" else part_of.get(plane, "tokens")] += num_bytes
+        whole += commit.num_bytes
+    return {
+        "shards": len(numbers),
+        **dict(sorted(found.items())),
+        "around": whole - found.total(),
+    }
+
+
+def _tail_mass(reader: CacheReader, numbers: Sequence[int], num_rows: int) -> dict[str, Any] | None:
+    """Quantiles of the probability outside the top-k over rows of some shards; None without it."""
     parts: list[Part] = [part for part in _TAILED if part in reader.parts]
     if not parts:
         return None
-    count = min(num_rows, len(reader))
+    starts = [0, *accumulate(reader.shard_sizes)]
+    rows = [row for number in numbers for row in range(starts[number], starts[number + 1])]
+    count = min(num_rows, len(rows))
     tails: dict[Part, list[Tensor]] = {part: [] for part in parts}
-    for index in sorted(random.Random(0).sample(range(len(reader)), count)):
+    for index in sorted(random.Random(0).sample(rows, count)):
         output = reader.read(index, parts).output
         for part in parts:
             tails[part].append(getattr(output, part).log_tail.double().exp())

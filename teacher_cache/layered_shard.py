@@ -42,6 +42,14 @@ class LayeredShard(Shard):
                 frames.update(self._same_row(layer, row, names, found).planes)
         return dataclasses.replace(found, planes=frames)
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the frames of each plane, and of `images`, in the layer that has them."""
+        found = self._base.stored_bytes()
+        for layer, names in self._further:
+            sizes = layer.stored_bytes()
+            found.update({name: sizes.get(name, 0) for name in names})
+        return found
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all rows, in order, which are those of every layer."""
@@ -57,7 +65,7 @@ class LayeredShard(Shard):
         self, layer: Shard, row: int, planes: Collection[str], base: EncodedRow
     ) -> EncodedRow:
         found = layer.read(row, planes)
-        for name in ("key", "source_id", "messages"):
+        for name in ("key", "source_id", "messages", "shared_from"):
             if getattr(found, name) != getattr(base, name):
                 raise ShardCorruptError(
                     f"{layer.path}: row {row} is sample {found.key}, {self.path} has {base.key} "

@@ -177,6 +177,13 @@ class Shard(ABC):
             )
         return encoded.completed(found)
 
+    @abstractmethod
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the frames of each plane, and of `images`, over all rows, each counted once.
+
+        Looks at sizes, not at the frames. Raises `ShardCorruptError` for what cannot be looked at.
+        """
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all rows, in order; reads every row's sample, but none of its planes."""

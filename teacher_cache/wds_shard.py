@@ -12,6 +12,7 @@ import json
 import mmap
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -147,6 +148,15 @@ class TarShard(Shard):
     def _bytes(self, place: _Place) -> bytes:
         offset, size = place
         return self._map[offset : offset + size]
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the frames of each plane, and of `images`; the headers tell them."""
+        found = Counter[str]()
+        for places in self._images.values():
+            found["images"] += sum(size for _, size in places.values())
+        for places in self._planes.values():
+            found.update({name: size for name, (_, size) in places.items()})
+        return dict(found)
 
     def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
         key = self._keys[row]

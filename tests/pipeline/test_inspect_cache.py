@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import yaml
 
 from pipeline.inspect_cache import describe_cache, render
 from pipeline.inspect_sample import describe_sample
+from teacher_cache.codec import PART_PLANES
 from teacher_cache.folder import SEAL_FILE
 from teacher_cache.manifest import IncompleteCacheError, ShardCorruptError
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import CachedSample, Message, Sample, make_sample
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import RecordKind, ShardFormatName
 from tests.builders import build
+from tests.derived import base_cache, rows_of
 from tests.strategies import asked_again, make_cached, make_output, make_spec
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
@@ -61,6 +64,20 @@ def test_a_cache_says_how_many_samples_share_a_vision_record(tmp_path: Path) -> 
 def _no_image() -> Sample:
     turns = (Message(role="user", text="what?"), Message(role="assistant", text="that"))
     return make_sample("text", [], turns)
+
+
+@pytest.mark.parametrize("form", ["arrow", "webdataset"])
+def test_bytes_of_parts_are_those_of_the_frames(tmp_path: Path, form: ShardFormatName) -> None:
+    cache = base_cache(tmp_path, form=form)  # some of its rows share their images and vision states
+    shown = describe_cache(CacheReader.open(tmp_path))["bytes_of_parts"]
+    expected = Counter[str]()
+    for row in (row.own for row in rows_of(cache)):
+        expected["images"] += sum(len(image) for image in row.images)
+        for name, frame in row.planes.items():
+            expected["hidden" if name in PART_PLANES["hidden"] else "tokens"] += len(frame)
+    around = cache.seal.num_bytes - sum(expected.values())
+    assert shown == {"shards": 3, **expected, "around": around}
+    assert around > 0
 
 
 def test_tail_masses_are_those_of_the_rows(tmp_path: Path) -> None:
