@@ -76,8 +76,12 @@ class AttentionRecorder:
 
 
 class LayerView:
-    """What the layer below a stage shows of a batch: its output, and what `recorder` caught."""
+    """What the layer below a stage shows of a batch: its output, and what `recorder` caught.
 
+    Without gradients: to choose tokens is no part of the model.
+    """
+
+    @torch.no_grad()
     def __init__(
         self,
         needs: frozenset[Need],
