@@ -87,14 +87,17 @@ class RandomBatch:
         hidden = [o.hidden.vision for o in self.hidden_outputs if o.hidden is not None]
         return TeacherAssets(sketch=fit_basis(torch.cat(hidden), self.teacher_head, 3))
 
-    def outputs(self, form: RecordForm, k: int = 4) -> list[TeacherOutput]:
+    def outputs(
+        self, form: RecordForm, k: int = 4, mass: float | None = None, floor: int = 1
+    ) -> list[TeacherOutput]:
         if form == "hidden":
             return self.hidden_outputs
         basis = self.assets(form).sketch
         outputs: list[TeacherOutput] = []
         for output in self.hidden_outputs:
             assert output.hidden is not None
-            vision = top_k_from_hidden(output.hidden.vision, self.teacher_head, k)
+            head, predicting = self.teacher_head, output.hidden.predicting
+            vision = top_k_from_hidden(output.hidden.vision, head, k, mass, floor)
             affinity = cosine_affinity(output.hidden.text, output.hidden.vision)
             outputs.append(
                 replace(
@@ -103,7 +106,7 @@ class RandomBatch:
                     vision=vision,
                     sketch=basis and encode_sketch(basis, output.hidden.vision, vision),
                     affinity=AffinityRecord(cosine=affinity),
-                    response=top_k_from_hidden(output.hidden.predicting, self.teacher_head, k),
+                    response=top_k_from_hidden(predicting, head, k, mass, floor),
                 )
             )
         return outputs

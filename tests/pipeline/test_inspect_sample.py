@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from teacher_cache.teacher import Teacher
 from tests.builders import build
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
-from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_spec
+from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_output, make_spec
 from tests.tiny import tiny_samples
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
@@ -74,6 +75,22 @@ def test_numbers_of_a_record_are_those_that_are_stored(tmp_path: Path) -> None:
     assert (shown["affinity"]["text_tokens"], shown["affinity"]["vision_tokens"]) == (text, tokens)
     values = [float(value) for value in affinity.cosine.flatten()]
     assert shown["affinity"]["range"] == [round(min(values), 4), round(max(values), 4)]
+
+
+def test_entries_are_those_that_each_position_keeps(tmp_path: Path) -> None:
+    output = make_output("topk", 3, ragged=True)
+    cached = replace(make_cached(3), output=output)
+    build(tmp_path, [[cached]], spec=make_spec(top_mass=0.5, top_k_floor=1))
+    shown = describe_sample(CacheReader.open(tmp_path), cached.sample.key)
+    record = output.vision
+    assert record is not None
+    assert record.num_kept is not None
+    counts = sorted(record.num_kept.tolist())
+    found: dict[str, Any] = shown["vision_top_k"]
+    assert (found["k_fewest"], found["k"]) == (counts[0], counts[-1])
+    assert found["k_median"] == counts[len(counts) // 2]
+    assert found["first_position_ids"] == record.ids[0, : int(record.num_kept[0])].tolist()
+    assert int(record.num_kept[0]) < counts[-1], "the first position would show no cut"
 
 
 def test_the_beginning_of_a_key_is_enough_if_it_names_one_sample(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The rehearsal refuses an objective exactly where the losses of real samples would."""
 
 import itertools
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +16,7 @@ from student_train.objective import (
     preset,
 )
 from student_train.rehearsal import require_served
-from teacher_cache.settings import RecordKind
-from tests.batches import ONE_IMAGE, TWO_IMAGES, random_batch
+from tests.batches import ONE_IMAGE, TWO_IMAGES, RecordForm, random_batch
 from tests.strategies import VOCAB_SIZE, WIDTH, make_spec
 
 BATCH = random_batch(0, [ONE_IMAGE, TWO_IMAGES], student_width=WIDTH, vocab_size=VOCAB_SIZE)
@@ -49,7 +49,7 @@ def _refusal(ask: Callable[[], object]) -> str | None:
 
 @pytest.mark.parametrize("k", [4, VOCAB_SIZE])
 @pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
-def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordKind, k: int) -> None:
+def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordForm, k: int) -> None:
     spec = make_spec(records, **({} if records == "hidden" else {"top_k": k}))
     outputs, assets = BATCH.outputs(records, k), BATCH.assets(records)
     refused = 0
@@ -61,6 +61,22 @@ def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordKind
         assert _refusal(partial(require_served, objective, spec, assets)) == expected
         refused += expected is not None
     assert (refused == 0) == (records == "hidden")
+
+
+@pytest.mark.parametrize("mass", [0.01, 0.95])
+@pytest.mark.parametrize("records", ["topk", "topk+sketch"])
+def test_it_counts_on_no_more_entries_than_a_position_may_keep(
+    records: RecordForm, mass: float
+) -> None:
+    spec = make_spec(records, top_k=VOCAB_SIZE, top_mass=mass, top_k_floor=2)
+    outputs, assets = BATCH.outputs(records, VOCAB_SIZE, mass, floor=2), BATCH.assets(records)
+    for objective in OBJECTIVES:
+        losses = partial(
+            distillation_loss, BATCH.states, outputs, BATCH.student_head, objective, assets
+        )
+        found = [_refusal(losses), _refusal(partial(require_served, objective, spec, assets))]
+        words = {text and re.sub(r"the (top )?[0-9]+", "the number", text) for text in found}
+        assert len(words) == 1, found
 
 
 def test_the_remedy_of_a_temperature_works() -> None:
