@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.codec import TIER_PARTS, VISION_PLANES, planes_of
+from teacher_cache.layered_shard import LayeredShard
 from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.rows import encode_row, encode_rows, read_sample
 from teacher_cache.schema import CachedSample
@@ -119,6 +120,34 @@ def test_a_damaged_owner_is_noticed_in_every_row_that_shares_from_it(
             with pytest.raises(ShardCorruptError, match=f"sample {rows[row].key}.*damaged"):
                 shard.read(row, PLANES)
         assert shard.read(2, PLANES) == rows[2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_a_shard_share_alike_or_are_refused(
+    tmp_path: Path, form: ShardFormatName
+) -> None:
+    rows, later = encoded(), frozenset({"v_lse", "a_cosine"})
+
+    def layer(name: str, planes: frozenset[str], content: Sequence[EncodedRow]) -> Shard:
+        parts = [
+            dataclasses.replace(
+                row,
+                planes={plane: row.planes[plane] for plane in planes},
+                images=() if planes == later else row.images,
+            )
+            for row in content
+        ]
+        shard_format(form).write(tmp_path / name, parts, planes, {})
+        return shard_format(form).open(tmp_path / name)
+
+    base, further = layer("base", PLANES - later, rows), layer("further", later, rows)
+    shard = LayeredShard([base, further], [PLANES - later, later])
+    assert [shard.read(row, PLANES) for row in range(len(rows))] == rows
+    apart = layer("apart", later, [dataclasses.replace(row, shared_from=None) for row in rows])
+    shard = LayeredShard([base, apart], [PLANES - later, later])
+    assert shard.read(0, PLANES) == rows[0]
+    with pytest.raises(ShardCorruptError, match="another shared_from"):
+        shard.read(1, PLANES)
 
 
 def test_what_is_not_shared_cannot_be_written_as_shared(tmp_path: Path) -> None:
