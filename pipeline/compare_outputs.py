@@ -109,8 +109,9 @@ def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Differen
     dtype = left.logits.dtype
     entries = Spread.of(_entries(left, right), _entries(right, left))
     normaliser = Spread.of(left.logsumexp - right.logsumexp)
-    equal = left.log_tail == right.log_tail  # -inf where everything is kept
-    tail = Spread.of((left.log_tail - right.log_tail).masked_fill(equal, 0.0))
+    # -inf where everything is kept; one entry more, by a hair of mass, is a tail of less.
+    same = (left.log_tail == right.log_tail) | (left.counts != right.counts)
+    tail = Spread.of((left.log_tail - right.log_tail).masked_fill(same, 0.0))
     return {
         f"{part} {name}": Difference(apart=apart, scale=scale, dtype=dtype)
         for name, apart in (("logits", entries), ("logsumexp", normaliser), ("log tail", tail))
@@ -133,7 +134,7 @@ def _entries(left: TopKRecord, right: TopKRecord) -> Float[Tensor, " entries"]:
 
 def _partners(left: TopKRecord, right: TopKRecord) -> tuple[Tensor, Tensor]:
     """Column on the right that holds each id of the left, and whether there is one."""
-    ordered = right.ids.sort(dim=1)
+    ordered = right.ids.contiguous().sort(dim=1)
     place = torch.searchsorted(ordered.values, left.ids.contiguous())
     place = place.clamp(max=right.ids.shape[1] - 1)
     return ordered.indices.gather(1, place), ordered.values.gather(1, place) == left.ids

@@ -158,8 +158,8 @@ def _compare(
     if isinstance(first, str) or isinstance(second, str):
         sums.problems.append(f"sample {sample.key}: the teacher refuses it: {first}, {second}")
         return
-    coded = _through_codec(sample, first, spec)
     try:
+        coded = _through_codec(sample, first, spec)
         stored = differences(cached.output, coded)
         control = differences(coded, _through_codec(sample, second, spec))
         codec = differences(first, coded)

@@ -14,7 +14,7 @@ from teacher_cache.teacher import Teacher
 from tests.builders import build
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
-from tests.tiny import tiny_llava, tiny_samples
+from tests.tiny import tiny_llava, tiny_llava_next, tiny_samples
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
 
@@ -81,6 +81,37 @@ def test_another_teacher_is_refused_before_it_runs(tmp_path: Path, tiny_folder: 
     assert {"teacher_class", "tokenizer", "image_processor"} <= fields
     (line,) = render_teacher(report)
     assert reader.spec.teacher_weights in line
+
+
+LOSSY = (
+    RecordSettings(records="topk", top_k=12, logits_codec="affine8", affinity_dtype="int8"),
+    RecordSettings(records="topk+sketch", top_k=12, top_mass=0.7, top_k_floor=2, sketch_rank=6),
+    RecordSettings(records="hidden", hidden_dtype="int8", hidden_group=8),
+)
+
+
+@pytest.mark.parametrize("settings", LOSSY, ids=["affine8", "mass", "int8"])
+def test_a_lossy_cache_is_held_to_what_it_would_store(
+    tmp_path: Path, tiny_folder: TinyFolder, settings: RecordSettings
+) -> None:
+    model = tiny_folder("llava_next")
+    settings = dataclasses.replace(
+        settings, logits_max_error=1.0, affinity_max_error=1.0, hidden_max_error=1.0
+    )
+    own, other = (
+        Teacher.load(str(folder), device="cpu")
+        for folder in (model, tiny_llava_next(tmp_path / "other", seed=1))
+    )
+    reader = build_cache(tmp_path / "own", own, tiny_samples(5), settings, samples_per_shard=3)
+    report = verify_teacher(reader, str(model), device="cpu")
+    assert report.problems == ()
+    assert all(quantity.stored.largest == 0 for quantity in report.quantities)
+    false = build_cache(tmp_path / "false", other, tiny_samples(5), settings, samples_per_shard=3)
+    rows = [false.read(index, false.parts) for index in range(len(false))]
+    head = own.head if settings.records == "hidden" else None
+    build(tmp_path / "forged", [rows[:3], rows[3:]], spec=reader.spec, head=head, sketch=own.sketch)
+    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
+    assert len({problem.split(":")[0] for problem in report.problems}) == 5
 
 
 def _forged(tmp_path: Path, model: Path, records: RecordKind) -> TeacherReport:
