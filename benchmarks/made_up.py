@@ -6,6 +6,7 @@ affinities of every text token, and a response of 12 to 256 tokens with top-k re
 Pictures are noise, as compressed ones are to any container. Everything follows from the seed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,17 @@ PARTS: frozenset[Part] = frozenset({"vision", "sketch", "affinity", "response"})
 
 
 def make_samples(
-    num_samples: int, k: int, dtype: str = "bfloat16", picture_kb: int = 16
+    num_samples: int,
+    k: int,
+    dtype: str = "bfloat16",
+    picture_kb: int = 16,
+    grids: Sequence[int] = GRIDS,
 ) -> list[CachedSample]:
-    """Samples of alternating grids; logits in `dtype`, K = k."""
-    return [_sample(number, k, dtype, picture_kb) for number in range(num_samples)]
+    """Samples whose grids take turns; logits in `dtype`, K = k."""
+    return [
+        _sample(number, k, dtype, picture_kb, grids[number % len(grids)])
+        for number in range(num_samples)
+    ]
 
 
 def build_cache(
@@ -101,10 +109,9 @@ def tensors(cached: CachedSample) -> dict[str, Tensor]:
     }
 
 
-def _sample(number: int, k: int, dtype: str, picture_kb: int) -> CachedSample:
+def _sample(number: int, k: int, dtype: str, picture_kb: int, grid: int) -> CachedSample:
     draw = np.random.default_rng(number)
     generator = torch.Generator().manual_seed(number)
-    grid = GRIDS[number % len(GRIDS)]
     num_question, num_response = (
         int(np.exp(draw.uniform(*np.log(span)))) for span in (QUESTION_TOKENS, RESPONSE_TOKENS)
     )

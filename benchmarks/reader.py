@@ -238,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    num_samples, rounds = (2 * ROWS_PER_SHARD, 3) if options.quick else (6 * ROWS_PER_SHARD, 12)
+    num_samples, rounds = (2 * ROWS_PER_SHARD, 3) if options.quick else (4 * ROWS_PER_SHARD, 8)
     peers: list[Container] = [
         ParquetZstd(16),
         LitData("batch"),
