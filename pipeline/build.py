@@ -98,9 +98,16 @@ class CacheBuilder:
         return RecordSettings(
             records=config.records,
             top_k=config.top_k,
+            top_mass=config.top_mass,
+            top_k_floor=config.top_k_floor,
+            logits_codec=config.logits_codec,
+            logits_max_error=config.logits_max_error,
             sketch_rank=config.sketch_rank,
             hidden_dtype=config.hidden_dtype,
+            hidden_group=config.hidden_group,
+            hidden_max_error=config.hidden_max_error,
             affinity_dtype=config.affinity_dtype,
+            affinity_max_error=config.affinity_max_error,
         )
 
     def prepare(self) -> Plan:

@@ -7,11 +7,19 @@ loader, devices). Imports nothing heavy, so that `emkd --help` answers at once.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from student_train.settings import TrainerSettings
 from teacher_cache.decode import Strict
-from teacher_cache.settings import RecordKind, ShardFormatName
+from teacher_cache.settings import (
+    AffinityDtype,
+    HiddenDtype,
+    LogitsCodec,
+    RecordKind,
+    ShardFormatName,
+    holds,
+    require_cut,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
@@ -32,6 +40,13 @@ def at_least_one(record: object, *names: str) -> None:
     for name in names:
         if getattr(record, name) < 1:
             raise ValueError(f"{name} must be >= 1, found {getattr(record, name)}")
+
+
+def refuse_changed(record: Any, why: str, *names: str) -> None:
+    """Raise ValueError for a setting that was changed and would not be looked at."""
+    for field in fields(record):
+        if field.name in names and getattr(record, field.name) != field.default:
+            raise ValueError(f"{field.name} would have no effect: {why}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +74,30 @@ class BuildConfig(Strict):
     format: ShardFormatName = "arrow"
     records: RecordKind = "topk+sketch"
     top_k: int = 64
+    """Largest logits that a position keeps; with --top-mass the most of them."""
+    top_mass: float | None = None
+    """Let each position keep as few entries as hold this probability, say 0.95."""
+    top_k_floor: int = 8
+    """Fewest entries of a position, with --top-mass."""
+    logits_codec: LogitsCodec = "exact"
+    """`affine8`: 8-bit codes between a position's smallest and largest kept logit; pays where the
+    teacher computes in float32."""
+    logits_max_error: float = 0.05
+    """Promise of affine8, and of the other codecs below: a sample that loses more stops the build,
+    which then says what to choose instead."""
     sketch_rank: int = 128
     """Directions of the PCA sketch; capped at the teacher's width, where it is lossless but for
     the rounding to int8."""
     calibration_samples: int = 256
     """Samples, from the first on, whose vision states fit the sketch's basis."""
-    hidden_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    affinity_dtype: Literal["float32", "float16"] = "float16"
+    hidden_dtype: HiddenDtype = "bfloat16"
+    hidden_group: int | None = 64
+    """Most channels that share a scale where states are int8; none: all of a token's."""
+    hidden_max_error: float = 0.02
+    """Of int8 states, as a share of a state's length."""
+    affinity_dtype: AffinityDtype = "float16"
+    affinity_max_error: float = 0.002
+    """Of int8 cosines."""
     system_prompt: str | None = None
     samples_per_shard: int = 256
     share_vision: bool = True
@@ -86,7 +118,31 @@ class BuildConfig(Strict):
 
     def __post_init__(self) -> None:
         at_least_one(self, "top_k", "sketch_rank", "calibration_samples", "samples_per_shard")
-        at_least_one(self, "batch_size")
+        at_least_one(self, "batch_size", "top_k_floor")
+        if self.hidden_group is not None:
+            at_least_one(self, "hidden_group")
+        if self.top_mass is not None:
+            require_cut(self.top_k, self.top_mass, self.top_k_floor)
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raise ValueError for a codec's setting that these records have no use for."""
+        top, hidden = holds(self.records, "topk"), holds(self.records, "hidden")
+        use = {
+            f"records {self.records} have no logits": (top, "top_mass", "logits_codec"),
+            f"records {self.records} have no cosines": (top, "affinity_dtype"),
+            f"records {self.records} have no hidden states": (hidden, "hidden_dtype"),
+            "top_mass is not set": (self.top_mass is not None, "top_k_floor"),
+            "logits are exact": (self.logits_codec == "affine8", "logits_max_error"),
+            "cosines are not int8": (self.affinity_dtype == "int8", "affinity_max_error"),
+            "hidden states are not int8": (
+                self.hidden_dtype == "int8",
+                *("hidden_group", "hidden_max_error"),
+            ),
+        }
+        for why, (used, *names) in use.items():
+            if not used:
+                refuse_changed(self, why, *names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +215,10 @@ class PlanConfig(Strict):
     """Those of them that are responses."""
     vocab_size: int = 32000
     hidden_size: int = 4096
+    logits_codec: LogitsCodec = "exact"
+    affinity_dtype: AffinityDtype = "float16"
+    mean_kept: float | None = None
+    """Entries that a position keeps on average, for a cache with --top-mass."""
     image_bytes: int = 100_000
     """Bytes of one encoded image; caches hold the images too."""
     teacher_seconds_per_sample: float | None = None
@@ -185,6 +245,8 @@ class PlanConfig(Strict):
 
     def __post_init__(self) -> None:
         at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
+        if self.mean_kept is not None and self.mean_kept < 1:
+            raise ValueError(f"mean_kept must be >= 1, found {self.mean_kept}")
         if self.samples_per_image is not None and self.samples_per_image < 1:
             raise ValueError(f"samples_per_image must be >= 1, found {self.samples_per_image}")
         if self.response_tokens > self.text_tokens:
@@ -199,8 +261,8 @@ class PlanConfig(Strict):
         if self.pilot:
             self._require_pilot()
         else:
-            self._refuse("pilot is 0", "source", "image_root", "teacher", "match_metric")
-            self._refuse("pilot is 0", "batch_size", "device", "attention")
+            refuse_changed(self, "pilot is 0", "source", "image_root", "teacher", "match_metric")
+            refuse_changed(self, "pilot is 0", "batch_size", "device", "attention")
 
     def _require_pilot(self) -> None:
         if self.pilot < 2 or self.source is None or self.teacher is None:
@@ -210,13 +272,9 @@ class PlanConfig(Strict):
                 f"teacher {self.teacher}"
             )
         counts = ("images_per_sample", "vision_tokens", "views", "text_tokens", "response_tokens")
-        self._refuse("the pilot counts it", *counts, "vocab_size", "hidden_size", "image_bytes")
-
-    def _refuse(self, why: str, *names: str) -> None:
-        """Raise ValueError for a setting that was changed and would not be looked at."""
-        for field in fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} would have no effect: {why}")
+        more = ("vocab_size", "hidden_size", "image_bytes", "mean_kept")
+        refuse_changed(self, "the pilot counts it", *counts, *more)
+        refuse_changed(self, "a pilot compares exact ones", "logits_codec", "affinity_dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

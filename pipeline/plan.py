@@ -7,10 +7,10 @@ that the answer is there at once. Units are decimal.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import PlanConfig
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import AffinityDtype, LogitsCodec, RecordKind
 
 PAPER_SAMPLES = 779_000
 """Samples of EM-KD's second phase."""
@@ -20,7 +20,10 @@ SKETCH_RANKS = (64, 128, 256, 512)
 SKETCH_TOP_K = 64
 """K of the tiers that have a sketch: more of it buys little beside one (docs/method.md)."""
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+HIDDEN_GROUP = 64
+"""Channels that share a scale where states are int8, unless told otherwise."""
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Tier:
     top_k: int | None = None
     sketch_rank: int | None = None
     hidden_dtype: str | None = None
+    hidden_group: int | None = None
 
     @property
     def name(self) -> str:
@@ -47,13 +51,14 @@ class Tier:
             "--top-k": self.top_k,
             "--sketch-rank": self.sketch_rank,
             "--hidden-dtype": self.hidden_dtype,
+            "--hidden-group": self.hidden_group,
         }
         given = [f"{flag} {value}" for flag, value in chosen.items() if value is not None]
         return " ".join([f"--records {self.records}", *given])
 
 
 def tiers(vocab_size: int, hidden_size: int) -> tuple[Tier, ...]:
-    """The tiers that are compared, k capped at the vocabulary and ranks at the width."""
+    """The tiers that a pilot compares, k capped at the vocabulary and ranks at the width."""
     kept = sorted({min(k, vocab_size) for k in TOP_K})
     ranks = sorted({min(rank, hidden_size) for rank in SKETCH_RANKS})
     sketch_k = min(SKETCH_TOP_K, vocab_size)
@@ -68,7 +73,8 @@ def tiers(vocab_size: int, hidden_size: int) -> tuple[Tier, ...]:
 class SampleShape:
     """The counts that fix a sample's planes: views, M vision, T content, X and R text tokens.
 
-    `logits_dtype` is the LM head's; top-k logits are stored in it.
+    `logits_dtype` is the LM head's; top-k logits are stored in it. `kept_vision` and
+    `kept_response` count the entries of all positions where those keep different numbers.
     """
 
     num_views: int
@@ -78,7 +84,10 @@ class SampleShape:
     num_response: int
     hidden_size: int
     logits_dtype: str = "bfloat16"
-    affinity_dtype: str = "float16"
+    logits_codec: LogitsCodec = "exact"
+    affinity_dtype: AffinityDtype = "float16"
+    kept_vision: int | None = None
+    kept_response: int | None = None
 
 
 def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
@@ -88,24 +97,44 @@ def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
         "content_ids": 8 * shape.num_content,
         "content_flags": shape.num_content,
     }
+    rows = {"vision": shape.num_vision, "text": shape.num_text, "predicting": shape.num_response}
     if tier.hidden_dtype is not None:
-        state = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype]
-        planes["h_vision"] = state * shape.num_vision
-        planes["h_text"] = state * shape.num_text
-        planes["h_predicting"] = state * shape.num_response
-        return planes
-    kept = tier.top_k or 0
-    for prefix, rows in (("v", shape.num_vision), ("r", shape.num_response)):
-        planes[f"{prefix}_ids"] = 4 * kept * rows
-        planes[f"{prefix}_logits"] = _ITEM_BYTES[shape.logits_dtype] * kept * rows
-        planes[f"{prefix}_lse"] = 4 * rows
-        planes[f"{prefix}_tail"] = 4 * rows
-    planes["a_cosine"] = _ITEM_BYTES[shape.affinity_dtype] * shape.num_text * shape.num_vision
+        for name, count in rows.items():
+            planes[f"h_{name}"] = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype] * count
+            if tier.hidden_dtype == "int8":
+                group = tier.hidden_group or shape.hidden_size
+                planes[f"h_{name}_scale"] = 2 * -(-shape.hidden_size // group) * count
+    if tier.top_k is not None:
+        planes |= _top_k_bytes(shape, "v", shape.num_vision, tier.top_k, shape.kept_vision)
+        planes |= _top_k_bytes(shape, "r", shape.num_response, tier.top_k, shape.kept_response)
+        num_cosines = shape.num_text * shape.num_vision
+        if shape.affinity_dtype == "int8":
+            planes |= {"a_codes": num_cosines} | dict.fromkeys(_ENDS, 4 * shape.num_text)
+        else:
+            planes["a_cosine"] = _ITEM_BYTES[shape.affinity_dtype] * num_cosines
     if tier.sketch_rank is not None:
         planes["s_codes"] = tier.sketch_rank * shape.num_vision
         planes["s_scale"] = 4 * shape.num_vision
         planes["s_shift"] = 4 * shape.num_vision
     return planes
+
+
+_ENDS = ("a_low", "a_high")
+
+
+def _top_k_bytes(
+    shape: SampleShape, prefix: str, rows: int, top_k: int, kept: int | None
+) -> dict[str, int]:
+    entries = top_k * rows if kept is None else kept
+    width = _ITEM_BYTES[shape.logits_dtype]
+    sizes = {"ids": 4 * entries, "lse": 4 * rows, "tail": 4 * rows}
+    if kept is not None:
+        sizes["counts"] = 4 * rows
+    if shape.logits_codec == "affine8":
+        sizes |= {"codes": entries, "low": width * rows, "high": width * rows}
+    else:
+        sizes["logits"] = width * entries
+    return {f"{prefix}_{name}": size for name, size in sizes.items()}
 
 
 def is_vision_plane(name: str) -> bool:
@@ -115,12 +144,11 @@ def is_vision_plane(name: str) -> bool:
 
 def asset_bytes(tier: Tier, vocab_size: int, hidden_size: int, logits_dtype: str) -> int:
     """Bytes that a cache holds once: the LM head's weight (hidden) or the sketch's basis."""
-    if tier.records == "hidden":
-        return vocab_size * hidden_size * _ITEM_BYTES[logits_dtype]
+    head = vocab_size * hidden_size * _ITEM_BYTES[logits_dtype] if tier.hidden_dtype else 0
     if tier.sketch_rank is None:
-        return 0
+        return head
     per_row = 4 + 2 * tier.sketch_rank
-    return 4 * hidden_size * (1 + tier.sketch_rank) + per_row * vocab_size
+    return head + 4 * hidden_size * (1 + tier.sketch_rank) + per_row * vocab_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,10 +187,15 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
         num_response=config.response_tokens,
         hidden_size=config.hidden_size,
         logits_dtype=config.dtype or "bfloat16",
+        logits_codec=config.logits_codec,
+        affinity_dtype=config.affinity_dtype,
+    )
+    int8 = Tier(
+        records="hidden", hidden_dtype="int8", hidden_group=min(HIDDEN_GROUP, config.hidden_size)
     )
     sizes: list[TierSize] = []
-    for tier in tiers(config.vocab_size, config.hidden_size):
-        planes = plane_bytes(shape, tier)
+    for tier in (*tiers(config.vocab_size, config.hidden_size), int8):
+        planes = plane_bytes(_with_mean_kept(shape, tier, config.mean_kept), tier)
         of_vision = sum(size for name, size in planes.items() if is_vision_plane(name))
         shared = of_vision + planes["views"] + config.images_per_sample * config.image_bytes
         alone = sum(planes.values()) - of_vision - planes["views"]
@@ -178,6 +211,18 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
             )
         )
     return tuple(sizes)
+
+
+def _with_mean_kept(shape: SampleShape, tier: Tier, mean: float | None) -> SampleShape:
+    """The shape where positions keep so many entries on average, or all that the tier has."""
+    if mean is None or tier.top_k is None:
+        return shape
+    each = min(mean, tier.top_k)
+    return replace(
+        shape,
+        kept_vision=round(each * shape.num_vision),
+        kept_response=round(each * shape.num_response),
+    )
 
 
 def cost(config: PlanConfig, num_samples: int, seconds_per_sample: float | None) -> Cost:

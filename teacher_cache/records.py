@@ -25,9 +25,9 @@ from teacher_cache.schema import (
     TokenSpans,
     TopKRecord,
 )
-from teacher_cache.settings import LogitsCodec, RecordKind, holds
+from teacher_cache.settings import LogitsCodec, RecordKind, holds, require_cut
 from teacher_cache.sketch import SketchBasis, encode_sketch
-from teacher_cache.topk import require_cut, top_k_from_hidden
+from teacher_cache.topk import top_k_from_hidden
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""

@@ -37,3 +37,14 @@ def tier_to_learn_from(held: RecordKind, wanted: TierName | None) -> TierName:
             f"{' or '.join(found)}, or add them by emkd extend"
         )
     return wanted or found[0]
+
+
+def require_cut(k: int, mass: float, floor: int) -> None:
+    """Raise ValueError unless `floor`..k entries can be cut where they hold `mass`."""
+    if not 0 < mass < 1:
+        raise ValueError(
+            f"top_mass is {mass}, expected a probability between 0 and 1 (both left out); leave it "
+            "away to keep top_k entries of every position"
+        )
+    if not 1 <= floor <= k:
+        raise ValueError(f"top_k_floor is {floor}, expected 1..top_k, which is {k}")

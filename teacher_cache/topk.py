@@ -15,6 +15,7 @@ from torch import Tensor
 
 from teacher_cache.head import LmHead
 from teacher_cache.schema import TopKRecord
+from teacher_cache.settings import require_cut
 
 MAX_LOGITS = 2**25
 """Most logits held at once (128 MiB in float32)."""
@@ -25,17 +26,6 @@ def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
     step = max(1, MAX_LOGITS // max(1, vocab_size))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
-
-
-def require_cut(k: int, mass: float, floor: int) -> None:
-    """Raise ValueError unless `floor`..k entries can be cut where they hold `mass`."""
-    if not 0 < mass < 1:
-        raise ValueError(
-            f"top_mass is {mass}, expected a probability between 0 and 1 (both left out); leave it "
-            "away to keep top_k entries of every position"
-        )
-    if not 1 <= floor <= k:
-        raise ValueError(f"top_k_floor is {floor}, expected 1..top_k, which is {k}")
 
 
 def top_k_from_hidden(

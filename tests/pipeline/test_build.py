@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.build import CacheBuilder, build, missing_shards
 from pipeline.config import BuildConfig, SourceConfig
+from teacher_cache.error_gate import CodecError
 from teacher_cache.folder import read_seal
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.reader import CacheReader
@@ -202,3 +203,46 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfi
         child.join()
     build(config)
     assert shard_bytes(config.out) == shard_bytes(Path(config.out).parent / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"records": "hidden", "top_mass": 0.9}, "top_mass would have no effect: records hidden"),
+        ({"records": "hidden", "logits_codec": "affine8"}, "logits_codec would have no effect"),
+        ({"records": "hidden", "affinity_dtype": "int8"}, "affinity_dtype would have no effect"),
+        ({"hidden_dtype": "int8"}, "hidden_dtype would have no effect"),
+        ({"hidden_group": 32}, "hidden_group would have no effect: hidden states are not int8"),
+        ({"top_k_floor": 2}, "top_k_floor would have no effect: top_mass is not set"),
+        ({"logits_max_error": 0.1}, "logits_max_error would have no effect: logits are exact"),
+        ({"affinity_max_error": 0.1}, "affinity_max_error would have no effect"),
+        ({"records": "hidden", "hidden_max_error": 0.1}, "hidden_max_error would have no effect"),
+        ({"top_mass": 1.0}, "top_mass is 1.0"),
+        ({"top_mass": 0.9, "top_k_floor": 9}, "top_k_floor is 9, expected 1..top_k, which is 8"),
+        ({"records": "hidden", "hidden_dtype": "int8", "hidden_group": 0}, "hidden_group must be"),
+    ],
+)
+def test_settings_of_codecs_without_effect_are_refused(
+    config: BuildConfig, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _into(config, "a", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"records": "topk", "top_mass": 0.5, "top_k_floor": 2},
+        {"logits_codec": "affine8", "affinity_dtype": "int8", "affinity_max_error": 0.004},
+        {"records": "hidden", "hidden_dtype": "int8", "hidden_group": 16},
+    ],
+)
+def test_a_lossy_cache_is_built_within_its_bounds_or_not_at_all(
+    config: BuildConfig, changes: dict[str, object]
+) -> None:
+    seal = build(_into(config, "a", **changes))
+    assert seal.num_samples == 10
+    lossy = {"affinity_dtype": "affinity_max_error", "hidden_dtype": "hidden_max_error"}
+    for name in [bound for codec, bound in lossy.items() if codec in changes]:
+        with pytest.raises(CodecError, match=f"{name} is 1e-09: choose"):
+            build(_into(config, name, **{**changes, name: 1e-9}))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,17 +20,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    "tier",
+    ("tier", "changes"),
     [
-        Tier(records="topk", top_k=7),
-        Tier(records="topk+sketch", top_k=7, sketch_rank=5),
-        Tier(records="hidden", hidden_dtype="bfloat16"),
-        Tier(records="hidden", hidden_dtype="float32"),
+        (Tier(records="topk", top_k=7), {}),
+        (Tier(records="topk", top_k=30), {"top_mass": 0.5, "top_k_floor": 2}),
+        (Tier(records="topk", top_k=7), {"logits_codec": "affine8", "affinity_dtype": "int8"}),
+        (Tier(records="topk", top_k=30), {"logits_codec": "affine8", "top_mass": 0.5}),
+        (Tier(records="topk+sketch", top_k=7, sketch_rank=5), {"affinity_dtype": "float32"}),
+        (Tier(records="hidden", hidden_dtype="bfloat16"), {}),
+        (Tier(records="hidden", hidden_dtype="float32"), {}),
+        (Tier(records="hidden", hidden_dtype="int8", hidden_group=7), {}),
+        (Tier(records="hidden", hidden_dtype="int8"), {}),
+        (Tier(records="topk+hidden", top_k=7, hidden_dtype="float32"), {}),
     ],
 )
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_planes_have_the_bytes_that_are_planned(
-    tier: Tier, number: int, tiny_folder: TinyFolder
+    tier: Tier, changes: dict[str, Any], number: int, tiny_folder: TinyFolder
 ) -> None:
     """Samples 0..3: one image; several turns; text alone; two images."""
     teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
@@ -39,11 +46,14 @@ def test_planes_have_the_bytes_that_are_planned(
         top_k=tier.top_k or 64,
         sketch_rank=tier.sketch_rank or 128,
         hidden_dtype=tier.hidden_dtype or "bfloat16",
+        hidden_group=tier.hidden_group,
+        **changes,
     )
     if tier.records == "topk+sketch":
         teacher.fit_sketch([samples], settings.sketch_rank)
     output = teacher.outputs([samples[number]], settings)[0]
     assert isinstance(output, TeacherOutput)
+    varies = "top_mass" in changes and output.vision is not None and output.response is not None
     shape = SampleShape(
         num_views=len(output.views),
         num_vision=sum(view.num_tokens for view in output.views),
@@ -52,8 +62,12 @@ def test_planes_have_the_bytes_that_are_planned(
         num_response=int(output.is_response.sum()),
         hidden_size=teacher.head.weight.shape[1],
         logits_dtype="float32",
+        logits_codec=changes.get("logits_codec", "exact"),
+        affinity_dtype=changes.get("affinity_dtype", "float16"),
+        kept_vision=int(output.vision.counts.sum()) if varies and output.vision else None,
+        kept_response=int(output.response.counts.sum()) if varies and output.response else None,
     )
-    planes = output_planes(output)
+    planes = output_planes(output, teacher.spec(settings, batch_size=1))
     found = {name: values.numel() * values.element_size() for name, values in planes.items()}
     assert plane_bytes(shape, tier) == found
 
@@ -77,9 +91,20 @@ def test_what_images_take_is_divided_by_the_samples_that_share_them() -> None:
     text = plan(PlanConfig(images_per_sample=0.0)).tiers
     for one, four, none in zip(alone, shared, text, strict=True):
         # Affinities and text states belong to each sample: 128 text and 576 vision tokens.
-        rows = 576 * 2 if one.tier.top_k else 4096 * (4 if "32" in one.tier.name else 2)
+        states = {"float32": 4 * 4096, "bfloat16": 2 * 4096, "int8": 4096 + 2 * 64}
+        rows = 576 * 2 if one.tier.top_k else states[one.tier.hidden_dtype or ""]
         own = none.per_sample + 128 * rows
         assert one.per_sample - own == pytest.approx(4 * (four.per_sample - own))
+
+
+def test_codecs_and_fewer_entries_make_top_k_tiers_smaller() -> None:
+    whole = {size.tier: size.per_sample for size in plan(PlanConfig()).tiers}
+    config = PlanConfig(logits_codec="affine8", affinity_dtype="int8", mean_kept=20.0)
+    for size in plan(config).tiers:
+        if size.tier.top_k is None:
+            assert size.per_sample == whole[size.tier]
+        else:
+            assert size.per_sample < whole[size.tier]
 
 
 def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
@@ -104,6 +129,7 @@ def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
         ({"teacher": "somewhere"}, "teacher would have no effect"),
         ({"pilot": 8}, "a pilot needs source, teacher"),
         ({"views": 0}, "views must be >= 1"),
+        ({"mean_kept": 0.5}, "mean_kept must be >= 1"),
         ({"samples_per_image": 0.5}, "samples_per_image must be >= 1"),
     ],
 )
