@@ -9,7 +9,7 @@ sample alone. Knows neither Ray nor teachers: `survives` does the work.
 from collections.abc import Callable
 
 MAX_DEATHS = 32
-"""Workers that the search may cost in one shard: three killers among 256 samples take up to 27."""
+"""Workers that a search may cost in one shard; three killers among 256 samples take at most 23."""
 
 
 class TooManyDeathsError(RuntimeError):
@@ -22,7 +22,7 @@ def find_killers(
     """Positions of the samples that kill a worker on their own; a worker has died of the whole.
 
     `survives(start, stop)` has a worker run over those samples. The list is empty where no sample
-    does it alone. Raises `TooManyDeathsError` after `max_deaths` deaths.
+    does it alone. Raises `TooManyDeathsError` at the death number `max_deaths`.
     """
     killers: list[int] = []
     suspects = [(0, num_samples)]  # ranges that a worker has died of, the first one last
@@ -33,13 +33,14 @@ def find_killers(
             killers.append(start)
             continue
         middle = (start + stop) // 2
-        halves = [(middle, stop), (start, middle)]
-        dead = [half for half in halves if not survives(*half)]
-        num_deaths += len(dead)
-        if num_deaths > max_deaths:
-            raise TooManyDeathsError(
-                f"{num_deaths} workers died in the search; samples {killers} of the shard kill a "
-                "worker on their own, and there are more"
-            )
-        suspects += dead
+        for half in ((middle, stop), (start, middle)):
+            if survives(*half):
+                continue
+            suspects.append(half)
+            num_deaths += 1
+            if num_deaths == max_deaths:
+                raise TooManyDeathsError(
+                    f"{num_deaths} workers died in the search; samples {killers} of the shard kill "
+                    "a worker on their own, and there are more"
+                )
     return killers

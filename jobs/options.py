@@ -17,7 +17,8 @@ class RayOptions(Strict):
     """Default: 1 where the cluster has GPUs and the stage may use them, else 0. Ray hides GPUs from
     workers that ask for none."""
     max_retries: int = 2
-    """How often work whose worker died is tried again."""
+    """How often work whose worker died is tried again. (A shard of a build once; when that has cost
+    two workers, it is searched for the samples that kill them. 0: neither.)"""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
