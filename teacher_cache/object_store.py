@@ -134,7 +134,8 @@ class ObjectStore(Store):
         if self._create(name, data):
             return True
         # Taken: by another, or by ourselves in a call whose answer was lost.
-        return self.read(name) == data
+        found = self._call("read", name, lambda files, path: files.cat_file(path), may_be_late=True)
+        return found == data
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """Put `data` under `name`; readers see the old bytes or the new."""
