@@ -19,7 +19,7 @@ from pipeline.config import PlanConfig, SourceConfig
 from pipeline.pilot_report import STAND_IN, PilotReport, Tail, TierMeasure, recommend
 from pipeline.plan import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.sources import open_source
-from pipeline.tier_loss import TierSums, compare, shortened
+from pipeline.tier_loss import TierSums, compare, shard_structure, shortened
 from student_train.metrics import row_mean_spread
 from student_train.signals import Signal, TeacherAssets, vision_signal
 from teacher_cache.collate import EncodedSample, collate
@@ -30,6 +30,9 @@ from teacher_cache.settings import RecordKind
 from teacher_cache.sketch import HiddenMoments, basis_from_moments
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import seen_by_vision
+
+SAMPLES_PER_SHARD = 256
+"""As a build has it unless told otherwise."""
 
 
 class Pilot:
@@ -226,7 +229,9 @@ class Pilot:
         dtype = self.specs[tier.records].logits_dtype
         once = asset_bytes(tier, self.vocab_size, self.hidden_size, dtype)
         saved = sums.shareable * (1 - 1 / self.samples_per_image)
-        per_sample = (sums.stored - saved) / self.num_samples
+        per_row, per_shard = shard_structure(self.specs[tier.records])
+        structure = per_row + per_shard / SAMPLES_PER_SHARD
+        per_sample = (sums.stored - saved) / self.num_samples + structure
         bare = tier.records == "topk" and tier.top_k is not None
         return TierMeasure(
             size=TierSize(

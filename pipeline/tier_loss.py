@@ -6,8 +6,10 @@ vocabulary row. No student exists yet; `stand_in` makes one that is close to its
 numbers say how tiers compare, not what a run will reach. Dimensions as in schema.py.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,11 +23,13 @@ from student_train.divergence import reverse_kl
 from student_train.matching import solve_assignment
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal, Signal, TopKSignal
-from teacher_cache.codec import VISION_PLANES, output_planes
+from teacher_cache.arrow_shard import ArrowFormat
+from teacher_cache.codec import VISION_PLANES, output_planes, planes_of
 from teacher_cache.head import LmHead
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.rows import encode_row
+from teacher_cache.manifest import CacheSpec, to_json
+from teacher_cache.rows import encode_row, tier_parts
 from teacher_cache.schema import CachedSample, ViewGrid
+from teacher_cache.shard_format import EncodedRow
 from teacher_cache.sketch import SketchBasis
 
 
@@ -44,7 +48,7 @@ class TierSums:
     cosines: list[float] = field(default_factory=list[float])
 
     def weigh(self, cached: CachedSample, spec: CacheSpec) -> None:
-        """Add the bytes of a sample as a row of a shard (its file's own structure aside).
+        """Add the bytes of a sample as a row of a shard (its structure aside: `shard_structure`).
 
         `shareable` are those that another row may store for it (vision_sharing.py).
         """
@@ -57,7 +61,7 @@ class TierSums:
         if row.images:
             shared = sum(len(row.planes[name]) for name in VISION_PLANES & row.planes.keys())
             self.shareable += shared + sum(map(len, row.images))
-        self.stored += sum(len(text.encode()) for text in (row.key, row.messages, row.checks))
+        self.stored += sum(len(text.encode()) for text in _texts(row))
 
     @property
     def regret(self) -> float | None:
@@ -118,6 +122,35 @@ def compare(
         equal = (chosen_rows == rows) & (chosen == columns)
         total.equal_pairs += int(equal.sum())
         total.num_pairs += len(columns)
+
+
+def _texts(row: EncodedRow) -> tuple[str, ...]:
+    return (row.key, row.source_id, row.messages, row.checks)
+
+
+def shard_structure(spec: CacheSpec) -> tuple[float, float]:
+    """Bytes of an Arrow shard beyond what its rows are made of: for each row, and for the file.
+
+    Measured on shards of one row and of several, whose pieces have one size.
+    """
+    planes = planes_of(tier_parts(spec), spec)
+    piece = bytes(100)
+    row = EncodedRow(
+        key="0" * 32,
+        source_id="a sample",
+        messages="[]",
+        images=(piece,),
+        planes=dict.fromkeys(planes, piece),
+    )
+    content = len("".join(_texts(row))) + len(piece) * (1 + len(planes))
+    sizes: dict[int, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (1, 9):
+            path = Path(folder) / str(count)
+            ArrowFormat().write(path, [row] * count, planes, {"emkd.spec": to_json(spec)})
+            sizes[count] = path.stat().st_size - count * content
+    each = (sizes[9] - sizes[1]) / 8
+    return each, sizes[1] - each
 
 
 def shortened(basis: SketchBasis, rank: int) -> SketchBasis:

@@ -1,12 +1,14 @@
 """Promises of the pilot: what it measures are facts of the cache that a build would write."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.build import build
-from pipeline.config import BuildConfig, PlanConfig, SourceConfig
+from pipeline.config import BuildConfig, DigitsConfig, PlanConfig, SourceConfig
+from pipeline.digits import write_digits
 from pipeline.pilot import run_pilot
 from pipeline.pilot_report import PilotReport, TierMeasure, recommend, render_pilot
 from pipeline.plan import Tier, TierSize
@@ -70,6 +72,26 @@ def test_the_recommended_tier_can_be_built(
     )
     build(replace(base, **changes))  # pyright: ignore[reportArgumentType]
     assert len(CacheReader.open(tmp_path / "cache")) == 10
+
+
+def test_bytes_are_those_of_a_build_that_follows(
+    tiny_folder: TinyFolder, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    data = write_digits(DigitsConfig(out=tmp_path / "digits", num_train=80, num_heldout=1))
+    source, teacher = str(data / "train.json"), str(tiny_folder("llava"))
+    report = run_pilot(PlanConfig(pilot=40, source=source, teacher=teacher, device="cpu"))
+    names = ("topk k=64", "topk+sketch k=64 r=32", "hidden bfloat16")
+    for measured in (item for item in report.tiers if item.tier.name in names):
+        out = tmp_path / measured.tier.name
+        changes = {f: v for f, v in asdict(measured.tier).items() if v is not None}
+        base = BuildConfig(
+            source=SourceConfig(path=source), teacher=teacher, out=str(out), device="cpu"
+        )
+        seal = build(replace(base, **changes))
+        found = seal.num_bytes + sum(f.stat().st_size for f in out.glob("*.safetensors"))
+        off = measured.size.in_all / found - 1
+        record_property("tried", f"plan --pilot, {measured.tier.name}: {off:+.2%} of the bytes")
+        assert abs(off) <= 0.02, measured.tier.name
 
 
 def test_the_report_says_what_was_measured_on_what(report: PilotReport) -> None:
