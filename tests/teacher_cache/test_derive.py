@@ -5,15 +5,12 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache import object_store
 from teacher_cache.derive import SealedCache
 from teacher_cache.export_cache import export_cache
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError, ShardCorruptError
@@ -25,6 +22,7 @@ from teacher_cache.subset_cache import Selection, subset_cache
 from teacher_cache.verify import verify_cache
 from tests.builders import build, published
 from tests.derived import TOOLS, base_cache, content_of, rows_of
+from tests.s3_server import BUCKET, S3Server
 from tests.strategies import make_cached, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
@@ -209,21 +207,17 @@ def test_a_tool_that_is_killed_anywhere_and_run_again_leaves_the_same_bytes(
     assert int(done.stdout) > 60
 
 
-@pytest.fixture
-def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A place in fsspec's store in memory."""
-    monkeypatch.setenv(object_store.DOWNLOADS_VARIABLE, str(tmp_path / "downloads"))
-    place = f"memory://{uuid.uuid4().hex}"
-    yield place
-    files = fsspec.filesystem("memory")
-    if files.exists(place):
-        files.rm(place, recursive=True)
-
-
-def test_every_tool_reads_and_writes_object_stores(tmp_path: Path, url: str) -> None:
-    first = base_cache(f"{url}/a")
+def test_every_tool_reads_and_writes_object_stores(tmp_path: Path, s3: S3Server) -> None:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    first = base_cache(f"{url}/a", num_shards=2)
     second = base_cache(tmp_path / "b", 100)
+    base_cache(f"{url}/c", 200, num_shards=1)
     merge_caches([f"{url}/a", tmp_path / "b"], f"{url}/m")
+    s3.requests.clear()
+    merge_caches([f"{url}/m", f"{url}/c"], f"{url}/all")
+    moved = [request for request in s3.requests if ".arrow" in request and "GET" in request]
+    assert moved == []  # the server copies; no byte of a shard comes here
+    assert len(CacheReader.open(f"{url}/all")) == 22
     merge_caches([f"{url}/a", tmp_path / "b"], tmp_path / "m")
     for place in (f"{url}/m", tmp_path / "m"):
         assert verify_cache(place).problems == ()
@@ -233,4 +227,4 @@ def test_every_tool_reads_and_writes_object_stores(tmp_path: Path, url: str) -> 
     assert published(tmp_path / "back") == published(tmp_path / "m")
     subset_cache(f"{url}/there", f"{url}/s", Selection(fraction=0.5))
     assert verify_cache(f"{url}/s").problems == ()
-    assert len(CacheReader.open(f"{url}/s")) == 10
+    assert len(CacheReader.open(f"{url}/s")) == 8
