@@ -47,13 +47,13 @@ class Divergence:
     upper: Float[Tensor, " P"]
 
 
-def resolve_tail(policy: TailPolicy, signal: Signal) -> TailPolicy:
+def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -> TailPolicy:
     """The policy that is really used on a signal; the one place where a default changes.
 
     Exact signals are `exact` whatever was asked. `blend` needs a sketch for the tail's shape;
     without one it is `bucket`, because a uniform tail would point the gradient of the reverse KL
-    away from the teacher (cosine about -0.9 for a flat student, docs/method.md). `exact` on a
-    signal that is not raises ValueError.
+    away from the teacher (cosine about -0.9 for a flat student, docs/method.md). ValueError for
+    `exact` on a signal that is not, and for a temperature that a lumped tail cannot follow.
     """
     if not isinstance(signal, TopKSignal) or signal.exact:
         return "exact"
@@ -63,9 +63,15 @@ def resolve_tail(policy: TailPolicy, signal: Signal) -> TailPolicy:
             f"{signal.vocab_size} logits; build it with records `hidden`, or choose the tail "
             "policy blend, bucket or renormalise"
         )
-    if policy == "blend" and signal.sketch is None:
-        return "bucket"
-    return policy
+    if policy == "renormalise" or signal.sketch is not None:
+        return policy
+    if temperature != 1:
+        raise ValueError(
+            f"at temperature {temperature} the mass of the tail is not the stored one, and a "
+            "top-k record without a sketch cannot recompute it; use temperature 1, "
+            "tail=renormalise, or records `hidden` (`topk+sketch` sketches vision tokens only)"
+        )
+    return "bucket"
 
 
 def reverse_kl(
@@ -121,7 +127,7 @@ def _divergence(
             f"{teacher.num_rows} rows over {teacher.vocab_size} vocabulary rows"
         )
     cut = at_least_float32(student_logits[:, : teacher.vocab_size])
-    resolved = resolve_tail(policy, teacher)
+    resolved = resolve_tail(policy, teacher, temperature)
     if resolved == "exact" or not isinstance(teacher, TopKSignal):
         return _exact(terms, cut, teacher.dense_logits(), temperature)
     if teacher.ids.shape[1] < teacher.vocab_size:
@@ -222,12 +228,6 @@ def _teacher_parts(
     if temperature == 1:
         estimate = teacher.estimated_log_probs() if blend > 0 else None
         return teacher.kept_log_probs(), at_least_float32(teacher.log_tail), estimate
-    if teacher.sketch is None:
-        raise ValueError(
-            f"at temperature {temperature} the mass of the tail is not the stored one, and a "
-            "top-k record without a sketch cannot recompute it; use temperature 1, "
-            "tail=renormalise, or records `hidden` (`topk+sketch` sketches vision tokens only)"
-        )
     estimate = functional.log_softmax(teacher.estimated_log_probs() / temperature, dim=1)
     ids_PK = teacher.ids.long()
     return estimate.gather(1, ids_PK), _outside(estimate, ids_PK), estimate if blend > 0 else None
