@@ -8,12 +8,12 @@
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
 The means over tokens run over the micro-batch, those over samples over its samples that have an
-image (VLAD: and text to compare). `matching.py` finds the pairs, `terms.py` compares what is
-paired, and this module alone knows both. Refuses states and teacher outputs that do not belong to
-one text. Dimensions as in schema.py.
+image (VLAD: and text to compare). `matching.py` finds the pairs, `terms.py` and `logit_terms.py`
+compare what is paired, and this module alone knows both. Refuses states and teacher outputs that
+do not belong to one text. Dimensions as in schema.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from student_train.divergence import Divergence, resolve_tail, reverse_kl
+from student_train.fused_head import head_loss
+from student_train.linear_head import LogitsOf, as_linear
+from student_train.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
 from student_train.matching import Assignment, match_tokens
-from student_train.metrics import assignment_stats, kept_mass, row_mean_spread
+from student_train.metrics import assignment_stats, row_mean_spread
 from student_train.objective import ObjectiveConfig, TailPolicy
 from student_train.signals import (
     Signal,
@@ -32,12 +34,10 @@ from student_train.signals import (
     response_signal,
     vision_signal,
 )
-from student_train.terms import mean_of, rld_loss, supervised_loss, vlad_loss, vsd_loss
+from student_train.terms import mean_of, token_mean, vlad_loss, vsd_loss
+from student_train.top_k_signal import at_least_float32
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
-
-LogitsOf = Callable[[Tensor], Tensor]
-"""The student's LM head: final hidden states [n, D] to logits [n, W], W >= V, with gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,93 +110,56 @@ def distillation_loss(
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
 
-    Terms of weight 0 are not computed, and what only they need is not touched. Runs on the device
-    and in the dtype of the states (autocast reaches the head only); put `assets` on that device
-    once (`TeacherAssets.to`).
+    Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
+    chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
+    dtype of the states (autocast reaches the head only); put `assets` on that device once
+    (`TeacherAssets.to`).
     ValueError where a sample's text differs between student and teacher, where a record that an
-    active term needs is absent, and for whatever matching and divergence refuse.
+    active term needs is absent, and for whatever matching, divergence and head refuse.
     """
     if not states:
         raise ValueError("a micro-batch needs at least one sample")
     for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
         _require_same_text(position, state, output)
-    batch = _Batch(states, outputs, objective, assets or TeacherAssets())
-    response_logits, vision_logits = _student_logits(states, head, objective)
-    parts = _Parts({}, {}, {})
-    assignments: list[Assignment | None] = [None] * len(states)
-    # The head belongs to the model and runs in its precision; what is compared is float32.
-    with torch.autocast(states[0].predicting.device.type, enabled=False):
-        if response_logits is not None:
-            _response_terms(batch, response_logits, parts)
-        if objective.needs_vision:
-            assignments = _vision_terms(batch, vision_logits, parts)
-    weights = {name: getattr(objective, f"{name}_weight") for name in parts.terms}
-    weighted = [weights[name] * term for name, term in parts.terms.items()]
+    batch = _Batch(states, outputs, as_linear(head) or head, objective, assets or TeacherAssets())
+    diagnostics: dict[str, float] = {}
+    response = _response_block(batch)
+    matched = _match_samples(batch, diagnostics)
+    blocks = [block for block in (response, _vision_block(batch, matched)) if block is not None]
+    terms: dict[str, Tensor] = {}
+    tails: dict[str, TailPolicy] = {}
+    totals: list[Tensor] = []
+    if blocks:
+        found = head_loss(batch.head, [head_rows(b.hidden, b.terms) for b in blocks])
+        totals.append(found.total)
+        for block, values in zip(blocks, found.values, strict=True):
+            for term in block.terms:
+                terms[term.name] = term.reduce(values[term.name])
+                diagnostics |= term.diagnostics(values)
+                if term.tail is not None:
+                    tails[term.name] = term.tail
+    for name, term in _vision_terms(batch, matched, terms).items():
+        terms[name] = term
+        totals.append(batch.weight(name) * term)
     return LossTerms(
-        total=torch.stack(weighted).sum(),
-        terms=parts.terms,
-        weights=weights,
-        tails=parts.tails,
-        assignments=tuple(assignments),
-        diagnostics=parts.diagnostics,
+        total=torch.stack(totals).sum(),
+        terms=terms,
+        weights={name: batch.weight(name) for name in terms},
+        tails=tails,
+        assignments=tuple(None if sample is None else sample.pairs for sample in matched),
+        diagnostics=diagnostics,
     )
 
 
 class _Batch(NamedTuple):
     states: Sequence[SampleStates]
     outputs: Sequence[TeacherOutput]
+    head: LogitsOf
     objective: ObjectiveConfig
     assets: TeacherAssets
 
-    def divergence(self, student_logits: Tensor, teacher: Signal) -> Divergence:
-        chosen = self.objective
-        return reverse_kl(student_logits, teacher, chosen.tail, chosen.temperature, chosen.blend)
-
-
-class _Parts(NamedTuple):
-    terms: dict[str, Tensor]
-    tails: dict[str, TailPolicy]
-    diagnostics: dict[str, float]
-
-    def add_divergence(
-        self, name: str, term: Tensor, teacher: Signal, policy: TailPolicy, values: Divergence
-    ) -> None:
-        """Record a KL term with what its value rests on, where that is not the whole teacher."""
-        self.terms[name] = term
-        self.tails[name] = resolve_tail(policy, teacher)
-        if self.tails[name] != "exact" and len(values.value):
-            self.diagnostics[f"{name}_tail_part"] = float(values.tail.detach().mean())
-            self.diagnostics[f"{name}_lower_bound"] = float(values.lower.mean())
-            self.diagnostics[f"{name}_student_tail_mass"] = float(values.student_tail_mass.mean())
-            self.diagnostics[f"{name}_teacher_kept_mass"] = kept_mass(teacher)
-
-
-def _student_logits(
-    states: Sequence[SampleStates], head: LogitsOf, objective: ObjectiveConfig
-) -> tuple[Tensor | None, Tensor | None]:
-    """Logits of all predicting and of all vision states, each only where some term needs them.
-
-    Vision logits have a gradient only under VSD; matching alone needs none.
-    """
-    response_logits = vision_logits = None
-    if objective.supervised_weight > 0 or objective.rld_weight > 0:
-        response_logits = head(torch.cat([state.predicting for state in states]))
-    matches_logits = objective.needs_vision and objective.matching.metric != "hidden_cosine"
-    if objective.vsd_weight > 0 or matches_logits:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and objective.vsd_weight > 0):
-            vision_logits = head(torch.cat([state.vision for state in states]))
-    return response_logits, vision_logits
-
-
-def _response_terms(batch: _Batch, logits_RW: Tensor, parts: _Parts) -> None:
-    if batch.objective.supervised_weight > 0:
-        labels = torch.cat([state.response_ids for state in batch.states])
-        parts.terms["supervised"] = supervised_loss(logits_RW, labels)
-    if batch.objective.rld_weight > 0:
-        signals = [response_signal(output, batch.assets) for output in batch.outputs]
-        teacher = concatenate(signals).to(logits_RW.device)
-        values = batch.divergence(logits_RW, teacher)
-        parts.add_divergence("rld", rld_loss(values), teacher, batch.objective.tail, values)
+    def weight(self, term: str) -> float:
+        return getattr(self.objective, f"{term}_weight")
 
 
 class _Matched(NamedTuple):
@@ -208,64 +171,103 @@ class _Matched(NamedTuple):
     teacher: Signal
     """The teacher at the matched positions, pair by pair."""
 
-
-def _vision_terms(
-    batch: _Batch, logits_NW: Tensor | None, parts: _Parts
-) -> list[Assignment | None]:
-    """Match every sample that has an image, then compare what was matched."""
-    found = _match_samples(batch, logits_NW)
-    matched = [sample for sample in found if sample is not None]
-    zero = torch.cat([state.vision for state in batch.states])[:0].sum()
-    if batch.objective.vsd_weight > 0:
-        parts.terms["vsd"] = zero
-        if logits_NW is not None and matched:
-            _add_vsd(batch, parts, logits_NW, found)
-    if batch.objective.vlad_weight > 0:
-        losses = [_sample_vlad(sample, batch.objective) for sample in matched]
-        parts.terms["vlad"] = mean_of([loss for loss in losses if loss is not None], zero)
-    if matched:
-        stats = assignment_stats([sample.pairs for sample in matched])
-        parts.diagnostics["match_mean_cost"] = stats.mean_cost
-        parts.diagnostics["match_separability"] = stats.separability
-        parts.diagnostics["match_hubness"] = stats.hubness
-        if logits_NW is not None:
-            parts.diagnostics["student_row_mean_spread"] = row_mean_spread(logits_NW)
-    return [None if sample is None else sample.pairs for sample in found]
+    @property
+    def vision(self) -> Tensor:
+        """The student's states that were matched, pair by pair."""
+        # Usually these are all, and pairs are in their order: then nothing has to be copied.
+        every = len(self.pairs.student) == len(self.state.vision)
+        return self.state.vision if every else self.state.vision[self.pairs.student]
 
 
-def _match_samples(batch: _Batch, logits_NW: Tensor | None) -> list[_Matched | None]:
-    config = batch.objective.matching
+class _Block(NamedTuple):
+    """Rows that go through the head together, and the terms that look at their logits."""
+
+    hidden: Tensor
+    terms: list[LogitTerm]
+
+
+def _match_samples(batch: _Batch, diagnostics: dict[str, float]) -> list[_Matched | None]:
+    """Match every sample that has an image, one by one: logits of one sample exist at a time."""
+    if not batch.objective.needs_vision:
+        return [None] * len(batch.states)
     found: list[_Matched | None] = []
-    start = 0
+    mean_logits: list[Tensor] = []
     for state, output in zip(batch.states, batch.outputs, strict=True):
-        rows = slice(start, start + len(state.vision))
-        start = rows.stop
         if not state.views and not output.views:
             found.append(None)
             continue
-        teacher = vision_signal(output, batch.assets).to(state.vision.device)
-        logits = None if logits_NW is None else logits_NW[rows]
-        pairs = match_tokens(state.vision, logits, state.views, teacher, output.views, config)
-        found.append(_Matched(state, output, pairs, teacher.rows(pairs.teacher)))
+        logits = None
+        if batch.objective.matching.metric != "hidden_cosine":
+            with torch.no_grad():
+                logits = batch.head(state.vision)
+            mean_logits.append(at_least_float32(logits).mean(dim=1, keepdim=True))
+        found.append(_match(batch, state, output, logits))
+    pairs = [sample.pairs for sample in found if sample is not None]
+    if pairs:
+        stats = assignment_stats(pairs)
+        diagnostics["match_mean_cost"] = stats.mean_cost
+        diagnostics["match_separability"] = stats.separability
+        diagnostics["match_hubness"] = stats.hubness
+    if mean_logits:
+        diagnostics["student_row_mean_spread"] = row_mean_spread(torch.cat(mean_logits))
     return found
 
 
-def _add_vsd(
-    batch: _Batch, parts: _Parts, logits_NW: Tensor, found: Sequence[_Matched | None]
-) -> None:
-    chosen: list[Tensor] = []
-    start = 0
-    for state, sample in zip(batch.states, found, strict=True):
-        if sample is not None:
-            chosen.append(sample.pairs.student + start)
-        start += len(state.vision)
-    index = torch.cat(chosen)
-    # Usually every student token is matched, in order: then the logits need no copy.
-    matched_PW = logits_NW if len(index) == len(logits_NW) else logits_NW[index]
-    teacher = concatenate([sample.teacher for sample in found if sample is not None])
-    values = batch.divergence(matched_PW, teacher)
-    term = vsd_loss(values, [len(rows) for rows in chosen], logits_NW[:0].sum())
-    parts.add_divergence("vsd", term, teacher, batch.objective.tail, values)
+def _match(
+    batch: _Batch, state: SampleStates, output: TeacherOutput, logits: Tensor | None
+) -> _Matched:
+    config, device = batch.objective.matching, state.vision.device
+    with torch.autocast(device.type, enabled=False):
+        teacher = vision_signal(output, batch.assets).to(device)
+        pairs = match_tokens(state.vision, logits, state.views, teacher, output.views, config)
+    return _Matched(state, output, pairs, teacher.rows(pairs.teacher))
+
+
+def _response_block(batch: _Batch) -> _Block | None:
+    """Supervised and RLD look at one and the same logits."""
+    hidden = torch.cat([state.predicting for state in batch.states])
+    terms: list[LogitTerm] = []
+    if batch.objective.supervised_weight > 0:
+        labels = torch.cat([state.response_ids for state in batch.states])
+        terms.append(supervised_term(batch.objective.supervised_weight, labels, token_mean))
+    if batch.objective.rld_weight > 0:
+        signals = [response_signal(output, batch.assets) for output in batch.outputs]
+        teacher = concatenate(signals).to(hidden.device)
+        weight = batch.objective.rld_weight
+        terms.append(divergence_term("rld", weight, teacher, batch.objective, token_mean))
+    return _Block(hidden, terms) if terms else None
+
+
+def _vision_block(batch: _Batch, matched: Sequence[_Matched | None]) -> _Block | None:
+    """VSD looks at the logits of the vision tokens that were matched."""
+    found = [sample for sample in matched if sample is not None]
+    if batch.objective.vsd_weight == 0 or not found:
+        return None
+    hidden = torch.cat([sample.vision for sample in found])
+    teacher = concatenate([sample.teacher for sample in found])
+    num_pairs = [sample.pairs.num_pairs for sample in found]
+
+    def reduce(values: Tensor) -> Tensor:
+        return vsd_loss(values, num_pairs, values.sum())
+
+    term = divergence_term("vsd", batch.objective.vsd_weight, teacher, batch.objective, reduce)
+    return _Block(hidden, [term])
+
+
+def _vision_terms(
+    batch: _Batch, matched: Sequence[_Matched | None], known: Collection[str]
+) -> dict[str, Tensor]:
+    """VLAD, and a zero for VSD where there was nothing to match."""
+    found = [sample for sample in matched if sample is not None]
+    zero = torch.cat([state.vision for state in batch.states])[:0].sum()
+    terms: dict[str, Tensor] = {}
+    if batch.objective.vsd_weight > 0 and "vsd" not in known:
+        terms["vsd"] = zero
+    if batch.objective.vlad_weight > 0:
+        with torch.autocast(zero.device.type, enabled=False):
+            losses = [_sample_vlad(sample, batch.objective) for sample in found]
+            terms["vlad"] = mean_of([loss for loss in losses if loss is not None], zero)
+    return terms
 
 
 def _sample_vlad(sample: _Matched, objective: ObjectiveConfig) -> Tensor | None:

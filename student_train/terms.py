@@ -13,32 +13,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.divergence import Divergence
 from student_train.top_k_signal import at_least_float32
 
 
-def supervised_loss(
+def supervised_rows(
     logits: Float[Tensor, "R W"], response_ids: Int[Tensor, " R"]
-) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the response tokens over the student's whole vocabulary."""
-    if not len(response_ids):
-        return logits.sum()
-    return functional.cross_entropy(at_least_float32(logits), response_ids.long())
+) -> Float[Tensor, " R"]:
+    """Cross-entropy of each response token over the student's whole vocabulary."""
+    return functional.cross_entropy(at_least_float32(logits), response_ids.long(), reduction="none")
 
 
-def rld_loss(divergence: Divergence) -> Float[Tensor, ""]:
-    """Response logit distillation (EM-KD: RLD): mean of the divergence over response tokens."""
-    return divergence.value.mean() if len(divergence.value) else divergence.value.sum()
+def token_mean(values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+    """Mean over response tokens: of cross-entropies (supervised) or divergences (EM-KD: RLD)."""
+    return values.mean() if len(values) else values.sum()
 
 
 def vsd_loss(
-    divergence: Divergence, pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
+    values: Float[Tensor, " P"], pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """Vision semantic distillation (EM-KD: VSD): mean over a sample's pairs, then over samples.
 
     The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
     """
-    parts = divergence.value.split(list(pairs_per_sample))
+    parts = values.split(list(pairs_per_sample))
     return mean_of([part.mean() for part in parts if len(part)], zero)
 
 

@@ -17,16 +17,13 @@ from student_train.losses import (
     SampleStates,
     distillation_loss,
     gather_states,
-    rld_loss,
-    supervised_loss,
-    vlad_loss,
-    vsd_loss,
 )
 from student_train.matching import match_tokens
 from student_train.objective import ObjectiveConfig
 from student_train.signals import DenseSignal, TeacherAssets
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.student import final_hidden, output_head
+from student_train.terms import supervised_rows, token_mean, vlad_loss, vsd_loss
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.collate import ModelBatch, collate
 from teacher_cache.reader import CacheReader
@@ -101,7 +98,7 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
         return DenseSignal(logits=torch.cat([head.logits(rows) for rows in states]))
 
     predicting = [h[e.spans.predicting] for e, h in zip(encoded, hidden, strict=True)]
-    rld = rld_loss(reverse_kl(response, live(predicting), "exact"))
+    rld = token_mean(reverse_kl(response, live(predicting), "exact").value)
 
     with_image = [item for item in zip(states, encoded, hidden, strict=True) if item[0].views]
     vision = student_head(torch.cat([state.vision for state, _, _ in with_image]))
@@ -119,7 +116,8 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
     else:
         per_sample = [theirs.rows(f.teacher) for theirs, f in zip(signals, pairs, strict=True)]
         matched = DenseSignal(logits=torch.cat([signal.logits for signal in per_sample]))
-    vsd = vsd_loss(reverse_kl(vision, matched, "exact"), [f.num_pairs for f in pairs], vision.sum())
+    divergence = reverse_kl(vision, matched, "exact")
+    vsd = vsd_loss(divergence.value, [found.num_pairs for found in pairs], vision.sum())
 
     def live_affinity(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
         if joined:
@@ -134,7 +132,7 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
         for (s, e, h), found in zip(with_image, pairs, strict=True)
     ]
     return {
-        "supervised": supervised_loss(response, labels),
+        "supervised": token_mean(supervised_rows(response, labels)),
         "rld": rld,
         "vsd": vsd,
         "vlad": torch.stack(vlad).mean(),

@@ -1,0 +1,129 @@
+"""The terms that compare logits, row by row, in the form that `fused_head` wants them.
+
+    supervised   cross-entropy with the response token that follows
+    rld, vsd     divergence from what the teacher says at the same row
+
+A term is what each row gets (`rows`) and a linear reduction of these values, a mean of some kind.
+So the weight of every row is known before any logit is, which is what lets head, loss and gradient
+be computed together. Beside its value a divergence tells what the value rests on, row by row,
+where the teacher is not wholly known. Dimensions as in schema.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from student_train.divergence import resolve_tail, reverse_kl
+from student_train.fused_head import HeadRows, RowLosses
+from student_train.metrics import kept_mass
+from student_train.objective import ObjectiveConfig, TailPolicy
+from student_train.signals import DenseSignal, HiddenSignal, Signal
+from student_train.terms import supervised_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTerm:
+    """One term of the objective over a block of rows."""
+
+    name: str
+    weight: float
+    rows: Callable[[slice], RowLosses]
+    reduce: Callable[[Float[Tensor, " N"]], Float[Tensor, ""]]
+    """From the rows' values to the term; linear."""
+    tail: TailPolicy | None = None
+    """The policy that is really used on the teacher; None without one."""
+    kept_mass: float = 1.0
+
+    def row_weights(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """What each row's value weighs in the loss: the gradient of the weighted reduction."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.enable_grad():
+            rows = torch.zeros(len(hidden), dtype=dtype, device=hidden.device, requires_grad=True)
+            (weights,) = torch.autograd.grad(self.weight * self.reduce(rows), rows)
+        return weights
+
+    def diagnostics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the term's value rests on, for the log; nothing where all logits are known."""
+        notes = {name: v for name, v in values.items() if name.startswith(f"{self.name}_")}
+        if not notes or not len(values[self.name]):
+            return {}
+        means = {name: float(note.mean()) for name, note in notes.items()}
+        return {**means, f"{self.name}_teacher_kept_mass": self.kept_mass}
+
+
+def supervised_term(
+    weight: float,
+    response_ids: Int[Tensor, " R"],
+    reduce: Callable[[Float[Tensor, " R"]], Float[Tensor, ""]],
+) -> LogitTerm:
+    """Cross-entropy over the student's whole vocabulary."""
+
+    def rows(chunk: slice) -> RowLosses:
+        labels = response_ids[chunk]
+        return lambda logits, part: {"supervised": supervised_rows(logits, labels[part])}
+
+    return LogitTerm(name="supervised", weight=weight, rows=rows, reduce=reduce)
+
+
+def divergence_term(
+    name: str,
+    weight: float,
+    teacher: Signal,
+    objective: ObjectiveConfig,
+    reduce: Callable[[Float[Tensor, " N"]], Float[Tensor, ""]],
+) -> LogitTerm:
+    """Reverse KL from the teacher, whose row i faces the block's row i.
+
+    ValueError for a tail policy or a temperature that the teacher's record cannot serve.
+    """
+    tail = resolve_tail(objective.tail, teacher, objective.temperature)
+
+    def rows(chunk: slice) -> RowLosses:
+        here = _rows(teacher, chunk)
+        if isinstance(here, HiddenSignal):  # its own head multiplies best by many rows at once
+            here = DenseSignal(logits=here.dense_logits())
+
+        def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            found = reverse_kl(
+                logits, _rows(here, part), objective.tail, objective.temperature, objective.blend
+            )
+            if tail == "exact":
+                return {name: found.value}
+            return {
+                name: found.value,
+                f"{name}_tail_part": found.tail,
+                f"{name}_lower_bound": found.lower,
+                f"{name}_student_tail_mass": found.student_tail_mass,
+            }
+
+        return losses
+
+    return LogitTerm(
+        name=name, weight=weight, rows=rows, reduce=reduce, tail=tail, kept_mass=kept_mass(teacher)
+    )
+
+
+def head_rows(hidden: Float[Tensor, "N D"], terms: Sequence[LogitTerm]) -> HeadRows:
+    """A block of rows whose terms share the logits of a chunk."""
+
+    def losses(chunk: slice) -> RowLosses:
+        each = [term.rows(chunk) for term in terms]
+
+        def values(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for term_losses in each:
+                found |= term_losses(logits, part)
+            return found
+
+        return values
+
+    weights = {term.name: term.row_weights(hidden) for term in terms}
+    return HeadRows(hidden=hidden, losses=losses, weights=weights)
+
+
+def _rows(signal: Signal, rows: slice) -> Signal:
+    index = torch.arange(signal.num_rows)[rows]
+    return signal if len(index) == signal.num_rows else signal.rows(index)
