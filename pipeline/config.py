@@ -163,11 +163,20 @@ class ExtendConfig(Strict):
     records: RecordKind | None = None
     """Further records of the samples that are there, from the images that the cache holds."""
     top_k: int | None = None
-    affinity_dtype: Literal["float32", "float16"] | None = None
+    """This one and those below are settings of new records, as emkd build has them; default: as
+    emkd build's."""
+    top_mass: float | None = None
+    top_k_floor: int | None = None
+    logits_codec: LogitsCodec | None = None
+    logits_max_error: float | None = None
+    affinity_dtype: AffinityDtype | None = None
+    affinity_max_error: float | None = None
     sketch_rank: int | None = None
     calibration_samples: int | None = None
-    """Samples of the cache, from the first on, to which a new sketch is fitted; default: 256."""
-    hidden_dtype: Literal["float32", "bfloat16"] | None = None
+    """Samples of the cache, in the order of its source, to which a new sketch is fitted."""
+    hidden_dtype: HiddenDtype | None = None
+    hidden_group: int | None = None
+    hidden_max_error: float | None = None
     device: str = "auto"
     torch_threads: int | None = None
 
@@ -177,21 +186,23 @@ class ExtendConfig(Strict):
                 "give either source, to add samples, or records, to add records of the samples "
                 f"that are there; found source {self.source}, records {self.records}"
             )
-        other = "records" if self.records is not None else "source"
-        idle = _SAMPLE_SETTINGS if self.records is not None else _RECORD_SETTINGS
-        for field in fields(self):
-            if field.name in idle and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} would have no effect: {other} is given")
+        if self.records is None:
+            for names in RECORD_SETTINGS.values():
+                refuse_changed(self, "source is given", *names)
+        else:
+            names = ("image_root", "limit", "samples_per_shard", "on_bad_sample")
+            refuse_changed(self, "records is given", *names)
 
 
-_SAMPLE_SETTINGS = ("image_root", "limit", "samples_per_shard", "on_bad_sample")
-_RECORD_SETTINGS = (
-    "top_k",
-    "affinity_dtype",
-    "sketch_rank",
-    "calibration_samples",
-    "hidden_dtype",
-)
+RECORD_SETTINGS = {
+    "topk": (
+        *("top_k", "top_mass", "top_k_floor", "logits_codec", "logits_max_error"),
+        *("affinity_dtype", "affinity_max_error"),
+    ),
+    "sketch": ("sketch_rank", "calibration_samples"),
+    "hidden": ("hidden_dtype", "hidden_group", "hidden_max_error"),
+}
+"""Settings of `ExtendConfig` that a piece of the records needs where it is new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

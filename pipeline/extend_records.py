@@ -15,7 +15,7 @@ from typing import get_args
 import torch
 
 from pipeline.build import Progress, no_progress
-from pipeline.config import ExtendConfig
+from pipeline.config import RECORD_SETTINGS, ExtendConfig
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
 from teacher_cache.derive import SealedCache, derive, take_file
@@ -34,12 +34,6 @@ from teacher_cache.writer import commit_shard, write_shard_file
 
 _PIECES = ("topk", "sketch", "hidden")
 """What records are made of, in the order of their names."""
-_SETTINGS = {
-    "topk": ("top_k", "affinity_dtype"),
-    "sketch": ("sketch_rank", "calibration_samples"),
-    "hidden": ("hidden_dtype",),
-}
-"""Settings of `ExtendConfig` that a piece needs, if it is new."""
 
 
 class RecordExtender:
@@ -61,6 +55,7 @@ class RecordExtender:
         require_same_teacher(self.base.spec, self.teacher, config.teacher)
         self._load_basis()
         self.plan = dataclasses.replace(self.base.plan, spec=self._spec())
+        _require_used(config, self.plan.spec)
         self._new_planes = _planes(self.plan.spec) - _planes(self.base.spec)
 
     def run(self) -> Seal:
@@ -177,7 +172,7 @@ def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> Rec
     """The base's settings for what it holds, the given ones for what is new."""
     known = record_settings(base)
     changes: dict[str, object] = {"records": records}
-    for piece, names in _SETTINGS.items():
+    for piece, names in RECORD_SETTINGS.items():
         new = piece in records.split("+") and piece not in base.records.split("+")
         for name in names:
             value = getattr(config, name)
@@ -189,6 +184,15 @@ def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> Rec
             if value is not None and name != "calibration_samples":
                 changes[name] = value
     return dataclasses.replace(known, **changes)
+
+
+def _require_used(config: ExtendConfig, spec: CacheSpec) -> None:
+    """Raise ValueError for a setting that was given and is not among those of the new cache."""
+    for names in RECORD_SETTINGS.values():
+        for name in names:
+            idle = getattr(spec, name, "not part of a spec") is None
+            if getattr(config, name) is not None and idle:
+                raise ValueError(f"{name} would have no effect on {spec.records} records of {spec}")
 
 
 def _planes(spec: CacheSpec) -> frozenset[str]:

@@ -17,7 +17,7 @@ from pipeline.extend import extend_samples
 from pipeline.extend_records import extend_records
 from teacher_cache.manifest import Seal
 from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import RecordKind, holds
 from tests.builders import exit_status, forked
 from tests.faults import Watch, points_of
 from tests.llava_json import write_llava_json
@@ -51,7 +51,7 @@ def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> 
         top_k=6,
         sketch_rank=4,
         calibration_samples=BATCH,
-        hidden_dtype="float32",
+        hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
         samples_per_shard=BATCH,
         batch_size=BATCH,
         device="cpu",

@@ -179,3 +179,25 @@ def test_settings_that_would_have_no_effect_are_refused(
     idle = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), records="hidden", top_k=4)
     with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
         extend_records(base, idle)
+    idle = dataclasses.replace(idle, top_k=None, hidden_max_error=0.5)
+    with pytest.raises(ValueError, match="hidden_max_error would have no effect"):
+        extend_records(base, idle)
+
+
+def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk")
+    config = ExtendConfig(
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        records="hidden",
+        hidden_dtype="int8",
+        hidden_group=8,
+        device="cpu",
+    )
+    extend_records(base, config)
+    more = _sound(tmp_path / "more", model)
+    assert (more.spec.hidden_dtype, more.spec.hidden_group) == ("int8", 8)
+    assert more.spec.logits_codec == "exact"
+    scales = {name for file in more.seal.shards[0].files[1:] for name in file.planes}
+    assert "h_vision_scale" in scales
