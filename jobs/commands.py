@@ -24,10 +24,10 @@ from pipeline.config import (
     BuildConfig,
     DigitsConfig,
     EvaluateConfig,
-    ExtendConfig,
     PlanConfig,
     TrainConfig,
 )
+from pipeline.extend_config import ExtendConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from jobs.progress import say
-from pipeline.config import ExtendConfig
+from pipeline.extend_config import ExtendConfig
 from teacher_cache.settings import ShardFormatName
 
 

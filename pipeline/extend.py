@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any
 
 from pipeline.build import CacheBuilder, Progress, no_progress
-from pipeline.config import BuildConfig, ExtendConfig, SourceConfig
+from pipeline.config import BuildConfig, SourceConfig
+from pipeline.extend_config import ExtendConfig
 from pipeline.sources import scan
 from pipeline.teacher_identity import require_same_teacher
 from teacher_cache.derive import SealedCache, derive

@@ -15,13 +15,12 @@ from typing import get_args
 import torch
 
 from pipeline.build import Progress, no_progress
-from pipeline.config import RECORD_SETTINGS, ExtendConfig
+from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
 from teacher_cache.derive import SealedCache, derive, take_file
 from teacher_cache.folder import SKETCH_FILE, read_plan, read_sketch, shard_keys
 from teacher_cache.manifest import CacheSpec, Seal
-from teacher_cache.reader import CacheReader
 from teacher_cache.records import RecordSettings
 from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
@@ -48,7 +47,6 @@ class RecordExtender:
             torch.set_num_threads(config.torch_threads)
         self.base = SealedCache.open(cache)
         self.out: Store = open_store(config.out)
-        self._reader = CacheReader.open(cache)
         records, self._computed = joined(self.base.spec.records, config.records)
         self.settings = _settings(config, self.base.spec, records)
         self.teacher: Teacher = load_as(config.teacher, self.base.spec, config.device)
@@ -111,7 +109,7 @@ class RecordExtender:
                 yield [self._sample(key) for key in keys]
 
     def _sample(self, key: str) -> Sample:
-        return self._reader.read(self._reader.find(key), ()).sample
+        return self.base.reader.read(self.base.reader.find(key), ()).sample
 
     def _tell(self, index: int, done: int) -> None:
         before = sum(commit.num_rows for commit in self.base.seal.shards[:index])
@@ -131,13 +129,13 @@ class RecordExtender:
 
     def _calibration(self) -> Iterator[Sequence[Sample]]:
         """The samples that a build would have taken, the first ones of the source, in batches."""
-        count = min(self.config.calibration_samples or 256, len(self._reader))
+        count = min(self.config.calibration_samples or 256, len(self.base.reader))
         places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
         first = sorted(range(len(places)), key=lambda row: places[row][1])[:count]
         size = self.base.spec.batch_size
         for start in range(0, count, size):
             rows = first[start : start + size]
-            yield [self._reader.read(row, ()).sample for row in rows]
+            yield [self.base.reader.read(row, ()).sample for row in rows]
             self.progress("calibrate", start + len(rows), count)
 
 

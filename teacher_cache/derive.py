@@ -40,6 +40,7 @@ def no_progress(_done: int, _total: int) -> None:
 class SealedCache:
     """A complete cache to derive others from."""
 
+    reader: CacheReader
     store: Store
     plan: Plan
     seal: Seal
@@ -48,7 +49,8 @@ class SealedCache:
     def open(cls, location: Location) -> "SealedCache":
         """Open by folder or URL; refuses what `CacheReader.open` refuses."""
         reader = CacheReader.open(location)
-        return cls(store=reader.cache, plan=require_plan(reader.cache), seal=reader.seal)
+        plan = require_plan(reader.cache)
+        return cls(reader=reader, store=reader.cache, plan=plan, seal=reader.seal)
 
     @property
     def spec(self) -> CacheSpec:

@@ -105,9 +105,9 @@ def subset_cache(
     """
     if samples_per_shard is not None and samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
-    base, reader = SealedCache.open(location), CacheReader.open(location)
-    chosen = choose(reader, selection, lambda done, total: progress("choose", done, total))
-    size = samples_per_shard or max(reader.shard_sizes)
+    base = SealedCache.open(location)
+    chosen = choose(base.reader, selection, lambda done, total: progress("choose", done, total))
+    size = samples_per_shard or max(base.reader.shard_sizes)
     parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     positions = [place for commit in base.seal.shards for place in base.kept(commit)]
     plan = Plan(

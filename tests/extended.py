@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.build import build
-from pipeline.config import BuildConfig, ExtendConfig, SourceConfig
+from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend import extend_samples
+from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import extend_records
 from teacher_cache.manifest import Seal
 from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ExtendConfig
 from pipeline.extend import extend_samples
+from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import extend_records, joined
 from pipeline.verify_teacher import verify_teacher
 from teacher_cache.codec import output_planes
