@@ -34,7 +34,7 @@ def unflatten(
     longest_first = counts.argsort(descending=True, stable=True)
     most = _most(counts)
     by_rank = values[:num_rows].repeat(most, 1)
-    by_rank[_inside(counts, most)] = values
+    by_rank.masked_scatter_(_inside(counts, most), values)
     rows = torch.empty_like(by_rank.T)
     rows[longest_first] = by_rank.T
     return rows

@@ -99,7 +99,8 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
         return CachedSample(sample=sample, output=output)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        # The last two: planes of shapes that do not go together, JSON that is nested too deep.
         raise ShardCorruptError(f"sample {row.key}: {error}") from error
 
 

@@ -46,6 +46,66 @@ def test_records_equal_a_plain_loop_ties_included(
         assert float(record.log_tail[index]) == pytest.approx(tail, rel=1e-12)
 
 
+@given(st.integers(0, 4), st.integers(1, 12), st.data())
+@settings(deadline=None)
+def test_a_cut_by_mass_keeps_the_shortest_beginning_that_holds_it(
+    num_rows: int, vocab_size: int, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, vocab_size))
+    floor = data.draw(st.integers(1, k))
+    mass = data.draw(st.sampled_from([0.1, 0.5, 0.9, 0.99]))
+    values = st.sampled_from([-60.0, -2.0, -0.0, 0.0, 1.5, 1.5, 30.0])
+    row = st.lists(values, min_size=vocab_size, max_size=vocab_size)
+    rows = data.draw(st.lists(row, min_size=num_rows, max_size=num_rows))
+    logits = torch.tensor(rows, dtype=torch.float64).reshape(num_rows, vocab_size)
+    record = top_k_record(logits, k, mass, floor)
+    assert record.num_kept is not None
+    for index, numbers in enumerate(rows):
+        order, total, _ = _reference(numbers, vocab_size)
+        held, num_kept = 0.0, 0
+        while num_kept < k and (num_kept < floor or held < mass):
+            held += math.exp(numbers[order[num_kept]] - total)
+            num_kept += 1
+        found = int(record.num_kept[index])
+        if found != num_kept:  # the mass is met to the last bit, or missed by it
+            near = sum(math.exp(numbers[v] - total) for v in order[: min(found, num_kept)])
+            assert near == pytest.approx(mass, rel=1e-12)
+            num_kept = found
+        _, _, tail = _reference(numbers, num_kept)
+        padding = record.ids.shape[1] - num_kept
+        assert record.ids[index].tolist() == order[:num_kept] + order[:1] * padding
+        assert record.logits[index].tolist() == [numbers[v] for v in record.ids[index].tolist()]
+        assert float(record.log_tail[index]) == pytest.approx(tail, rel=1e-12)
+    assert record.ids.shape[1] == max(record.num_kept.tolist(), default=1)
+
+
+def test_of_equal_logits_at_a_cut_by_mass_the_smaller_ids_are_kept() -> None:
+    record = top_k_record(torch.zeros(2, 10), 8, mass=0.45, floor=1)
+    assert record.num_kept is not None
+    assert record.num_kept.tolist() == [5, 5]
+    assert record.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize(("mass", "floor"), [(0.0, 1), (1.0, 1), (0.9, 0), (0.9, 5)])
+def test_cuts_that_cannot_be_are_refused(mass: float, floor: int) -> None:
+    with pytest.raises(ValueError, match=r"top_mass is|top_k_floor is"):
+        top_k_record(torch.zeros(1, 9), 4, mass, floor)
+
+
+def test_chunks_of_rows_change_nothing_of_a_cut_by_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head = LmHead(weight=torch.randn(11, 6), bias=torch.randn(11))
+    hidden = torch.randn(7, 6)
+    whole = top_k_from_hidden(hidden, head, 8, 0.8, 2)
+    monkeypatch.setattr(topk, "MAX_LOGITS", 25)
+    parts = top_k_from_hidden(hidden, head, 8, 0.8, 2)
+    assert whole.counts.tolist() == parts.counts.tolist()
+    assert len(set(whole.counts.tolist())) > 1
+    assert torch.equal(whole.ids, parts.ids)
+    torch.testing.assert_close(whole.log_tail, parts.log_tail)
+    assert top_k_from_hidden(hidden[:0], head, 8, 0.8, 2).counts.shape == (0,)
+
+
 def test_a_tail_too_small_for_subtraction_keeps_its_mass() -> None:
     logits = torch.tensor([[40.0, 0.0, 0.0, -1.0]])
     record = top_k_record(logits, 1)
