@@ -168,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    num_samples, rounds = (2 * ROWS_PER_SHARD, 1) if options.quick else (6 * ROWS_PER_SHARD, 3)
+    num_samples, rounds = (2 * ROWS_PER_SHARD, 1) if options.quick else (4 * ROWS_PER_SHARD, 3)
     samples = make_samples(num_samples, options.k, options.dtype, options.picture_kb)
     chosen = [container for container in containers() if container.missing is None]
     rows = compare(samples, chosen, rounds)

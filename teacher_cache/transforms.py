@@ -7,8 +7,8 @@ saves is printed by benchmarks/codec.py. All are vectorised, and all refuse (`Sh
 a payload that does not fit the shape before they take memory; the result is at most 8 times the
 payload. Dimensions as in schema.py: N rows, K kept entries.
 
-Joining is what every epoch of every student pays for, so it makes as few passes as it can: each
-comes to about a nanosecond a value, of which benchmarks/reader.py prints the sum.
+Joins make as few passes over the values as they can: every epoch of every student pays for them.
+benchmarks/reader.py prints how much that is.
 """
 
 import math
