@@ -30,9 +30,9 @@ from student_train.top_k_signal import at_least_float32
 
 CHUNK_ROWS = 144
 """Most rows whose logits one matrix product computes."""
-STEP_BYTES = {"cpu": 2**22, "cuda": 2**26}
-"""Most bytes of these logits (in float32) that the losses see at a time, by device: they derive
-up to ten tensors like it. A cache likes small steps, a GPU's queue few."""
+STEP_BYTES, GPU_STEP_BYTES = 2**22, 2**26
+"""Most bytes of these logits (in float32) that the losses see at a time: they derive up to ten
+tensors like it. A CPU's cache likes small steps, a GPU's queue few."""
 CALLED_ROWS = 48
 """Most rows of one call of a head that is not fused; the losses see these all at once."""
 _PRODUCT_ROWS = 4096
@@ -224,16 +224,17 @@ def _losses(
         with torch.set_grad_enabled(bool(weights)):
             leaf = _capped(at_least_float32(logits[rows]), softcap).requires_grad_(bool(weights))
             found = losses(leaf, rows)
+        values = {name: value.detach().clone() for name, value in found.items()}
         if weights:
             weighted = [found[name] for name in weights]
             incoming = [w[rows].to(found[name].dtype) for name, w in weights.items()]
             (gradient,) = torch.autograd.grad(weighted, leaf, incoming)
             logits[rows] = _through_cap(gradient, leaf.detach(), softcap)
-        yield {name: value.detach().clone() for name, value in found.items()}
+        yield values
 
 
 def _step_rows(logits: Tensor) -> int:
-    most = STEP_BYTES.get(logits.device.type, STEP_BYTES["cuda"])
+    most = STEP_BYTES if logits.device.type == "cpu" else GPU_STEP_BYTES
     return max(1, most // (4 * max(1, logits.shape[1])))
 
 
