@@ -56,13 +56,19 @@ def states(seed: int, correlated: bool, grid: int = GRID) -> Tensor:
     return (field / field.square().mean().sqrt()).reshape(-1, WIDTH)
 
 
-def planes(hidden: Tensor, dtype: torch.dtype, k: int) -> dict[str, Tensor]:
-    """The vision planes of an image whose logits were computed in `dtype`."""
+def made_up_logits(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [M, NUM_USED] of states, and the vocabulary rows that are in use; all else is -inf."""
     generator = torch.Generator().manual_seed(20)
     head = torch.randn(WIDTH, NUM_USED, generator=generator) * 4.3 / WIDTH**0.5
     bias = torch.randn(NUM_USED, generator=generator) * 1.5
     used = torch.randperm(VOCAB_SIZE, generator=generator)[:NUM_USED].sort().values
-    record = top_k_record((hidden @ head + bias).to(dtype), k)
+    return hidden @ head + bias, used
+
+
+def planes(hidden: Tensor, dtype: torch.dtype, k: int) -> dict[str, Tensor]:
+    """The vision planes of an image whose logits were computed in `dtype`."""
+    logits, used = made_up_logits(hidden)
+    record = top_k_record(logits.to(dtype), k)
     return {
         "v_ids": used[record.ids.long()].to(torch.int32),
         "v_logits": record.logits,

@@ -23,7 +23,7 @@ from teacher_cache.codec import (
 from teacher_cache.frames import DTYPES, decode_frame, encode_frame
 from teacher_cache.manifest import ShardCorruptError
 from teacher_cache.settings import RecordKind
-from teacher_cache.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform
+from teacher_cache.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform, stairs
 from tests.strategies import (
     BEARTYPE_DRAWS,
     TIERS,
@@ -157,6 +157,26 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
     ).compress(content)
 
 
+def _stairs(lengths: list[int], count: int) -> bytes:
+    """A frame of `count` bytes in ranks of those lengths."""
+    planes = b"".join(
+        bytes(length >> shift & 255 for length in lengths) for shift in (0, 8, 16, 24)
+    )
+    header = struct.pack("<BBBII", 6, 4, 1, count, len(lengths))
+    return _frame(header + planes + bytes(count))
+
+
+def test_stairs_of_true_lengths_are_read_and_steps_go_down_the_ranks() -> None:
+    assert decode_frame(_stairs([2, 1], 3)).shape == (3,)
+    # Rows (1.5, -2.0) and (1.5); steps as in test_the_bytes_of_a_transform_are_these.
+    values = torch.tensor([1.5, 1.5, -2.0])
+    content = zstandard.decompress(encode_frame(values, [stairs([2, 1])]))
+    header = struct.pack("<BBBII", 1, 4, 1, 3, 2) + bytes.fromhex("0201 0000 0000 0000")
+    assert content.hex() == (header + bytes.fromhex("ffff01 ffff00 3f3fc0 40407f")).hex()
+    with pytest.raises(ValueError, match="are no stairs of 3"):
+        encode_frame(values, [stairs([2, 2])])
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -172,6 +192,11 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
         _frame(struct.pack("<BBBI", 1, 3, 1, 2) + bytes(3)),
         _frame(struct.pack("<BBBII", 1, 3, 1, 2, 2**32 - 1) + bytes(8)),
         _frame(struct.pack("<BBBIIfBB", 1, 3, 1, 2, 1, 1.5, 0, 1)),
+        _frame(struct.pack("<BBBI", 1, 4, 1, 2) + bytes(3)),
+        _frame(struct.pack("<BBBII", 1, 4, 1, 2, 2**32 - 1) + bytes(16)),
+        _stairs([1, 2], 3),
+        _stairs([2, 0, 1], 3),
+        _stairs([2, 2], 3),
         _frame(struct.pack("<BBB", 1, 0, 200) + bytes(8)),
         _frame(struct.pack("<BBB9I", 1, 0, 9, 2, *[1] * 8) + bytes(8)),
         _frame(b""),
@@ -191,6 +216,11 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
         "cut-dictionary",
         "huge-dictionary",
         "place-outside-dictionary",
+        "cut-stairs",
+        "huge-stairs",
+        "ascending-stairs",
+        "empty-step-of-stairs",
+        "stairs-of-other-values",
         "cut-header",
         "many-dims",
         "empty",
