@@ -45,9 +45,9 @@ SEAL_FILE = "SEALED.json"
 HEAD_FILE = "head.safetensors"
 SKETCH_FILE = "sketch.safetensors"
 
-REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd build again"
+REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd command again"
 """What heals a damaged shard: every other shard stays."""
-_ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same emkd build again"
+_ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same emkd command again"
 
 _NUM_REQUESTS = 8
 """Files that are asked for at a time; object stores take their time for each."""
@@ -84,7 +84,7 @@ def require_seal(cache: Store) -> Seal:
     num_shards, num_committed = len(require_plan(cache).shards), len(committed(cache))
     raise IncompleteCacheError(
         f"{cache}: {num_committed} of {num_shards} shards are committed and the cache is not "
-        f"sealed (it has no {SEAL_FILE}); run the same emkd build again, it does the rest"
+        f"sealed (it has no {SEAL_FILE}); run the same emkd command again, it does the rest"
     )
 
 

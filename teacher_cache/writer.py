@@ -206,7 +206,7 @@ def seal_cache(cache: Store) -> Seal:
     plan, commits = require_plan(cache), committed(cache)
     sealed = read_seal(cache)
     if sealed is not None:
-        remedy = "Delete SEALED.json and run the same emkd build again."
+        remedy = "Delete SEALED.json and run the same emkd command again."
         require_equal(sealed.plan, plan.fingerprint, f"{cache}: the seal's plan", remedy)
         return sealed
     unplanned = sorted(index for index in commits if index >= len(plan.shards))
@@ -219,7 +219,7 @@ def seal_cache(cache: Store) -> Seal:
     if missing:
         raise IncompleteCacheError(
             f"{cache}: {len(commits)} of {len(plan.shards)} shards are committed; "
-            f"missing: {missing[:10]}; run the same emkd build again"
+            f"missing: {missing[:10]}; run the same emkd command again"
         )
     require_shard_files(cache, commits.values())
     for commit in commits.values() if cache.in_place else ():

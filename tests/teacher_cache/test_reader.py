@@ -98,7 +98,7 @@ def test_a_half_built_cache_is_refused_with_the_remedy(tmp_path: Path, store: Lo
     plan = write_plan(store, make_plan(shards))
     for index in (0, 2):
         write_shard(store, plan, index, shards[index], [], 0.0)
-    with pytest.raises(IncompleteCacheError, match=r"2 of 3 shards.*run the same emkd build again"):
+    with pytest.raises(IncompleteCacheError, match=r"2 of 3 shards.*the same emkd command again"):
         CacheReader.open(tmp_path)
 
 

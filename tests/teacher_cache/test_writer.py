@@ -84,7 +84,7 @@ def test_an_unfinished_cache_cannot_be_sealed(store: LocalStore) -> None:
     shards = make_shards()
     plan = write_plan(store, make_plan(shards))
     write_shard(store, plan, 1, shards[1], [], 0.0)
-    with pytest.raises(IncompleteCacheError, match=r"1 of 3 shards.*\[0, 2\].*emkd build again"):
+    with pytest.raises(IncompleteCacheError, match=r"1 of 3 shards.*\[0, 2\].*emkd command again"):
         seal_cache(store)
     assert read_seal(store) is None
 
