@@ -177,6 +177,18 @@ def test_sealing_refuses_files_that_are_not_the_committed_ones(
     seal_cache(store)
 
 
+def test_shards_that_were_not_planned_are_refused(tmp_path: Path, store: LocalStore) -> None:
+    shards = make_shards()
+    build(tmp_path / "larger", shards)
+    plan = write_plan(store, make_plan(shards[:2]))
+    for index in (0, 1):
+        write_shard(store, plan, index, shards[index], [], 0.0)
+    record = tmp_path / "commits" / "00002.json"
+    record.write_bytes((tmp_path / "larger" / "commits" / record.name).read_bytes())
+    with pytest.raises(CacheMismatchError, match=r"shards \[2\] are committed, the plan has 2"):
+        seal_cache(store)
+
+
 def test_assets_must_be_those_of_the_spec(tmp_path: Path, store: LocalStore) -> None:
     head = LmHead(weight=torch.arange(6.0).reshape(2, 3))
     write_plan(store, make_plan(make_shards(1), make_spec("hidden", head_digest=head.digest)))

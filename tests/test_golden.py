@@ -1,0 +1,83 @@
+"""Caches of an earlier day, kept in tests/golden, are read as they were written, for ever.
+
+Beside each cache lie the numbers that it held, as safetensors, so that nothing of today is needed
+to know them. `python -m tests.test_golden FOLDER` writes a new set; a layout version gets one of
+its own, and the old ones stay for as long as their layout is read.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from teacher_cache.export_cache import export_cache
+from teacher_cache.manifest import LAYOUT_VERSION
+from teacher_cache.reader import CacheReader
+from teacher_cache.verify import verify_cache
+from tests.builders import build
+from tests.strategies import asked_again, make_cached, make_spec
+from tests.test_format_forms import FORMS, form_cache
+
+GOLDEN = Path(__file__).parent / "golden"
+NUMBERS = "numbers.safetensors"
+
+
+def numbers_of(cache: Path) -> dict[str, Tensor]:
+    """Every tensor of every sample, as a reader gives it, by sample key and name."""
+    reader = CacheReader.open(cache)
+    found: dict[str, Tensor] = {}
+    for index, key in enumerate(reader.keys):
+        output = reader.read(index, reader.parts).output
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name)
+            if isinstance(value, Tensor):
+                found[f"{key}/{field.name}"] = value
+            elif dataclasses.is_dataclass(value):
+                for inner in dataclasses.fields(value):
+                    tensor = getattr(value, inner.name)
+                    if isinstance(tensor, Tensor):
+                        found[f"{key}/{field.name}.{inner.name}"] = tensor
+    return found
+
+
+def write(folder: Path) -> None:
+    """A cache in each form, one that shares vision records, and a tar of it; and their numbers."""
+    for form in FORMS:
+        form_cache(folder / form, form)
+    owner = make_cached(0, "topk+sketch")
+    shared = [[owner, asked_again(owner, 1, "topk+sketch")], [make_cached(2, "topk+sketch")]]
+    build(folder / "shared", shared, "arrow", make_spec("topk+sketch"))
+    export_cache(folder / "shared", folder / "shared-tar", "webdataset")
+    for cache in sorted(folder.iterdir()):
+        contiguous = {name: values.contiguous() for name, values in numbers_of(cache).items()}
+        save_file(contiguous, cache / NUMBERS)
+
+
+def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Equal names, dtypes and bits."""
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name].dtype == values.dtype, name
+        assert torch.equal(found[name], values), name
+
+
+@pytest.mark.parametrize(
+    "name", sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob(NUMBERS))
+)
+def test_shards_of_an_earlier_day_are_read(name: str) -> None:
+    cache = GOLDEN / name
+    same(numbers_of(cache), load_file(cache / NUMBERS))
+    assert not verify_cache(cache).problems
+
+
+def test_this_layout_has_golden_caches() -> None:
+    assert {file.name for file in (GOLDEN / f"layout-{LAYOUT_VERSION}").iterdir()} >= set(FORMS)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
