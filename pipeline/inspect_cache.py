@@ -22,6 +22,8 @@ from teacher_cache.codec import PART_PLANES, Part
 from teacher_cache.folder import open_shard, require_plan
 from teacher_cache.reader import CacheReader
 
+MAX_WORD = 20
+"""Characters of a word that may stand in a list of one line."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 _TAILED: tuple[Part, ...] = ("vision", "response")
 
@@ -107,5 +109,25 @@ def _quantiles(values: Tensor) -> dict[str, float] | None:
 
 
 def render(described: Mapping[str, Any]) -> str:
-    """Lay a description out as YAML, the widest fields last."""
-    return yaml.safe_dump(dict(described), sort_keys=False, allow_unicode=True, width=100).rstrip()
+    """Lay a description out as YAML; lists of numbers and of short words stay on their lines."""
+    text: str = yaml.dump(
+        dict(described), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+    return text.rstrip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML; which lists are written in one line is for `_list` to say."""
+
+
+def _list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=_is_short(value))
+
+
+def _is_short(value: object) -> bool:
+    if isinstance(value, list):
+        return all(_is_short(item) for item in value)
+    return not isinstance(value, dict) and len(str(value)) <= MAX_WORD
+
+
+_Dumper.add_representer(list, _list)

@@ -1,9 +1,9 @@
 """What `emkd inspect --picture` draws: a sample's images, their view grids, and a heat map.
 
-One row for each image: the image itself, then each of its views over it, a cell for every vision
-token. A cell's colour is the probability that the teacher leaves outside the kept entries (top-k
-tiers) or the entropy of its words in nats (hidden tier). A view is drawn evenly over the whole
-image: where on it a tile lies, and what a processor cut off, the cache does not know. Equal
+One row for each image: the image itself, then each of its views over it in grey, a cell for every
+vision token. A cell's colour is the probability that the teacher leaves outside the kept entries
+(top-k tiers) or the entropy of its words in nats (hidden tier). A view is drawn evenly over the
+whole image: where on it a tile lies, and what a processor cut off, the cache does not know. Equal
 records give equal pictures. ValueError for a sample without images.
 """
 
@@ -85,8 +85,9 @@ def _figure(cached: CachedSample, what: str, values: Any) -> Figure:
             extent = (0, width, height, 0)
             axes[number, 0].imshow(picture, extent=extent)
             axes[number, 0].set_title(f"image {number}: {width} x {height}")
+            grey = picture.mean(axis=2)  # so that every colour is a token's
             for panel, (view, grid) in zip(axes[number, 1:], drawn, strict=False):
-                panel.imshow(picture, extent=extent)
+                panel.imshow(grey, extent=extent, vmin=0, vmax=255, cmap="gray")
                 mapped = panel.imshow(
                     grid, extent=extent, vmin=low, vmax=high, cmap="magma", alpha=0.65
                 )

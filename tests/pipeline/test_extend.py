@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,25 @@ def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> No
     assert more.spec.logits_codec == "exact"
     scales = {name for file in more.seal.shards[0].files[1:] for name in file.planes}
     assert "h_vision_scale" in scales
+
+
+def test_caches_in_object_stores_are_extended(
+    tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMKD_DOWNLOADS", str(tmp_path / "downloads"))
+    model = tiny_folder("llava")
+    base = built(tmp_path, model, "topk")
+    place = f"memory://{uuid.uuid4().hex}"
+    config = ExtendConfig(
+        out=f"{place}/both", teacher=str(model), records="hidden", hidden_dtype="float32"
+    )
+    extend_records(base, config)
+    source = build_config(tmp_path, model, "topk", 12).source.path
+    more = ExtendConfig(out=f"{place}/more", teacher=str(model), source=source)
+    extend_samples(f"{place}/both", more)
+    assert verify_cache(f"{place}/more").problems == ()
+    reader = CacheReader.open(f"{place}/more")
+    assert (len(reader), reader.spec.records) == (12, "topk+hidden")
+    assert [len(commit.files) for commit in reader.seal.shards][:2] == [2, 2]
+    at_once = CacheReader.open(built(tmp_path / "once", model, "topk+hidden", 12))
+    _assert_same_rows(reader, at_once)
