@@ -187,30 +187,26 @@ def _weighted_total(values: Sequence[Mapping[str, Tensor]], weights: _Weights) -
 @torch.no_grad()
 def _walk(work: _Work, weights: _Weights, needed: Sequence[bool]) -> tuple[_Values, _Gradients]:
     """All rows, chunk by chunk: every value, and the gradients of the weighted total."""
-    gradients: _Gradients = [
-        torch.zeros_like(t, dtype=_wide(t.dtype)) if need and t is not None else None
-        for t, need in zip(work.inputs, needed, strict=True)
-    ]
     head, dtype = work.head, work.dtype
     weight_WD = head.weight.to(dtype)
     bias_W = None if head.bias is None else head.bias.to(dtype)
     # float16 cannot hold the gradients of 150,000 probabilities; bfloat16 can.
     product = head.weight.to(_wide(dtype)) if dtype == torch.float16 else weight_WD
-    to_weight, to_bias, *to_states = gradients
+    sums = _Sums(needed, work.inputs, product)
     values: _Values = []
     with torch.autocast(head.weight.device.type, enabled=False):
-        for block, named, to_block in zip(work.blocks, weights, to_states, strict=True):
-            sums = _Sums(to_weight, to_bias, to_block, product)
+        for place, (block, named) in enumerate(zip(work.blocks, weights, strict=True), start=2):
+            with_gradient = needed[0] or needed[1] or needed[place]
             pieces: list[dict[str, Tensor]] = []
             for chunk in even_slices(len(block.hidden), CHUNK_ROWS):
                 hidden_nD = block.hidden[chunk]
                 logits = functional.linear(hidden_nD.to(dtype), weight_WD, bias_W).to(product.dtype)
-                here = {name: weight[chunk] for name, weight in named.items()} if sums.any else {}
+                here = {name: w[chunk] for name, w in named.items()} if with_gradient else {}
                 pieces += _losses(block.losses(chunk), logits, head.softcap, here)
                 if here:
-                    sums.add(logits, hidden_nD, chunk)
+                    sums.add(place, logits, hidden_nD, chunk)
             values.append({name: torch.cat([p[name] for p in pieces]) for name in pieces[0]})
-    return values, gradients
+    return values, sums.gradients
 
 
 def _losses(
@@ -238,35 +234,43 @@ def _step_rows(logits: Tensor) -> int:
     return max(1, most // (4 * max(1, logits.shape[1])))
 
 
-class _Sums(NamedTuple):
-    """Where the gradients of one block add up, in place."""
+class _Sums:
+    """Where gradients add up, in place: first that of the head's weight, its bias, then states."""
 
-    weight: Tensor | None
-    bias: Tensor | None
-    states: Tensor | None
-    product: Tensor
-    """The weight that gradients are multiplied by; its dtype is that of the products."""
+    def __init__(
+        self, needed: Sequence[bool], inputs: Sequence[Tensor | None], product: Tensor
+    ) -> None:
+        self.product = product
+        """The weight that gradients are multiplied by; its dtype is that of the products."""
+        self.gradients: _Gradients = [
+            torch.zeros_like(t, dtype=_wide(t.dtype)) if need and t is not None and i > 0 else None
+            for i, (need, t) in enumerate(zip(needed, inputs, strict=True))
+        ]
+        self._weight_dtype = _wide(inputs[0].dtype) if needed[0] and inputs[0] is not None else None
 
-    @property
-    def any(self) -> bool:
-        return any(tensor is not None for tensor in self[:3])
+    def add(self, place: int, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
+        """Take in the gradient with respect to some rows' logits."""
+        _, bias, *_ = self.gradients
+        states = self.gradients[place]
+        if bias is not None:
+            bias += by_logits.sum(dim=0)
+        if states is not None:
+            states[rows] = by_logits @ self.product
+        if self._weight_dtype is not None:
+            self._add_weight(by_logits, hidden.to(by_logits.dtype), self._weight_dtype)
 
-    def add(self, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
-        """Take in the gradient with respect to one chunk's logits."""
-        if self.bias is not None:
-            self.bias.add_(by_logits.sum(dim=0))
-        by_logits = by_logits.to(self.product.dtype)
-        if self.states is not None:
-            self.states[rows] = by_logits @ self.product
-        if self.weight is None:
-            return
-        states = hidden.to(self.product.dtype)
-        if self.weight.dtype == self.product.dtype:
-            self.weight.addmm_(by_logits.T, states)
-            return
-        for start in range(0, len(self.weight), _PRODUCT_ROWS):
-            ids = slice(start, start + _PRODUCT_ROWS)
-            self.weight[ids] += by_logits[:, ids].T @ states
+    def _add_weight(self, by_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
+        total = self.gradients[0]
+        if by_logits.dtype == dtype and total is not None:
+            total.addmm_(by_logits.T, hidden)
+        elif by_logits.dtype == dtype:  # only now, when the first losses have made room
+            self.gradients[0] = by_logits.T @ hidden
+        else:
+            if total is None:
+                total = self.gradients[0] = torch.zeros_like(self.product, dtype=dtype)
+            for start in range(0, len(total), _PRODUCT_ROWS):
+                ids = slice(start, start + _PRODUCT_ROWS)
+                total[ids] += by_logits[:, ids].T @ hidden
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
