@@ -6,11 +6,13 @@
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
 
 Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn once by a fixed seed for
-all images (as good as all V at a fraction of the work), and refused on a top-k
-record without a sketch, whose matching would be wrong (errors of both: docs/method.md).
-No tensor of N x M x V entries appears, and no gradient. Dimensions as in schema.py.
+all images (as good as all V at a fraction of the work), or at all V, teacher columns decoded block
+by block; they are refused on a top-k record without a sketch, whose matching would be wrong
+(errors of all: docs/method.md). Neither N x M x V nor M x V entries are ever held at once, nor is
+a gradient. Dimensions as in schema.py.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -18,12 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from student_train.l1 import l1_distances
 from student_train.objective import MatchingConfig
 from student_train.signals import HiddenSignal, Signal
+from student_train.sparse_l1 import sparse_probability_l1
 from student_train.top_k_signal import TopKSignal, at_least_float32
 from teacher_cache.topk import row_chunks
 
 _SHARED_IDS_SEED = 20251121
+_COLUMNS_AT_ONCE = 8192
+"""Teacher logits are decoded at this many vocabulary rows at a time."""
 
 
 @lru_cache(maxsize=8)
@@ -67,13 +73,32 @@ def cost_matrix(
             "which this cache does not hold: build it with records `topk+sketch` or `hidden`, "
             "or match by prob_l1"
         )
+    return _logit_l1(student_logits, teacher, config)
+
+
+def _logit_l1(student_logits: Tensor, teacher: Signal, config: MatchingConfig) -> Tensor:
+    """Raw or centred L1 at the shared ids, block by block; centring takes a pass of its own."""
     ids = shared_ids(teacher.vocab_size, config.num_shared_ids).to(student_logits.device)
-    student_NC = at_least_float32(student_logits[:, ids])
-    teacher_MC = teacher.logits_at(ids).to(student_NC.dtype)
+    dtype = at_least_float32(student_logits).dtype
+    cost = student_logits.new_zeros(len(student_logits), teacher.num_rows, dtype=dtype)
+    student_mean: Tensor | float = 0.0
+    teacher_mean: Tensor | float = 0.0
     if config.metric == "centred_l1":
-        student_NC = student_NC - student_NC.mean(dim=1, keepdim=True)
-        teacher_MC = teacher_MC - teacher_MC.mean(dim=1, keepdim=True)
-    return torch.cdist(student_NC, teacher_MC, p=1)
+        for own, theirs in _blocks(student_logits, teacher, ids):
+            student_mean = student_mean + own.sum(dim=1, keepdim=True) / len(ids)
+            teacher_mean = teacher_mean + theirs.sum(dim=1, keepdim=True) / len(ids)
+    for own, theirs in _blocks(student_logits, teacher, ids):
+        cost += l1_distances(own - student_mean, theirs - teacher_mean)
+    return cost
+
+
+def _blocks(
+    student_logits: Tensor, teacher: Signal, ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of both sides at a few vocabulary rows at a time, in one dtype."""
+    for block in ids.split(_COLUMNS_AT_ONCE):
+        own = at_least_float32(student_logits[:, block])
+        yield own, teacher.logits_at(block).to(own.dtype)
 
 
 def _hidden_cosine(student: Tensor, teacher: Signal) -> Tensor:
@@ -94,30 +119,26 @@ def _hidden_cosine(student: Tensor, teacher: Signal) -> Tensor:
 
 
 def _probability_l1(student_logits: Tensor, teacher: Signal) -> Tensor:
-    """L1 of probabilities over the whole vocabulary, teacher rows in chunks of bounded size."""
+    """L1 of probabilities over the whole vocabulary; bare top-k records never become dense.
+
+    Without a sketch the tail is uniform. Its mass tau is exact, so each cost is off by at most
+    2 tau, and in practice matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail
+    misleads gradients of the reverse KL, not this distance, in which tiny probabilities hardly
+    count. All other signals are decoded a few teacher rows at a time.
+    """
+    if isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None:
+        return sparse_probability_l1(student_logits, teacher)
     student_NV = at_least_float32(student_logits).softmax(dim=1)
-    chunks = row_chunks(teacher.num_rows, teacher.vocab_size)
     index = torch.arange(teacher.num_rows, device=student_logits.device)
     blocks = [
-        torch.cdist(student_NV, _probabilities(teacher.rows(index[rows])).to(student_NV), p=1)
-        for rows in chunks
+        l1_distances(student_NV, _probabilities(teacher.rows(index[rows])).to(student_NV))
+        for rows in row_chunks(teacher.num_rows, teacher.vocab_size)
     ]
-    return torch.cat(blocks, dim=1)
+    return torch.cat(blocks, dim=1) if blocks else student_NV.new_zeros(len(student_NV), 0)
 
 
 def _probabilities(teacher: Signal) -> Tensor:
-    """Teacher probabilities [M, V]; a top-k record without a sketch gets a uniform tail.
-
-    The tail's mass tau is exact, so each entry of the cost is off by at most 2 tau, and in
-    practice matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail misleads
-    gradients of the reverse KL, not this distance, in which tiny probabilities hardly count.
-    """
-    if not isinstance(teacher, TopKSignal) or teacher.exact:
-        return at_least_float32(teacher.dense_logits()).softmax(dim=1)
-    if teacher.sketch is not None:
+    """Teacher probabilities [M, V] of a signal that knows or estimates every logit."""
+    if isinstance(teacher, TopKSignal) and not teacher.exact:
         return teacher.estimated_log_probs().exp()
-    kept = teacher.kept_log_probs().exp()
-    num_outside = teacher.vocab_size - teacher.counts
-    share = at_least_float32(teacher.log_tail).exp() / num_outside.clamp(min=1)
-    base = share[:, None].expand(-1, teacher.vocab_size).to(kept.dtype)
-    return base.scatter(1, teacher.ids.long(), kept)
+    return at_least_float32(teacher.dense_logits()).softmax(dim=1)

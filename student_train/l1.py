@@ -1,0 +1,45 @@
+"""L1 distances of every pair of rows, in strips of columns that stay in a core's nearest cache.
+
+`torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum; over strips
+of 16 columns the sum is a single vector and the rows lie in cache: 2.5 times faster here at
+V = 151,936 (benchmarks/matching.py), and closer to the true sum, since partial sums are added in
+two levels. Promises: no tensor of N x M x C entries, no gradient, inputs untouched; a pair's
+distance depends on no other pair. Dimensions as in schema.py, C any number of columns.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+_CPU_STRIP = 16
+_GPU_STRIP = 1024
+_COLUMNS_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def l1_distances(student: Float[Tensor, "N C"], teacher: Float[Tensor, "M C"]) -> Tensor:
+    """`sum_c |student[n, c] - teacher[m, c]|`, shape [N, M], in the rows' dtype (one for both)."""
+    total = student.new_zeros(len(student), len(teacher))
+    for start in range(0, student.shape[1], _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        part = torch.zeros_like(total)
+        strips = zip(_strips(student[:, start:stop]), _strips(teacher[:, start:stop]), strict=True)
+        for own, theirs in strips:
+            part += torch.cdist(own, theirs, p=1)
+        total += part
+    return total
+
+
+def l1_rounding(num_columns: int, dtype: torch.dtype) -> float:
+    """Bound of the relative rounding error of `l1_distances`, whatever the device."""
+    in_sequence = _GPU_STRIP + _COLUMNS_AT_ONCE // _CPU_STRIP + num_columns // _COLUMNS_AT_ONCE
+    return 2 * torch.finfo(dtype).eps * (in_sequence + 4)
+
+
+def _strips(rows: Tensor) -> Tensor:
+    """Rows [n, C] as strips [C / width, n, width]; the last is filled up with zeros."""
+    width = _GPU_STRIP if rows.is_cuda else _CPU_STRIP
+    missing = -rows.shape[1] % width
+    padded = functional.pad(rows, (0, missing)) if missing else rows
+    return padded.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
