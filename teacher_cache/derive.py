@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from teacher_cache.folder import (
+    REMEDY,
     committed,
     open_shard,
     read_head,
@@ -122,6 +123,8 @@ def _translate(
     source: SealedCache, file: ShardFile, out: Store, plan: Plan, index: int
 ) -> ShardFile:
     path = source.store.local(file.file, file.num_bytes, file.sha256)
+    if sha256_file(path) != file.sha256:
+        raise ShardCorruptError(f"{path} is not the file that was committed; {REMEDY}")
     shard = shard_format(source.plan.format).open(path)
     rows = (shard.read(row, file.planes) for row in range(shard.num_rows))
     target = shard_format(plan.format)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,7 @@ def test_inputs_must_be_sealed_and_intact_and_another_out_is_refused(tmp_path: P
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_that_is_killed_anywhere_and_run_again_leaves_the_same_bytes(
-    tmp_path: Path, tool: str
+    tmp_path: Path, tool: str, record_property: Callable[[str, object], None]
 ) -> None:
     # Thousands of fsyncs of a disk take their time: in memory, where there is a folder in memory.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
@@ -205,6 +206,16 @@ def test_a_tool_that_is_killed_anywhere_and_run_again_leaves_the_same_bytes(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 60
+    record_property("tried", f"{int(done.stdout)} kills in emkd {tool}")
+
+
+def test_an_exchanged_shard_is_not_translated(tmp_path: Path) -> None:
+    base = base_cache(tmp_path / "a")
+    one, _, other = (tmp_path / "a" / commit.files[0].file for commit in base.seal.shards)
+    data = other.read_bytes()
+    one.write_bytes(data + bytes(one.stat().st_size - len(data)))  # as long as the record says
+    with pytest.raises(ShardCorruptError, match=f"{one.name} is not the file that was committed"):
+        export_cache(tmp_path / "a", tmp_path / "e", "webdataset")
 
 
 def test_every_tool_reads_and_writes_object_stores(tmp_path: Path, s3: S3Server) -> None:
