@@ -228,8 +228,12 @@ def require_shard_file(cache: Store, file: ShardFile) -> None:
 
 
 def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
-    """`require_shard_file` of each file, several at a time."""
+    """`require_shard_file` of each file, several at a time where they are many."""
     files = [file for commit in commits for file in commit.files]
+    if len(files) <= _NUM_REQUESTS:  # to begin a thread takes longer than to look at a file
+        for file in files:
+            require_shard_file(cache, file)
+        return
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
         for _ in pool.map(lambda file: require_shard_file(cache, file), files):
             pass
