@@ -13,7 +13,7 @@ import io
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,20 @@ def _first_row(batch: Any) -> Arrays:
     return decode({name: batch.column(name)[0].as_py() for name in batch.schema.names})
 
 
+class _Files:
+    """The files of a folder, each opened when it is first asked for: there may be thousands."""
+
+    def __init__(self, folder: Path, open_file: Callable[[Path], Any]) -> None:
+        self._paths = sorted(folder.iterdir())
+        self._open_file = open_file
+        self._opened: dict[int, Any] = {}
+
+    def __getitem__(self, shard: int) -> Any:
+        if shard not in self._opened:
+            self._opened[shard] = self._open_file(self._paths[shard])
+        return self._opened[shard]
+
+
 class ArrowZstd(Container):
     """Arrow IPC with zstd buffers, one row per batch, memory-mapped."""
 
@@ -144,8 +158,8 @@ class ArrowZstd(Container):
                 writer.write_table(table, max_chunksize=1)
 
     def open(self, folder: Path) -> Any:
-        """A reader for each file."""
-        return [pa.ipc.open_file(pa.memory_map(str(path))) for path in sorted(folder.iterdir())]
+        """Readers of its files."""
+        return _Files(folder, lambda path: pa.ipc.open_file(pa.memory_map(str(path))))
 
     def read(self, opened: Any, index: int) -> object:
         """One batch."""
@@ -175,8 +189,8 @@ class ParquetZstd(Container):
             )
 
     def open(self, folder: Path) -> Any:
-        """A reader for each file."""
-        return [pq.ParquetFile(path, memory_map=True) for path in sorted(folder.iterdir())]
+        """Readers of its files."""
+        return _Files(folder, lambda path: pq.ParquetFile(path, memory_map=True))
 
     def read(self, opened: Any, index: int) -> object:
         """The sample's row group, for its sake."""
@@ -187,7 +201,8 @@ class ParquetZstd(Container):
 
     def stream(self, opened: Any, num_samples: int) -> Iterator[object]:
         """Each row group once."""
-        for file in opened:
+        for shard in range(-(-num_samples // ROWS_PER_SHARD)):
+            file = opened[shard]
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
                 yield from (_first_row(table.slice(row, 1)) for row in range(table.num_rows))
@@ -234,11 +249,8 @@ class WebDatasetNpy(Container):
     def stream(self, opened: Any, num_samples: int) -> Iterator[object]:
         """Members decoded by numpy."""
         for row in opened:
-            yield {
-                name: np.load(io.BytesIO(data))
-                for name, data in row.items()
-                if name.endswith(".npy")
-            }
+            members = {name: data for name, data in row.items() if name.endswith(".npy")}
+            yield {name: np.load(io.BytesIO(data)) for name, data in members.items()}
 
 
 class Mds(Container):
@@ -265,11 +277,9 @@ class Mds(Container):
     def open(self, folder: Path) -> Any:
         """Its dataset over the folder itself: no download, no second compressed copy."""
         from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
-        from streaming.base.util import (  # pyright: ignore[reportMissingImports]
-            clean_stale_shared_memory,
-        )
+        from streaming.base import util  # pyright: ignore[reportMissingImports]
 
-        clean_stale_shared_memory()
+        util.clean_stale_shared_memory()
         return StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
 
     def read(self, opened: Any, index: int) -> object:
@@ -292,11 +302,9 @@ class LitData(Container):
 
     def write(self, folder: Path, samples: Sequence[CachedSample]) -> None:
         """Through the writer that `litdata.optimize` runs in its workers."""
-        from litdata.streaming.writer import (  # pyright: ignore[reportMissingImports]
-            BinaryWriter,
-        )
+        from litdata.streaming import writer as chunks  # pyright: ignore[reportMissingImports]
 
-        writer = BinaryWriter(
+        writer = chunks.BinaryWriter(
             str(folder),
             chunk_size=ROWS_PER_SHARD,
             compression="zstd",
