@@ -13,7 +13,9 @@ from torch.nn.utils import parametrizations
 
 from student_train.fused_head import HeadRows, RowLosses, head_loss
 from student_train.linear_head import LinearHead, as_linear
+from student_train.student import output_head, student_from_vanilla
 from tests import children
+from tests.conftest import TinyFolder
 
 
 def linear() -> nn.Linear:
@@ -32,6 +34,13 @@ def test_a_plain_layer_is_its_weight_and_bias() -> None:
     assert torch.equal(head(hidden), layer(hidden))
     capped = LinearHead(weight=layer.weight, bias=layer.bias, softcap=0.1)
     assert torch.equal(capped(hidden), 0.1 * torch.tanh(layer(hidden) / 0.1))
+
+
+def test_the_head_of_a_student_is_a_plain_layer(tiny_folder: TinyFolder) -> None:
+    student, _ = student_from_vanilla(str(tiny_folder("llava_next")))
+    head = as_linear(output_head(student))
+    assert head is not None
+    assert head.weight is student.get_parameter("lm_head.weight")
 
 
 class OwnForward(nn.Linear):
