@@ -53,6 +53,7 @@ _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
         int | None,
         "Vocabulary rows at which L1 costs are summed; None: all.",
     ),
+    "match_certify": ("certify", bool, "Prove which pairs are those of the exact costs."),
 }
 
 

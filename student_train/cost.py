@@ -13,6 +13,7 @@ a gradient. Dimensions as in schema.py.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.l1 import l1_distances
+from student_train.l1 import l1_distances, l1_rounding
 from student_train.objective import MatchingConfig
 from student_train.signals import HiddenSignal, Signal
 from student_train.sparse_l1 import sparse_probability_l1
@@ -74,6 +75,45 @@ def cost_matrix(
             "or match by prob_l1"
         )
     return _logit_l1(student_logits, teacher, config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostError:
+    """Bound of the error of each cost: a share of the cost and, by teacher token, a constant."""
+
+    relative: float
+    absolute: Float[Tensor, " M"]
+
+    def of(self, cost: Float[Tensor, "N M"]) -> Float[Tensor, "N M"]:
+        """The bound for every entry of `cost`, in float64 on the CPU."""
+        return self.relative * cost.to("cpu", torch.float64).abs() + self.absolute
+
+
+def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> CostError:
+    """How far `cost_matrix`, in `dtype`, can be from the costs of every logit, rounding included.
+
+    Exact signals: raw_l1 over all of V, prob_l1. Bare top-k records: prob_l1, whose uniform tail
+    moves at most twice the tail's mass; kept logits count as they are stored. ValueError where no
+    bound is known: at shared ids and on sketches the error is measured, not bounded
+    (docs/method.md), and the other metrics round in ways that nobody has bounded.
+    """
+    num_ids, rounding = config.num_shared_ids, l1_rounding(teacher.vocab_size, dtype)
+    if config.metric == "raw_l1" and teacher.exact and (num_ids or torch.inf) >= teacher.vocab_size:
+        return CostError(relative=rounding, absolute=torch.zeros(teacher.num_rows).double())
+    bare = isinstance(teacher, TopKSignal) and teacher.sketch is None
+    if config.metric == "prob_l1" and (teacher.exact or bare):
+        # Probabilities of both sides: their sum is added up eight at a time at the worst, and the
+        # exponent of one that is not zero carries at most 104 (768 in float64) units of rounding.
+        softmax = torch.finfo(dtype).eps * (teacher.vocab_size / 8 + 1000)
+        absolute = torch.full((teacher.num_rows,), 2 * (softmax + rounding), dtype=torch.float64)
+        if isinstance(teacher, TopKSignal) and not teacher.exact:
+            absolute += 2 * teacher.log_tail.to("cpu", torch.float64).exp() * (1 + softmax)
+        return CostError(relative=0.0, absolute=absolute)
+    raise ValueError(
+        f"no bound is known for the error of {config.metric} on this record, so no pair can be "
+        "certified: match by prob_l1 on records without a sketch or, with records `hidden`, by "
+        "raw_l1 with num_shared_ids=None; or set certify=False"
+    )
 
 
 def _logit_l1(student_logits: Tensor, teacher: Signal, config: MatchingConfig) -> Tensor:

@@ -12,18 +12,25 @@ student token gets its own teacher token and M - N stay unused; with N > M it is
 
 Promise: index pairs, optimal up to the solver's float64, sorted by student token; no gradient; no
 knowledge of any loss. Views are solved one by one (`scope=view`: both models cut the image alike)
-or all views of an image together (`scope=global`). Dimensions as in schema.py.
+or all views of an image together (`scope=global`). `start_matching` computes costs and returns
+while threads solve them, so that other work hides the solving; bits do not depend on that.
+Dimensions as in schema.py.
 """
 
+import os
 from collections.abc import Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
-from student_train.cost import cost_matrix
+from student_train.certificate import certified_pairs
+from student_train.cost import CostError, cost_error, cost_matrix
 from student_train.objective import MatchingConfig, MatchScope
 from student_train.signals import Signal
 from teacher_cache.schema import ViewGrid
@@ -33,7 +40,8 @@ from teacher_cache.schema import ViewGrid
 class Assignment:
     """Student token `student[i]` is matched to teacher token `teacher[i]`; no token twice.
 
-    `costs` keeps the cost matrix of each problem that was solved, for diagnostics.
+    `costs` keeps the cost matrix of each problem that was solved, for diagnostics. `certified` says
+    which pairs are provably those of the exact costs, where `MatchingConfig.certify` asked for it.
     """
 
     student: Int[Tensor, " P"]
@@ -42,6 +50,7 @@ class Assignment:
     num_teacher: int
     total_cost: float
     costs: tuple[Float[Tensor, "_ _"], ...] = field(repr=False)
+    certified: Bool[Tensor, " P"] | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -61,7 +70,50 @@ class Assignment:
         return free.nonzero()[:, 0]
 
 
-@torch.no_grad()
+class _Pairs(NamedTuple):
+    """The solution of one problem, in its own rows and columns; all on the CPU."""
+
+    rows: Tensor
+    columns: Tensor
+    cost: float
+    certified: Tensor | None
+
+
+class _Problem(NamedTuple):
+    student_rows: list[int]
+    teacher_rows: list[int]
+    cost: Tensor
+    pairs: Future[_Pairs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingMatching:
+    """A matching that is being solved; `result` waits for it."""
+
+    num_student: int
+    num_teacher: int
+    device: torch.device
+    problems: tuple[_Problem, ...] = field(repr=False)
+
+    def result(self) -> Assignment:
+        """The matching; ValueError where costs are not finite. May be asked more than once."""
+        solved = [(problem, problem.pairs.result()) for problem in self.problems]
+        student = [problem.student_rows[i] for problem, found in solved for i in found.rows]
+        teacher = [problem.teacher_rows[j] for problem, found in solved for j in found.columns]
+        student_P = torch.tensor(student, dtype=torch.int64)
+        order_P = student_P.argsort()
+        proofs = [found.certified for _, found in solved if found.certified is not None]
+        return Assignment(
+            student=student_P[order_P].to(self.device),
+            teacher=torch.tensor(teacher, dtype=torch.int64)[order_P].to(self.device),
+            num_student=self.num_student,
+            num_teacher=self.num_teacher,
+            total_cost=sum(found.cost for _, found in solved),
+            costs=tuple(problem.cost for problem in self.problems),
+            certified=torch.cat(proofs)[order_P].to(self.device) if proofs else None,
+        )
+
+
 def match_tokens(
     student_hidden: Float[Tensor, "N D"],
     student_logits: Float[Tensor, "N W"] | None,
@@ -76,36 +128,77 @@ def match_tokens(
     show the same views (or, for scope=global, images), where the record cannot serve the metric,
     and where costs are not finite.
     """
+    return start_matching(
+        student_hidden, student_logits, student_views, teacher, teacher_views, config
+    ).result()
+
+
+@torch.no_grad()
+def start_matching(
+    student_hidden: Float[Tensor, "N D"],
+    student_logits: Float[Tensor, "N W"] | None,
+    student_views: Sequence[ViewGrid],
+    teacher: Signal,
+    teacher_views: Sequence[ViewGrid],
+    config: MatchingConfig,
+) -> PendingMatching:
+    """Compute the costs, and let threads solve the assignments while the caller goes on.
+
+    As `match_tokens`, whose result is that of the matching returned, to the bit; a ValueError over
+    costs that are not finite comes with the result. Each cost leaves its device once, without
+    waiting for it; what was passed in may be freed or changed at once.
+    """
     student_groups = _groups(student_views, config.scope)
     teacher_groups = _groups(teacher_views, config.scope)
     _require_same_groups(student_groups.keys(), teacher_groups.keys(), config.scope)
     device = student_hidden.device
-    pairs: list[tuple[int, int]] = []
-    total_cost = 0.0
-    costs: list[Tensor] = []
+    problems: list[_Problem] = []
     for key, student_rows in student_groups.items():
         student_index = torch.tensor(student_rows, device=device)
-        teacher_index = torch.tensor(teacher_groups[key], device=device)
+        signal = teacher.rows(torch.tensor(teacher_groups[key], device=device))
         cost_NM = cost_matrix(
             student_hidden[student_index],
             None if student_logits is None else student_logits[student_index],
-            teacher.rows(teacher_index),
+            signal,
             config,
         )
-        chosen_student, chosen_teacher = solve_assignment(cost_NM)
-        total_cost += float(cost_NM[chosen_student, chosen_teacher].sum(dtype=torch.float64))
-        chosen = zip(chosen_student.tolist(), chosen_teacher.tolist(), strict=True)
-        pairs += [(student_rows[i], teacher_groups[key][j]) for i, j in chosen]
-        costs.append(cost_NM)
-    pairs.sort()
-    return Assignment(
-        student=torch.tensor([i for i, _ in pairs], dtype=torch.int64, device=device),
-        teacher=torch.tensor([j for _, j in pairs], dtype=torch.int64, device=device),
+        on_host, copied = _to_host(cost_NM)
+        error = cost_error(signal, config, cost_NM.dtype) if config.certify else None
+        pairs = _solvers().submit(_solve, on_host, copied, error)
+        problems.append(_Problem(student_rows, teacher_groups[key], cost_NM, pairs))
+    return PendingMatching(
         num_student=len(student_hidden),
         num_teacher=teacher.num_rows,
-        total_cost=total_cost,
-        costs=tuple(costs),
+        device=device,
+        problems=tuple(problems),
     )
+
+
+@cache
+def _solvers() -> ThreadPoolExecutor:
+    """Threads for SciPy's solver, which lets go of Python's lock."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="matching")
+
+
+def _to_host(cost: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The costs on the CPU, and the event after which they are there (None: at once)."""
+    if not cost.is_cuda:
+        return cost, None
+    on_host = torch.empty(cost.shape, dtype=cost.dtype, pin_memory=True)
+    on_host.copy_(cost, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(cost.device))
+    return on_host, copied
+
+
+def _solve(cost: Tensor, copied: torch.cuda.Event | None, error: CostError | None) -> _Pairs:
+    if copied is not None:
+        copied.synchronize()
+    rows, columns = solve_assignment(cost)
+    total = float(cost[rows, columns].sum(dtype=torch.float64))
+    if error is None:
+        return _Pairs(rows, columns, total, None)
+    return _Pairs(rows, columns, total, certified_pairs(cost, error.of(cost), rows, columns))
 
 
 def solve_assignment(

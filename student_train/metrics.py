@@ -24,11 +24,14 @@ class AssignmentStats:
     whole spread. Near 0 the cost is row + column, any pairing costs the same and the matching is
     arbitrary; raw logits with a large free constant get there (docs/method.md).
     `hubness`: distinct nearest teacher tokens per student token; 1 where each has its own.
+    `certified`: share of the pairs that are provably those of the exact costs; None where that was
+    not asked for.
     """
 
     mean_cost: float
     separability: float
     hubness: float
+    certified: float | None = None
 
 
 @torch.no_grad()
@@ -52,10 +55,12 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     costs = [cost for assignment in assignments for cost in assignment.costs]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
     total_cost = sum(assignment.total_cost for assignment in assignments)
+    proofs = [each.certified for each in assignments if each.certified is not None]
     return AssignmentStats(
         mean_cost=total_cost / max(1, num_pairs),
         separability=_mean(separability(cost) for cost in costs),
         hubness=_mean(hubness(cost) for cost in costs),
+        certified=float(torch.cat(proofs).double().mean()) if proofs and num_pairs else None,
     )
 
 

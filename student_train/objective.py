@@ -34,6 +34,9 @@ class MatchingConfig(Strict):
     num_shared_ids: int | None = 8192
     """Vocabulary rows, drawn once by seed, at which L1 costs of a sketch or of hidden states are
     summed; None sums over the whole vocabulary."""
+    certify: bool = False
+    """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
+    without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
 
     def __post_init__(self) -> None:
         if self.num_shared_ids is not None and self.num_shared_ids < 1:

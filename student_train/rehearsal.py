@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from student_train.cost import cost_matrix
 from student_train.divergence import reverse_kl
+from student_train.matching import match_tokens
 from student_train.objective import ObjectiveConfig
 from student_train.signals import Signal, TeacherAssets, response_signal, vision_signal
 from teacher_cache.manifest import CacheSpec
@@ -40,7 +40,9 @@ def require_served(
         compare(response_signal(output, assets))
     if objective.needs_vision:
         hidden_1D = torch.zeros(1, spec.hidden_size)
-        cost_matrix(hidden_1D, logits_1V, vision_signal(output, assets), objective.matching)
+        teacher = vision_signal(output, assets)
+        views = output.views
+        match_tokens(hidden_1D, logits_1V, views, teacher, views, objective.matching)
     if objective.vsd_weight > 0:
         compare(vision_signal(output, assets))
 
