@@ -37,7 +37,8 @@ SHUFFLE_WINDOW = 16
 READ_AHEAD = 2
 """Micro-batches that loader threads may be ahead of the training loop.
 
-With the one in use, a rank holds at most (READ_AHEAD + 1) * micro_batch_size decoded samples.
+With the one in use and the one that is put together, a rank holds at most (READ_AHEAD + 2) *
+micro_batch_size decoded samples; docs/performance.md says how many bytes that is.
 """
 
 
