@@ -1,0 +1,144 @@
+"""Vision states and heads made up to be as hard to match as real ones, the same everywhere.
+
+A head's rows belong to 3,000 clusters of tokens, with heavy-tailed norms and a bias that falls
+with a token's rank; the student's head shares 80 % of the teacher's. States are fields over the
+teacher's grid (smooth background, an object, noise), whose axes' spread falls as a power of their
+rank. The student sees them pooled to its own grid, with noise of its own. Teacher logits have about
+2 nats of entropy, and some 2 % of their mass outside the top 64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.signals import HiddenSignal, TopKSignal
+from student_train.top_k_signal import SketchCode
+from teacher_cache.head import LmHead
+from teacher_cache.sketch import SketchBasis, encode_sketch, fit_basis
+from teacher_cache.topk import top_k_from_hidden
+
+WIDTH, NUM_CLUSTERS, NUM_IMAGES = 512, 3000, 8
+SPREAD, NOISE, SHARPNESS = 0.6, 0.35, 4.5
+"""Axis j of the states spreads as j to the minus SPREAD."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Two heads, the axes of their states, and the sketch basis fitted to other images."""
+
+    student_head: LmHead
+    teacher_head: LmHead
+    axes: Tensor
+    basis: SketchBasis
+
+    @classmethod
+    def make(cls, vocab_size: int, rank: int) -> "Models":
+        """Heads over `vocab_size` rows, and a basis of `rank` directions."""
+        generator = torch.Generator().manual_seed(7)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        cluster = torch.randint(NUM_CLUSTERS, (vocab_size,), generator=generator)
+        rows = (
+            normal(NUM_CLUSTERS, WIDTH)[cluster]
+            .mul_(0.75)
+            .add_(normal(vocab_size, WIDTH), alpha=0.66)
+        )
+        norm = (0.35 * normal(vocab_size, 1)).exp_() / WIDTH**0.5
+        rank_of = torch.randperm(vocab_size, generator=generator) + 1.0
+        bias = -0.5 * rank_of.log()
+        teacher = LmHead(weight=rows * norm, bias=bias)
+        private = normal(vocab_size, WIDTH).mul_(0.6).add_(rows, alpha=0.8)
+        axes = torch.linalg.qr(normal(WIDTH, WIDTH)).Q * torch.arange(1, WIDTH + 1) ** -SPREAD
+        axes *= SHARPNESS * WIDTH**0.5 / axes.norm()
+        states = torch.cat([field(axes, 27, 27, seed) for seed in range(100, 100 + NUM_IMAGES)])
+        return cls(
+            student_head=LmHead(weight=private * norm, bias=bias),
+            teacher_head=teacher,
+            axes=axes,
+            basis=fit_basis(states, teacher, rank),
+        )
+
+    def cut(self, rank: int) -> SketchBasis:
+        """The first directions of the basis alone."""
+        return SketchBasis(
+            hidden_mean=self.basis.hidden_mean,
+            projection=self.basis.projection[:, :rank].contiguous(),
+            mean_logits=self.basis.mean_logits,
+            directions=self.basis.directions[:, :rank].contiguous(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One view: the student's logits, and what each tier tells of the teacher."""
+
+    student_logits: Tensor
+    hidden: HiddenSignal
+    top_k: TopKSignal
+    sketches: dict[int, TopKSignal]
+
+    @classmethod
+    def make(
+        cls,
+        models: Models,
+        student_grid: tuple[int, int],
+        teacher_grid: tuple[int, int],
+        top_k: int,
+        ranks: tuple[int, ...],
+    ) -> "Problem":
+        """A view that the basis was not fitted to."""
+        states = field(models.axes, *teacher_grid, seed=1)
+        grid = states.T.reshape(1, WIDTH, *teacher_grid)
+        pooled = functional.adaptive_avg_pool2d(grid, student_grid)[0].flatten(1).T
+        own = field(models.axes, *student_grid, seed=2, noise=1.0, smooth=0.0)
+        record = top_k_from_hidden(states, models.teacher_head, top_k)
+        bare = TopKSignal(
+            ids=record.ids,
+            logits=record.logits,
+            logsumexp=record.logsumexp,
+            log_tail=record.log_tail,
+            vocab_size=record.vocab_size,
+        )
+        sketches: dict[int, TopKSignal] = {}
+        for rank in ranks:
+            basis = models.cut(rank)
+            code = encode_sketch(basis, states, record)
+            sketch = SketchCode(
+                codes=code.codes, scale=code.scale, tail_shift=code.tail_shift, basis=basis
+            )
+            sketches[rank] = TopKSignal(
+                ids=bare.ids,
+                logits=bare.logits,
+                logsumexp=bare.logsumexp,
+                log_tail=bare.log_tail,
+                vocab_size=bare.vocab_size,
+                sketch=sketch,
+            )
+        return cls(
+            student_logits=models.student_head.logits(pooled + 0.3 * own),
+            hidden=HiddenSignal(hidden=states, head=models.teacher_head),
+            top_k=bare,
+            sketches=sketches,
+        )
+
+
+def field(
+    axes: Tensor, rows: int, cols: int, seed: int, noise: float = NOISE, smooth: float = 1.0
+) -> Tensor:
+    """States [rows * cols, WIDTH] over a grid: a smooth background, an object before it, noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, WIDTH, 7, 7, generator=generator)
+    background = functional.interpolate(coarse, (rows, cols), mode="bicubic", align_corners=True)
+    down, right = torch.meshgrid(
+        torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing="ij"
+    )
+    middle = torch.rand(2, generator=generator) - 0.5
+    inside = ((down - middle[0]) ** 2 + (right - middle[1]) ** 2 < 0.2).float()
+    thing = torch.randn(WIDTH, 1, 1, generator=generator)
+    grain = torch.randn(WIDTH, rows, cols, generator=generator)
+    values = smooth * (background[0] * (1 - 0.7 * inside) + thing * inside) + noise * grain
+    return values.flatten(1).T @ axes.T
