@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from teacher_cache.decode import DecodeError, Strict, decode_json
@@ -40,7 +41,7 @@ class ShardCorruptError(ValueError):
     """A stored file does not hold what its record says."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
 class CacheSpec(Strict):
     """Every setting that changes the numbers in a cache. Digests are over content, not names."""
 
@@ -93,7 +94,7 @@ class CacheSpec(Strict):
     """Whether samples of a shard that are the same up to their last vision token have one vision
     record, that of the first; computed beside other samples its last bits may differ."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """64 hex digits over every field."""
         return digest_json(self)
@@ -102,7 +103,7 @@ class CacheSpec(Strict):
         return f"CacheSpec({short(self.fingerprint)}, {self.records}, V={self.vocab_size})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
 class Plan(Strict):
     """Which samples make up which shard, fixed before the teacher sees any of them.
 
@@ -122,7 +123,7 @@ class Plan(Strict):
         """Samples that were planned, the rejected ones not counted."""
         return sum(len(shard) for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What is planned: the spec and the ordered keys of the shards (not the format)."""
         return cache_fingerprint(self.spec, [[key for key, _ in shard] for shard in self.shards])
