@@ -155,7 +155,8 @@ def print_goals(found: dict[str, Found]) -> None:
     met = fast >= 20 and line.regret <= 0.001
     print(
         f"goal, top-{TOP_K} by probabilities: {fast:.1f} of 20 x strips, regret {line.regret:.3%} "
-        f"of 0.1% (where the tail mass is <= 0.02): {'met' if met else 'missed'}"
+        f"of 0.1% (where the tail mass is <= 0.02): {'met' if met else 'missed'}",
+        flush=True,
     )
 
 
@@ -171,7 +172,6 @@ def main() -> None:
     vocabs = (8_000,) if options.quick else options.vocab
     grids = (((6, 6), (12, 12)),) if options.quick else (*GRIDS, *((LARGE,) * options.large))
     report: list[dict[str, object]] = []
-    goals: dict[str, Found] | None = None
     for vocab_size in vocabs:
         models = Models.make(vocab_size, max(RANKS))
         for student_grid, teacher_grid in grids:
@@ -186,9 +186,7 @@ def main() -> None:
             lines = {name: line._asdict() for name, line in found.items()}
             report.append({"vocab_size": vocab_size, "shape": shape, "costs": lines})
             if (vocab_size, shape) == (GOAL_VOCAB, GOAL_SHAPE):
-                goals = found
-    if goals is not None:
-        print_goals(goals)
+                print_goals(found)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from student_train import sparse_l1
 from student_train.cost import cost_matrix
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal
 from student_train.sparse_l1 import sparse_probability_l1
-from student_train.top_k_signal import TopKSignal
+from student_train.top_k_signal import TopKSignal, at_least_float32
 from teacher_cache.schema import TopKRecord
 from tests.strategies import true_record
 
@@ -46,7 +47,7 @@ def filled_in(teacher: TopKSignal) -> Tensor:
 
 
 def dense_cost(student: Tensor, teacher: TopKSignal) -> Tensor:
-    own = student.double().softmax(dim=1)
+    own = at_least_float32(student).softmax(dim=1).double()
     return (own[:, None] - filled_in(teacher)).abs().sum(dim=2)
 
 
@@ -87,6 +88,31 @@ def test_every_entry_is_exact_where_all_are_kept_and_lossy_records_keep_to_their
     )
     assert bool((filled_in(coarse).amin(1) < coarse.log_tail.exp() / 10).any())
     torch.testing.assert_close(sparse_probability_l1(student, coarse), dense_cost(student, coarse))
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.01, 1.0, 3.0])
+def test_large_vocabularies_are_counted_to_the_same_costs(sharpness: float) -> None:
+    vocab_size = 20_000
+    logits = normal(4, 3, vocab_size) * torch.tensor([[1.0], [2.0], [4.0]])
+    teacher = kept_of(logits.float(), [30, 20, 5])
+    student = (normal(5, 2, vocab_size) * sharpness).float()
+    found = sparse_probability_l1(student, teacher)
+    torch.testing.assert_close(found.double(), dense_cost(student, teacher), rtol=0, atol=1e-6)
+    share = (teacher.log_tail.exp() / (vocab_size - teacher.counts)).float()
+    for row in student.softmax(dim=1):
+        counted = sparse_l1._under_by_counting(row, share)  # pyright: ignore[reportPrivateUsage]
+        assert counted is not None
+        exact = sparse_l1._under_by_sorting(row, share)  # pyright: ignore[reportPrivateUsage]
+        torch.testing.assert_close(counted, exact, rtol=0, atol=6e-8)
+
+
+def test_a_crowded_bin_is_not_counted() -> None:
+    crowd = torch.full((20_000,), 2.5e-5)
+    constants = torch.tensor([1e-5, 2.5e-5, 3e-5])
+    counted = sparse_l1._under_by_counting(crowd, constants)  # pyright: ignore[reportPrivateUsage]
+    assert counted is None
+    found = sparse_l1._under_by_sorting(crowd, constants)  # pyright: ignore[reportPrivateUsage]
+    torch.testing.assert_close(found, torch.tensor([0, 0, 0.1]).double(), rtol=1e-5, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=30)
