@@ -48,7 +48,7 @@ def collect_garbage(
     Raises `IncompleteCacheError` for a cache without a seal, `CacheMismatchError` for one whose
     seal and plan differ.
     """
-    if grace_hours < 0:
+    if not grace_hours >= 0:  # not a number, too: nothing would be young
         raise ValueError(f"grace_hours must be >= 0, found {grace_hours}")
     cache = open_store(location)
     seal = require_seal(cache)

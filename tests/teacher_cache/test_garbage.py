@@ -82,3 +82,10 @@ def test_the_command_lists_what_it_would_remove(
     assert f"{LEFTOVERS[-1]}: 4 bytes would be removed" in said
     assert published(cache) == before
     assert main(["gc", str(cache / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("hours", [-1.0, float("nan")])
+def test_a_grace_period_that_would_spare_nothing_is_refused(cache: Path, hours: float) -> None:
+    with pytest.raises(ValueError, match="grace_hours must be >= 0"):
+        collect_garbage(cache, hours)
+    assert set(LEFTOVERS) <= names(cache)
