@@ -83,8 +83,11 @@ def verify_teacher(
 ) -> TeacherReport:
     """Compare `num_samples` stored records (all, if there are fewer) with the teacher in `path`.
 
-    Raises ValueError where the teacher cannot be loaded, `ShardCorruptError` for damaged samples.
+    Raises ValueError where the teacher cannot be loaded or nothing would be compared,
+    `ShardCorruptError` for damaged samples.
     """
+    if num_samples < 1:
+        raise ValueError(f"samples is {num_samples}, expected at least 1 to compare")
     spec = reader.spec
     teacher = load_as(path, spec, device)
     other = other_teacher(spec, teacher)

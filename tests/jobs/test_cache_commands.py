@@ -66,3 +66,13 @@ def test_a_sample_is_shown_in_words_and_drawn(
         assert drawn.format == "PNG"
     assert main(["inspect", cache, *words]) == 2
     assert "name it by --sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_comparison_of_nothing_does_not_pass(
+    count: str, tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
+) -> None:
+    model = tiny_folder("llava")
+    cache = _cache(tmp_path / "cache", model)
+    assert main(["verify", cache, "--teacher", str(model), "--samples", count]) == 2
+    assert f"samples is {count}, expected at least 1" in capsys.readouterr().err
