@@ -65,6 +65,11 @@ class RecordSettings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
+        for name in ("logits_max_error", "hidden_max_error", "affinity_max_error"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected a finite bound of at least 0"
+                )
         if self.hidden_group is not None and self.hidden_group < 1:
             raise ValueError(f"hidden_group is {self.hidden_group}, expected at least 1 channel")
         if self.top_mass is not None:

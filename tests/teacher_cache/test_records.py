@@ -155,3 +155,10 @@ def test_states_that_are_not_finite_are_refused(
 def test_unknown_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="affinity_dtype is 'int4', expected one of float32"):
         RecordSettings(records="topk", affinity_dtype="int4")
+
+
+@pytest.mark.parametrize("bound", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("name", ["logits_max_error", "hidden_max_error", "affinity_max_error"])
+def test_a_bound_that_promises_nothing_is_refused(name: str, bound: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {bound}, expected a finite bound"):
+        RecordSettings(records="topk", **{name: bound})  # pyright: ignore[reportArgumentType]
