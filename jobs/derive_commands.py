@@ -49,7 +49,7 @@ class Subset:
         from jobs.progress import Bars
         from teacher_cache.subset_cache import Selection, subset_cache
 
-        keys = None if self.keys is None else tuple(self.keys.read_text().split())
+        keys = None if self.keys is None else _read_keys(self.keys)
         names = [field.name for field in dataclasses.fields(Selection) if field.name != "keys"]
         selection = Selection(keys=keys, **{name: getattr(self, name) for name in names})
         with Bars() as bars:
@@ -148,6 +148,16 @@ class Extend:
 
                 seal = extend_records(self.cache, self.config, bars.update)
         return say_seal(self.config.out, seal, self.json)
+
+
+def _read_keys(file: Path) -> tuple[str, ...]:
+    """The keys in a text file, one a line; ValueError where it is none."""
+    try:
+        return tuple(file.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--keys {file} cannot be read ({error}); give a text file with one key a line"
+        ) from error
 
 
 def say_seal(out: str, seal: Any, as_json: bool) -> int:

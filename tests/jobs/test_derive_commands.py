@@ -82,3 +82,19 @@ def test_a_cache_is_extended_by_samples_and_by_records(
     with pytest.raises(SystemExit):
         main(["extend", more, "--out", both, *teacher])
     assert "give either source" in capsys.readouterr().err
+
+
+def test_keys_are_text_of_any_editor(tmp_path: Path, capsys: Run) -> None:
+    base_cache(tmp_path / "a")
+    keys = CacheReader.open(tmp_path / "a").keys
+    file = tmp_path / "keys"
+    subset = ["subset", str(tmp_path / "a"), "--out", str(tmp_path / "s"), "--keys", str(file)]
+    assert main(subset) == 2
+    assert f"--keys {file} cannot be read" in capsys.readouterr().err
+    file.write_bytes(b"\xff\xfe\xa4")
+    assert main(subset) == 2
+    assert "give a text file with one key a line" in capsys.readouterr().err
+    file.write_text(
+        f"{keys[0]}\r\n\r\n{keys[1]}\r\n{keys[0]}\r\n", encoding="utf-8-sig", newline=""
+    )
+    assert _json(subset, capsys)["samples"] == 2
