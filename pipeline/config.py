@@ -196,6 +196,12 @@ class PlanConfig(Strict):
 
     def __post_init__(self) -> None:
         at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not 0 <= value < float("inf"):
+                raise ValueError(f"{field.name} must be >= 0 and finite, found {value}")
+        if self.samples is not None:
+            at_least_one(self, "samples")
         if self.mean_kept is not None and self.mean_kept < 1:
             raise ValueError(f"mean_kept must be >= 1, found {self.mean_kept}")
         if self.samples_per_image is not None and self.samples_per_image < 1:

@@ -131,6 +131,10 @@ def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
         ({"views": 0}, "views must be >= 1"),
         ({"mean_kept": 0.5}, "mean_kept must be >= 1"),
         ({"samples_per_image": 0.5}, "samples_per_image must be >= 1"),
+        ({"samples": 0}, "samples must be >= 1"),
+        ({"samples": -5}, "samples must be >= 0 and finite, found -5"),
+        ({"image_bytes": -4}, "image_bytes must be >= 0"),
+        ({"teacher_seconds_per_sample": float("nan")}, "must be >= 0 and finite, found nan"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(
