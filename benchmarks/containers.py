@@ -8,7 +8,7 @@ no hashes, no second copy of a remote. Ours give validated records and check eve
 Peers that are not installed are named by `missing`; docs/performance.md says how to install them.
 """
 
-import importlib.util
+import importlib
 import io
 import json
 import tarfile
@@ -71,9 +71,11 @@ class Container(ABC):
     @property
     def missing(self) -> str | None:
         """Why it cannot be measured here, or None."""
-        if self.library is None or importlib.util.find_spec(self.library) is not None:
-            return None
-        return f"{self.library} is not installed"
+        try:
+            importlib.import_module(self.library or "pyarrow")
+        except ImportError as error:  # it is not there, or something that it needs is not
+            return f"{self.library} cannot be imported: {error}"
+        return None
 
     @abstractmethod
     def write(self, folder: Path, samples: Sequence[CachedSample]) -> None:
