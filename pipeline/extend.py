@@ -15,7 +15,7 @@ from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend_config import ExtendConfig
 from pipeline.sources import scan
 from pipeline.teacher_identity import require_same_teacher
-from teacher_cache.derive import SealedCache, derive
+from teacher_cache.derive import SealedCache, derive, open_apart
 from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.merge_caches import take_shard
 from teacher_cache.sharding import group_shards
@@ -80,6 +80,7 @@ class CacheExtender(CacheBuilder):
 def extend_samples(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
     """Write the samples of a cache and new ones of a source as one cache, in this process."""
     base = SealedCache.open(cache)
+    open_apart(config.out, [base])
     extender = CacheExtender(_build_config(config, base), base, progress)
     plan = extender.extended_plan()
     starts = [sum(len(shard) for shard in plan.shards[:index]) for index in range(len(plan.shards))]

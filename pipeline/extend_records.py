@@ -18,7 +18,7 @@ from pipeline.build import Progress, no_progress
 from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
-from teacher_cache.derive import SealedCache, derive, take_file
+from teacher_cache.derive import SealedCache, derive, open_apart, take_file
 from teacher_cache.folder import SKETCH_FILE, read_plan, read_sketch, shard_keys
 from teacher_cache.manifest import CacheSpec, Seal
 from teacher_cache.records import RecordSettings
@@ -26,7 +26,7 @@ from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
 from teacher_cache.settings import RecordKind, holds
 from teacher_cache.shard_format import EncodedRow
-from teacher_cache.storage import Location, Store, open_store
+from teacher_cache.storage import Location, Store
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import VisionOwners
 from teacher_cache.writer import commit_shard, write_shard_file
@@ -46,7 +46,7 @@ class RecordExtender:
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
         self.base = SealedCache.open(cache)
-        self.out: Store = open_store(config.out)
+        self.out: Store = open_apart(config.out, [self.base])
         records, self._computed = joined(self.base.spec.records, config.records)
         self.settings = _settings(config, self.base.spec, records)
         self.teacher: Teacher = load_as(config.teacher, self.base.spec, config.device)

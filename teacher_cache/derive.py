@@ -26,7 +26,7 @@ from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit, ShardCorr
 from teacher_cache.reader import CacheReader
 from teacher_cache.shard_format import EncodedRow, Shard, shard_format
 from teacher_cache.sketch import SketchBasis
-from teacher_cache.storage import Location, Store, sha256_file
+from teacher_cache.storage import LocalStore, Location, Store, open_store, sha256_file
 from teacher_cache.writer import seal_cache, write_assets, write_plan
 
 Progress = Callable[[int, int], None]
@@ -76,6 +76,21 @@ class SealedCache:
     def open_shard(self, number: int) -> Shard:
         """One of its shards, for random access."""
         return open_shard(self.store, self.plan, self.seal.shards[number])
+
+
+def open_apart(out: Location, sources: Iterable[SealedCache]) -> Store:
+    """The store to write to; ValueError where it lies inside a cache that is read from."""
+    store = open_store(out)
+    for source in sources:
+        if _place(store).startswith(f"{_place(source.store)}/"):
+            raise ValueError(
+                f"{store} lies inside {source.store}, which is only read; give a folder of its own"
+            )
+    return store
+
+
+def _place(store: Store) -> str:
+    return str(store.folder.resolve()) if isinstance(store, LocalStore) else store.url
 
 
 def derive(

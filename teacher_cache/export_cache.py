@@ -6,10 +6,10 @@ the bytes of the files that were exported first. Layers of a shard stay layers.
 
 import dataclasses
 
-from teacher_cache.derive import Progress, SealedCache, derive, no_progress, take_file
+from teacher_cache.derive import Progress, SealedCache, derive, no_progress, open_apart, take_file
 from teacher_cache.manifest import Seal
 from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import Location, open_store
+from teacher_cache.storage import Location
 from teacher_cache.writer import commit_shard
 
 
@@ -17,7 +17,8 @@ def export_cache(
     location: Location, out: Location, form: ShardFormatName, progress: Progress = no_progress
 ) -> Seal:
     """Write a sealed cache in a format; where it has that format already, its files are copied."""
-    base, store = SealedCache.open(location), open_store(out)
+    base = SealedCache.open(location)
+    store = open_apart(out, [base])
     plan = dataclasses.replace(base.plan, format=form)
 
     def make(index: int) -> None:

@@ -16,13 +16,14 @@ from teacher_cache.derive import (
     SealedCache,
     derive,
     no_progress,
+    open_apart,
     rehomed,
     take_file,
 )
 from teacher_cache.folder import read_rows
 from teacher_cache.manifest import Plan, Seal, ShardCommit, require_equal
 from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import Location, Store, open_store
+from teacher_cache.storage import Location, Store
 from teacher_cache.writer import commit_shard, write_encoded_shard
 
 OnDuplicate = Literal["refuse", "first"]
@@ -64,7 +65,7 @@ def merge_caches(
         shards=tuple(part.kept for part in parts),
         rejected=tuple(rejected for cache in caches for rejected in cache.seal.rejected),
     )
-    store = open_store(out)
+    store = open_apart(out, caches)
     return derive(
         store,
         plan,

@@ -245,7 +245,10 @@ class LocalStore(Store):
 
     def read(self, name: str) -> bytes:
         """The bytes of a file; FileNotFoundError where there is none."""
-        return (self.folder / name).read_bytes()
+        try:
+            return (self.folder / name).read_bytes()
+        except NotADirectoryError as error:  # the store was said to be at a file
+            raise FileNotFoundError(f"{self.folder} is not a folder") from error
 
     def size(self, name: str, *, expected: bool = False) -> int | None:
         """Bytes of a file; None where there is none."""

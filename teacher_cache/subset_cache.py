@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from teacher_cache.decode import Strict
-from teacher_cache.derive import Progress, SealedCache, derive, no_progress, rehomed
+from teacher_cache.derive import Progress, SealedCache, derive, no_progress, open_apart, rehomed
 from teacher_cache.manifest import Plan, Seal, ShardCorruptError
 from teacher_cache.reader import CacheReader
 from teacher_cache.settings import ShardFormatName
 from teacher_cache.shard_format import EncodedRow
 from teacher_cache.sharding import shard_of
-from teacher_cache.storage import Location, open_store
+from teacher_cache.storage import Location
 from teacher_cache.writer import write_encoded_shard
 
 
@@ -36,6 +36,15 @@ class Selection(Strict):
     def __post_init__(self) -> None:
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction}, expected more than 0, at most 1")
+
+    @property
+    def described(self) -> str:
+        """What was asked for, as flags."""
+        asked = dataclasses.asdict(self)
+        asked["keys"] = None if self.keys is None else f"({len(self.keys)} keys)"
+        asked["seed"] = None if self.fraction is None else self.seed
+        flags = [(name.replace("_", "-"), value) for name, value in asked.items()]
+        return " ".join(f"--{name} {value}" for name, value in flags if value is not None)
 
     @property
     def counts_tokens(self) -> bool:
@@ -79,7 +88,10 @@ def choose(
         count = round(selection.fraction * len(chosen))
         chosen = sorted(random.Random(selection.seed).sample(chosen, count))
     if not chosen:
-        raise ValueError(f"{reader.cache}: none of {len(reader)} samples passes {selection}")
+        raise ValueError(
+            f"{reader.cache}: none of {len(reader)} samples passes {selection.described}; choose "
+            "more widely (emkd inspect shows the counts of the cache)"
+        )
     return chosen
 
 
@@ -116,7 +128,7 @@ def subset_cache(
         source=f"{len(chosen)} samples of {base.seal.fingerprint[:12]} ({base.seal.source})",
         shards=tuple(tuple(positions[index] for index in part) for part in parts),
     )
-    store = open_store(out)
+    store = open_apart(out, [base])
     return derive(
         store,
         plan,

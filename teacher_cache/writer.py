@@ -67,7 +67,7 @@ def write_plan(cache: Store, plan: Plan) -> Plan:
         stored,
         plan,
         f"{cache} was begun with another plan, which",
-        "Give the settings, teacher and source that it was begun with, or another --out folder.",
+        "Give what it was begun with (settings, teacher, source, caches), or another --out folder.",
     )
     return stored
 

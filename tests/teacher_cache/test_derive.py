@@ -96,7 +96,7 @@ def test_choices_that_mean_nothing_are_refused(tmp_path: Path) -> None:
     base_cache(tmp_path / "a")
     with pytest.raises(ValueError, match=r"has no samples f{32} \(1 of 1 keys\)"):
         subset_cache(tmp_path / "a", tmp_path / "s", Selection(keys=("f" * 32,)))
-    with pytest.raises(ValueError, match="none of 10 samples passes"):
+    with pytest.raises(ValueError, match="none of 10 samples passes --min-vision-tokens 1000000;"):
         subset_cache(tmp_path / "a", tmp_path / "s", Selection(min_vision_tokens=10**6))
     with pytest.raises(ValueError, match="fraction is 0"):
         Selection(fraction=0.0)
@@ -184,6 +184,8 @@ def test_inputs_must_be_sealed_and_intact_and_another_out_is_refused(tmp_path: P
         subset_cache(tmp_path / "a", tmp_path / "s", Selection(fraction=0.5, seed=1))
     with pytest.raises(CacheMismatchError, match="begun with another plan"):
         subset_cache(tmp_path / "a", tmp_path / "a", Selection(fraction=0.5))
+    with pytest.raises(ValueError, match="lies inside"):
+        export_cache(tmp_path / "a", tmp_path / "a" / "inside", "webdataset")
     path = tmp_path / "a" / base.seal.shards[0].files[0].file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -80,6 +80,12 @@ def test_a_location_is_a_folder_a_url_or_a_store(tmp_path: Path) -> None:
         open_store(Path("s3://bucket/cache"))
 
 
+def test_a_store_at_a_file_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="file is not a folder"):
+        LocalStore(tmp_path / "file").read("plan.json")
+
+
 def test_a_copy_on_one_disk_is_a_second_name_and_elsewhere_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
