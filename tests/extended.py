@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pipeline.build import build
 from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend import extend_samples
@@ -112,6 +114,7 @@ def kill_sometimes(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     place = Path(sys.argv[2])
     teacher = tiny_llava(place / "model")
     built(place, teacher, "topk+sketch")
