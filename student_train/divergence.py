@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.objective import TailPolicy
+from student_train.objective import DivergenceName, TailPolicy
 from student_train.signals import Signal
 from student_train.top_k_signal import TopKSignal, at_least_float32
 
@@ -100,6 +100,10 @@ def forward_kl(
     """KL(teacher || student) of each row; otherwise as `reverse_kl`."""
     return _divergence(_forward_terms, student_logits, teacher, policy, temperature, blend)
 
+
+Measure = Callable[[Tensor, Signal, TailPolicy, float, float], Divergence]
+DIVERGENCES: dict[DivergenceName, Measure] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}
+"""By name: what the terms of an objective may measure."""
 
 Terms = Callable[[Tensor, Tensor], Tensor]
 """From (log q, log p) to the summands of a KL, entry by entry."""

@@ -1,7 +1,8 @@
 """The terms that compare logits, row by row, in the form that `fused_head` wants them.
 
     supervised   cross-entropy with the response token that follows
-    rld, vsd     divergence from what the teacher says at the same row
+    rld, vsd     divergence from what the teacher says at the same row, by default the reverse KL
+    kd           the same, always the forward KL (EPIC)
 
 A term is what each row gets (`rows`) and a linear reduction of these values, a mean of some kind.
 So the weight of every row is known before any logit is, which is what lets head, loss and gradient
@@ -16,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from student_train.divergence import resolve_tail, reverse_kl
+from student_train.divergence import DIVERGENCES, resolve_tail
 from student_train.fused_head import HeadRows, RowLosses
 from student_train.metrics import kept_mass
-from student_train.objective import ObjectiveConfig, TailPolicy
+from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, Signal
 from student_train.terms import supervised_rows
 
@@ -74,12 +75,14 @@ def divergence_term(
     teacher: Signal,
     objective: ObjectiveConfig,
     reduce: Callable[[Float[Tensor, " N"]], Float[Tensor, ""]],
+    divergence: DivergenceName | None = None,
 ) -> LogitTerm:
-    """Reverse KL from the teacher, whose row i faces the block's row i.
+    """A divergence (default: the objective's) from the teacher, whose row i faces the block's.
 
     ValueError for a tail policy or a temperature that the teacher's record cannot serve.
     """
     tail = resolve_tail(objective.tail, teacher, objective.temperature)
+    measure = DIVERGENCES[divergence or objective.divergence]
 
     def rows(chunk: slice) -> RowLosses:
         here = _rows(teacher, chunk)
@@ -87,7 +90,7 @@ def divergence_term(
             here = DenseSignal(logits=here.dense_logits())
 
         def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
-            found = reverse_kl(
+            found = measure(
                 logits, _rows(here, part), objective.tail, objective.temperature, objective.blend
             )
             if tail == "exact":

@@ -8,9 +8,9 @@
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
 The means over tokens run over the micro-batch, those over samples over its samples that have an
-image (VLAD: and text to compare). `matching.py` finds the pairs, `terms.py` and `logit_terms.py`
-compare what is paired, and this module alone knows both. Refuses states and teacher outputs that
-do not belong to one text. Dimensions as in schema.py.
+image (VLAD: and text to compare). `vision_matching.py` finds the pairs, `terms.py` and
+`logit_terms.py` compare what is paired, and this module alone knows both. Refuses states and
+teacher outputs that do not belong to one text. Dimensions as in schema.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,69 +18,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from student_train.fused_head import head_loss
 from student_train.linear_head import LogitsOf, as_linear
 from student_train.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
-from student_train.matching import Assignment, match_tokens
-from student_train.metrics import assignment_stats, row_mean_spread
+from student_train.matching import Assignment
 from student_train.objective import ObjectiveConfig, TailPolicy
-from student_train.signals import (
-    Signal,
-    TeacherAssets,
-    concatenate,
-    response_signal,
-    vision_signal,
-)
+from student_train.sample_states import SampleStates
+from student_train.signals import TeacherAssets, concatenate, response_signal
 from student_train.terms import mean_of, token_mean, vlad_loss, vsd_loss
-from student_train.top_k_signal import at_least_float32
+from student_train.vision_matching import Matched, start_batch_matching
 from teacher_cache.affinity import cosine_affinity
-from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleStates:
-    """The student's final hidden states of one sample, gathered: padding has left no trace.
-
-    `predicting[i]` is the state whose logits predict `response_ids[i]`; `text` are the content
-    tokens after the image, of which `text_is_response` tells the response from the instruction.
-    """
-
-    views: tuple[ViewGrid, ...]
-    vision: Float[Tensor, "N D"]
-    text: Float[Tensor, "X D"]
-    predicting: Float[Tensor, "R D"]
-    text_is_response: Bool[Tensor, " X"]
-    response_ids: Int[Tensor, " R"]
-    content_ids: Int[Tensor, " T"]
-    """Kept to be compared with the teacher's, so that no sample is distilled from another."""
-
-
-def gather_states(
-    hidden: Float[Tensor, "B L D"], spans: Sequence[TokenSpans], offsets: Sequence[int]
-) -> list[SampleStates]:
-    """Pick the states that the losses need from a padded batch, with gradient.
-
-    Position p of sample i sits at column `p + offsets[i]`, so left and right padding gather the
-    same states.
-    """
-    device = hidden.device
-    states: list[SampleStates] = []
-    for row, span, offset in zip(hidden, spans, offsets, strict=True):
-        states.append(
-            SampleStates(
-                views=span.views,
-                vision=row[(span.vision + offset).to(device)],
-                text=row[(span.vlad_text + offset).to(device)],
-                predicting=row[(span.predicting + offset).to(device)],
-                text_is_response=span.is_response[span.after_image].to(device),
-                response_ids=span.content_ids[span.is_response].to(device),
-                content_ids=span.content_ids,
-            )
-        )
-    return states
+from teacher_cache.schema import TeacherOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,21 +74,28 @@ def distillation_loss(
         _require_same_text(position, state, output)
     batch = _Batch(states, outputs, as_linear(head) or head, objective, assets or TeacherAssets())
     diagnostics: dict[str, float] = {}
-    response = _response_block(batch)
-    matched = _match_samples(batch, diagnostics)
-    blocks = [block for block in (response, _vision_block(batch, matched)) if block is not None]
     terms: dict[str, Tensor] = {}
     tails: dict[str, TailPolicy] = {}
     totals: list[Tensor] = []
-    if blocks:
-        found = head_loss(batch.head, [head_rows(b.hidden, b.terms) for b in blocks])
+
+    def compute(block: _Block | None) -> None:
+        if block is None:
+            return
+        found = head_loss(batch.head, [head_rows(block.hidden, block.terms)])
         totals.append(found.total)
-        for block, values in zip(blocks, found.values, strict=True):
-            for term in block.terms:
-                terms[term.name] = term.reduce(values[term.name])
-                diagnostics |= term.diagnostics(values)
-                if term.tail is not None:
-                    tails[term.name] = term.tail
+        (values,) = found.values
+        for term in block.terms:
+            terms[term.name] = term.reduce(values[term.name])
+            diagnostics.update(term.diagnostics(values))
+            if term.tail is not None:
+                tails[term.name] = term.tail
+
+    # Threads solve the assignments while the response goes through the head, there and back.
+    pending = start_batch_matching(states, outputs, batch.head, objective, batch.assets)
+    compute(_response_block(batch))
+    matched = pending.result()
+    diagnostics.update(pending.diagnostics)
+    compute(_vision_block(batch, matched))
     for name, term in _vision_terms(batch, matched, terms).items():
         terms[name] = term
         totals.append(batch.weight(name) * term)
@@ -162,65 +120,11 @@ class _Batch(NamedTuple):
         return getattr(self.objective, f"{term}_weight")
 
 
-class _Matched(NamedTuple):
-    """A sample with an image, after matching."""
-
-    state: SampleStates
-    output: TeacherOutput
-    pairs: Assignment
-    teacher: Signal
-    """The teacher at the matched positions, pair by pair."""
-
-    @property
-    def vision(self) -> Tensor:
-        """The student's states that were matched, pair by pair."""
-        # Usually these are all, and pairs are in their order: then nothing has to be copied.
-        every = len(self.pairs.student) == len(self.state.vision)
-        return self.state.vision if every else self.state.vision[self.pairs.student]
-
-
 class _Block(NamedTuple):
     """Rows that go through the head together, and the terms that look at their logits."""
 
     hidden: Tensor
     terms: list[LogitTerm]
-
-
-def _match_samples(batch: _Batch, diagnostics: dict[str, float]) -> list[_Matched | None]:
-    """Match every sample that has an image, one by one: logits of one sample exist at a time."""
-    if not batch.objective.needs_vision:
-        return [None] * len(batch.states)
-    found: list[_Matched | None] = []
-    mean_logits: list[Tensor] = []
-    for state, output in zip(batch.states, batch.outputs, strict=True):
-        if not state.views and not output.views:
-            found.append(None)
-            continue
-        logits = None
-        if batch.objective.matching.metric != "hidden_cosine":
-            with torch.no_grad():
-                logits = batch.head(state.vision)
-            mean_logits.append(at_least_float32(logits).mean(dim=1, keepdim=True))
-        found.append(_match(batch, state, output, logits))
-    pairs = [sample.pairs for sample in found if sample is not None]
-    if pairs:
-        stats = assignment_stats(pairs)
-        diagnostics["match_mean_cost"] = stats.mean_cost
-        diagnostics["match_separability"] = stats.separability
-        diagnostics["match_hubness"] = stats.hubness
-    if mean_logits:
-        diagnostics["student_row_mean_spread"] = row_mean_spread(torch.cat(mean_logits))
-    return found
-
-
-def _match(
-    batch: _Batch, state: SampleStates, output: TeacherOutput, logits: Tensor | None
-) -> _Matched:
-    config, device = batch.objective.matching, state.vision.device
-    with torch.autocast(device.type, enabled=False):
-        teacher = vision_signal(output, batch.assets).to(device)
-        pairs = match_tokens(state.vision, logits, state.views, teacher, output.views, config)
-    return _Matched(state, output, pairs, teacher.rows(pairs.teacher))
 
 
 def _response_block(batch: _Batch) -> _Block | None:
@@ -238,7 +142,7 @@ def _response_block(batch: _Batch) -> _Block | None:
     return _Block(hidden, terms) if terms else None
 
 
-def _vision_block(batch: _Batch, matched: Sequence[_Matched | None]) -> _Block | None:
+def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:
     """VSD looks at the logits of the vision tokens that were matched."""
     found = [sample for sample in matched if sample is not None]
     if batch.objective.vsd_weight == 0 or not found:
@@ -255,7 +159,7 @@ def _vision_block(batch: _Batch, matched: Sequence[_Matched | None]) -> _Block |
 
 
 def _vision_terms(
-    batch: _Batch, matched: Sequence[_Matched | None], known: Collection[str]
+    batch: _Batch, matched: Sequence[Matched | None], known: Collection[str]
 ) -> dict[str, Tensor]:
     """VLAD, and a zero for VSD where there was nothing to match."""
     found = [sample for sample in matched if sample is not None]
@@ -270,7 +174,7 @@ def _vision_terms(
     return terms
 
 
-def _sample_vlad(sample: _Matched, objective: ObjectiveConfig) -> Tensor | None:
+def _sample_vlad(sample: Matched, objective: ObjectiveConfig) -> Tensor | None:
     """VLAD of one sample, or None where it has no text to compare."""
     chosen = _vlad_rows(sample.state, objective)
     if not bool(chosen.any()):

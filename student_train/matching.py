@@ -121,15 +121,17 @@ def match_tokens(
     teacher: Signal,
     teacher_views: Sequence[ViewGrid],
     config: MatchingConfig,
+    student_kept: Int[Tensor, " N"] | None = None,
 ) -> Assignment:
     """Pair the N vision tokens of a student with the M of its teacher, for one sample.
 
-    The views say which rows belong together, in row order. ValueError where the two sides do not
-    show the same views (or, for scope=global, images), where the record cannot serve the metric,
-    and where costs are not finite.
+    The views say which rows belong together, in row order; `student_kept` which of the tokens of
+    the student's views its rows are, where it has dropped others. ValueError where the two sides do
+    not show the same views (or, for scope=global, images), where the record cannot serve the
+    metric, and where costs are not finite.
     """
     return start_matching(
-        student_hidden, student_logits, student_views, teacher, teacher_views, config
+        student_hidden, student_logits, student_views, teacher, teacher_views, config, student_kept
     ).result()
 
 
@@ -141,6 +143,7 @@ def start_matching(
     teacher: Signal,
     teacher_views: Sequence[ViewGrid],
     config: MatchingConfig,
+    student_kept: Int[Tensor, " N"] | None = None,
 ) -> PendingMatching:
     """Compute the costs, and let threads solve the assignments while the caller goes on.
 
@@ -151,6 +154,8 @@ def start_matching(
     student_groups = _groups(student_views, config.scope)
     teacher_groups = _groups(teacher_views, config.scope)
     _require_same_groups(student_groups.keys(), teacher_groups.keys(), config.scope)
+    if student_kept is not None:
+        student_groups = _only_kept(student_groups, student_kept)
     device = student_hidden.device
     problems: list[_Problem] = []
     for key, student_rows in student_groups.items():
@@ -229,6 +234,15 @@ def _groups(views: Sequence[ViewGrid], scope: MatchScope) -> dict[tuple[int, ...
         groups.setdefault(key, []).extend(range(start, start + view.num_tokens))
         start += view.num_tokens
     return groups
+
+
+def _only_kept(
+    groups: dict[tuple[int, ...], list[int]], kept: Tensor
+) -> dict[tuple[int, ...], list[int]]:
+    """The groups as rows of the kept tokens; a group of which none is left poses no problem."""
+    row_of = {token: row for row, token in enumerate(kept.tolist())}
+    left = {key: [row_of[t] for t in tokens if t in row_of] for key, tokens in groups.items()}
+    return {key: rows for key, rows in left.items() if rows}
 
 
 def _require_same_groups(

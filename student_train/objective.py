@@ -4,21 +4,33 @@ Defaults are EM-KD's where the paper states them and the project's documented ch
 silent (docs/method.md lists them all). Imports nothing heavy: `emkd --help` reads this.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
+from student_train.schedules import ScheduleName
 from teacher_cache.decode import Strict
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "hidden_cosine"]
 MatchScope = Literal["view", "global"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
+DivergenceName = Literal["reverse_kl", "forward_kl"]
 VladText = Literal["all", "instruction", "response"]
-ObjectiveName = Literal["supervised", "rld", "emkd"]
+EpicName = Literal[
+    "epic-tcd",
+    "epic-lcd",
+    "epic-icd",
+    "epic-cached-tcd",
+    "epic-cached-lcd",
+    "epic-cached-icd",
+]
+ObjectiveName = Literal["supervised", "rld", "emkd"] | EpicName
 
-_ABSENT_TERMS: dict[ObjectiveName, tuple[str, ...]] = {
-    "supervised": ("rld", "vsd", "vlad"),
-    "rld": ("vsd", "vlad"),
-    "emkd": (),
+TERMS = ("supervised", "rld", "kd", "vsd", "vlad")
+
+_ABSENT_TERMS: dict[str, tuple[str, ...]] = {
+    "supervised": ("rld", "kd", "vsd", "vlad"),
+    "rld": ("kd", "vsd", "vlad"),
+    "emkd": ("kd",),
 }
 
 
@@ -47,16 +59,22 @@ class MatchingConfig(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig(Strict):
-    """loss = supervised_weight * supervised + rld_weight * RLD + vsd_weight * VSD
-    + vlad_weight * VLAD; a term of weight 0 is not computed."""
+    """loss = supervised_weight * supervised + rld_weight * RLD + kd_weight * KD
+    + vsd_weight * VSD + vlad_weight * VLAD; a term of weight 0 is not computed."""
 
     name: ObjectiveName = "emkd"
     supervised_weight: float = 0.5
     rld_weight: float = 0.5
+    kd_weight: float = 0.0
+    """EPIC's consistency term (lambda): forward KL on response tokens, from the student itself with
+    more vision tokens (`epic-*`) or from the cached teacher (`epic-cached-*`, a variant)."""
     vsd_weight: float = 0.25
     vlad_weight: float = 25.0
     temperature: float = 1.0
-    """Softmax temperature of VSD and RLD; values are multiplied by its square."""
+    """Softmax temperature of VSD, RLD and KD; values are multiplied by its square."""
+    divergence: DivergenceName = "reverse_kl"
+    """What VSD and RLD measure: KL(student || teacher) as in EM-KD, or the other direction. EPIC's
+    KD is always forward."""
     tail: TailPolicy = "blend"
     """What the divergences assume of the mass outside a teacher's top-k. Signals that carry every
     logit (hidden states, k = V) are always exact; `exact` refuses all others."""
@@ -67,16 +85,22 @@ class ObjectiveConfig(Strict):
     matching: MatchingConfig = MatchingConfig()
 
     def __post_init__(self) -> None:
-        for term in ("supervised", "rld", "vsd", "vlad"):
+        for term in TERMS:
             if getattr(self, f"{term}_weight") < 0:
                 raise ValueError(f"{term}_weight must be >= 0")
-        for term in _ABSENT_TERMS[self.name]:
+        for term in _ABSENT_TERMS.get(self.name, ()):
             if getattr(self, f"{term}_weight") != 0:
                 raise ValueError(
                     f"objective {self.name!r} has no {term} term, found {term}_weight "
-                    f"{getattr(self, f'{term}_weight')}; set it to 0 or take objective 'emkd'"
+                    f"{getattr(self, f'{term}_weight')}; set it to 0 or take objective "
+                    f"{'epic-tcd' if term == 'kd' else 'emkd'!r}"
                 )
-        if self.supervised_weight + self.rld_weight + self.vsd_weight + self.vlad_weight == 0:
+        if self.epic_schedule is not None and self.kd_weight == 0:
+            raise ValueError(
+                f"objective {self.name!r} is its kd term, found kd_weight 0; without it, take "
+                "objective 'supervised' with a schedule"
+            )
+        if not any(getattr(self, f"{term}_weight") for term in TERMS):
             raise ValueError("every term has weight 0; there is nothing to train on")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, found {self.temperature}")
@@ -90,13 +114,32 @@ class ObjectiveConfig(Strict):
         """Whether vision tokens are matched at all."""
         return self.vsd_weight > 0 or self.vlad_weight > 0
 
+    @property
+    def epic_schedule(self) -> ScheduleName | None:
+        """The schedule that an EPIC objective is named after, None for others."""
+        if not self.name.startswith("epic-"):
+            return None
+        return cast(ScheduleName, self.name.rpartition("-")[2])
+
+    @property
+    def kd_from_cache(self) -> bool:
+        """Whether KD's teacher is the cached one (a variant) instead of the student itself."""
+        return self.name.startswith("epic-cached-")
+
 
 def preset(name: ObjectiveName) -> ObjectiveConfig:
-    """The three objectives of the paper's ablation: SFT, SFT + RLD, and EM-KD whole."""
-    if name == "supervised":
-        return ObjectiveConfig(
-            name=name, supervised_weight=1.0, rld_weight=0.0, vsd_weight=0.0, vlad_weight=0.0
-        )
+    """The objectives of EM-KD's ablation (SFT, SFT + RLD, EM-KD whole) and EPIC's.
+
+    EPIC's weights are those of notes on the paper, (1 - lambda) and lambda = 0.7; its released code
+    has 0.5.
+    """
+    if name == "emkd":
+        return ObjectiveConfig(name=name)
     if name == "rld":
         return ObjectiveConfig(name=name, vsd_weight=0.0, vlad_weight=0.0)
-    return ObjectiveConfig(name=name)
+    alone = ObjectiveConfig(
+        name="supervised", supervised_weight=1.0, rld_weight=0.0, vsd_weight=0.0, vlad_weight=0.0
+    )
+    if name == "supervised":
+        return alone
+    return replace(alone, name=name, supervised_weight=0.3, kd_weight=0.7)

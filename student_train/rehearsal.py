@@ -36,13 +36,13 @@ def require_served(
     def compare(teacher: Signal) -> None:
         reverse_kl(logits_1V, teacher, objective.tail, objective.temperature, objective.blend)
 
-    if objective.rld_weight > 0:
-        compare(response_signal(output, assets))
     if objective.needs_vision:
         hidden_1D = torch.zeros(1, spec.hidden_size)
         teacher = vision_signal(output, assets)
         views = output.views
         match_tokens(hidden_1D, logits_1V, views, teacher, views, objective.matching)
+    if objective.rld_weight > 0:
+        compare(response_signal(output, assets))
     if objective.vsd_weight > 0:
         compare(vision_signal(output, assets))
 

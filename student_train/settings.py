@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from student_train.objective import ObjectiveConfig
+from student_train.progression import ProgressionConfig
 from teacher_cache.decode import Strict
 from teacher_cache.settings import TierName
 
@@ -22,6 +23,9 @@ class TrainRecipe(Strict):
     """Everything that shapes the trained weights, besides the cache, the student and the steps."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
+    progression: ProgressionConfig | None = None
+    """Vision tokens dropped inside the language model, more and more of them (EPIC); None: all
+    tokens that the projector gives go through every layer."""
     records: TierName | None = None
     """Tier to learn from where the cache holds several; default: the most exact one it holds."""
     train_parts: tuple[TrainPart, ...] = ("projector", "language_model")
@@ -40,6 +44,14 @@ class TrainRecipe(Strict):
     """Dtype of the computation; weights stay float32 (mixed precision) unless it is float32."""
 
     def __post_init__(self) -> None:
+        expected = self.objective.epic_schedule
+        found = None if self.progression is None else self.progression.schedule
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"objective {self.objective.name!r} goes with schedule {expected!r}, found "
+                f"{found!r}; give both the same, or take objective 'supervised' or 'emkd', which "
+                "go with any"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, found {self.batch_size}")
         if not self.train_parts:

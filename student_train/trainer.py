@@ -37,13 +37,15 @@ from student_train.checkpoint import (
     mark_complete,
     prune_checkpoints,
 )
-from student_train.losses import LossTerms, distillation_loss, gather_states
+from student_train.losses import LossTerms, distillation_loss
 from student_train.metrics import term_gradient_norms
 from student_train.run_log import MetricsLog, Window, means, merge
+from student_train.sample_states import gather_states
 from student_train.settings import TrainerSettings
 from student_train.signals import TeacherAssets
 from student_train.stream import StudentBatch, TrainingStream
 from student_train.student import final_hidden, output_head
+from student_train.token_layout import layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +274,7 @@ def student_loss(
     """Forward pass of one micro-batch and its loss terms; the head runs at needed rows only."""
     hidden = final_hidden(model, batch.model.inputs)
     spans = [sample.spans for sample in batch.model.samples]
-    states = gather_states(hidden, spans, batch.model.offsets)
+    states = gather_states(hidden, spans, layout_of(batch.model))
     return distillation_loss(states, batch.outputs, output_head(model), settings.objective, assets)
 
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from student_train.losses import SampleStates
+from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.head import LmHead

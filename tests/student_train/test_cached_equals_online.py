@@ -13,17 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from student_train.divergence import reverse_kl
-from student_train.losses import (
-    SampleStates,
-    distillation_loss,
-    gather_states,
-)
+from student_train.losses import distillation_loss
 from student_train.matching import match_tokens
 from student_train.objective import ObjectiveConfig
+from student_train.sample_states import SampleStates, gather_states
 from student_train.signals import DenseSignal, TeacherAssets
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.student import final_hidden, output_head
 from student_train.terms import supervised_rows, token_mean, vlad_loss, vsd_loss
+from student_train.token_layout import layout_of
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.collate import ModelBatch, collate
 from teacher_cache.reader import CacheReader
@@ -65,7 +63,7 @@ def cached_batch(pair: Pair, reader: CacheReader) -> StudentBatch:
 
 def student_states(pair: Pair, batch: ModelBatch) -> list[SampleStates]:
     hidden = final_hidden(pair.student, batch.inputs)
-    return gather_states(hidden, [sample.spans for sample in batch.samples], batch.offsets)
+    return gather_states(hidden, [sample.spans for sample in batch.samples], layout_of(batch))
 
 
 def gradients(pair: Pair, total: Tensor) -> dict[str, Tensor]:

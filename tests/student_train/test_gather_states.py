@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from student_train.losses import SampleStates, distillation_loss, gather_states
+from student_train.losses import distillation_loss
 from student_train.objective import MatchingConfig, ObjectiveConfig
+from student_train.sample_states import SampleStates, gather_states
+from student_train.token_layout import TokenLayout
 from teacher_cache.schema import TokenSpans
 from tests.batches import random_batch
 
@@ -20,7 +22,13 @@ def padded(batch: Sequence[tuple[Tensor, TokenSpans]], side: str) -> list[Sample
     rows = torch.full((len(batch), length, batch[0][0].shape[1]), torch.nan, dtype=torch.float64)
     for row, (hidden, _), offset in zip(rows, batch, offsets, strict=True):
         row[offset : offset + len(hidden)] = hidden
-    return gather_states(rows, [spans for _, spans in batch], offsets)
+    return gather_states(rows, [spans for _, spans in batch], layout(batch, offsets))
+
+
+def layout(batch: Sequence[tuple[Tensor, TokenSpans]], starts: Sequence[int]) -> TokenLayout:
+    tokens = tuple(torch.arange(len(hidden)) for hidden, _ in batch)
+    length = max(start + len(row) for start, row in zip(starts, tokens, strict=True))
+    return TokenLayout(rows=tokens, starts=tuple(starts), length=length)
 
 
 def test_left_and_right_padding_give_the_same_losses_to_the_bit() -> None:
@@ -67,6 +75,6 @@ def test_the_response_is_predicted_one_position_to_the_left() -> None:
         is_response=torch.tensor([False, False, True, True]),
         after_image=torch.zeros(4, dtype=torch.bool),
     )
-    (state,) = gather_states(hidden, [spans], [0])
+    (state,) = gather_states(hidden, [spans], layout([(hidden[0], spans)], [0]))
     assert state.predicting[:, 0].tolist() == [3.0, 4.0]
     assert state.response_ids.tolist() == [12, 13]
