@@ -12,7 +12,7 @@ signal does not know it refuses to tell; what to assume of it is the caller's ch
 No gradient ever flows into a signal. Dimensions as in schema.py, N any number of positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,31 @@ def response_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
     if output.response is None:
         raise ValueError("the cached sample was read without its part `response` (or `hidden`)")
     return _from_record(output.response, None)
+
+
+def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: float) -> Signal:
+    """The teacher over its R response tokens, dropping at most the share `wanted` of its own vision
+    tokens: at the largest ratio of the sample's grid that is no more than that (`grid_ratio`).
+
+    What was read without its grid, or is of a cache that has none, is at ratio 0, which drops
+    nothing: `response_signal`. ValueError where the record or its asset is absent.
+    """
+    grid = output.hidden_grid if output.hidden is not None else output.response_grid
+    ratio = grid_ratio(grid or (), wanted)
+    if ratio == 0:
+        return response_signal(output, assets)
+    if output.hidden is not None and output.hidden_grid is not None:
+        return HiddenSignal(hidden=output.hidden_grid[ratio], head=_require_head(assets))
+    assert output.response_grid is not None
+    return _from_record(output.response_grid[ratio], None)
+
+
+def grid_ratio(ratios: Iterable[float], wanted: float) -> float:
+    """The largest of the ratios that is at most `wanted`, or 0, which every cache has.
+
+    Differences such as 0.7 - 0.2 count as the decimals that they stand for.
+    """
+    return max((ratio for ratio in ratios if ratio <= wanted + 1e-9), default=0.0)
 
 
 def concatenate(signals: Sequence[Signal]) -> Signal:

@@ -8,11 +8,9 @@ forward pass. Imports nothing heavy: `emkd --help` reads this.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from teacher_cache.decode import Strict
-
-TextSource = Literal["instruction", "released"]
+from teacher_cache.settings import TextSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

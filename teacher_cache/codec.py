@@ -10,9 +10,9 @@ benchmarks/codec.py measures; frames say which one they took, so readers need no
 Refuses planes that do not fit together, before memory is taken for what they claim.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
@@ -30,7 +30,7 @@ from teacher_cache.schema import (
     TopKRecord,
     ViewGrid,
 )
-from teacher_cache.settings import RecordKind
+from teacher_cache.settings import MAX_RATIOS, RecordKind
 from teacher_cache.transforms import (
     DICTIONARY,
     MAX_STAIRS,
@@ -41,7 +41,10 @@ from teacher_cache.transforms import (
     stairs,
 )
 
-Part = Literal["vision", "sketch", "affinity", "response", "hidden"]
+Part = Literal["vision", "sketch", "affinity", "response", "hidden", "response_grid", "hidden_grid"]
+GRID = tuple(f"g{number}" for number in range(1, MAX_RATIOS + 1))
+"""How the names of a grid's planes begin: g1 for the spec's first ratio, g2 for the next, ..."""
+T = TypeVar("T")
 
 _IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the plane content_flags
 
@@ -61,6 +64,10 @@ PART_PLANES: dict[Part, tuple[str, ...]] = {
     "hidden": (
         *("h_vision", "h_text", "h_predicting"),
         *("h_vision_scale", "h_text_scale", "h_predicting_scale"),
+    ),
+    "response_grid": tuple(chain.from_iterable(_top_k_names(prefix) for prefix in GRID)),
+    "hidden_grid": tuple(
+        f"{prefix}_{name}" for prefix in GRID for name in ("predicting", "predicting_scale")
     ),
 }
 """Every plane that a part may have; a cache has those of one form (`planes_of`)."""
@@ -95,6 +102,11 @@ _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
 }
 
 
+def _transforms(name: str) -> tuple[Transform, ...] | None:
+    """The layouts of a plane that has its own; those of a grid are the response's."""
+    return _TRANSFORMS.get(f"r{name[2:]}" if name.startswith(GRID) else name)
+
+
 _SMALL_BYTES = 4096
 """Below it there is nothing to gain by another layout than the plain one, which is read soonest."""
 
@@ -107,7 +119,7 @@ def encode_plane(
     `counts` has the number of entries of each position where those differ.
     """
     small = values.numel() * values.dtype.itemsize < _SMALL_BYTES
-    transforms = _TRANSFORMS.get(name, (PLAIN,) if small else (PLANES,))
+    transforms = _transforms(name) or ((PLAIN,) if small else (PLANES,))
     if counts is not None and RANKS in transforms:
         lengths = lengths_by_rank(counts)
         transforms = (stairs(lengths) if len(lengths) <= MAX_STAIRS else PLANES,)
@@ -117,7 +129,7 @@ def encode_plane(
 def encode_planes(planes: Mapping[str, Tensor], without: Collection[str] = ()) -> dict[str, bytes]:
     """The frames of a sample's planes but for those that are `without`."""
     return {
-        name: encode_plane(name, values, planes.get(f"{name[0]}_counts"))
+        name: encode_plane(name, values, planes.get(f"{name.split('_')[0]}_counts"))
         for name, values in planes.items()
         if name not in without
     }
@@ -132,17 +144,40 @@ def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozens
     absent = {"codes", "low", "high"} if exact_logits else {"logits"}
     if spec is None or spec.top_mass is None:
         absent.add("counts")
-    without = {f"{prefix}_{name}" for prefix in ("v", "r") for name in absent}
+    without = {f"{prefix}_{name}" for prefix in ("v", "r", *GRID) for name in absent}
     int8_cosine = spec is not None and spec.affinity_dtype == "int8"
     without |= {"a_cosine"} if int8_cosine else {"a_codes", "a_low", "a_high"}
     if spec is None or spec.hidden_dtype != "int8":
         without |= {"h_vision_scale", "h_text_scale", "h_predicting_scale"}
-    return frozenset(_SPAN_PLANES).union(*(PART_PLANES[part] for part in parts)) - without
+        without |= {f"{prefix}_predicting_scale" for prefix in GRID}
+    names = frozenset(_SPAN_PLANES).union(*(PART_PLANES[part] for part in parts)) - without
+    unused = GRID if spec is None else GRID[len(spec.ratios) :]
+    return frozenset(name for name in names if not name.startswith(unused))
 
 
 def parts_in(output: TeacherOutput) -> frozenset[Part]:
     """The parts that an output has."""
     return frozenset(part for part in PART_PLANES if getattr(output, part) is not None)
+
+
+def top_k_records(output: TeacherOutput) -> dict[str, TopKRecord]:
+    """The top-k records of an output by how the names of their planes begin."""
+    found = {"v": output.vision, "r": output.response, **_numbered(output.response_grid)}
+    return {prefix: record for prefix, record in found.items() if record is not None}
+
+
+def state_planes(output: TeacherOutput) -> dict[str, Tensor]:
+    """The hidden states of an output by the names of their planes."""
+    found = {f"{prefix}_predicting": at for prefix, at in _numbered(output.hidden_grid).items()}
+    if output.hidden is not None:
+        names = ("vision", "text", "predicting")
+        found |= {f"h_{name}": getattr(output.hidden, name) for name in names}
+    return found
+
+
+def _numbered(grid: Mapping[float, T] | None) -> dict[str, T]:
+    ratios = sorted(grid or {})
+    return {f"g{number}": grid[ratio] for number, ratio in enumerate(ratios, 1)} if grid else {}
 
 
 def output_planes(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[str, Tensor]:
@@ -158,10 +193,9 @@ def output_planes(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[
         "content_ids": output.content_ids,
         "content_flags": flags.to(torch.uint8),
     }
-    for prefix, record in (("v", output.vision), ("r", output.response)):
-        if record is not None:
-            of_record = _top_k_planes(record, spec)
-            planes |= {f"{prefix}_{name}": values for name, values in of_record.items()}
+    for prefix, record in top_k_records(output).items():
+        of_record = _top_k_planes(record, spec)
+        planes |= {f"{prefix}_{name}": values for name, values in of_record.items()}
     if output.sketch is not None:
         planes["s_codes"] = output.sketch.codes
         planes["s_scale"] = output.sketch.scale
@@ -172,25 +206,26 @@ def output_planes(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[
             planes |= zip(names, to_scale(output.affinity.cosine), strict=True)
         else:
             planes["a_cosine"] = output.affinity.cosine
-    if output.hidden is not None:
-        for name in ("vision", "text", "predicting"):
-            states: Tensor = getattr(output.hidden, name)
-            if spec is not None and spec.hidden_dtype == "int8":
-                group = spec.hidden_group or spec.hidden_size
-                planes[f"h_{name}"], planes[f"h_{name}_scale"] = to_int8(states, group)
-            else:
-                planes[f"h_{name}"] = states
+    for name, states in state_planes(output).items():
+        if spec is not None and spec.hidden_dtype == "int8":
+            group = spec.hidden_group or spec.hidden_size
+            planes[name], planes[f"{name}_scale"] = to_int8(states, group)
+        else:
+            planes[name] = states
     return planes
 
 
 def output_from_planes(
-    planes: Mapping[str, Tensor], vocab_size: int, top_k: int | None = None
+    planes: Mapping[str, Tensor],
+    vocab_size: int,
+    top_k: int | None = None,
+    ratios: Sequence[float] = (),
 ) -> TeacherOutput:
     """The inverse of `output_planes`; a part none of whose planes is given is None.
 
     Numbers of eight bits become float32. No position may keep more than `top_k` entries, or than
-    the vocabulary has where that is None. Raises KeyError where a part is given in part, ValueError
-    where its numbers do not add up.
+    the vocabulary has where that is None. `ratios` are those of the grid, ascending. Raises
+    KeyError where a part is given in part, ValueError where its numbers do not add up.
     """
     flags = planes["content_flags"]
     has = {part: any(name in planes for name in names) for part, names in PART_PLANES.items()}
@@ -210,14 +245,22 @@ def output_from_planes(
         return AffinityRecord(cosine=planes["a_cosine"])
 
     def states(name: str) -> Tensor:
-        values = planes[f"h_{name}"]
+        values = planes[name]
         quantised = values.dtype == torch.int8
-        return from_int8(values, planes[f"h_{name}_scale"]) if quantised else values
+        return from_int8(values, planes[f"{name}_scale"]) if quantised else values
 
     def hidden() -> HiddenRecord:
         return HiddenRecord(
-            vision=states("vision"), text=states("text"), predicting=states("predicting")
+            vision=states("h_vision"), text=states("h_text"), predicting=states("h_predicting")
         )
+
+    def top_k_of(prefix: str) -> TopKRecord:
+        return _top_k_from(planes, prefix, vocab_size, limit)
+
+    numbered = dict(zip(ratios, GRID, strict=False))
+    beyond = [name for name in planes if name.startswith(GRID[len(ratios) :])]
+    if beyond:
+        raise ValueError(f"planes {beyond} are of no ratio: the grid has {len(ratios)}")
 
     return TeacherOutput(
         views=tuple(
@@ -227,11 +270,17 @@ def output_from_planes(
         content_ids=planes["content_ids"],
         is_response=(flags & _IS_RESPONSE).bool(),
         after_image=(flags & _AFTER_IMAGE).bool(),
-        vision=_top_k_from(planes, "v", vocab_size, limit) if has["vision"] else None,
+        vision=top_k_of("v") if has["vision"] else None,
         sketch=sketch() if has["sketch"] else None,
         affinity=affinity() if has["affinity"] else None,
-        response=_top_k_from(planes, "r", vocab_size, limit) if has["response"] else None,
+        response=top_k_of("r") if has["response"] else None,
         hidden=hidden() if has["hidden"] else None,
+        response_grid={ratio: top_k_of(prefix) for ratio, prefix in numbered.items()}
+        if has["response_grid"]
+        else None,
+        hidden_grid={ratio: states(f"{prefix}_predicting") for ratio, prefix in numbered.items()}
+        if has["hidden_grid"]
+        else None,
     )
 
 

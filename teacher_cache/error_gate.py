@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from teacher_cache.codec import output_from_planes
+from teacher_cache.codec import output_from_planes, state_planes, top_k_records
 from teacher_cache.manifest import CacheSpec
 from teacher_cache.quantize import largest_error, largest_relative_error
 from teacher_cache.schema import TeacherOutput
@@ -40,15 +40,13 @@ def losses(
     lossy = (spec.logits_max_error, spec.affinity_max_error, spec.hidden_max_error)
     if lossy == (None, None, None):
         return ()
-    back = output_from_planes(planes, spec.vocab_size)
+    back = output_from_planes(planes, spec.vocab_size, ratios=spec.ratios)
     found: list[Loss] = []
-    for prefix, record, stored in (
-        ("v", output.vision, back.vision),
-        ("r", output.response, back.response),
-    ):
-        if spec.logits_max_error is not None and record is not None and stored is not None:
-            width = stored.logits.shape[1]  # beyond it are repetitions
-            error = largest_error(record.logits[:, :width], stored.logits)
+    if spec.logits_max_error is not None:
+        stored = top_k_records(back)
+        for prefix, record in top_k_records(output).items():
+            width = stored[prefix].logits.shape[1]  # beyond it are repetitions
+            error = largest_error(record.logits[:, :width], stored[prefix].logits)
             found.append(
                 Loss(
                     plane=f"{prefix}_codes",
@@ -70,14 +68,13 @@ def losses(
                 remedy="choose affinity_dtype float16",
             )
         )
-    if spec.hidden_max_error is not None and output.hidden is not None:
-        assert back.hidden is not None
-        for name in ("vision", "text", "predicting"):
-            error = largest_relative_error(getattr(output.hidden, name), getattr(back.hidden, name))
+    if spec.hidden_max_error is not None:
+        read_back = state_planes(back)
+        for name, states in state_planes(output).items():
             found.append(
                 Loss(
-                    plane=f"h_{name}",
-                    found=error,
+                    plane=name,
+                    found=largest_relative_error(states, read_back[name]),
                     bound=spec.hidden_max_error,
                     setting="hidden_max_error",
                     remedy="choose a smaller hidden_group (channels that share a scale), or "

@@ -14,6 +14,10 @@ from pathlib import PurePath
 import torch
 from torch import Tensor
 
+ABSENT: dict[str, bool] = {"absent": True}
+"""Metadata of a dataclass's field of a later day: where it has its default it is left out, so that
+records without it keep the text and the digest that they had before there was such a field."""
+
 
 def canonical(value: object) -> object:
     """Reduce a value to what JSON can hold, in one way only; raises TypeError otherwise."""
@@ -26,7 +30,11 @@ def canonical(value: object) -> object:
     if isinstance(value, PurePath):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: canonical(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("absent") and getattr(value, f.name) == f.default)
+        }
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"a fingerprint needs string keys, found {sorted(map(repr, value))}")

@@ -16,14 +16,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
 from teacher_cache.decode import DecodeError, Strict, decode_json
-from teacher_cache.fingerprint import digest_json, short
+from teacher_cache.fingerprint import ABSENT, canonical, digest_json, short
 from teacher_cache.schema import RejectedSample
-from teacher_cache.settings import LogitsCodec, RecordKind, ShardFormatName
+from teacher_cache.settings import GridSettings, LogitsCodec, RecordKind, ShardFormatName
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a shard or the meaning of a field change."""
@@ -93,6 +93,13 @@ class CacheSpec(Strict):
     share_vision: bool
     """Whether samples of a shard that are the same up to their last vision token have one vision
     record, that of the first; computed beside other samples its last bits may differ."""
+    grid: GridSettings | None = field(default=None, metadata=ABSENT)
+    """How the teacher dropped vision tokens for further response records; None: there are none."""
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Ratios of the grid, ascending; none where there is no grid."""
+        return () if self.grid is None else self.grid.ratios
 
     @cached_property
     def fingerprint(self) -> str:
@@ -245,7 +252,7 @@ def _brief(value: object) -> str:
 
 def to_json(record: CacheSpec | Plan | ShardCommit | Seal) -> str:
     """Canonical text of a record: sorted keys, one trailing newline; equal records, equal bytes."""
-    return json.dumps(dataclasses.asdict(record), sort_keys=True, indent=1) + "\n"
+    return json.dumps(canonical(record), sort_keys=True, indent=1) + "\n"
 
 
 R = TypeVar("R", Plan, ShardCommit, Seal)

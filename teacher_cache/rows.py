@@ -22,6 +22,7 @@ from teacher_cache.codec import (
     output_planes,
     parts_in,
     planes_of,
+    top_k_records,
 )
 from teacher_cache.error_gate import require_within_bounds
 from teacher_cache.frames import decode_frame
@@ -34,6 +35,7 @@ from teacher_cache.schema import (
     TopKRecord,
     sample_key,
 )
+from teacher_cache.settings import holds
 from teacher_cache.shard_format import EncodedRow, Shard
 
 
@@ -95,7 +97,7 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
         planes = {name: decode_frame(frame) for name, frame in row.planes.items()}
-        output = output_from_planes(planes, spec.vocab_size, spec.top_k)
+        output = output_from_planes(planes, spec.vocab_size, spec.top_k, spec.ratios)
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
         return CachedSample(sample=sample, output=output)
@@ -127,7 +129,12 @@ def content_key(key: str) -> str:
 
 def tier_parts(spec: CacheSpec) -> frozenset[Part]:
     """The parts that every row of a cache holds."""
-    return TIER_PARTS[spec.records]
+    parts = set(TIER_PARTS[spec.records])
+    if spec.grid is not None and holds(spec.records, "topk"):
+        parts.add("response_grid")
+    if spec.grid is not None and holds(spec.records, "hidden"):
+        parts.add("hidden_grid")
+    return frozenset(parts)
 
 
 def require_parts(parts: Collection[Part], spec: CacheSpec) -> None:
@@ -147,14 +154,19 @@ def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
             f"sample {cached.sample.key}: the teacher gave {sorted(found)}, "
             f"a cache of {spec.records} holds {sorted(wanted)}"
         )
-    for record in (cached.output.vision, cached.output.response):
-        if isinstance(record, TopKRecord) and record.vocab_size != spec.vocab_size:
+    for grid in (cached.output.response_grid, cached.output.hidden_grid):
+        if grid is not None and tuple(sorted(grid)) != spec.ratios:
+            raise ValueError(
+                f"sample {cached.sample.key}: the teacher gave ratios {sorted(grid)}, the cache "
+                f"has {spec.ratios}"
+            )
+    for record in top_k_records(cached.output).values():
+        if record.vocab_size != spec.vocab_size:
             raise ValueError(
                 f"sample {cached.sample.key}: records over {record.vocab_size} vocabulary rows, "
                 f"the cache is over {spec.vocab_size}"
             )
-        if isinstance(record, TopKRecord):
-            _require_kept(cached.sample.key, record, spec)
+        _require_kept(cached.sample.key, record, spec)
 
 
 def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:

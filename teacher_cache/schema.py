@@ -12,7 +12,7 @@ Legend of dimensions, used in every file:
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,24 +221,17 @@ class TopKRecord:
         """Number of entries that each position keeps."""
         if self.num_kept is not None:
             return self.num_kept
-        num_rows, num_kept = self.ids.shape
-        return torch.full((num_rows,), num_kept, device=self.ids.device)
+        return torch.full(self.logsumexp.shape, self.ids.shape[1], device=self.ids.device)
 
     @property
     def kept_mask(self) -> Bool[Tensor, "N K"]:
         """Which entries are kept; the others repeat the row's first one."""
-        ranks = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return ranks < self.counts[:, None]
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.counts[:, None]
 
     def _require_padding(self, num_kept: Tensor) -> None:
-        if (
-            num_kept.numel()
-            and not 1 <= int(num_kept.min()) <= int(num_kept.max()) <= (self.ids.shape[1])
-        ):
-            raise ValueError(
-                f"positions keep {int(num_kept.min())}..{int(num_kept.max())} entries of "
-                f"{self.ids.shape[1]}, expected at least 1 and no more than there are"
-            )
+        low, high = map(int, num_kept.aminmax()) if num_kept.numel() else (1, 1)
+        if not 1 <= low <= high <= self.ids.shape[1]:
+            raise ValueError(f"positions keep {low}..{high} of {self.ids.shape[1]} entries")
         kept = self.kept_mask
         for name, values in (("ids", self.ids), ("logits", self.logits)):
             if bool(((values != values[:, :1]) & ~kept).any()):
@@ -297,6 +290,8 @@ class TeacherOutput:
 
     `shared_from` is the key of an earlier sample that is the same up to its last vision token:
     `views`, `vision`, `sketch` and the vision states of `hidden` are then those of that sample.
+    The grids hold, by ratio, what `response` and `hidden.predicting` are where the teacher drops
+    that share of its vision tokens (`settings.GridSettings`).
     """
 
     views: tuple[ViewGrid, ...]
@@ -309,21 +304,26 @@ class TeacherOutput:
     response: TopKRecord | None = None
     hidden: HiddenRecord | None = None
     shared_from: str | None = None
+    response_grid: Mapping[float, TopKRecord] | None = None
+    hidden_grid: Mapping[float, Float[Tensor, "R D"]] | None = None
 
     def __post_init__(self) -> None:
         num_vision = sum(view.num_tokens for view in self.views)
         num_response = int(self.is_response.sum())
         num_text = int(self.after_image.sum())
-        found: list[tuple[str, int, int]] = []
+        found: list[tuple[str, object, object]] = []
         if self.vision is not None:
             found.append(("vision top-k rows", len(self.vision.ids), num_vision))
         if self.sketch is not None:
             found.append(("sketch rows", len(self.sketch.codes), num_vision))
-        if self.response is not None:
-            found.append(("response top-k rows", len(self.response.ids), num_response))
+        responses = {} if self.response is None else {0.0: self.response}
+        for ratio, record in (responses | dict(self.response_grid or {})).items():
+            found.append((f"response top-k rows (ratio {ratio})", len(record.ids), num_response))
+        for ratio, states in (self.hidden_grid or {}).items():
+            _require_finite(f"predicting states (ratio {ratio})", states)
+            found.append((f"predicting states (ratio {ratio})", len(states), num_response))
         if self.affinity is not None:
-            found.append(("affinity rows", self.affinity.cosine.shape[0], num_text))
-            found.append(("affinity columns", self.affinity.cosine.shape[1], num_vision))
+            found.append(("affinity", tuple(self.affinity.cosine.shape), (num_text, num_vision)))
         if self.hidden is not None:
             found.append(("vision states", len(self.hidden.vision), num_vision))
             found.append(("text states", len(self.hidden.text), num_text))

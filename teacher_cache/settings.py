@@ -1,6 +1,13 @@
-"""The named alternatives of a cache, apart from everything heavy, so that settings load at once."""
+"""The named alternatives of a cache, and its grid, apart from everything heavy.
 
+Settings load at once. Refuses what no cache could hold: cuts and ratios out of their range.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
+
+from teacher_cache.decode import Strict
 
 RecordKind = Literal["topk", "topk+sketch", "hidden", "topk+hidden", "topk+sketch+hidden"]
 """What a cache holds: K largest logits; those and a PCA sketch; the final hidden states; or both
@@ -20,6 +27,47 @@ AffinityDtype = Literal["float32", "float16", "int8"]
 
 HiddenDtype = Literal["float32", "bfloat16", "int8"]
 """How hidden states are stored; int8: with a scale for each group of channels of each token."""
+
+
+TextSource = Literal["instruction", "released"]
+"""Text that may decide which vision tokens a model drops: the user's of the turn that shows the
+images, or all text behind the images, answers included, as in EPIC's released code."""
+
+MAX_RATIOS = 9
+"""Ratios of a grid: each has planes of its own, named by one digit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridSettings(Strict):
+    """How a teacher drops its own vision tokens for the further response records of a cache.
+
+    Besides the ordinary record (ratio 0) each response token has one for every ratio.
+    """
+
+    compressor: str
+    """A name in `student_train.compressors.COMPRESSORS`."""
+    layer: int
+    """Decoder layer, counted from 0, whose input is shortened."""
+    ratios: tuple[float, ...]
+    """Shares of the vision tokens that are dropped there, ascending, 0 < ratio < 1."""
+    text: TextSource = "instruction"
+    seed: int = 0
+    """Of compressors that draw (random)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.ratios) <= MAX_RATIOS:
+            raise ValueError(f"found {len(self.ratios)} ratios, expected 1 to {MAX_RATIOS}")
+        if not all(0 < ratio < 1 for ratio in self.ratios):
+            raise ValueError(
+                f"ratios are {self.ratios}, expected numbers between 0 and 1 (both left out): 0.75 "
+                "drops three quarters of the vision tokens, and 0 is always there"
+            )
+        if any(low >= high for low, high in pairwise(self.ratios)):
+            raise ValueError(f"ratios are {self.ratios}, expected ascending, each only once")
+        if self.layer < 1:
+            raise ValueError(
+                f"the layer is {self.layer}, expected 1 or more: the one below decides what is kept"
+            )
 
 
 def holds(records: RecordKind, piece: Literal["topk", "sketch", "hidden"]) -> bool:

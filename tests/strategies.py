@@ -162,10 +162,12 @@ def make_output(
     num_kept: int = 4,
     dtype: torch.dtype = torch.float32,
     ragged: bool = False,
+    ratios: Sequence[float] = (),
 ) -> TeacherOutput:
     """An output with random numbers for the given grids and number of content tokens.
 
-    `ragged`: positions keep 1..`num_kept` entries, each its own number.
+    `ragged`: positions keep 1..`num_kept` entries, each its own number. `ratios` are those of the
+    teacher's grid.
     """
     generator = torch.Generator().manual_seed(seed)
     num_vision = sum(rows * cols for rows, cols in views)
@@ -190,6 +192,9 @@ def make_output(
             scale=_floats(generator, torch.float32, num_vision),
             tail_shift=_floats(generator, torch.float32, num_vision),
         )
+    apart = torch.Generator().manual_seed(seed)  # so that other numbers do not depend on the grid
+    grid = {r: _top_k(apart, dtype, num_response, num_kept, ragged) for r in ratios}
+    states = {r: _floats(apart, dtype, num_response, WIDTH) for r in ratios}
     return TeacherOutput(
         views=tuple(
             ViewGrid(image=n, view=0, rows=rows, cols=cols) for n, (rows, cols) in enumerate(views)
@@ -202,6 +207,8 @@ def make_output(
         affinity=affinity,
         response=response,
         hidden=hidden,
+        response_grid=grid if ratios and response is not None else None,
+        hidden_grid=states if ratios and hidden is not None else None,
     )
 
 
