@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from pipeline.config import BuildConfig
-from pipeline.sources import SampleSource, open_source, scan
+from pipeline.sources import SampleSource, ScannedSample, open_source, scan
 from teacher_cache.folder import (
     committed,
     read_commit,
@@ -39,7 +40,7 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.settings import holds
-from teacher_cache.sharding import group_shards
+from teacher_cache.sharding import group_shards, spread_order
 from teacher_cache.storage import Store, open_store
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import VisionOwners
@@ -127,8 +128,7 @@ class CacheBuilder:
         if not scanned:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
         if holds(config.records, "sketch"):
-            first = scanned[: config.calibration_samples]
-            self._fit_basis([sample.index for sample in first])
+            self._fit_basis(scanned)
         groups = [sample.images if config.share_vision else None for sample in scanned]
         shards = group_shards(groups, config.samples_per_shard)
         plan = Plan(
@@ -216,16 +216,18 @@ class CacheBuilder:
         sample = self._sample(key, index)
         return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
 
-    def _fit_basis(self, indices: Sequence[int]) -> None:
-        size = self.config.batch_size
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-
-        def samples() -> Iterator[list[Sample]]:
-            for number, batch in enumerate(batches):
-                yield [self.source[index] for index in batch]
-                self.progress("calibrate", number + 1, len(batches))
-
-        self.teacher.fit_sketch(samples(), self.config.sketch_rank)
+    def _fit_basis(self, scanned: Sequence[ScannedSample]) -> None:
+        """Fit the sketch to samples with images from all over the source, batch by batch."""
+        size, wanted = self.config.batch_size, self.config.calibration_tokens
+        spread = (scanned[place] for place in spread_order(len(scanned)))
+        shown = (self.source[sample.index] for sample in spread if sample.images is not None)
+        batches = iter(lambda: list(islice(shown, size)), [])
+        self.teacher.fit_sketch(
+            batches,
+            self.config.sketch_rank,
+            wanted,
+            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+        )
 
     def _load_basis(self, plan: Plan) -> None:
         if plan.spec.sketch_digest is not None and self.teacher.sketch is None:

@@ -35,6 +35,11 @@ class DigitsConfig(Strict):
     seed: int = 0
 
 
+CALIBRATION_TOKENS = 20_000
+"""Vision tokens that fit a sketch's basis: fewer, or of a few alike images, and directions of the
+next image are missing (docs/method.md)."""
+
+
 def at_least_one(record: object, *names: str) -> None:
     """Raise ValueError for the first of the named counts that is below 1."""
     for name in names:
@@ -88,8 +93,9 @@ class BuildConfig(Strict):
     sketch_rank: int = 128
     """Directions of the PCA sketch; capped at the teacher's width, where it is lossless but for
     the rounding to int8."""
-    calibration_samples: int = 256
-    """Samples, from the first on, whose vision states fit the sketch's basis."""
+    calibration_tokens: int = CALIBRATION_TOKENS
+    """Vision tokens, of samples spread over the whole source, that fit the sketch's basis; all
+    there are where the source has fewer."""
     hidden_dtype: HiddenDtype = "bfloat16"
     hidden_group: int | None = 64
     """Most channels that share a scale where states are int8; none: all of a token's."""
@@ -117,7 +123,7 @@ class BuildConfig(Strict):
     """CPU threads of torch in each worker; default: torch's own choice."""
 
     def __post_init__(self) -> None:
-        at_least_one(self, "top_k", "sketch_rank", "calibration_samples", "samples_per_shard")
+        at_least_one(self, "top_k", "sketch_rank", "calibration_tokens", "samples_per_shard")
         at_least_one(self, "batch_size", "top_k_floor")
         if self.hidden_group is not None:
             at_least_one(self, "hidden_group")
@@ -126,10 +132,15 @@ class BuildConfig(Strict):
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
-        """Raise ValueError for a codec's setting that these records have no use for."""
+        """Raise ValueError for a setting that these records or codecs have no use for."""
         top, hidden = holds(self.records, "topk"), holds(self.records, "hidden")
+        sketch = holds(self.records, "sketch")
         use = {
-            f"records {self.records} have no logits": (top, "top_mass", "logits_codec"),
+            f"records {self.records} have no logits": (top, "top_k", "top_mass", "logits_codec"),
+            f"records {self.records} have no sketch": (
+                sketch,
+                *("sketch_rank", "calibration_tokens"),
+            ),
             f"records {self.records} have no cosines": (top, "affinity_dtype"),
             f"records {self.records} have no hidden states": (hidden, "hidden_dtype"),
             "top_mass is not set": (self.top_mass is not None, "top_k_floor"),

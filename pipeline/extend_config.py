@@ -40,8 +40,8 @@ class ExtendConfig(Strict):
     affinity_dtype: AffinityDtype | None = None
     affinity_max_error: float | None = None
     sketch_rank: int | None = None
-    calibration_samples: int | None = None
-    """Samples of the cache, in the order of its source, to which a new sketch is fitted."""
+    calibration_tokens: int | None = None
+    """Vision tokens of the cache to which a new sketch is fitted."""
     hidden_dtype: HiddenDtype | None = None
     hidden_group: int | None = None
     hidden_max_error: float | None = None
@@ -67,7 +67,7 @@ RECORD_SETTINGS = {
         *("top_k", "top_mass", "top_k_floor", "logits_codec", "logits_max_error"),
         *("affinity_dtype", "affinity_max_error"),
     ),
-    "sketch": ("sketch_rank", "calibration_samples"),
+    "sketch": ("sketch_rank", "calibration_tokens"),
     "hidden": ("hidden_dtype", "hidden_group", "hidden_max_error"),
 }
 """Settings of `ExtendConfig` that a piece of the records needs where it is new."""

@@ -9,12 +9,14 @@ not accept, settings of records that are not new. Running it again resumes it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import islice
 from typing import get_args
 
 import torch
 
 from pipeline.build import Progress, no_progress
+from pipeline.config import CALIBRATION_TOKENS
 from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
@@ -26,6 +28,7 @@ from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
 from teacher_cache.settings import RecordKind, holds
 from teacher_cache.shard_format import EncodedRow
+from teacher_cache.sharding import spread_order
 from teacher_cache.storage import Location, Store
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import VisionOwners
@@ -125,18 +128,23 @@ class RecordExtender:
         elif begun is not None and self.out.exists(SKETCH_FILE):
             self.teacher.sketch = read_sketch(self.out, begun.spec)
         else:
-            self.teacher.fit_sketch(self._calibration(), self.settings.sketch_rank)
+            self._fit_basis()
 
-    def _calibration(self) -> Iterator[Sequence[Sample]]:
-        """The samples that a build would have taken, the first ones of the source, in batches."""
-        count = min(self.config.calibration_samples or 256, len(self.base.reader))
+    def _fit_basis(self) -> None:
+        """Fit the sketch to the samples that a build would have taken, in its batches."""
         places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
-        first = sorted(range(len(places)), key=lambda row: places[row][1])[:count]
-        size = self.base.spec.batch_size
-        for start in range(0, count, size):
-            rows = first[start : start + size]
-            yield [self.base.reader.read(row, ()).sample for row in rows]
-            self.progress("calibrate", start + len(rows), count)
+        order = sorted(range(len(places)), key=lambda row: places[row][1])
+        spread = (order[place] for place in spread_order(len(order)))
+        samples = (self.base.reader.read(row, ()).sample for row in spread)
+        shown = (sample for sample in samples if sample.images)
+        batches = iter(lambda: list(islice(shown, self.base.spec.batch_size)), [])
+        wanted = self.config.calibration_tokens or CALIBRATION_TOKENS
+        self.teacher.fit_sketch(
+            batches,
+            self.settings.sketch_rank,
+            wanted,
+            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+        )
 
 
 def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, RecordKind]:
@@ -179,7 +187,7 @@ def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> Rec
                     f"{name} is given, but {piece} records are not new: the cache holds "
                     f"{base.records}, and {records} is to be held"
                 )
-            if value is not None and name != "calibration_samples":
+            if value is not None and name != "calibration_tokens":
                 changes[name] = value
     return dataclasses.replace(known, **changes)
 

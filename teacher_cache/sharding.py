@@ -1,7 +1,7 @@
 """Arithmetic of shards and orders: which samples, in which order, for whom. Knows no files.
 
 A cache's shards are cut from a source's order by `group_shards`, which puts together what may share
-a vision record.
+a vision record; a sketch is calibrated in `spread_order`.
 
 The student's order is an endless sequence of epochs, each a permutation of all rows, and a pure
 function of (shard sizes, seed, window): shards are permuted, cut into windows of a few shards, and
@@ -14,7 +14,7 @@ not promise that `Generator.permutation` stays the same from version to version.
 """
 
 from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -43,6 +43,18 @@ def group_shards(groups: Sequence[Hashable | None], size: int) -> list[list[int]
         else:
             shards[-1] += positions
     return shards
+
+
+def spread_order(count: int) -> Iterator[int]:
+    """0 ... count - 1, each once, every beginning of it spread over the whole (van der Corput).
+
+    So that samples taken until there are enough come from all of a source, however many it takes.
+    """
+    bits = max(0, count - 1).bit_length()
+    for number in range(2**bits):
+        place = sum(1 << (bits - 1 - bit) for bit in range(bits) if number >> bit & 1)
+        if place < count:
+            yield place
 
 
 def shard_of(starts: Sequence[int], index: int) -> int:

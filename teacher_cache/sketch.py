@@ -120,8 +120,7 @@ def basis_from_moments(moments: HiddenMoments, head: LmHead, rank: int) -> Sketc
     if moments.count < 2:
         raise ValueError(
             f"the sketch's basis needs vision tokens to be fitted to, found {moments.count}; "
-            "calibrate on more samples (calibration_samples), so that some have images, or record "
-            "the topk tier"
+            "give a source that has usable samples with images, or record the topk tier"
         )
     rank = min(rank, len(moments.mean))
     weight = head.weight.detach().to("cpu", torch.float64)

@@ -14,7 +14,7 @@ teacher and student normalise over the same support.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -103,9 +103,17 @@ class Teacher:
             basis = basis.to(self.device)
         self._sketch = basis
 
-    def fit_sketch(self, batches: Iterable[Sequence[Sample]], rank: int) -> SketchBasis:
+    def fit_sketch(
+        self,
+        batches: Iterable[Sequence[Sample]],
+        rank: int,
+        num_tokens: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> SketchBasis:
         """Fit the sketch's basis to the vision states of calibration samples, and keep it.
 
+        Takes batches until they have `num_tokens` vision tokens; None, or fewer in all: all of
+        them. Holds the states of one batch at a time; `progress` is told the tokens so far.
         Samples that cannot be used are passed over here: `outputs` names them in their turn.
         """
         moments = HiddenMoments(self.head.weight.shape[1])
@@ -116,6 +124,10 @@ class Teacher:
                 vision = states[sample.spans.vision]
                 if bool(torch.isfinite(vision).all()):
                     moments.update(vision)
+            if progress is not None:
+                progress(moments.count)
+            if num_tokens is not None and moments.count >= num_tokens:
+                break
         self.sketch = basis = basis_from_moments(moments, self.head, rank)
         return basis
 

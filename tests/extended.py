@@ -44,16 +44,15 @@ def samples_to_cache() -> list[Sample]:
 
 
 def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> BuildConfig:
-    """A build over the first samples; the sketch is fitted to those that all builds have."""
+    """A build over the first samples."""
     source = write_llava_json(folder / f"source-{count}", samples_to_cache()[:count])
     return BuildConfig(
         source=SourceConfig(path=str(source)),
         teacher=str(model),
         out=str(folder / f"{records}-{count}"),
         records=records,
-        top_k=6,
-        sketch_rank=4,
-        calibration_samples=BATCH,
+        top_k=6 if holds(records, "topk") else 64,
+        sketch_rank=4 if holds(records, "sketch") else 128,
         hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
         samples_per_shard=BATCH,
         batch_size=BATCH,
@@ -68,10 +67,10 @@ def built(folder: Path, model: Path, records: RecordKind, count: int = 6) -> Pat
     return Path(config.out)
 
 
-def more_samples(folder: Path, model: Path, out: Path) -> Seal:
+def more_samples(folder: Path, model: Path, out: Path, records: RecordKind = "topk+sketch") -> Seal:
     """The base of six samples extended by a source that has these and six more."""
-    source = build_config(folder, model, "topk+sketch", 12).source.path
-    base = str(folder / "topk+sketch-6")
+    source = build_config(folder, model, records, 12).source.path
+    base = str(folder / f"{records}-6")
     config = ExtendConfig(out=str(out), teacher=str(model), source=source, device="cpu")
     return extend_samples(base, config)
 

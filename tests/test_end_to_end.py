@@ -19,7 +19,7 @@ from pipeline.report import write_report
 from pipeline.train import train
 from student_train.objective import ObjectiveName, preset
 from teacher_cache.reader import CacheReader
-from teacher_cache.settings import RecordKind, ShardFormatName
+from teacher_cache.settings import RecordKind, ShardFormatName, holds
 from teacher_cache.verify import verify_cache
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
@@ -70,8 +70,8 @@ def test_a_source_becomes_a_student_and_a_report(
             out=str(cache),
             format=form,
             records=records,
-            top_k=8,
-            sketch_rank=8,
+            top_k=8 if holds(records, "topk") else 64,
+            sketch_rank=8 if holds(records, "sketch") else 128,
             samples_per_shard=2,
             batch_size=2,
             device="cpu",

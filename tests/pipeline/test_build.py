@@ -3,7 +3,9 @@
 import dataclasses
 import random
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ from teacher_cache.error_gate import CodecError
 from teacher_cache.folder import read_seal
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.reader import CacheReader
+from teacher_cache.schema import Sample
+from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import open_store
 from teacher_cache.teacher import Teacher
 from tests.children import start
@@ -31,7 +35,6 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
         top_k=8,
         samples_per_shard=3,
         batch_size=2,
-        calibration_samples=4,
     )
 
 
@@ -40,11 +43,17 @@ def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:
     return dataclasses.replace(config, out=out, **changes)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
+HIDDEN: dict[str, object] = {"records": "hidden", "top_k": 64}
+"""Changes of a configuration to records that have no top k."""
+
+
+@pytest.mark.parametrize("changes", [{"records": "topk"}, {"records": "topk+sketch"}, HIDDEN])
 @pytest.mark.parametrize("form", ["arrow", "webdataset"])
-def test_building_twice_gives_the_same_bytes(config: BuildConfig, records: str, form: str) -> None:
-    first = build(_into(config, "a", records=records, format=form))
-    second = build(_into(config, "b", records=records, format=form))
+def test_building_twice_gives_the_same_bytes(
+    config: BuildConfig, changes: dict[str, object], form: str
+) -> None:
+    first = build(_into(config, "a", format=form, **changes))
+    second = build(_into(config, "b", format=form, **changes))
     assert first.num_samples == 10
     assert shard_bytes(Path(config.out).parent / "a") == shard_bytes(Path(config.out).parent / "b")
     assert first.fingerprint == second.fingerprint
@@ -152,6 +161,32 @@ def test_top_k_beyond_the_vocabulary_publishes_nothing(config: BuildConfig) -> N
     assert not Path(config.out).exists() or not list(Path(config.out).iterdir())
 
 
+def test_the_sketch_is_fitted_to_images_from_all_over_the_source(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    fit = Teacher.fit_sketch
+
+    def watch(
+        self: Teacher, batches: Iterable[Sequence[Sample]], rank: int, *more: Any
+    ) -> SketchBasis:
+        def noted() -> Iterator[Sequence[Sample]]:
+            for batch in batches:
+                seen.append([sample.source_id for sample in batch])
+                yield batch
+
+        return fit(self, noted(), rank, *more)
+
+    monkeypatch.setattr(Teacher, "fit_sketch", watch)
+    few = build(_into(config, "few", calibration_tokens=50))
+    assert seen == [["tiny-0", "tiny-8"], ["tiny-4", "tiny-6"]]  # 48 tokens, 32
+    seen.clear()
+    everything = build(config)
+    wanted = ["tiny-0", "tiny-8", "tiny-4", "tiny-6", "tiny-1", "tiny-9", "tiny-5", "tiny-3"]
+    assert [name for batch in seen for name in batch] == wanted  # the other two show nothing
+    assert few.spec.sketch_digest != everything.spec.sketch_digest
+
+
 def _spoil(config: BuildConfig, how: str) -> str:
     """Damage one sample of the source; returns its id."""
     samples = tiny_samples(10)
@@ -208,18 +243,22 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfi
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"records": "hidden", "top_mass": 0.9}, "top_mass would have no effect: records hidden"),
-        ({"records": "hidden", "logits_codec": "affine8"}, "logits_codec would have no effect"),
-        ({"records": "hidden", "affinity_dtype": "int8"}, "affinity_dtype would have no effect"),
+        ({"records": "hidden"}, "top_k would have no effect: records hidden have no logits"),
+        ({**HIDDEN, "top_mass": 0.9}, "top_mass would have no effect: records hidden"),
+        ({**HIDDEN, "logits_codec": "affine8"}, "logits_codec would have no effect"),
+        ({**HIDDEN, "affinity_dtype": "int8"}, "affinity_dtype would have no effect"),
+        ({**HIDDEN, "sketch_rank": 8}, "sketch_rank would have no effect: records hidden have no"),
+        ({"records": "topk", "sketch_rank": 8}, "sketch_rank would have no effect: records topk"),
+        ({"records": "topk", "calibration_tokens": 9}, "calibration_tokens would have no effect"),
         ({"hidden_dtype": "int8"}, "hidden_dtype would have no effect"),
         ({"hidden_group": 32}, "hidden_group would have no effect: hidden states are not int8"),
         ({"top_k_floor": 2}, "top_k_floor would have no effect: top_mass is not set"),
         ({"logits_max_error": 0.1}, "logits_max_error would have no effect: logits are exact"),
         ({"affinity_max_error": 0.1}, "affinity_max_error would have no effect"),
-        ({"records": "hidden", "hidden_max_error": 0.1}, "hidden_max_error would have no effect"),
+        ({**HIDDEN, "hidden_max_error": 0.1}, "hidden_max_error would have no effect"),
         ({"top_mass": 1.0}, "top_mass is 1.0"),
         ({"top_mass": 0.9, "top_k_floor": 9}, "top_k_floor is 9, expected 1..top_k, which is 8"),
-        ({"records": "hidden", "hidden_dtype": "int8", "hidden_group": 0}, "hidden_group must be"),
+        ({**HIDDEN, "hidden_dtype": "int8", "hidden_group": 0}, "hidden_group must be"),
     ],
 )
 def test_settings_of_codecs_without_effect_are_refused(
@@ -234,7 +273,7 @@ def test_settings_of_codecs_without_effect_are_refused(
     [
         {"records": "topk", "top_mass": 0.5, "top_k_floor": 2},
         {"logits_codec": "affine8", "affinity_dtype": "int8", "affinity_max_error": 0.004},
-        {"records": "hidden", "hidden_dtype": "int8", "hidden_group": 16},
+        {**HIDDEN, "hidden_dtype": "int8", "hidden_group": 16},
     ],
 )
 def test_a_lossy_cache_is_built_within_its_bounds_or_not_at_all(

@@ -19,6 +19,7 @@ from pipeline.predictions import Prediction, append_predictions, drop_torn_line,
 from student_train.student import student_from_vanilla
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.schema import Sample, SampleError
+from teacher_cache.settings import holds
 from teacher_cache.tokens import SampleEncoder
 from tests.tiny import tiny_samples
 
@@ -201,8 +202,8 @@ def test_pictures_show_the_matching_of_every_view(
             teacher=str(tiny_folder(family)),
             out=str(cache),
             records=records,
-            top_k=8,
-            sketch_rank=8,
+            top_k=8 if holds(records, "topk") else 64,
+            sketch_rank=8 if holds(records, "sketch") else 128,
             device="cpu",
         )
     )

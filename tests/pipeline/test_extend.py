@@ -51,11 +51,11 @@ def _sound(out: Path, model: Path) -> CacheReader:
 
 def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: TinyFolder) -> None:
     model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk+sketch")
+    base = built(tmp_path, model, "topk+hidden")
     before = published(base)
-    more_samples(tmp_path, model, tmp_path / "more")
+    more_samples(tmp_path, model, tmp_path / "more", "topk+hidden")
     # Shards are batches here, so that each sample has the neighbours that it has in a build of all.
-    everything = CacheReader.open(built(tmp_path, model, "topk+sketch", 12))
+    everything = CacheReader.open(built(tmp_path, model, "topk+hidden", 12))
     more = _sound(tmp_path / "more", model)
     assert more.spec == everything.spec
     _assert_same_rows(more, everything)
@@ -64,6 +64,18 @@ def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: Tiny
     assert published(base) == before
     for commit, old in zip(more.seal.shards, CacheReader.open(base).seal.shards, strict=False):
         assert (tmp_path / "more" / commit.files[0].file).samefile(base / old.files[0].file)
+
+
+def test_new_samples_are_coded_by_the_sketch_of_the_old(
+    tmp_path: Path, tiny_folder: TinyFolder
+) -> None:
+    model = tiny_folder("llava")
+    base = CacheReader.open(built(tmp_path, model, "topk+sketch"))
+    more_samples(tmp_path, model, tmp_path / "more")
+    more = _sound(tmp_path / "more", model)  # of the codes, too
+    assert (len(more), more.spec) == (12, base.spec)
+    at_once = CacheReader.open(built(tmp_path, model, "topk+sketch", 12))
+    assert at_once.spec.sketch_digest != base.spec.sketch_digest  # it is fitted to all of a source
 
 
 @pytest.mark.parametrize(
@@ -89,7 +101,7 @@ def test_extended_by_records_is_built_with_all_of_them(
     if "hidden" in new:
         config = dataclasses.replace(config, hidden_dtype="float32")
     if "sketch" in new:
-        config = dataclasses.replace(config, sketch_rank=4, calibration_samples=3)
+        config = dataclasses.replace(config, sketch_rank=4)
     if "topk" in new:
         config = dataclasses.replace(config, top_k=6)
     extend_records(base, config)

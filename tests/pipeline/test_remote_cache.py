@@ -42,7 +42,6 @@ def config(tmp_path: Path, tiny_folder: TinyFolder, s3: S3Server) -> BuildConfig
         top_k=8,
         samples_per_shard=3,
         batch_size=2,
-        calibration_samples=4,
     )
 
 

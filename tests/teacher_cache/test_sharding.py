@@ -1,5 +1,7 @@
 """Laws of splitting, of the endless shuffled order, and of sharing batches."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from teacher_cache.sharding import (
     micro_batches,
     owned_positions,
     shard_of,
+    spread_order,
 )
 
 SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
@@ -108,6 +111,16 @@ def test_seeds_and_epochs_give_different_orders() -> None:
         for epoch in range(3)
     ]
     assert len(set(orders)) == 9
+
+
+@given(st.integers(0, 300))
+def test_every_beginning_of_a_spread_order_is_spread(count: int) -> None:
+    order = list(spread_order(count))
+    assert sorted(order) == list(range(count))
+    for taken in range(1, count + 1):
+        cut = [0, *(place + 1 for place in sorted(order[:taken])), count]
+        longest = max(stop - start for start, stop in pairwise(cut))
+        assert longest <= 4 * count / taken + 1
 
 
 @given(data=st.data(), world_size=st.integers(1, 8), share=st.integers(1, 5))

@@ -1,5 +1,6 @@
 """Teachers of six families: states give the model's own logits, samples stand for themselves."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,21 @@ def test_calibration_reads_vision_states_only_and_passes_bad_samples_over(
     assert llava.sketch is not None
     assert llava.sketch.digest == basis.digest
     assert basis.rank == 16
+
+
+def test_calibration_takes_batches_until_it_has_enough_tokens(llava: Teacher) -> None:
+    samples, told, taken = tiny_samples(5), list[int](), list[int]()
+
+    def batches() -> Iterator[list[Sample]]:
+        for number, sample in enumerate(samples):
+            taken.append(number)
+            yield [sample]
+
+    basis = llava.fit_sketch(batches(), 16, 20, told.append)  # 16 vision tokens an image
+    assert (taken, told) == ([0, 1], [16, 32])
+    assert llava.fit_sketch([[sample] for sample in samples[:2]], 16).digest == basis.digest
+    llava.fit_sketch(batches(), 16, 10_000, told.append)  # all there are
+    assert told[2:] == [16, 32, 32, 64, 80]
 
 
 def test_images_of_other_samples_are_not_seen(llava: Teacher) -> None:
