@@ -1,11 +1,14 @@
 """How nested settings appear on the command line: flat flags, presets first, overrides after.
 
 tyro derives flags and help from the dataclasses of `pipeline.config`; the rules here only say how
-two nested records look: a source is `--source PATH --image-root DIR --limit N`, an objective is
-`--objective emkd` (a preset) and one flag for each of its settings that a user may override.
+nested records look: a source is `--source PATH --image-root DIR --limit N`, an objective is
+`--objective emkd` (a preset) and one flag for each of its settings that a user may override, and a
+progression is `--schedule tcd` and its settings, by default what the objective is named after.
+A flag that would have no effect is refused.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +20,9 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from pipeline.config import SourceConfig
+from pipeline.config import SourceConfig, TrainConfig
 from student_train.objective import (
+    DivergenceName,
     MatchMetric,
     MatchScope,
     ObjectiveConfig,
@@ -27,6 +31,9 @@ from student_train.objective import (
     VladText,
     preset,
 )
+from student_train.progression import ProgressionConfig, ProgressionPreset
+from student_train.schedules import ScheduleName
+from student_train.stages import TextSource
 
 REGISTRY = ConstructorRegistry()
 
@@ -37,9 +44,11 @@ _Preset = Literal["preset"]  # an override that is not given keeps the preset's 
 _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
     "supervised_weight": (float, "Weight of the supervised loss (alpha)."),
     "rld_weight": (float, "Weight of response logit distillation (1 - alpha)."),
+    "kd_weight": (float, "Weight of EPIC's consistency term (lambda)."),
     "vsd_weight": (float, "Weight of vision semantic distillation (beta)."),
     "vlad_weight": (float, "Weight of vision-language affinity distillation (gamma)."),
-    "temperature": (float, "Softmax temperature of VSD and RLD."),
+    "temperature": (float, "Softmax temperature of VSD, RLD and KD."),
+    "divergence": (DivergenceName, "What VSD and RLD measure; EPIC's KD is always forward."),
     "tail": (TailPolicy, "What the divergences assume of the mass outside a teacher's top-k."),
     "blend": (float, "Weight of the tail term under --tail blend."),
     "vlad_text": (VladText, "Text tokens whose affinity is distilled."),
@@ -119,7 +128,8 @@ def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         "objective",
         ObjectiveName,
         known.name if known else "emkd",
-        "Preset: supervised only, + response logits, or EM-KD whole.",
+        "Preset: supervised only, + response logits, EM-KD whole, or EPIC's; epic-cached-* learn "
+        "from the cache's teacher, a variant.",
     )
     fields = [
         _field(flag, kind | _Preset, _PRESET, text)
@@ -129,3 +139,81 @@ def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         )
     ]
     return StructConstructorSpec(instantiate=build, fields=(name, *fields))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressionFlags:
+    """Vision tokens dropped inside the student's language model while it trains (EPIC)."""
+
+    schedule: ScheduleName | Literal["none"] | _Preset = _PRESET
+    """Ever more tokens (tcd), ever earlier layers (lcd), or both (icd). Preset: what an epic
+    objective is named after, none for others."""
+    schedule_preset: ProgressionPreset | _Preset = _PRESET
+    """Whose ratios; `fixed` has one from beginning to end. Preset: paper_notes."""
+    compressor: str | _Preset = _PRESET
+    """Which tokens go: dart (the preset), fastv, random, or one that was registered."""
+    compress_text: TextSource | _Preset = _PRESET
+    """Text that decides: the turn's instruction (the preset), or released, answers included."""
+    compress_layer: int | _Preset = _PRESET
+    """Decoder layer, counted from 0, at whose input they go; where lcd and icd end. Preset: 2."""
+    icd_layers: tuple[int, ...] | _Preset = _PRESET
+    """ICD's layers before that, descending. Preset: 3/4, 1/2 and 1/4 of the depth."""
+    ratio: float | _Preset = _PRESET
+    """Share of vision tokens dropped, with --schedule-preset fixed."""
+    ratio_gap: float | _Preset = _PRESET
+    """How much smaller EPIC's teacher's is, with --schedule-preset fixed. Preset: 0.3."""
+
+    def resolve(
+        self, objective: ObjectiveConfig, known: ProgressionConfig | None
+    ) -> ProgressionConfig | None:
+        """The progression: `known` (from --config) or the defaults, and what the flags change."""
+        names = {
+            "schedule_preset": "preset",
+            "compressor": "compressor",
+            "compress_text": "text",
+            "compress_layer": "layer",
+            "icd_layers": "icd_layers",
+            "ratio": "ratio",
+            "ratio_gap": "gap",
+        }
+        given = {flag: getattr(self, flag) for flag in names}
+        given = {flag: value for flag, value in given.items() if value != _PRESET}
+        schedule = objective.epic_schedule or (known.schedule if known else "none")
+        schedule = schedule if self.schedule == _PRESET else self.schedule
+        if schedule == "none":
+            if given:
+                flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in given)
+                raise ValueError(
+                    f"{flags} would have no effect: nothing is dropped inside the language model; "
+                    "add --schedule, or take an epic objective"
+                )
+            return None
+        changes = {names[flag]: value for flag, value in given.items()}
+        return dataclasses.replace(known or ProgressionConfig(), schedule=schedule, **changes)
+
+
+_SEEN = object()
+"""Marks that our rule has looked at a type already, so that tyro's own goes on."""
+
+
+@REGISTRY.struct_rule
+def _train_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Settings of a run as tyro makes them, but a progression, which the objective decides too."""
+    if info.type is not TrainConfig or _SEEN in info.markers:
+        return None
+    seen = dataclasses.replace(info, markers=(*info.markers, _SEEN))
+    plain = ConstructorRegistry.get_struct_spec(seen)
+    assert isinstance(plain, StructConstructorSpec)
+    known: ProgressionConfig | None = getattr(info.default, "progression", None)
+
+    def build(progression: ProgressionFlags, **settings: Any) -> Any:
+        resolved = progression.resolve(settings["objective"], known)
+        return plain.instantiate(**settings, progression=resolved)
+
+    flags = dataclasses.replace(
+        next(field for field in plain.fields if field.name == "progression"),
+        type=ProgressionFlags,
+        default=ProgressionFlags(),
+    )
+    others = tuple(field for field in plain.fields if field.name != "progression")
+    return StructConstructorSpec(instantiate=build, fields=(*others, flags))

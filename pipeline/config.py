@@ -13,10 +13,12 @@ from student_train.settings import TrainerSettings
 from teacher_cache.decode import Strict
 from teacher_cache.settings import (
     AffinityDtype,
+    GridSettings,
     HiddenDtype,
     LogitsCodec,
     RecordKind,
     ShardFormatName,
+    TextSource,
     holds,
     require_cut,
 )
@@ -104,6 +106,17 @@ class BuildConfig(Strict):
     affinity_dtype: AffinityDtype = "float16"
     affinity_max_error: float = 0.002
     """Of int8 cosines."""
+    compressor: str | None = None
+    """With --ratios: what the teacher drops its own vision tokens by (dart, fastv, random)."""
+    ratios: tuple[float, ...] = ()
+    """Also store what the teacher says of the response without these shares of its vision tokens,
+    say 0.25 0.5 0.75, for students of epic-cached-*."""
+    compress_layer: int = 2
+    """Decoder layer, counted from 0, at whose input they are dropped."""
+    compress_text: TextSource = "instruction"
+    """Text that decides which ones are kept; `released`: answers too, as in EPIC's code."""
+    compress_seed: int = 0
+    """Of the compressor random."""
     system_prompt: str | None = None
     samples_per_shard: int = 256
     share_vision: bool = True
@@ -129,7 +142,25 @@ class BuildConfig(Strict):
             at_least_one(self, "hidden_group")
         if self.top_mass is not None:
             require_cut(self.top_k, self.top_mass, self.top_k_floor)
+        if (self.compressor is None) != (not self.ratios):
+            raise ValueError(
+                f"a grid needs both compressor and ratios; found compressor {self.compressor}, "
+                f"ratios {self.ratios}"
+            )
         self._refuse_idle()
+
+    @property
+    def grid(self) -> GridSettings | None:
+        """The grid of ratios, None without one; ValueError for ratios that make no grid."""
+        if self.compressor is None:
+            return None
+        return GridSettings(
+            compressor=self.compressor,
+            layer=self.compress_layer,
+            ratios=self.ratios,
+            text=self.compress_text,
+            seed=self.compress_seed,
+        )
 
     def _refuse_idle(self) -> None:
         """Raise ValueError for a setting that these records or codecs have no use for."""
@@ -143,6 +174,10 @@ class BuildConfig(Strict):
             ),
             f"records {self.records} have no cosines": (top, "affinity_dtype"),
             f"records {self.records} have no hidden states": (hidden, "hidden_dtype"),
+            "no ratios are given": (
+                self.grid is not None,
+                *("compress_layer", "compress_text", "compress_seed"),
+            ),
             "top_mass is not set": (self.top_mass is not None, "top_k_floor"),
             "logits are exact": (self.logits_codec == "affine8", "logits_max_error"),
             "cosines are not int8": (self.affinity_dtype == "int8", "affinity_max_error"),
@@ -254,13 +289,20 @@ class TrainConfig(TrainerSettings):
     student: str
     """A vanilla model (the projector below is put into it) or a student written by `emkd train`."""
     out: Path
-    projector: Literal["avgpool"] = "avgpool"
+    projector: Literal["avgpool", "none"] = "avgpool"
+    """`avgpool` pools the vision tokens (LLaVA, LLaVA-NeXT); `none` leaves a model of any family
+    as it is, so that a schedule can drop tokens inside its language model."""
     stride: int = 2
     """Vision tokens are pooled by stride x stride."""
     expect_cache: str | None = None
     """Refuse a cache whose fingerprint does not begin with this."""
     torch_threads: int | None = None
     """CPU threads of torch; fix it where bits must repeat on other machines."""
+
+    def __post_init__(self) -> None:
+        TrainerSettings.__post_init__(self)
+        if self.projector == "none":
+            refuse_changed(self, "projector none does not pool", "stride")
 
     @property
     def settings(self) -> TrainerSettings:

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config import TrainConfig
 from student_train.checkpoint import FINAL_FOLDER, RUN_FILE
-from student_train.student import student_from_vanilla
+from student_train.student import student_from_vanilla, vanilla_student
 from student_train.trainer import Progress, Report
 from student_train.training_run import train_student
 from teacher_cache.fingerprint import digest_json
@@ -52,9 +52,7 @@ def train(
         )
 
     def load() -> tuple[Any, Any]:
-        model, processor = student_from_vanilla(
-            config.student, config.projector, config.stride, dtype=torch.float32
-        )
+        model, processor = _load(config)
         _require_vocabulary(config, processor, reader)
         if os.environ.get("RANK", "0") == "0":
             text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True, default=str)
@@ -71,6 +69,14 @@ def train(
         progress=progress,
     )
     return config.out / FINAL_FOLDER
+
+
+def _load(config: TrainConfig) -> tuple[Any, Any]:
+    if config.projector == "none":
+        return vanilla_student(config.student, dtype=torch.float32)
+    return student_from_vanilla(
+        config.student, config.projector, config.stride, dtype=torch.float32
+    )
 
 
 def student_identity(path: str, projector: str, stride: int) -> str:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
+
+from student_train.top_k_signal import at_least_float32
 
 LogitsOf = Callable[[Tensor], Tensor]
 """The student's LM head: final hidden states [n, D] to logits [n, W], with gradient."""
@@ -41,6 +43,13 @@ class LinearHead:
         """The logits, with gradient; under autocast in its precision."""
         logits = functional.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def logits_at(
+        self, hidden: Float[Tensor, "N D"], ids: Int[Tensor, " C"]
+    ) -> Float[Tensor, "N C"]:
+        """The logits at the vocabulary rows `ids`, by a copy of these rows of the weight alone."""
+        bias = None if self.bias is None else self.bias[ids]
+        return LinearHead(weight=self.weight[ids], bias=bias, softcap=self.softcap)(hidden)
 
 
 def compute_dtype(head: LinearHead) -> torch.dtype:
@@ -76,6 +85,38 @@ def as_linear(head: LogitsOf) -> LinearHead | None:
             "or 2, or FSDP2 (fully_shard)"
         )
     return LinearHead(weight=weight, bias=None if bias is None else _gathered(bias))
+
+
+def without_gradient(head: LogitsOf) -> LogitsOf:
+    """The head as it is now, as a teacher's: no gradient, the bits that `head_loss` computes.
+
+    It keeps the precision of here and now, wherever it is called later.
+    """
+    if isinstance(head, LinearHead):
+        dtype = compute_dtype(head)
+        weight = head.weight.detach().to(dtype)
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        uncapped = LinearHead(weight=weight, bias=bias)
+        softcap = head.softcap
+
+        def linear_logits(hidden: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                logits = at_least_float32(uncapped(hidden.to(dtype)))
+            return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+        return linear_logits
+    autocasts = {
+        device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    }
+
+    def called_logits(hidden: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = autocasts.get(device)
+        with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            return at_least_float32(head(hidden))
+
+    return called_logits
 
 
 def _is_plain(module: nn.Module, sharded: bool) -> bool:

@@ -2,7 +2,7 @@
 
     supervised   cross-entropy with the response token that follows
     rld, vsd     divergence from what the teacher says at the same row, by default the reverse KL
-    kd           the same, always the forward KL (EPIC)
+    kd           the same, always the forward KL (EPIC): from the cache, or from the student itself
 
 A term is what each row gets (`rows`) and a linear reduction of these values, a mean of some kind.
 So the weight of every row is known before any logit is, which is what lets head, loss and gradient
@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from student_train.divergence import DIVERGENCES, resolve_tail
+from student_train.divergence import DIVERGENCES, forward_kl, resolve_tail
 from student_train.fused_head import HeadRows, RowLosses
+from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
 from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, Signal
@@ -107,6 +108,33 @@ def divergence_term(
     return LogitTerm(
         name=name, weight=weight, rows=rows, reduce=reduce, tail=tail, kept_mass=kept_mass(teacher)
     )
+
+
+def consistency_term(
+    weight: float,
+    hidden: Float[Tensor, "N D"],
+    head: LogitsOf,
+    objective: ObjectiveConfig,
+    reduce: Callable[[Float[Tensor, " N"]], Float[Tensor, ""]],
+) -> LogitTerm:
+    """EPIC's KD: forward KL from what the head itself says of other states, row by row.
+
+    Over the student's whole vocabulary; nothing flows into `hidden`. The head is the student's as
+    it is now, and its teacher logits appear a chunk at a time, as all others do.
+    """
+    logits_of = without_gradient(head)
+    hidden = hidden.detach()
+
+    def rows(chunk: slice) -> RowLosses:
+        here = DenseSignal(logits=logits_of(hidden[chunk]))
+
+        def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            teacher = _rows(here, part)
+            return {"kd": forward_kl(logits, teacher, "exact", objective.temperature).value}
+
+        return losses
+
+    return LogitTerm(name="kd", weight=weight, rows=rows, reduce=reduce, tail="exact")
 
 
 def head_rows(hidden: Float[Tensor, "N D"], terms: Sequence[LogitTerm]) -> HeadRows:

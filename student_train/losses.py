@@ -1,9 +1,11 @@
-"""EM-KD's objective of a micro-batch: states and cached outputs in, four terms out.
+"""The objective of a micro-batch: states and cached outputs in, up to five terms out.
 
-    total = a supervised + (1 - a) RLD + b VSD + c VLAD        a = 0.5, b = 0.25, c = 25
+    EM-KD   total = a supervised + (1 - a) RLD + b VSD + c VLAD    a = 0.5, b = 0.25, c = 25
+    EPIC    total = (1 - l) supervised + l KD                      l = 0.7
 
     supervised  next-token cross-entropy on the response           mean over response tokens
     RLD         reverse KL on the response's logits                mean over response tokens
+    KD          forward KL, the student with more tokens or a cache      mean over the same
     VSD         reverse KL on matched vision logits                mean over pairs, then samples
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
@@ -23,7 +25,13 @@ from torch import Tensor
 
 from student_train.fused_head import head_loss
 from student_train.linear_head import LogitsOf, as_linear
-from student_train.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
+from student_train.logit_terms import (
+    LogitTerm,
+    consistency_term,
+    divergence_term,
+    head_rows,
+    supervised_term,
+)
 from student_train.matching import Assignment
 from student_train.objective import ObjectiveConfig, TailPolicy
 from student_train.sample_states import SampleStates
@@ -58,8 +66,13 @@ def distillation_loss(
     head: LogitsOf,
     objective: ObjectiveConfig,
     assets: TeacherAssets | None = None,
+    consistent: Float[Tensor, "R D"] | None = None,
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
+
+    `consistent` are states of the student's own pass with more vision tokens, which predict the
+    batch's response tokens in order: KD's teacher unless that comes from the cache. None where
+    both passes are one and the same: KD is zero then.
 
     Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
     chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
@@ -72,7 +85,8 @@ def distillation_loss(
         raise ValueError("a micro-batch needs at least one sample")
     for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
         _require_same_text(position, state, output)
-    batch = _Batch(states, outputs, as_linear(head) or head, objective, assets or TeacherAssets())
+    linear = as_linear(head) or head
+    batch = _Batch(states, outputs, linear, objective, assets or TeacherAssets(), consistent)
     diagnostics: dict[str, float] = {}
     terms: dict[str, Tensor] = {}
     tails: dict[str, TailPolicy] = {}
@@ -96,7 +110,7 @@ def distillation_loss(
     matched = pending.result()
     diagnostics.update(pending.diagnostics)
     compute(_vision_block(batch, matched))
-    for name, term in _vision_terms(batch, matched, terms).items():
+    for name, term in _other_terms(batch, matched, terms).items():
         terms[name] = term
         totals.append(batch.weight(name) * term)
     return LossTerms(
@@ -115,6 +129,7 @@ class _Batch(NamedTuple):
     head: LogitsOf
     objective: ObjectiveConfig
     assets: TeacherAssets
+    consistent: Tensor | None
 
     def weight(self, term: str) -> float:
         return getattr(self.objective, f"{term}_weight")
@@ -128,17 +143,25 @@ class _Block(NamedTuple):
 
 
 def _response_block(batch: _Batch) -> _Block | None:
-    """Supervised and RLD look at one and the same logits."""
+    """Supervised, RLD and KD look at one and the same logits."""
     hidden = torch.cat([state.predicting for state in batch.states])
     terms: list[LogitTerm] = []
     if batch.objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
         terms.append(supervised_term(batch.objective.supervised_weight, labels, token_mean))
-    if batch.objective.rld_weight > 0:
+    objective, weight = batch.objective, batch.objective.kd_weight
+    if objective.rld_weight > 0 or (weight > 0 and objective.kd_from_cache):
         signals = [response_signal(output, batch.assets) for output in batch.outputs]
         teacher = concatenate(signals).to(hidden.device)
-        weight = batch.objective.rld_weight
-        terms.append(divergence_term("rld", weight, teacher, batch.objective, token_mean))
+        if objective.rld_weight > 0:
+            rld_weight = objective.rld_weight
+            terms.append(divergence_term("rld", rld_weight, teacher, objective, token_mean))
+        if weight > 0 and objective.kd_from_cache:
+            term = divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")
+            terms.append(term)
+    if weight > 0 and batch.consistent is not None:
+        own = batch.consistent
+        terms.append(consistency_term(weight, own, batch.head, objective, token_mean))
     return _Block(hidden, terms) if terms else None
 
 
@@ -158,15 +181,16 @@ def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | 
     return _Block(hidden, [term])
 
 
-def _vision_terms(
+def _other_terms(
     batch: _Batch, matched: Sequence[Matched | None], known: Collection[str]
 ) -> dict[str, Tensor]:
-    """VLAD, and a zero for VSD where there was nothing to match."""
+    """VLAD, and zeros for KD and VSD where there was nothing to compare."""
     found = [sample for sample in matched if sample is not None]
     zero = torch.cat([state.vision for state in batch.states])[:0].sum()
     terms: dict[str, Tensor] = {}
-    if batch.objective.vsd_weight > 0 and "vsd" not in known:
-        terms["vsd"] = zero
+    for name in ("kd", "vsd"):
+        if batch.weight(name) > 0 and name not in known:
+            terms[name] = zero
     if batch.objective.vlad_weight > 0:
         with torch.autocast(zero.device.type, enabled=False):
             losses = [_sample_vlad(sample, batch.objective) for sample in found]

@@ -11,11 +11,14 @@ imports.
 from dataclasses import dataclass
 from typing import Literal
 
-from student_train.schedules import ScheduleName, SchedulePreset
+from student_train.schedules import Schedule, ScheduleName, SchedulePreset, fixed, preset
 from student_train.stages import TextSource
 from teacher_cache.decode import Strict
 
 ProgressionPreset = SchedulePreset | Literal["fixed"]
+
+FIXED_GAP = 0.3
+"""Gap of the preset `fixed` where none is given: that of the other presets at their end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +79,15 @@ class ProgressionConfig(Strict):
                 f"{name} is set, but the preset {self.preset} has ratios of its own; leave it out, "
                 "or take the preset fixed"
             )
+
+    def schedule_of(self, num_layers: int) -> Schedule:
+        """The schedule for a decoder of that many layers; ValueError where it is too shallow."""
+        if self.layer >= num_layers:
+            raise ValueError(
+                f"tokens are to be dropped at the input of layer {self.layer}, but the decoder has "
+                f"{num_layers} layers; choose a layer from 1 to {num_layers - 1}"
+            )
+        if self.preset == "fixed":
+            assert self.ratio is not None  # checked above
+            return fixed(self.ratio, FIXED_GAP if self.gap is None else self.gap, self.layer)
+        return preset(self.preset, self.schedule, num_layers, self.layer, self.icd_layers)

@@ -41,7 +41,7 @@ def require_served(
         teacher = vision_signal(output, assets)
         views = output.views
         match_tokens(hidden_1D, logits_1V, views, teacher, views, objective.matching)
-    if objective.rld_weight > 0:
+    if objective.rld_weight > 0 or objective.kd_from_cache:
         compare(response_signal(output, assets))
     if objective.vsd_weight > 0:
         compare(vision_signal(output, assets))

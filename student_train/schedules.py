@@ -142,25 +142,45 @@ RELEASED_CODE = RatioRamps(
 )
 
 
-def preset(name: SchedulePreset, kind: ScheduleName, num_layers: int) -> Schedule:
+def preset(
+    name: SchedulePreset,
+    kind: ScheduleName,
+    num_layers: int,
+    layer: int = 2,
+    icd_layers: tuple[int, ...] = (),
+) -> Schedule:
     """A schedule as the paper's notes or its released code have it, for a decoder's depth.
 
-    Both drop at layer 2 in the end. ICD's layers are at 3/4, 1/2 and 1/4 of the depth, then 2 (the
-    paper's number of stages is not known). ValueError for `released_code` with anything but TCD,
-    and for decoders too shallow for the stages.
+    All drop at `layer` in the end. ICD's layers before that are `icd_layers`, by default 3/4, 1/2
+    and 1/4 of the depth (the paper's number of stages is not known). ValueError for
+    `released_code` with anything but TCD, and where the decoder is too shallow.
     """
     if name == "released_code":
         if kind != "tcd":
             raise ValueError(
                 f"the released code has no {kind}, only tcd; take the preset paper_notes"
             )
-        return TokenSchedule(ratios=RELEASED_CODE)
+        return TokenSchedule(ratios=RELEASED_CODE, layer=layer)
     if kind == "tcd":
-        return TokenSchedule(ratios=PAPER_NOTES)
+        return TokenSchedule(ratios=PAPER_NOTES, layer=layer)
     if kind == "lcd":
-        constant = RatioRamps(
-            low=Ramp(start=0.2, end=0.2), high=Ramp(start=0.9, end=0.9), gap=PAPER_NOTES.gap
-        )
-        return LayerSchedule(ratios=constant, num_layers=num_layers)
+        ratios = RatioRamps(low=_constant(0.2), high=_constant(0.9), gap=PAPER_NOTES.gap)
+        return LayerSchedule(ratios=ratios, num_layers=num_layers, layer=layer)
     quarters = (3 * num_layers // 4, num_layers // 2, num_layers // 4)
-    return IntegratedSchedule(ratios=PAPER_NOTES, layers=(*quarters, 2))
+    layers = (*(icd_layers or quarters), layer)
+    if list(layers) != sorted(set(layers), reverse=True) or layers[0] >= num_layers:
+        raise ValueError(
+            f"ICD's layers are {layers} in a decoder of {num_layers} layers, expected descending "
+            f"ones below {num_layers}; name others (icd_layers), or take the schedule tcd or lcd"
+        )
+    return IntegratedSchedule(ratios=PAPER_NOTES, layers=layers)
+
+
+def fixed(ratio: float, gap: float, layer: int) -> TokenSchedule:
+    """No progression: one ratio, one gap and one layer at every step."""
+    ratios = RatioRamps(low=_constant(ratio), high=_constant(ratio), gap=_constant(gap))
+    return TokenSchedule(ratios=ratios, layer=layer)
+
+
+def _constant(ratio: float) -> Ramp:
+    return Ramp(start=ratio, end=ratio)

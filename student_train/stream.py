@@ -182,10 +182,11 @@ class TrainingStream:
 def parts_needed(objective: ObjectiveConfig, records: TierName) -> frozenset[Part]:
     """The parts of a cached sample that the objective reads of a tier."""
     parts: set[Part] = set()
-    distils = objective.needs_vision or objective.rld_weight > 0
+    compares_response = objective.rld_weight > 0 or objective.kd_from_cache
+    distils = objective.needs_vision or compares_response
     if records == "hidden":
         return frozenset({"hidden"} if distils else parts)
-    if objective.rld_weight > 0:
+    if compares_response:
         parts.add("response")
     if objective.vlad_weight > 0:
         parts.add("affinity")

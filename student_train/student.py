@@ -1,9 +1,10 @@
-"""From a vanilla LLaVA or LLaVA-NeXT to a student with few vision tokens, and back from disk.
+"""From a vanilla model to a student with few vision tokens, and back from disk.
 
-`student_from_vanilla` puts a compressing projector between the vision tower and the language model
+`vanilla_student` is the model itself, of any family, unchanged: its tokens are dropped inside its
+language model while it trains (`compression.py`), if at all. `student_from_vanilla` puts a compressing projector between the vision tower and the language model
 of a vanilla checkpoint, weights unchanged, and gives the family's own processor the pooled patch
-size, so that it emits exactly as many placeholders as the model has vision tokens. What cannot work
-is refused before any training: other families, class tokens that would break the grid, processors
+size, so that it emits exactly as many placeholders as the model has vision tokens (LLaVA and
+LLaVA-NeXT). What cannot work is refused before any training: other families, class tokens that would break the grid, processors
 whose image size, tiles or placeholder count disagree with the model. Remote code is never run.
 
 Also here: which parts are trained, and the two ways into the model that losses need, final hidden
@@ -35,19 +36,27 @@ from student_train.student_llava_next import (
     AvgPoolLlavaNextForConditionalGeneration,
 )
 from teacher_cache.pretrained import load_config, load_model
+from teacher_cache.views import require_supported
 
 logger = logging.getLogger(__name__)
 
-ProjectorName = Literal["avgpool"]
+ProjectorName = Literal["avgpool", "none"]
 Part = Literal["vision_tower", "projector", "language_model"]
 
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
-    "vision_tower": ("model.vision_tower.",),
-    "projector": ("model.multi_modal_projector.", "model.image_newline"),
-    "language_model": ("model.language_model.", "lm_head."),
+    "vision_tower": ("model.vision_tower.", "model.visual.", "model.vision_model."),
+    "projector": (
+        "model.multi_modal_projector.",
+        "model.image_newline",
+        "model.visual.merger.",
+        "model.connector.",
+    ),
+    "language_model": ("model.language_model.", "model.text_model.", "lm_head."),
 }
-"""Parameter names that begin so belong to the part; the newline embedding is the projector's."""
+"""Parameter names that begin so belong to the part, the longest beginning counts: LLaVA's family
+and InternVL; Qwen-VL, whose merger is the projector; Idefics3. A newline embedding is the
+projector's."""
 
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
 """How vision towers of transformers call the parameter of their class token."""
@@ -57,7 +66,7 @@ CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
 class StudentFamily:
     """One vanilla model type with one projector: the classes that make up its student."""
 
-    projector: ProjectorName
+    projector: Literal["avgpool"]
     vanilla_type: str
     config_class: type[AvgPoolLlavaConfig] | type[AvgPoolLlavaNextConfig]
     model_class: type[PreTrainedModel]
@@ -84,7 +93,7 @@ FAMILIES = (
 
 def student_from_vanilla(
     path: str,
-    projector: ProjectorName = "avgpool",
+    projector: Literal["avgpool"] = "avgpool",
     stride: int = 2,
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -113,8 +122,27 @@ def student_from_vanilla(
     )
     raise ValueError(
         f"{path} has model type {config.model_type!r}; students with projector {projector!r} are "
-        f"made from {', '.join(supported)} (or from a student of these)"
+        f"made from {', '.join(supported)} (or from a student of these); projector 'none' keeps "
+        "all vision tokens of any family, to be dropped inside the language model"
     )
+
+
+def vanilla_student(
+    path: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vanilla model as a student with all its vision tokens, class and weights unchanged.
+
+    What is trained so loads in transformers without this project. ValueError for families whose
+    vision tokens are not known, and for students whose projector pools.
+    """
+    model_type = load_config(path).model_type
+    if any(model_type == family.config_class.model_type for family in FAMILIES):
+        raise ValueError(
+            f"{path} is a student that pools its vision tokens ({model_type}), but projector "
+            "'none' trains a vanilla model; take projector 'avgpool' and its stride"
+        )
+    require_supported(model_type)
+    return load_student(path, dtype)
 
 
 def load_student(
@@ -244,17 +272,21 @@ def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part,
         raise ValueError(f"nothing to train; name at least one of {', '.join(PARTS)}")
     counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        owner: Part | None = next(
-            (part for part in PARTS if name.startswith(PART_PREFIXES[part])), None
-        )
+        owner = _owner(name)
         if owner is None:
             raise ValueError(
                 f"parameter {name} of {type(model).__name__} belongs to none of the parts "
-                f"{', '.join(PARTS)}; only LLaVA and LLaVA-NeXT students are trained"
+                f"{', '.join(PARTS)}; models whose parameters begin otherwise cannot be trained"
             )
         parameter.requires_grad_(owner in parts)
         counts[owner] += parameter.numel() if owner in parts else 0
     return counts
+
+
+def _owner(name: str) -> Part | None:
+    """The part that a parameter belongs to, by the longest beginning of its name that is known."""
+    begins = [(len(p), part) for part in PARTS for p in PART_PREFIXES[part] if name.startswith(p)]
+    return max(begins)[1] if begins else None
 
 
 def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:

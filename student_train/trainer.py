@@ -12,6 +12,7 @@ finite, and trainable weights in half precision.
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,15 @@ from student_train.checkpoint import (
     mark_complete,
     prune_checkpoints,
 )
+from student_train.epic_step import student_pass
 from student_train.losses import LossTerms, distillation_loss
 from student_train.metrics import term_gradient_norms
 from student_train.run_log import MetricsLog, Window, means, merge
-from student_train.sample_states import gather_states
 from student_train.settings import TrainerSettings
 from student_train.signals import TeacherAssets
+from student_train.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.stream import StudentBatch, TrainingStream
-from student_train.student import final_hidden, output_head
-from student_train.token_layout import layout_of
+from student_train.student import output_head
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class EmkdTrainer(Trainer):
     ) -> Tensor:
         """The objective of one micro-batch, in float32 whatever the forward pass ran in."""
         batch: StudentBatch = inputs
-        loss = student_loss(model, batch, self.settings, self.assets)
+        loss = student_loss(model, batch, self.settings, self.assets, self._plan(model))
         self.window.add({"loss": loss.total, **_named("term", loss.terms)})
         self.window.add(_named("weight", loss.weights))
         self.window.add(_named("diagnostic", loss.diagnostics))
@@ -179,6 +180,18 @@ class EmkdTrainer(Trainer):
             self._measured_step = step  # the first micro-batch speaks for the step
             self.window.add(_named("gradient", term_gradient_norms(loss.terms, model.parameters())))
         return loss.total
+
+    def _plan(self, model: nn.Module) -> StepPlan | None:
+        """What the current optimizer step drops, the same in all its micro-batches and ranks."""
+        if self.settings.progression is None:
+            return None
+        return plan_step(
+            self.settings.progression,
+            seed=self.settings.seed,
+            step=self.state.global_step,
+            num_steps=self.state.max_steps,
+            num_layers=num_layers_of(model),
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete transformers' line with the window's means and write it to metrics.jsonl."""
@@ -269,13 +282,20 @@ class _Flow(TrainerCallback):
 
 
 def student_loss(
-    model: nn.Module, batch: StudentBatch, settings: TrainerSettings, assets: TeacherAssets
+    model: nn.Module,
+    batch: StudentBatch,
+    settings: TrainerSettings,
+    assets: TeacherAssets,
+    plan: StepPlan | None = None,
 ) -> LossTerms:
-    """Forward pass of one micro-batch and its loss terms; the head runs at needed rows only."""
-    hidden = final_hidden(model, batch.model.inputs)
-    spans = [sample.spans for sample in batch.model.samples]
-    states = gather_states(hidden, spans, layout_of(batch.model))
-    return distillation_loss(states, batch.outputs, output_head(model), settings.objective, assets)
+    """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
+    objective = settings.objective
+    teach = objective.kd_weight > 0 and not objective.kd_from_cache
+    found = student_pass(model, batch.model, plan, teach=teach)
+    loss = distillation_loss(
+        found.states, batch.outputs, output_head(model), objective, assets, found.consistent
+    )
+    return replace(loss, diagnostics={**loss.diagnostics, **found.diagnostics})
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

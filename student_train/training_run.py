@@ -27,6 +27,7 @@ from student_train.objective import ObjectiveConfig
 from student_train.rehearsal import require_served
 from student_train.settings import TrainerSettings
 from student_train.signals import TeacherAssets
+from student_train.step_plan import require_progression
 from student_train.stream import BatchPlan, TrainingStream, parts_needed
 from student_train.student import output_head, set_trainable
 from student_train.trainer import EmkdTrainer, Progress, Report, training_arguments
@@ -87,6 +88,8 @@ def train_student(
     model, processor = load()
     set_trainable(model, settings.train_parts)
     _require_vocabulary(model, reader)
+    if settings.progression is not None:
+        require_progression(model, settings.progression, num_steps)
     encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
     stream = TrainingStream(
         reader,
