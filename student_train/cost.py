@@ -3,18 +3,21 @@
     raw_l1         sum_v |s_v - t_v|        over raw logits: the paper's Manhattan distance
     centred_l1     the same after each row's mean is taken off: blind to the logits' free constant
     prob_l1        sum_v |q_v - p_v|        over probabilities, between 0 and 2
+    raw_l2         (sum_v (s_v - t_v)^2)^(1/2)   over raw logits, always over all V
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
+    hidden_l2      |h_s - h_t|              the same, with their lengths
 
 Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn once by a fixed seed for
-all images (as good as all V at a fraction of the work), or at all V, teacher columns decoded block
-by block; they are refused on a top-k record without a sketch, whose matching would be wrong
-(errors of all: docs/method.md). Neither N x M x V nor M x V entries are ever held at once, nor is
-a gradient. Dimensions as in schema.py.
+all images (nearly as good as all V at a fraction of the work), or at all V, teacher columns decoded
+block by block; raw logits are refused on a top-k record without a sketch, whose matching would be
+wrong (errors of all: docs/method.md). Neither N x M x V nor M x V entries are ever held at once,
+nor N x V where the student's logits come from its head, nor a gradient. Dimensions as in schema.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import NamedTuple, TypeGuard
 
 import torch
 from jaxtyping import Float, Int
@@ -22,9 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.l1 import l1_distances, l1_rounding
-from student_train.objective import MatchingConfig
+from student_train.l2 import l2_distances
+from student_train.linear_head import LogitsOf
+from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import HiddenSignal, Signal
 from student_train.sparse_l1 import sparse_probability_l1
+from student_train.student_logits import StudentLogits
 from student_train.top_k_signal import TopKSignal, at_least_float32
 from teacher_cache.topk import row_chunks
 
@@ -45,36 +51,57 @@ def shared_ids(vocab_size: int, num_shared_ids: int | None) -> Int[Tensor, " C"]
     return torch.randperm(vocab_size, generator=generator)[:num_shared_ids].sort().values
 
 
-@torch.no_grad()
+class Costs(NamedTuple):
+    """The cost of every pair, and what was seen of the student on the way."""
+
+    cost: Float[Tensor, "N M"]
+    """Float32 or wider."""
+    mean_logits: Float[Tensor, " N"] | None
+    """Of each student token, over the vocabulary rows that were compared; None for states."""
+
+
 def cost_matrix(
     student_hidden: Float[Tensor, "N D"],
-    student_logits: Float[Tensor, "N W"] | None,
+    student_logits: Float[Tensor, "N W"] | LogitsOf | None,
     teacher: Signal,
     config: MatchingConfig,
 ) -> Float[Tensor, "N M"]:
     """Cost of every pair under `config.metric` (EM-KD: vision token matching); float32 or wider.
 
-    The student's W >= V logits are cut to the V rows of the teacher; hidden_cosine needs none.
+    The student's W >= V logits, given or computed by the head that is given instead of them, are
+    cut to the V rows of the teacher; costs of hidden states need neither.
     ValueError where the teacher's record cannot serve the metric, with the records that can.
     """
-    if config.metric == "hidden_cosine":
-        return _hidden_cosine(student_hidden, teacher)
+    return pair_costs(student_hidden, student_logits, teacher, config).cost
+
+
+@torch.no_grad()
+def pair_costs(
+    student_hidden: Float[Tensor, "N D"],
+    student_logits: Float[Tensor, "N W"] | LogitsOf | None,
+    teacher: Signal,
+    config: MatchingConfig,
+) -> Costs:
+    """As `cost_matrix`, with what else there is to tell. Autocast reaches the head only."""
+    plain = torch.autocast(student_hidden.device.type, enabled=False)
+    if config.metric in ("hidden_cosine", "hidden_l2"):
+        with plain:
+            return Costs(_state_distances(student_hidden, teacher, config.metric), None)
     if student_logits is None:
         raise ValueError(f"matching by {config.metric} needs the student's vision logits")
-    if student_logits.shape[1] < teacher.vocab_size:
-        raise ValueError(
-            f"the student has {student_logits.shape[1]} vocabulary rows, the teacher's cache "
-            f"{teacher.vocab_size}: they do not share a tokenizer"
-        )
-    if config.metric == "prob_l1":
-        return _probability_l1(student_logits[:, : teacher.vocab_size], teacher)
-    if isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None:
-        raise ValueError(
-            f"matching by {config.metric} needs logits outside the top {teacher.least_kept}, "
-            "which this cache does not hold: build it with records `topk+sketch` or `hidden`, "
-            "or match by prob_l1"
-        )
-    return _logit_l1(student_logits, teacher, config)
+    student = StudentLogits.of(student_hidden, student_logits, teacher.vocab_size)
+    with plain:
+        if config.metric == "prob_l1":
+            return _probability_l1(student, teacher)
+        if _is_bare(teacher):
+            raise ValueError(
+                f"matching by {config.metric} needs logits outside the top {teacher.least_kept}, "
+                "which this cache does not hold: build it with records `topk+sketch` or `hidden`, "
+                "or match by prob_l1"
+            )
+        if config.metric == "raw_l2":
+            return _logit_l2(student, teacher)
+        return _logit_l1(student, teacher, config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,58 +143,104 @@ def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> C
     )
 
 
-def _logit_l1(student_logits: Tensor, teacher: Signal, config: MatchingConfig) -> Tensor:
+def _is_bare(teacher: Signal) -> TypeGuard[TopKSignal]:
+    """Whether nothing at all is known of logits outside the top-k."""
+    return isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None
+
+
+def _logit_l1(student: StudentLogits, teacher: Signal, config: MatchingConfig) -> Costs:
     """Raw or centred L1 at the shared ids, block by block; centring takes a pass of its own."""
-    ids = shared_ids(teacher.vocab_size, config.num_shared_ids).to(student_logits.device)
-    dtype = at_least_float32(student_logits).dtype
-    cost = student_logits.new_zeros(len(student_logits), teacher.num_rows, dtype=dtype)
-    student_mean: Tensor | float = 0.0
-    teacher_mean: Tensor | float = 0.0
-    if config.metric == "centred_l1":
-        for own, theirs in _blocks(student_logits, teacher, ids):
-            student_mean = student_mean + own.sum(dim=1, keepdim=True) / len(ids)
-            teacher_mean = teacher_mean + theirs.sum(dim=1, keepdim=True) / len(ids)
-    for own, theirs in _blocks(student_logits, teacher, ids):
-        cost += l1_distances(own - student_mean, theirs - teacher_mean)
-    return cost
+    ids = shared_ids(teacher.vocab_size, config.num_shared_ids).to(student.hidden.device)
+    if config.metric == "raw_l1":
+        cost, total_N = _added(
+            (l1_distances(own, theirs), own.sum(dim=1))
+            for own, theirs in _blocks(student, teacher, ids)
+        )
+        return Costs(cost, total_N / len(ids))
+    held = [*_blocks(student, teacher, ids)] if len(ids) <= _COLUMNS_AT_ONCE else []
+    total_N1, total_M1 = _added(
+        (own.sum(dim=1, keepdim=True), theirs.sum(dim=1, keepdim=True))
+        for own, theirs in held or _blocks(student, teacher, ids)
+    )
+    mean_N1, mean_M1 = total_N1 / len(ids), total_M1 / len(ids)
+    distances = (
+        l1_distances(own - mean_N1, theirs - mean_M1)
+        for own, theirs in held or _blocks(student, teacher, ids)
+    )
+    return Costs(reduce(torch.add, distances), mean_N1[:, 0])
 
 
 def _blocks(
-    student_logits: Tensor, teacher: Signal, ids: Tensor
+    student: StudentLogits, teacher: Signal, ids: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits of both sides at a few vocabulary rows at a time, in one dtype."""
-    for block in ids.split(_COLUMNS_AT_ONCE):
-        own = at_least_float32(student_logits[:, block])
+    columns = student.blocks(ids, _COLUMNS_AT_ONCE)
+    for block, logits in zip(ids.split(_COLUMNS_AT_ONCE), columns, strict=True):
+        own = at_least_float32(logits)
         yield own, teacher.logits_at(block).to(own.dtype)
 
 
-def _hidden_cosine(student: Tensor, teacher: Signal) -> Tensor:
+def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum of the first of all pairs, and of the second."""
+    return reduce(lambda left, right: (left[0] + right[0], left[1] + right[1]), pairs)
+
+
+def _logit_l2(student: StudentLogits, teacher: Signal) -> Costs:
+    ids = torch.arange(teacher.vocab_size, device=student.hidden.device)
+    totals: list[Tensor] = []
+
+    def columns() -> Iterator[Tensor]:
+        for logits in student.blocks(ids, _COLUMNS_AT_ONCE):
+            own = at_least_float32(logits)
+            totals.append(own.sum(dim=1))
+            yield own
+
+    cost = l2_distances(columns(), student.num_rows, teacher)
+    total_N = reduce(torch.add, totals)
+    return Costs(cost.to(total_N.dtype), total_N / teacher.vocab_size)
+
+
+def _state_distances(student: Tensor, teacher: Signal, metric: MatchMetric) -> Tensor:
+    """Cosine or Euclidean distances of final hidden states."""
     if not isinstance(teacher, HiddenSignal):
         raise ValueError(
-            "matching by hidden_cosine needs the teacher's states: build the cache with records "
+            f"matching by {metric} needs the teacher's states: build the cache with records "
             "`hidden`, or match by raw_l1"
         )
     if student.shape[1] != teacher.hidden.shape[1]:
         raise ValueError(
-            f"matching by hidden_cosine needs equal widths, found student {student.shape[1]} and "
+            f"matching by {metric} needs equal widths, found student {student.shape[1]} and "
             f"teacher {teacher.hidden.shape[1]}; match by raw_l1, which compares logits"
         )
-    wide = at_least_float32(student)
-    unit_student = functional.normalize(wide, dim=1)
-    unit_teacher = functional.normalize(teacher.hidden.to(wide.dtype), dim=1)
-    return 1 - unit_student @ unit_teacher.T
+    own = at_least_float32(student)
+    theirs = teacher.hidden.to(own.dtype)
+    if metric == "hidden_l2":
+        return torch.cdist(own, theirs, compute_mode="donot_use_mm_for_euclid_dist")
+    return 1 - functional.normalize(own, dim=1) @ functional.normalize(theirs, dim=1).T
 
 
-def _probability_l1(student_logits: Tensor, teacher: Signal) -> Tensor:
+def _probability_l1(student: StudentLogits, teacher: Signal) -> Costs:
     """L1 of probabilities over the whole vocabulary; bare top-k records never become dense.
 
     Without a sketch the tail is uniform. Its mass tau is exact, so each cost is off by at most
     2 tau, and in practice matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail
     misleads gradients of the reverse KL, not this distance, in which tiny probabilities hardly
-    count. All other signals are decoded a few teacher rows at a time.
+    count. Logits of both sides are computed a few rows at a time.
     """
-    if isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None:
-        return sparse_probability_l1(student_logits, teacher)
+    costs: list[Tensor] = []
+    means: list[Tensor] = []
+    for chunk in student.chunks:
+        logits = student.rows(chunk)
+        means.append(at_least_float32(logits).mean(dim=1))
+        if _is_bare(teacher):
+            costs.append(sparse_probability_l1(logits, teacher))
+        else:
+            costs.append(_dense_probability_l1(logits, teacher))
+    return Costs(torch.cat(costs), torch.cat(means))
+
+
+def _dense_probability_l1(student_logits: Tensor, teacher: Signal) -> Tensor:
+    """Against a signal that knows or estimates every logit, a few teacher rows at a time."""
     student_NV = at_least_float32(student_logits).softmax(dim=1)
     index = torch.arange(teacher.num_rows, device=student_logits.device)
     blocks = [

@@ -30,7 +30,8 @@ from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissin
 from torch import Tensor
 
 from student_train.certificate import certified_pairs
-from student_train.cost import CostError, cost_error, cost_matrix
+from student_train.cost import CostError, Costs, cost_error, pair_costs
+from student_train.linear_head import LogitsOf
 from student_train.objective import MatchingConfig, MatchScope
 from student_train.signals import Signal
 from teacher_cache.schema import ViewGrid
@@ -40,7 +41,8 @@ from teacher_cache.schema import ViewGrid
 class Assignment:
     """Student token `student[i]` is matched to teacher token `teacher[i]`; no token twice.
 
-    `costs` keeps the cost matrix of each problem that was solved, for diagnostics. `certified` says
+    For diagnostics, `costs` keeps the cost matrix of each problem that was solved and `mean_logits`
+    (empty where states were compared) what `Costs` says of its student tokens. `certified` says
     which pairs are provably those of the exact costs, where `MatchingConfig.certify` asked for it.
     """
 
@@ -50,6 +52,7 @@ class Assignment:
     num_teacher: int
     total_cost: float
     costs: tuple[Float[Tensor, "_ _"], ...] = field(repr=False)
+    mean_logits: tuple[Float[Tensor, " _"], ...] = field(default=(), repr=False)
     certified: Bool[Tensor, " P"] | None = None
 
     @property
@@ -82,7 +85,7 @@ class _Pairs(NamedTuple):
 class _Problem(NamedTuple):
     student_rows: list[int]
     teacher_rows: list[int]
-    cost: Tensor
+    costs: Costs
     pairs: Future[_Pairs]
 
 
@@ -103,20 +106,22 @@ class PendingMatching:
         student_P = torch.tensor(student, dtype=torch.int64)
         order_P = student_P.argsort()
         proofs = [found.certified for _, found in solved if found.certified is not None]
+        means = [problem.costs.mean_logits for problem in self.problems]
         return Assignment(
             student=student_P[order_P].to(self.device),
             teacher=torch.tensor(teacher, dtype=torch.int64)[order_P].to(self.device),
             num_student=self.num_student,
             num_teacher=self.num_teacher,
             total_cost=sum(found.cost for _, found in solved),
-            costs=tuple(problem.cost for problem in self.problems),
+            costs=tuple(problem.costs.cost for problem in self.problems),
+            mean_logits=tuple(mean for mean in means if mean is not None),
             certified=torch.cat(proofs)[order_P].to(self.device) if proofs else None,
         )
 
 
 def match_tokens(
     student_hidden: Float[Tensor, "N D"],
-    student_logits: Float[Tensor, "N W"] | None,
+    student_logits: Float[Tensor, "N W"] | LogitsOf | None,
     student_views: Sequence[ViewGrid],
     teacher: Signal,
     teacher_views: Sequence[ViewGrid],
@@ -125,6 +130,7 @@ def match_tokens(
 ) -> Assignment:
     """Pair the N vision tokens of a student with the M of its teacher, for one sample.
 
+    The student's logits may be given or be left to the head, which is asked for what costs need.
     The views say which rows belong together, in row order; `student_kept` which of the tokens of
     the student's views its rows are, where it has dropped others. ValueError where the two sides do
     not show the same views (or, for scope=global, images), where the record cannot serve the
@@ -138,7 +144,7 @@ def match_tokens(
 @torch.no_grad()
 def start_matching(
     student_hidden: Float[Tensor, "N D"],
-    student_logits: Float[Tensor, "N W"] | None,
+    student_logits: Float[Tensor, "N W"] | LogitsOf | None,
     student_views: Sequence[ViewGrid],
     teacher: Signal,
     teacher_views: Sequence[ViewGrid],
@@ -161,16 +167,14 @@ def start_matching(
     for key, student_rows in student_groups.items():
         student_index = torch.tensor(student_rows, device=device)
         signal = teacher.rows(torch.tensor(teacher_groups[key], device=device))
-        cost_NM = cost_matrix(
-            student_hidden[student_index],
-            None if student_logits is None else student_logits[student_index],
-            signal,
-            config,
-        )
-        on_host, copied = _to_host(cost_NM)
-        error = cost_error(signal, config, cost_NM.dtype) if config.certify else None
+        logits = student_logits
+        if isinstance(logits, Tensor):
+            logits = logits[student_index]
+        costs = pair_costs(student_hidden[student_index], logits, signal, config)
+        on_host, copied = _to_host(costs.cost)
+        error = cost_error(signal, config, costs.cost.dtype) if config.certify else None
         pairs = _solvers().submit(_solve, on_host, copied, error)
-        problems.append(_Problem(student_rows, teacher_groups[key], cost_NM, pairs))
+        problems.append(_Problem(student_rows, teacher_groups[key], costs, pairs))
     return PendingMatching(
         num_student=len(student_hidden),
         num_teacher=teacher.num_rows,

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from student_train.matching import Assignment
+from student_train.matching import Assignment, PendingMatching
 from student_train.signals import Signal
 from student_train.top_k_signal import TopKSignal, at_least_float32
+
+LEAST_SEPARABILITY = 0.1
+"""Below this a matching says little of which token is like which (measured: docs/method.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,8 @@ class AssignmentStats:
     `separability`: spread of the costs left after row and column means are taken off, over their
     whole spread. Near 0 the cost is row + column, any pairing costs the same and the matching is
     arbitrary; raw logits with a large free constant get there (docs/method.md).
+    `arbitrary`: share of the problems whose separability is below `LEAST_SEPARABILITY`, among those
+    of several tokens on both sides.
     `hubness`: distinct nearest teacher tokens per student token; 1 where each has its own.
     `certified`: share of the pairs that are provably those of the exact costs; None where that was
     not asked for.
@@ -30,6 +35,7 @@ class AssignmentStats:
 
     mean_cost: float
     separability: float
+    arbitrary: float
     hubness: float
     certified: float | None = None
 
@@ -55,12 +61,49 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     costs = [cost for assignment in assignments for cost in assignment.costs]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
     total_cost = sum(assignment.total_cost for assignment in assignments)
+    separable = [separability(cost) for cost in costs]
+    # Of one token there is nothing to interact with, and nothing arbitrary.
+    several = [value for value, c in zip(separable, costs, strict=True) if min(c.shape) > 1]
     proofs = [each.certified for each in assignments if each.certified is not None]
     return AssignmentStats(
         mean_cost=total_cost / max(1, num_pairs),
-        separability=_mean(separability(cost) for cost in costs),
+        separability=_mean(separable),
+        arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several),
         hubness=_mean(hubness(cost) for cost in costs),
         certified=float(torch.cat(proofs).double().mean()) if proofs and num_pairs else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchingQuality:
+    """A matching, judged by other costs than those that it was drawn from.
+
+    `regret`: its excess over the least total cost, as a share of a random matching's excess.
+    `agreement`: share of its pairs that the least costly matching has too.
+    """
+
+    regret: float
+    agreement: float
+
+
+def matching_quality(chosen: PendingMatching, exact: PendingMatching) -> MatchingQuality:
+    """Judge `chosen` by the costs of `exact`, a matching of the same tokens; waits for both."""
+    excess = random_excess = 0.0
+    num_equal = num_pairs = 0
+    for own, true in zip(chosen.problems, exact.problems, strict=True):
+        found, best = own.pairs.result(), true.pairs.result()
+        cost = true.costs.cost.to("cpu", torch.float64)
+        least = float(cost[best.rows, best.columns].sum())
+        excess += float(cost[found.rows, found.columns].sum()) - least
+        random_excess += float(cost.mean()) * len(best.rows) - least
+        chosen_pairs = set(zip(found.rows.tolist(), found.columns.tolist(), strict=True))
+        num_equal += len(
+            chosen_pairs & set(zip(best.rows.tolist(), best.columns.tolist(), strict=True))
+        )
+        num_pairs += len(best.rows)
+    return MatchingQuality(
+        regret=excess / random_excess if random_excess > 0 else 0.0,
+        agreement=num_equal / max(1, num_pairs),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal, cast
 from student_train.schedules import ScheduleName
 from teacher_cache.decode import Strict
 
-MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "hidden_cosine"]
+MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 DivergenceName = Literal["reverse_kl", "forward_kl"]
@@ -39,8 +39,9 @@ class MatchingConfig(Strict):
     """How student vision tokens are paired with teacher vision tokens."""
 
     metric: MatchMetric = "raw_l1"
-    """Cost of a pair: L1 of raw logits (the paper), of row-centred logits, of probabilities, or
-    one minus the cosine of hidden states (equal widths only)."""
+    """Cost of a pair: L1 of raw logits (the paper), of row-centred logits or of probabilities, the
+    Euclidean distance of raw logits, or, of hidden states of equal widths, one minus their cosine
+    or their Euclidean distance."""
     scope: MatchScope = "view"
     """One assignment per view (teacher and student share the grid of views) or one per image."""
     num_shared_ids: int | None = 8192

@@ -322,6 +322,7 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
     assert set(exact) == {
         "match_mean_cost",
         "match_separability",
+        "match_arbitrary",
         "match_hubness",
         "student_row_mean_spread",
     }
