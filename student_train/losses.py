@@ -35,7 +35,7 @@ from student_train.logit_terms import (
 from student_train.matching import Assignment
 from student_train.objective import ObjectiveConfig, TailPolicy
 from student_train.sample_states import SampleStates
-from student_train.signals import TeacherAssets, concatenate, response_signal
+from student_train.signals import Signal, TeacherAssets, concatenate, teacher_response_at
 from student_train.terms import mean_of, token_mean, vlad_loss, vsd_loss
 from student_train.vision_matching import Matched, start_batch_matching
 from teacher_cache.affinity import cosine_affinity
@@ -67,12 +67,14 @@ def distillation_loss(
     objective: ObjectiveConfig,
     assets: TeacherAssets | None = None,
     consistent: Float[Tensor, "R D"] | None = None,
+    cached_ratio: float = 0.0,
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
 
     `consistent` are states of the student's own pass with more vision tokens, which predict the
     batch's response tokens in order: KD's teacher unless that comes from the cache. None where
-    both passes are one and the same: KD is zero then.
+    both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
+    `cached_ratio` of its vision tokens, or the next smaller share that the cache knows.
 
     Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
     chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
@@ -86,7 +88,8 @@ def distillation_loss(
     for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
         _require_same_text(position, state, output)
     linear = as_linear(head) or head
-    batch = _Batch(states, outputs, linear, objective, assets or TeacherAssets(), consistent)
+    assets = assets or TeacherAssets()
+    batch = _Batch(states, outputs, linear, objective, assets, consistent, cached_ratio)
     diagnostics: dict[str, float] = {}
     terms: dict[str, Tensor] = {}
     tails: dict[str, TailPolicy] = {}
@@ -130,9 +133,15 @@ class _Batch(NamedTuple):
     objective: ObjectiveConfig
     assets: TeacherAssets
     consistent: Tensor | None
+    cached_ratio: float
 
     def weight(self, term: str) -> float:
         return getattr(self.objective, f"{term}_weight")
+
+    def cached(self, ratio: float) -> Signal:
+        """The cached teacher over all response tokens, without this share of its vision tokens."""
+        found = [teacher_response_at(output, self.assets, ratio) for output in self.outputs]
+        return concatenate(found).to(self.states[0].predicting.device)
 
 
 class _Block(NamedTuple):
@@ -149,20 +158,26 @@ def _response_block(batch: _Batch) -> _Block | None:
     if batch.objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
         terms.append(supervised_term(batch.objective.supervised_weight, labels, token_mean))
-    objective, weight = batch.objective, batch.objective.kd_weight
-    if objective.rld_weight > 0 or (weight > 0 and objective.kd_from_cache):
-        signals = [response_signal(output, batch.assets) for output in batch.outputs]
-        teacher = concatenate(signals).to(hidden.device)
-        if objective.rld_weight > 0:
-            rld_weight = objective.rld_weight
-            terms.append(divergence_term("rld", rld_weight, teacher, objective, token_mean))
-        if weight > 0 and objective.kd_from_cache:
-            term = divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")
-            terms.append(term)
-    if weight > 0 and batch.consistent is not None:
-        own = batch.consistent
-        terms.append(consistency_term(weight, own, batch.head, objective, token_mean))
+    objective = batch.objective
+    if objective.rld_weight > 0:
+        teacher = batch.cached(0.0)
+        weight = objective.rld_weight
+        terms.append(divergence_term("rld", weight, teacher, objective, token_mean))
+    if objective.kd_weight > 0:
+        terms += _kd_terms(batch)
     return _Block(hidden, terms) if terms else None
+
+
+def _kd_terms(batch: _Batch) -> list[LogitTerm]:
+    """EPIC's term, whose teacher is in the cache or the student itself; none if that is the same
+    pass."""
+    objective, weight = batch.objective, batch.objective.kd_weight
+    if objective.kd_from_cache:
+        teacher = batch.cached(batch.cached_ratio)
+        return [divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")]
+    if batch.consistent is None:
+        return []
+    return [consistency_term(weight, batch.consistent, batch.head, objective, token_mean)]
 
 
 def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:

@@ -17,12 +17,14 @@ from student_train.decoder import decoder_of, require_compressible
 from student_train.draws import uniform
 from student_train.progression import ProgressionConfig
 from student_train.schedules import Difficulty
+from student_train.signals import grid_ratio
 from student_train.stages import CompressionSettings, Stage
+from teacher_cache.settings import GridSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """The compression of a step's two passes; `drops` tells whether the layer exists at all."""
+    """The compression of a step's two passes."""
 
     difficulty: Difficulty
     student: CompressionSettings
@@ -31,12 +33,25 @@ class StepPlan:
     teacher_draw: int
     drops: bool
     """False where LCD begins: behind the last layer there is nothing left to drop for."""
+    cached_ratio: float = 0.0
+    """Which record of a cache's grid teaches the step, where KD's teacher is the cached one."""
 
 
 def plan_step(
-    progression: ProgressionConfig, *, seed: int, step: int, num_steps: int, num_layers: int
+    progression: ProgressionConfig,
+    *,
+    seed: int,
+    step: int,
+    num_steps: int,
+    num_layers: int,
+    grid: GridSettings | None = None,
 ) -> StepPlan:
-    """The plan of optimizer step `step`, counted from 0; ValueError beyond the last."""
+    """The plan of optimizer step `step`, counted from 0; ValueError beyond the last.
+
+    `grid` is that of the cache. Its largest ratio that is no more than the teacher's serves, and
+    only where the student drops no deeper than the cached teacher did: else that would have seen
+    less than the student. Ratio 0, every token, serves the rest.
+    """
     schedule = progression.schedule_of(num_layers)
     difficulty = schedule.at(step / num_steps, uniform(seed, "ratio", step))
 
@@ -55,6 +70,9 @@ def plan_step(
         student_draw=2 * step,
         teacher_draw=2 * step + 1,
         drops=difficulty.layer < num_layers,
+        cached_ratio=grid_ratio(grid.ratios, difficulty.teacher_ratio)
+        if grid is not None and difficulty.layer <= grid.layer
+        else 0.0,
     )
 
 

@@ -25,7 +25,7 @@ from teacher_cache.decode import Strict
 from teacher_cache.manifest import require_equal
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import Sample, SampleError, TeacherOutput
-from teacher_cache.settings import TierName, tier_to_learn_from
+from teacher_cache.settings import GridSettings, TierName, tier_to_learn_from
 from teacher_cache.sharding import SampleOrder, micro_batches, owned_positions
 
 Encoder = Callable[[Sample], EncodedSample]
@@ -131,7 +131,11 @@ class TrainingStream:
         self.position = 0
         self._reader = reader
         self._encode = encode
-        self._parts = parts_needed(objective, tier_to_learn_from(reader.spec.records, records))
+        self._parts = parts_needed(
+            objective,
+            tier_to_learn_from(reader.spec.records, records),
+            has_grid=reader.spec.grid is not None,
+        )
         self._scope: MatchScope | None = (
             objective.matching.scope if objective.needs_vision else None
         )
@@ -139,6 +143,11 @@ class TrainingStream:
         self._seed = seed
         self._num_threads = num_threads
         self._order = SampleOrder(reader.shard_sizes, seed, SHUFFLE_WINDOW)
+
+    @property
+    def grid(self) -> GridSettings | None:
+        """How the cache's teacher dropped vision tokens for further response records, if it did."""
+        return self._reader.spec.grid
 
     @property
     def num_rows(self) -> int:
@@ -179,13 +188,17 @@ class TrainingStream:
         return encoded, cached.output
 
 
-def parts_needed(objective: ObjectiveConfig, records: TierName) -> frozenset[Part]:
-    """The parts of a cached sample that the objective reads of a tier."""
+def parts_needed(
+    objective: ObjectiveConfig, records: TierName, has_grid: bool = False
+) -> frozenset[Part]:
+    """The parts of a cached sample that the objective reads of a tier; only KD reads a grid."""
     parts: set[Part] = set()
+    if objective.kd_from_cache and has_grid:
+        parts.add("hidden_grid" if records == "hidden" else "response_grid")
     compares_response = objective.rld_weight > 0 or objective.kd_from_cache
     distils = objective.needs_vision or compares_response
     if records == "hidden":
-        return frozenset({"hidden"} if distils else parts)
+        return frozenset({"hidden", *parts} if distils else parts)
     if compares_response:
         parts.add("response")
     if objective.vlad_weight > 0:

@@ -1,11 +1,12 @@
 """From a vanilla model to a student with few vision tokens, and back from disk.
 
 `vanilla_student` is the model itself, of any family, unchanged: its tokens are dropped inside its
-language model while it trains (`compression.py`), if at all. `student_from_vanilla` puts a compressing projector between the vision tower and the language model
-of a vanilla checkpoint, weights unchanged, and gives the family's own processor the pooled patch
-size, so that it emits exactly as many placeholders as the model has vision tokens (LLaVA and
-LLaVA-NeXT). What cannot work is refused before any training: other families, class tokens that would break the grid, processors
-whose image size, tiles or placeholder count disagree with the model. Remote code is never run.
+language model while it trains (`compression.py`), if at all. `student_from_vanilla` puts a
+compressing projector between the vision tower and the language model of a vanilla LLaVA or
+LLaVA-NeXT, weights unchanged, and gives the family's own processor the pooled patch size, so that
+it emits exactly as many placeholders as the model has vision tokens. What cannot work is refused
+before any training: other families, class tokens that would break the grid, processors whose image
+size, tiles or placeholder count disagree with the model. Remote code is never run.
 
 Also here: which parts are trained, and the two ways into the model that losses need, final hidden
 states and the head, both of which work under DistributedDataParallel.
@@ -285,8 +286,10 @@ def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part,
 
 def _owner(name: str) -> Part | None:
     """The part that a parameter belongs to, by the longest beginning of its name that is known."""
-    begins = [(len(p), part) for part in PARTS for p in PART_PREFIXES[part] if name.startswith(p)]
-    return max(begins)[1] if begins else None
+    begins: dict[str, Part] = {
+        begin: part for part in PARTS for begin in PART_PREFIXES[part] if name.startswith(begin)
+    }
+    return begins[max(begins, key=len)] if begins else None
 
 
 def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:

@@ -191,6 +191,7 @@ class EmkdTrainer(Trainer):
             step=self.state.global_step,
             num_steps=self.state.max_steps,
             num_layers=num_layers_of(model),
+            grid=self.stream.grid,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -292,10 +293,20 @@ def student_loss(
     objective = settings.objective
     teach = objective.kd_weight > 0 and not objective.kd_from_cache
     found = student_pass(model, batch.model, plan, teach=teach)
+    cached_ratio = 0.0 if plan is None else plan.cached_ratio
     loss = distillation_loss(
-        found.states, batch.outputs, output_head(model), objective, assets, found.consistent
+        found.states,
+        batch.outputs,
+        output_head(model),
+        objective,
+        assets,
+        found.consistent,
+        cached_ratio,
     )
-    return replace(loss, diagnostics={**loss.diagnostics, **found.diagnostics})
+    notes = {**loss.diagnostics, **found.diagnostics}
+    if objective.kd_from_cache:
+        notes["cached_ratio"] = cached_ratio
+    return replace(loss, diagnostics=notes)
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
