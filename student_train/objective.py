@@ -12,8 +12,9 @@ from teacher_cache.decode import Strict
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
-TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
-DivergenceName = Literal["reverse_kl", "forward_kl"]
+TailPolicy = Literal["exact", "blend", "bucket", "renormalise", "uniform", "mean_logit"]
+"""The last two are for study: they mislead (tail_policies.py)."""
+DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 VladText = Literal["all", "instruction", "response"]
 EpicName = Literal[
     "epic-tcd",
@@ -74,11 +75,12 @@ class ObjectiveConfig(Strict):
     temperature: float = 1.0
     """Softmax temperature of VSD, RLD and KD; values are multiplied by its square."""
     divergence: DivergenceName = "reverse_kl"
-    """What VSD and RLD measure: KL(student || teacher) as in EM-KD, or the other direction. EPIC's
-    KD is always forward."""
+    """What VSD and RLD measure: KL(student || teacher) as in EM-KD, the other direction, or the
+    Jensen-Shannon divergence of both. EPIC's KD is always forward."""
     tail: TailPolicy = "blend"
     """What the divergences assume of the mass outside a teacher's top-k. Signals that carry every
-    logit (hidden states, k = V) are always exact; `exact` refuses all others."""
+    logit (hidden states, k = V) are always exact; `exact` refuses all others. `uniform` and
+    `mean_logit` make a flat tail up and are there to be studied, not to train with."""
     blend: float = 0.5
     """Weight of the unknown tail term of the chain rule under `blend` (0 is `bucket`)."""
     vlad_text: VladText = "all"

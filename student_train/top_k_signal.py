@@ -140,6 +140,13 @@ class TopKSignal:
         kept = self.kept_log_probs()
         return outside.to(kept.dtype).scatter(1, self.ids.long(), kept)
 
+    def mean_tail_logit(self) -> Float[Tensor, " N"]:
+        """Mean of the sketch's logits outside the kept entries. ValueError without a sketch."""
+        if self.sketch is None:
+            raise ValueError("only records `topk+sketch` estimate logits outside the top-k")
+        tail = self.sketch.logits().scatter(1, self.ids.long(), 0.0).sum(dim=1)
+        return tail / (self.vocab_size - self.counts)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "TopKSignal":
         """Apply `change` (an index, a device move) to every tensor with one row per position."""
         return replace(

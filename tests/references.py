@@ -34,6 +34,13 @@ def reverse_kl(student: Row, teacher: Row, temperature: float = 1.0) -> float:
     return temperature**2 * kl(log_softmax(student, temperature), log_softmax(teacher, temperature))
 
 
+def jensen_shannon(student: Row, teacher: Row, temperature: float = 1.0) -> float:
+    """Half the KL of each side to their mean, times the temperature squared."""
+    log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    log_m = [math.log((math.exp(q) + math.exp(p)) / 2) for q, p in zip(log_q, log_p, strict=True)]
+    return temperature**2 * (kl(log_q, log_m) + kl(log_p, log_m)) / 2
+
+
 def top_ids(teacher: Row, k: int) -> list[int]:
     return sorted(range(len(teacher)), key=lambda v: (-teacher[v], v))[:k]
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.cost import cost_matrix
-from student_train.divergence import Divergence, forward_kl, resolve_tail, reverse_kl
+from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.losses import distillation_loss
 from student_train.metrics import kept_mass
 from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, Signal, concatenate
+from student_train.tail_policies import resolve_tail
 from student_train.top_k_signal import SketchCode, TopKSignal
 from teacher_cache.head import LmHead
 from teacher_cache.schema import TeacherOutput, TopKRecord
@@ -79,7 +80,7 @@ def gradient(divergence: Divergence, student: Tensor) -> Tensor:
     seed=st.integers(0, 10**6),
     counts=COUNTS,
     policy=st.sampled_from(POLICIES),
-    divergence=st.sampled_from([reverse_kl, forward_kl]),
+    divergence=st.sampled_from([reverse_kl, forward_kl, jensen_shannon]),
     sketched=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32]),
     temperature=st.sampled_from([1.0, 2.0]),
@@ -159,7 +160,7 @@ def test_costs_are_those_of_each_position_alone(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, jensen_shannon])
 @pytest.mark.parametrize("sketched", [False, True])
 def test_gradients_are_those_of_finite_differences(
     policy: TailPolicy, divergence: Callable[..., Divergence], sketched: bool
