@@ -24,10 +24,10 @@ from pipeline.config import (
     BuildConfig,
     DigitsConfig,
     EvaluateConfig,
-    PlanConfig,
     TrainConfig,
 )
 from pipeline.extend_config import ExtendConfig
+from pipeline.plan_config import PlanConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]

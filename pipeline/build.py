@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import BuildConfig
+from pipeline.shard_quality import measure_shard
 from pipeline.sources import SampleSource, ScannedSample, open_source, scan
 from teacher_cache.folder import (
     committed,
@@ -173,8 +174,9 @@ class CacheBuilder:
                     rejected.append(output)
             self.progress(f"shard {index}", len(rows) + len(rejected), len(plan.shards[index]))
         self._refuse(rejected)
+        quality = measure_shard(self.teacher, rows, plan.spec, self.config.quality_samples)
         seconds = time.monotonic() - started
-        return write_shard(self.cache, plan, index, rows, rejected, seconds)
+        return write_shard(self.cache, plan, index, rows, rejected, seconds, quality)
 
     def probe(self, index: int, start: int, stop: int) -> None:
         """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
@@ -281,7 +283,7 @@ def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, 
 def _settings(config: BuildConfig) -> str:
     """The build's settings and the state of its input files, as text to compare."""
     state = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(dataclasses.replace(config, require_quality=False)),
         "teacher": _files(Path(config.teacher)),
         "source": _files(Path(config.source.path)),
     }

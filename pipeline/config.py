@@ -41,6 +41,9 @@ CALIBRATION_TOKENS = 20_000
 """Vision tokens that fit a sketch's basis: fewer, or of a few alike images, and directions of the
 next image are missing (docs/method.md)."""
 
+QUALITY_SAMPLES = 2
+"""Samples of a shard on which a build measures what its records lose, unless told otherwise."""
+
 
 def at_least_one(record: object, *names: str) -> None:
     """Raise ValueError for the first of the named counts that is below 1."""
@@ -132,12 +135,21 @@ class BuildConfig(Strict):
     on_bad_sample: Literal["refuse", "record"] = "refuse"
     """`refuse` stops before the cache is sealed and names the samples; `record` goes on, and
     lists them in plan, commit records and seal."""
+    quality_samples: int = QUALITY_SAMPLES
+    """Samples of each shard on which what the records lose is measured, against every logit; 0:
+    nothing is measured, tail masses neither."""
+    require_quality: bool = False
+    """Exit with code 4 where the records miss their stated quality, or where it is not known."""
     torch_threads: int | None = None
     """CPU threads of torch in each worker; default: torch's own choice."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "top_k", "sketch_rank", "calibration_tokens", "samples_per_shard")
         at_least_one(self, "batch_size", "top_k_floor")
+        if self.quality_samples < 0:
+            raise ValueError(f"quality_samples must be >= 0, found {self.quality_samples}")
+        if self.require_quality and not self.quality_samples:
+            raise ValueError("require_quality needs quality_samples: with 0 nothing is measured")
         if self.hidden_group is not None:
             at_least_one(self, "hidden_group")
         if self.top_mass is not None:
@@ -178,6 +190,7 @@ class BuildConfig(Strict):
                 self.grid is not None,
                 *("compress_layer", "compress_text", "compress_seed"),
             ),
+            f"records {self.records} keep every logit": (top, "quality_samples"),
             "top_mass is not set": (self.top_mass is not None, "top_k_floor"),
             "logits are exact": (self.logits_codec == "affine8", "logits_max_error"),
             "cosines are not int8": (self.affinity_dtype == "int8", "affinity_max_error"),
@@ -189,95 +202,6 @@ class BuildConfig(Strict):
         for why, (used, *names) in use.items():
             if not used:
                 refuse_changed(self, why, *names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig(Strict):
-    """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
-
-    samples: int | None = None
-    """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
-    source."""
-    images_per_sample: float = 1.0
-    samples_per_image: float | None = None
-    """Samples, on average, that ask about the same images behind the same prompt: they share what
-    is stored of the images. Default: 1, or with --pilot what is found among its samples."""
-    vision_tokens: int = 576
-    """Vision tokens of one view of an image."""
-    views: int = 1
-    """Views (base view, tiles) of one image."""
-    text_tokens: int = 128
-    """Tokens of a sample's own text, instructions and responses."""
-    response_tokens: int = 64
-    """Those of them that are responses."""
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    logits_codec: LogitsCodec = "exact"
-    affinity_dtype: AffinityDtype = "float16"
-    mean_kept: float | None = None
-    """Entries that a position keeps on average, for a cache with --top-mass."""
-    image_bytes: int = 100_000
-    """Bytes of one encoded image; caches hold the images too."""
-    teacher_seconds_per_sample: float | None = None
-    """Accelerator seconds; --pilot measures them where they are not given."""
-    online_teacher_seconds_per_step: float | None = None
-    """What a live teacher would add to each step of a student: gives the number of student runs
-    from which on the cache is cheaper."""
-    steps_per_run: int | None = None
-    """Steps of one student run, for the same purpose."""
-    pilot: int = 0
-    """Run the teacher on the first so many samples of the source, measure what each tier would
-    lose, and recommend one; 0: arithmetic alone, no model."""
-    source: str | None = None
-    image_root: Path | None = None
-    teacher: str | None = None
-    match_metric: Literal["raw_l1", "prob_l1"] = "raw_l1"
-    """Matching that the cache is to serve: raw logits (the paper's) or probabilities."""
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: Dtype | None = None
-    """Dtype of the teacher and so of its logits; default: bfloat16, with --pilot the
-    checkpoint's own."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} must be >= 0 and finite, found {value}")
-        if self.samples is not None:
-            at_least_one(self, "samples")
-        if self.mean_kept is not None and self.mean_kept < 1:
-            raise ValueError(f"mean_kept must be >= 1, found {self.mean_kept}")
-        if self.samples_per_image is not None and self.samples_per_image < 1:
-            raise ValueError(f"samples_per_image must be >= 1, found {self.samples_per_image}")
-        if self.response_tokens > self.text_tokens:
-            raise ValueError(
-                f"response_tokens is {self.response_tokens}, but text_tokens, which counts the "
-                f"responses too, is {self.text_tokens}"
-            )
-        if (self.online_teacher_seconds_per_step is None) != (self.steps_per_run is None):
-            raise ValueError(
-                "the break-even needs both online_teacher_seconds_per_step and steps_per_run"
-            )
-        if self.pilot:
-            self._require_pilot()
-        else:
-            refuse_changed(self, "pilot is 0", "source", "image_root", "teacher", "match_metric")
-            refuse_changed(self, "pilot is 0", "batch_size", "device", "attention")
-
-    def _require_pilot(self) -> None:
-        if self.pilot < 2 or self.source is None or self.teacher is None:
-            raise ValueError(
-                "a pilot needs source, teacher and at least 2 samples (one half fits the sketch, "
-                f"the other is measured); found pilot {self.pilot}, source {self.source}, "
-                f"teacher {self.teacher}"
-            )
-        counts = ("images_per_sample", "vision_tokens", "views", "text_tokens", "response_tokens")
-        more = ("vocab_size", "hidden_size", "image_bytes", "mean_kept")
-        refuse_changed(self, "the pilot counts it", *counts, *more)
-        refuse_changed(self, "a pilot compares exact ones", "logits_codec", "affinity_dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

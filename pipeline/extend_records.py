@@ -9,15 +9,16 @@ not accept, settings of records that are not new. Running it again resumes it.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import get_args
 
 import torch
 
 from pipeline.build import Progress, no_progress
-from pipeline.config import CALIBRATION_TOKENS
+from pipeline.config import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
+from pipeline.shard_quality import measure_shard
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
 from teacher_cache.derive import SealedCache, derive, open_apart, take_file
@@ -67,12 +68,25 @@ class RecordExtender:
 
     def build_shard(self, index: int) -> None:
         """Take over the files of a shard, write the new planes beside them, and commit it."""
-        commit = self.base.seal.shards[index]
+        commit, cached = self.base.seal.shards[index], self._cached(index)
+        quality = commit.quality
+        if self._loses_otherwise:
+            quality = measure_shard(self.teacher, cached, self._new_spec, QUALITY_SAMPLES)
         layer = write_shard_file(
-            self.out, self.plan, index, self._rows(index), self._new_planes, commit.rejected
+            self.out, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
         )
         old = [take_file(self.base, file, self.out, self.plan, index) for file in commit.files]
-        commit_shard(self.out, self.plan, dataclasses.replace(commit, files=(*old, layer)))
+        files = (*old, layer)
+        commit_shard(self.out, self.plan, dataclasses.replace(commit, files=files, quality=quality))
+
+    @property
+    def _new_spec(self) -> CacheSpec:
+        return dataclasses.replace(self.plan.spec, records=self._computed)
+
+    @property
+    def _loses_otherwise(self) -> bool:
+        """Whether top-k records or a sketch are new: what is lost is measured of these, then."""
+        return self._computed != "hidden"
 
     def _spec(self) -> CacheSpec:
         base = self.base.spec
@@ -80,8 +94,8 @@ class RecordExtender:
             self.settings, batch_size=base.batch_size, share_vision=base.share_vision
         )
 
-    def _rows(self, index: int) -> Iterator[EncodedRow]:
-        """The samples of a shard with nothing but the new planes."""
+    def _cached(self, index: int) -> list[CachedSample]:
+        """The samples of a shard with what is computed of them."""
         computed = dataclasses.replace(self.settings, records=self._computed)
         owners: VisionOwners | None = {} if self.base.spec.share_vision else None
         cached: list[CachedSample] = []
@@ -96,8 +110,11 @@ class RecordExtender:
                     )
                 cached.append(CachedSample(sample=sample, output=output))
             self._tell(index, len(cached))
-        spec = dataclasses.replace(self.plan.spec, records=self._computed)
-        for row in encode_rows(cached, spec):
+        return cached
+
+    def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
+        """These samples with nothing but the new planes."""
+        for row in encode_rows(cached, self._new_spec):
             planes = {name: row.planes[name] for name in self._new_planes}
             yield dataclasses.replace(row, images=(), planes=planes)
 

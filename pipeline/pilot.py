@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from pipeline.build import Progress, no_progress
-from pipeline.config import PlanConfig, SourceConfig
+from pipeline.config import SourceConfig
 from pipeline.pilot_report import STAND_IN, PilotReport, Tail, TierMeasure, recommend
 from pipeline.plan import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
+from pipeline.plan_config import PlanConfig
 from pipeline.sources import open_source
-from pipeline.tier_loss import TierSums, compare, shard_structure, shortened
+from pipeline.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
 from student_train.metrics import row_mean_spread
-from student_train.signals import Signal, TeacherAssets, vision_signal
+from student_train.signals import DenseSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.collate import EncodedSample, collate
 from teacher_cache.manifest import CacheSpec
 from teacher_cache.records import RecordSettings, make_output
@@ -155,10 +156,13 @@ class Pilot:
                 continue  # the stand-in would be the teacher itself
             logits = self.head.logits(vision[rows])
             self.spreads.append(row_mean_spread(logits))
-            self._add_energy(vision[rows], logits)
+            held, total = logit_energy(vision[rows], logits, self.basis)
+            self.total_energy += total
+            for rank in self.energy:
+                self.energy[rank] += float(held[rank - 1])
             here = {name: signal.rows(rows) for name, signal in signals.items()}
-            metric = self.config.match_metric
-            compare(vision[rows], logits, view, self.head, metric, here, self.sums)
+            exact, metric = DenseSignal(logits=logits), self.config.match_metric
+            compare(vision[rows], exact, view, self.head, metric, here, self.sums)
 
     def _keep_tails(self, tier: Tier, output: TeacherOutput) -> None:
         if tier.records != "topk" or tier.top_k is None:
@@ -167,18 +171,6 @@ class Pilot:
             if record is not None:
                 tails = self.tails.setdefault((tier.top_k, where), [])
                 tails.append(record.log_tail.to(torch.float64).exp())
-
-    def _add_energy(self, states: Tensor, logits: Tensor) -> None:
-        """Squared logits about their calibrated mean: in all, and along the first r directions.
-
-        Codes are coordinates along orthonormal directions of the space of logits (sketch.py).
-        """
-        codes = (states.to(torch.float32) - self.basis.hidden_mean) @ self.basis.projection
-        held = codes.to(torch.float64).square().sum(dim=0).cumsum(dim=0)
-        for rank in self.energy:
-            self.energy[rank] += float(held[rank - 1])
-        centred = logits.to(torch.float32) - self.basis.mean_logits
-        self.total_energy += float(centred.square().sum(dtype=torch.float64))
 
     def _report(self, calibration_tokens: int) -> PilotReport:
         seconds = self.config.teacher_seconds_per_sample

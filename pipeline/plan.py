@@ -9,7 +9,7 @@ that the answer is there at once. Units are decimal.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config import PlanConfig
+from pipeline.plan_config import PlanConfig
 from teacher_cache.settings import AffinityDtype, LogitsCodec, RecordKind
 
 PAPER_SAMPLES = 779_000

@@ -3,14 +3,14 @@
 Rows are encoded by `rows.encode_row`, costs, assignments and divergences are those of training:
 nothing is computed here but differences. The reference is always the head's logits at every
 vocabulary row. No student exists yet; `stand_in` makes one that is close to its teacher, so the
-numbers say how tiers compare, not what a run will reach. Dimensions as in schema.py.
+numbers say how tiers compare, not what a run will reach. Student logits are held a chunk of rows
+at a time. Dimensions as in schema.py.
 """
 
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,15 +22,17 @@ from student_train.cost import cost_matrix
 from student_train.divergence import reverse_kl
 from student_train.matching import solve_assignment
 from student_train.objective import MatchingConfig
-from student_train.signals import DenseSignal, Signal, TopKSignal
+from student_train.signals import Signal, TopKSignal
 from teacher_cache.arrow_shard import ArrowFormat
 from teacher_cache.codec import VISION_PLANES, output_planes, planes_of
 from teacher_cache.head import LmHead
 from teacher_cache.manifest import CacheSpec, to_json
+from teacher_cache.quality import MatchName
 from teacher_cache.rows import encode_row, tier_parts
 from teacher_cache.schema import CachedSample, ViewGrid
 from teacher_cache.shard_format import EncodedRow
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.topk import row_chunks
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class TierSums:
     shareable: int = 0
     exact_cost: float = 0.0
     chosen_cost: float = 0.0
+    random_cost: float = 0.0
     equal_pairs: int = 0
     num_pairs: int = 0
     cosines: list[float] = field(default_factory=list[float])
@@ -65,10 +68,15 @@ class TierSums:
 
     @property
     def regret(self) -> float | None:
-        """Excess of the exact cost under this tier's matchings; None where it cannot match."""
+        """Excess of the exact cost under this tier's matchings, as a share of random ones' excess.
+
+        None where it cannot match; 0 where any matching costs the same.
+        """
         if not self.num_pairs:
             return None
-        return self.chosen_cost / self.exact_cost - 1 if self.exact_cost > 0 else 0.0
+        random = self.random_cost - self.exact_cost
+        excess = max(0.0, self.chosen_cost - self.exact_cost)  # rounding aside, it never is less
+        return excess / random if random > 0 else 0.0
 
     @property
     def agreement(self) -> float | None:
@@ -90,38 +98,73 @@ def stand_in(states: Float[Tensor, "M D"], view: ViewGrid) -> Float[Tensor, "N D
 
 def compare(
     states: Float[Tensor, "M D"],
-    logits: Float[Tensor, "M V"],
+    exact: Signal,
     view: ViewGrid,
     head: LmHead,
-    metric: Literal["raw_l1", "prob_l1"],
+    metric: MatchName,
     signals: Mapping[str, Signal],
     sums: Mapping[str, TierSums],
 ) -> None:
     """Match and differentiate one view by each signal, and add the differences to its sums.
 
-    `states` and their `logits` are the teacher's; gradients are compared on the exact pairs.
+    `states` are the teacher's and `exact` tells every logit of theirs; gradients are compared on
+    the exact pairs.
     """
     student = stand_in(states, view)
-    student_logits = head.logits(student)
-    exact = DenseSignal(logits=logits)
-    every_id = MatchingConfig(metric=metric, num_shared_ids=None)
-    true_cost = cost_matrix(student, student_logits, exact, every_id)
+    able = {
+        name: signal
+        for name, signal in signals.items()
+        if metric != "raw_l1" or not _knows_only_top_k(signal)  # cost_matrix refuses those
+    }
+    true_cost, guesses = _costs(student, exact, able, head, metric)
     rows, columns = (index.to(states.device) for index in solve_assignment(true_cost))
     true_gradient = _gradient(student[rows], exact.rows(columns), head)
     for name, signal in signals.items():
-        total = sums[name]
         gradient = _gradient(student[rows], signal.rows(columns), head)
         cosine = functional.cosine_similarity(true_gradient, gradient, dim=0)
-        total.cosines.append(float(cosine))
-        if metric == "raw_l1" and _knows_only_top_k(signal):
-            continue  # cost_matrix refuses it
-        guess = cost_matrix(student, student_logits, signal, MatchingConfig(metric=metric))
+        sums[name].cosines.append(float(cosine))
+    for name, guess in guesses.items():
+        total = sums[name]
         chosen_rows, chosen = (index.to(states.device) for index in solve_assignment(guess))
         total.exact_cost += float(true_cost[rows, columns].sum(dtype=torch.float64))
         total.chosen_cost += float(true_cost[chosen_rows, chosen].sum(dtype=torch.float64))
+        total.random_cost += float(true_cost.mean(dtype=torch.float64)) * len(columns)
         equal = (chosen_rows == rows) & (chosen == columns)
         total.equal_pairs += int(equal.sum())
         total.num_pairs += len(columns)
+
+
+def _costs(
+    student: Tensor,
+    exact: Signal,
+    signals: Mapping[str, Signal],
+    head: LmHead,
+    metric: MatchName,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Costs over every vocabulary row, and those of training by each signal."""
+    every_id = MatchingConfig(metric=metric, num_shared_ids=None)
+    as_trained = MatchingConfig(metric=metric)
+    true_cost: list[Tensor] = []
+    guesses: dict[str, list[Tensor]] = {name: [] for name in signals}
+    for rows in row_chunks(len(student), head.vocab_size):
+        logits = head.logits(student[rows])
+        true_cost.append(cost_matrix(student[rows], logits, exact, every_id))
+        for name, signal in signals.items():
+            guesses[name].append(cost_matrix(student[rows], logits, signal, as_trained))
+    return torch.cat(true_cost), {name: torch.cat(parts) for name, parts in guesses.items()}
+
+
+def logit_energy(
+    states: Float[Tensor, "M D"], logits: Float[Tensor, "M V"], basis: SketchBasis
+) -> tuple[Float[Tensor, " S"], float]:
+    """Squared logits about their calibrated mean: along the first 1 ... S directions, and in all.
+
+    Codes are coordinates along orthonormal directions of the space of logits (sketch.py).
+    """
+    codes = (states.to(torch.float32) - basis.hidden_mean) @ basis.projection
+    held = codes.to(torch.float64).square().sum(dim=0).cumsum(dim=0)
+    centred = logits.to(torch.float32) - basis.mean_logits
+    return held, float(centred.square().sum(dtype=torch.float64))
 
 
 def _texts(row: EncodedRow) -> tuple[str, ...]:
@@ -165,9 +208,13 @@ def shortened(basis: SketchBasis, rank: int) -> SketchBasis:
 
 def _gradient(student: Tensor, teacher: Signal, head: LmHead) -> Tensor:
     """Gradient of the reverse KL, under its default policy, by the student's states; flat."""
-    states = student.detach().clone().requires_grad_()
-    value = reverse_kl(head.logits(states), teacher).value.sum()
-    return torch.autograd.grad(value, states)[0].flatten().to(torch.float64)
+    index = torch.arange(len(student), device=student.device)
+    parts: list[Tensor] = []
+    for rows in row_chunks(len(student), head.vocab_size):
+        states = student[rows].detach().clone().requires_grad_()
+        value = reverse_kl(head.logits(states), teacher.rows(index[rows])).value.sum()
+        parts.append(torch.autograd.grad(value, states)[0].flatten().to(torch.float64))
+    return torch.cat(parts)
 
 
 def _knows_only_top_k(signal: Signal) -> bool:

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from teacher_cache.decode import DecodeError, Strict, decode_json
 from teacher_cache.fingerprint import ABSENT, canonical, digest_json, short
+from teacher_cache.quality import ShardQuality
 from teacher_cache.schema import RejectedSample
 from teacher_cache.settings import GridSettings, LogitsCodec, RecordKind, ShardFormatName
 
@@ -176,6 +177,8 @@ class ShardCommit(Strict):
     rejected: tuple[RejectedSample, ...] = ()
     seconds: float = 0.0
     """Wall time of the attempt that was committed, for the report."""
+    quality: ShardQuality | None = field(default=None, metadata=ABSENT)
+    """What its records lose of the teacher; None where nobody has measured that of these rows."""
 
     @property
     def num_bytes(self) -> int:

@@ -45,6 +45,7 @@ from teacher_cache.manifest import (
     record_bytes,
     require_equal,
 )
+from teacher_cache.quality import ShardQuality
 from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, RejectedSample
 from teacher_cache.shard_format import EncodedRow, shard_format
@@ -100,13 +101,14 @@ def write_shard(
     rows: Sequence[CachedSample],
     rejected: Sequence[RejectedSample],
     seconds: float,
+    quality: ShardQuality | None = None,
 ) -> ShardCommit:
     """Write, check and commit shard `index`; returns its record, or that of whoever was first.
 
     `rows` and `rejected` together are the shard's samples in the order of the plan.
     """
     encoded = encode_rows(rows, plan.spec)
-    return write_encoded_shard(cache, plan, index, encoded, rejected, seconds)
+    return write_encoded_shard(cache, plan, index, encoded, rejected, seconds, quality)
 
 
 def write_encoded_shard(
@@ -116,6 +118,7 @@ def write_encoded_shard(
     rows: Iterable[EncodedRow],
     rejected: Sequence[RejectedSample] = (),
     seconds: float = 0.0,
+    quality: ShardQuality | None = None,
 ) -> ShardCommit:
     """`write_shard` of rows that are encoded already, as `read_rows` gives them, one at a time."""
     counts = Counter[str]()
@@ -132,6 +135,7 @@ def write_encoded_shard(
         num_stored_vision_tokens=counts["stored_vision_tokens"],
         rejected=tuple(rejected),
         seconds=seconds,
+        quality=quality,
     )
     return commit_shard(cache, plan, commit)
 

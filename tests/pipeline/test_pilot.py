@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.build import build
-from pipeline.config import BuildConfig, DigitsConfig, PlanConfig, SourceConfig
+from pipeline.config import BuildConfig, DigitsConfig, SourceConfig
 from pipeline.digits import write_digits
 from pipeline.pilot import run_pilot
 from pipeline.pilot_report import PilotReport, TierMeasure, recommend, render_pilot
 from pipeline.plan import Tier, TierSize
+from pipeline.plan_config import PlanConfig
 from teacher_cache.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PlanConfig
 from pipeline.plan import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
+from pipeline.plan_config import PlanConfig
 from teacher_cache.codec import output_planes
 from teacher_cache.records import RecordSettings
 from teacher_cache.schema import TeacherOutput
