@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import BuildConfig
+from pipeline.response_grid import require_compressor, with_grid
 from pipeline.shard_quality import measure_shard
 from pipeline.sources import SampleSource, ScannedSample, open_source, scan
 from teacher_cache.folder import (
@@ -85,13 +86,15 @@ class CacheBuilder:
     def teacher(self) -> Teacher:
         """The teacher, loaded on first use."""
         config = self.config
-        return Teacher.load(
+        require_compressor(config.grid)
+        teacher = Teacher.load(
             config.teacher,
             device=config.device,
             dtype=config.dtype,
             attention=config.attention,
             system_prompt=config.system_prompt,
         )
+        return with_grid(teacher, config.grid)
 
     @cached_property
     def records(self) -> RecordSettings:
@@ -110,6 +113,7 @@ class CacheBuilder:
             hidden_max_error=config.hidden_max_error,
             affinity_dtype=config.affinity_dtype,
             affinity_max_error=config.affinity_max_error,
+            grid=config.grid,
         )
 
     def prepare(self) -> Plan:
@@ -124,6 +128,8 @@ class CacheBuilder:
         if begun is not None and _unchanged(config):
             self._load_basis(begun)
             return begun
+        if config.grid is not None:
+            _ = self.teacher  # refuses a grid that it cannot give before a sample is read
         scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
         self._refuse(rejected)
         if not scanned:

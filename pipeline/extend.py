@@ -106,6 +106,10 @@ def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
         if getattr(base.spec, field.name, None) is not None
     }
     known["dtype"] = base.spec.compute_dtype
+    if base.spec.grid is not None:
+        grid = dataclasses.asdict(base.spec.grid)
+        known |= {name: grid[name] for name in ("compressor", "ratios")}
+        known |= {f"compress_{name}": grid[name] for name in ("layer", "text", "seed")}
     size = config.samples_per_shard or max(commit.num_rows for commit in base.seal.shards)
     return BuildConfig(
         **known,

@@ -6,6 +6,7 @@ every field of the spec that says who the teacher is, is compared; what is store
 
 import dataclasses
 
+from pipeline.response_grid import with_grid
 from teacher_cache.manifest import CacheMismatchError, CacheSpec, differences
 from teacher_cache.records import RecordSettings
 from teacher_cache.teacher import Teacher
@@ -30,13 +31,14 @@ TEACHER_FIELDS = (
 
 def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
     """The teacher in a folder (or of a hub id), loaded as the cache says its own was."""
-    return Teacher.load(
+    teacher = Teacher.load(
         path,
         device=device,
         dtype=spec.compute_dtype,
         attention=spec.attention,
         system_prompt=spec.system_prompt,
     )
+    return with_grid(teacher, spec.grid)
 
 
 def other_teacher(spec: CacheSpec, teacher: Teacher) -> list[tuple[str, str, str]]:

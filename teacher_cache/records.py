@@ -3,11 +3,13 @@
 Three tiers, or the last and one of the others at once (schema.py, TeacherOutput): `topk` stores the
 largest logits at vision positions and at the positions that predict the response, and the affinity
 matrix; `topk+sketch` adds a PCA code of the vision states; `hidden` stores the states that enter
-the LM head, and everything else follows from them. Records lie on the CPU. ValueError where the
+the LM head, and everything else follows from them. A grid stores the response once more for each
+ratio of vision tokens that the teacher drops. Records lie on the CPU. ValueError where the
 teacher's numbers are not finite.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,7 @@ from teacher_cache.schema import (
     TokenSpans,
     TopKRecord,
 )
-from teacher_cache.settings import LogitsCodec, RecordKind, holds, require_cut
+from teacher_cache.settings import GridSettings, LogitsCodec, RecordKind, holds, require_cut
 from teacher_cache.sketch import SketchBasis, encode_sketch
 from teacher_cache.topk import top_k_from_hidden
 
@@ -42,7 +44,8 @@ class RecordSettings:
     hold that much probability, but no fewer than `top_k_floor` and no more than `top_k`. The
     `..._max_error` are promises: logits and cosines of eight bits are that close to the teacher's,
     states relative to their length; a sample that is not stops the build. `hidden_group` is the
-    most channels that share an int8 scale (None: all of a token's).
+    most channels that share an int8 scale (None: all of a token's). `grid` asks for the response
+    at further ratios.
     """
 
     records: RecordKind
@@ -57,6 +60,7 @@ class RecordSettings:
     hidden_max_error: float = 0.02
     affinity_dtype: str = "float16"
     affinity_max_error: float = 0.002
+    grid: GridSettings | None = None
 
     def __post_init__(self) -> None:
         known = (*DTYPES, "int8")
@@ -83,17 +87,18 @@ def make_output(
     settings: RecordSettings,
     sketch: SketchBasis | None = None,
     owner: CachedSample | None = None,
+    grid: Mapping[float, Float[Tensor, "R D"]] | None = None,
 ) -> TeacherOutput:
     """Records of one sample from its final hidden states, which may lie on any device.
 
     `sketch` is the basis of the `topk+sketch` tier; it lies on the states' device. `owner` is a
     sample with the same settings that is the same up to its last vision token: its vision record is
-    taken instead of computing it again.
+    taken instead of computing it again. `grid` has, by ratio, the states that predict the response.
     """
     shown = None if owner is None else owner.output
     vision, text = states[spans.vision], states[spans.vlad_text]
     predicting = states[spans.predicting]
-    hidden = top = code = affinity = response = None
+    hidden = top = code = affinity = response = response_grid = hidden_grid = None
     if holds(settings.records, "hidden"):
         dtype = DTYPES.get(settings.hidden_dtype, states.dtype)  # int8: of all there is (rows.py)
         hidden = HiddenRecord(
@@ -103,8 +108,12 @@ def make_output(
         )
         if shown is not None and shown.hidden is not None:
             hidden = dataclasses.replace(hidden, vision=shown.hidden.vision)
+        if grid is not None:
+            hidden_grid = {ratio: at.to("cpu", dtype) for ratio, at in grid.items()}
     if holds(settings.records, "topk"):
         response = _on_cpu(_top_k(predicting, head, settings))
+        if grid is not None:
+            response_grid = {r: _on_cpu(_top_k(at, head, settings)) for r, at in grid.items()}
         dtype = DTYPES.get(settings.affinity_dtype, torch.float32)
         affinity = AffinityRecord(cosine=cosine_affinity(text, vision).to("cpu", dtype))
         if shown is not None:
@@ -122,6 +131,8 @@ def make_output(
         response=response,
         hidden=hidden,
         shared_from=None if owner is None else owner.sample.key,
+        response_grid=response_grid,
+        hidden_grid=hidden_grid,
     )
 
 

@@ -14,9 +14,9 @@ teacher and student normalise over the same support.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -42,7 +42,7 @@ from teacher_cache.schema import (
     SampleError,
     TeacherOutput,
 )
-from teacher_cache.settings import holds
+from teacher_cache.settings import GridSettings, holds
 from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.tokens import SampleEncoder
 from teacher_cache.vision_sharing import VisionOwners, seen_by_vision
@@ -50,10 +50,26 @@ from teacher_cache.vision_sharing import VisionOwners, seen_by_vision
 logger = logging.getLogger(__name__)
 
 
+PredictingStates = Mapping[float, Float[Tensor, "R D"]]
+"""By ratio, a sample's final hidden states that predict its response tokens."""
+
+
+class GridPasses(Protocol):
+    """Runs a batch once as it is and once more for each ratio of vision tokens that are dropped."""
+
+    def __call__(
+        self, grid: GridSettings, batch: ModelBatch, whole: Callable[[], Tensor]
+    ) -> tuple[Float[Tensor, "B L D"], Sequence[PredictingStates]]:
+        """What `whole` gives, the pass over the batch, and each sample's states at every ratio."""
+        ...
+
+
 class Teacher:
     """A model and its processor, on the model's device, ready to give records.
 
     `head` is the LM head cut to the shared vocabulary, `encoder` turns samples into model inputs.
+    `grid_passes` must be set where records of a grid are asked for (pipeline/response_grid.py):
+    what drops tokens inside a model belongs to students.
     """
 
     def __init__(self, model: Any, processor: Any, system_prompt: str | None = None) -> None:
@@ -61,6 +77,7 @@ class Teacher:
         self.encoder = SampleEncoder(processor, model.config, system_prompt)
         self.device: torch.device = model.device
         self.head = shared_head(model, processor.tokenizer)
+        self.grid_passes: GridPasses | None = None
         self._sketch: SketchBasis | None = None
         require_plain_head(model, processor.tokenizer)
 
@@ -120,7 +137,7 @@ class Teacher:
         for samples in batches:
             items = [self._encode(sample) for sample in samples]
             encoded = [item for item in items if isinstance(item, EncodedSample)]
-            for sample, states in zip(encoded, self._states(encoded), strict=True):
+            for sample, (states, _) in zip(encoded, self._states(encoded), strict=True):
                 vision = states[sample.spans.vision]
                 if bool(torch.isfinite(vision).all()):
                     moments.update(vision)
@@ -152,14 +169,14 @@ class Teacher:
         vision record; others become owners themselves. None: each has its own.
 
         ValueError where the settings themselves cannot work: `top_k` beyond the vocabulary, a
-        sketch without a basis.
+        sketch without a basis, a grid without passes.
         """
         self._require(settings)
         items = [self._encode(sample) for sample in samples]
-        states = self._states([item for item in items if isinstance(item, EncodedSample)])
-        rest = iter(states)
+        encoded = [item for item in items if isinstance(item, EncodedSample)]
+        rest = iter(self._states(encoded, settings.grid))
         return [
-            self._record(sample, item, next(rest), settings, owners)
+            self._record(sample, item, *next(rest), settings, owners)
             if isinstance(item, EncodedSample)
             else item
             for sample, item in zip(samples, items, strict=True)
@@ -209,6 +226,7 @@ class Teacher:
             system_prompt=self.encoder.system_prompt,
             batch_size=batch_size,
             share_vision=share_vision,
+            grid=settings.grid,
         )
 
     @cached_property
@@ -216,6 +234,8 @@ class Teacher:
         return weights_digest(self.model)
 
     def _require(self, settings: RecordSettings) -> None:
+        if settings.grid is not None and self.grid_passes is None:
+            raise ValueError("a grid needs passes that drop vision tokens; set grid_passes first")
         if not holds(settings.records, "topk"):
             return
         if not 1 <= settings.top_k <= self.head.vocab_size:
@@ -232,24 +252,36 @@ class Teacher:
         except SampleError as error:
             return RejectedSample(key=sample.key, source_id=sample.source_id, reason=error.reason)
 
-    def _states(self, encoded: Sequence[EncodedSample]) -> list[Tensor]:
-        """States [L, D] of each sample (padding behind), of one forward pass over all of them."""
+    def _states(
+        self, encoded: Sequence[EncodedSample], grid: GridSettings | None = None
+    ) -> list[tuple[Tensor, PredictingStates | None]]:
+        """States [L, D] of each sample (padding behind), of one forward pass over all of them.
+
+        With a grid also its predicting states at every ratio.
+        """
         if not encoded:
             return []
-        return list(self.hidden_states(collate(encoded, self.encoder.pad_token_id, "right")))
+        batch = collate(encoded, self.encoder.pad_token_id, "right")
+        if grid is None or self.grid_passes is None:
+            return [(states, None) for states in self.hidden_states(batch)]
+        whole, at_ratios = self.grid_passes(grid, batch, partial(self.hidden_states, batch))
+        return list(zip(whole, at_ratios, strict=True))
 
     def _record(
         self,
         sample: Sample,
         encoded: EncodedSample,
         states: Tensor,
+        grid: PredictingStates | None,
         settings: RecordSettings,
         owners: VisionOwners | None,
     ) -> TeacherOutput | RejectedSample:
         seen = None if owners is None else seen_by_vision(sample, encoded)
         owner = None if owners is None or seen is None else owners.get(seen)
         try:
-            output = make_output(encoded.spans, states, self.head, settings, self.sketch, owner)
+            output = make_output(
+                encoded.spans, states, self.head, settings, self.sketch, owner, grid
+            )
         except ValueError as error:
             return RejectedSample(
                 key=sample.key, source_id=sample.source_id, reason=f"the teacher's output: {error}"

@@ -32,7 +32,7 @@ from teacher_cache.shard_format import (
 _METADATA = "__shard__/metadata"
 _MEMBER = re.compile(
     rf"(?P<key>{KEY_PATTERN.pattern})\."
-    r"(sample\.json|(?P<image>[0-9]+)\.image\.[a-z]+|(?P<plane>[a-z][a-z_]*)\.zst)"
+    r"(sample\.json|(?P<image>[0-9]+)\.image\.[a-z]+|(?P<plane>[a-z][a-z0-9_]*)\.zst)"
 )
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
 

@@ -1,0 +1,74 @@
+"""How a frozen teacher drops its own vision tokens: the passes behind the grid of a cache.
+
+Promise: one pass over a batch as it is, and for each ratio the layers from the grid's on once more
+(`shared_prefix.rerun`, to the bit what a whole pass under `compress` gives). What is kept depends
+on the sample, the teacher and the settings; random draws on the sample's key. So it is as
+deterministic as the ordinary pass: the same batch gives the same bits. Teachers that cannot drop
+tokens there are refused before a sample is read.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from student_train.compressors import find_compressor
+from student_train.decoder import decoder_of, require_compressible
+from student_train.shared_prefix import record_entry, rerun
+from student_train.stages import CompressionSettings, Stage
+from teacher_cache.collate import ModelBatch
+from teacher_cache.settings import GridSettings
+from teacher_cache.teacher import PredictingStates, Teacher
+
+
+def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:
+    """The settings of `compress` under which the teacher gives the grid's records at a ratio."""
+    return CompressionSettings(
+        compressor=grid.compressor,
+        stages=(Stage(layer=grid.layer, ratio=ratio),),
+        text=grid.text,
+        seed=grid.seed,
+    )
+
+
+def require_compressor(grid: GridSettings | None) -> None:
+    """Refuse a compressor that there is not, before a teacher is loaded."""
+    if grid is not None:
+        find_compressor(grid.compressor)
+
+
+def with_grid(teacher: Teacher, grid: GridSettings | None) -> Teacher:
+    """The teacher, ready to give the records of this grid; ValueError where it cannot."""
+    if grid is not None:
+        require_compressible(teacher.model, compression_at(grid, grid.ratios[-1]))
+        num_layers = len(decoder_of(teacher.model).layers)
+        if grid.layer == num_layers:
+            raise ValueError(
+                f"the grid's layer is {grid.layer}, but the teacher has {num_layers} layers: "
+                f"behind the last there is nothing to drop for; choose 1 to {num_layers - 1}"
+            )
+        teacher.grid_passes = Passes(teacher.model)
+    return teacher
+
+
+class Passes:
+    """`teacher_cache.teacher.GridPasses` of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(
+        self, grid: GridSettings, batch: ModelBatch, whole: Callable[[], Tensor]
+    ) -> tuple[Float[Tensor, "B L D"], Sequence[PredictingStates]]:
+        """What `whole` gives, and each sample's predicting states at every ratio of the grid."""
+        found: list[dict[float, Tensor]] = [{} for _ in batch.samples]
+        with record_entry(self.model, grid.layer) as entry:
+            states = whole()
+            for ratio in grid.ratios:
+                hidden, layout = rerun(self.model, entry, compression_at(grid, ratio), batch)
+                for row, sample in enumerate(batch.samples):
+                    columns = layout.columns(row, sample.spans.predicting)
+                    found[row][ratio] = hidden[row, columns.to(hidden.device)]
+        return states, found
