@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from student_train.divergence import DIVERGENCES, forward_kl, resolve_tail
+from student_train.divergence import DIVERGENCES, forward_kl
 from student_train.fused_head import HeadRows, RowLosses
 from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
 from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, Signal
+from student_train.tail_policies import resolve_tail
 from student_train.terms import supervised_rows
 
 
@@ -48,12 +49,17 @@ class LogitTerm:
         return weights
 
     def diagnostics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """What the term's value rests on, for the log; nothing where all logits are known."""
+        """What the term's value rests on, for the log; nothing where all logits are known.
+
+        The tail policy is there by name, for values under two of them do not compare. A mean over
+        rows of which one has no finite bound is infinite.
+        """
         notes = {name: v for name, v in values.items() if name.startswith(f"{self.name}_")}
         if not notes or not len(values[self.name]):
             return {}
         means = {name: float(note.mean()) for name, note in notes.items()}
-        return {**means, f"{self.name}_teacher_kept_mass": self.kept_mass}
+        means[f"{self.name}_teacher_kept_mass"] = self.kept_mass
+        return {**means, f"{self.name}_tail_is_{self.tail}": 1.0}
 
 
 def supervised_term(
@@ -83,7 +89,8 @@ def divergence_term(
     ValueError for a tail policy or a temperature that the teacher's record cannot serve.
     """
     tail = resolve_tail(objective.tail, teacher, objective.temperature)
-    measure = DIVERGENCES[divergence or objective.divergence]
+    direction = divergence or objective.divergence
+    measure = DIVERGENCES[direction]
 
     def rows(chunk: slice) -> RowLosses:
         here = _rows(teacher, chunk)
@@ -96,12 +103,15 @@ def divergence_term(
             )
             if tail == "exact":
                 return {name: found.value}
-            return {
+            notes = {
                 name: found.value,
                 f"{name}_tail_part": found.tail,
                 f"{name}_lower_bound": found.lower,
                 f"{name}_student_tail_mass": found.student_tail_mass,
             }
+            if direction != "reverse_kl":  # which no record bounds from above
+                notes[f"{name}_upper_bound"] = found.upper
+            return notes
 
         return losses
 

@@ -1,5 +1,6 @@
 """EM-KD's objective: equal to the loops on ragged batches, and its laws (method.md)."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -330,5 +331,11 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
     for name in ("rld", "vsd"):
         for part in ("tail_part", "lower_bound", "student_tail_mass", "teacher_kept_mass"):
             assert f"{name}_{part}" in sketched
+        assert f"{name}_upper_bound" not in sketched, "reverse KL has none"
+    assert sketched["vsd_tail_is_blend"] == sketched["rld_tail_is_bucket"] == 1.0
     assert 0 < sketched["vsd_teacher_kept_mass"] < 1
     assert all(isinstance(value, float) for value in sketched.values())
+    both = loss(batch, replace(EMKD, divergence="jsd"), "topk+sketch")
+    true = loss(batch, replace(EMKD, divergence="jsd")).terms["rld"].item()
+    bounds = [both.diagnostics[f"rld_{side}_bound"] for side in ("lower", "upper")]
+    assert 0 < bounds[0] <= true <= bounds[1] <= math.log(2)
