@@ -1,0 +1,254 @@
+"""What EPIC's consistency costs a training step: time and peak memory of four ways, in turns.
+
+    A supervised      the student's pass with tokens dropped at K = 2 (DART), forward and backward
+    B TCD             the same, and the teacher's pass: layers from K on once more, no gradient
+    C TCD, two passes the same loss, the teacher as a whole pass of its own
+    D uncompressed    supervised, every token through every layer
+
+A, B and C drop the same tokens of the student: what `paper_notes` plans for steps at a tenth, a
+half and nine tenths of the training. B and C must agree in loss and gradients, or the script stops.
+The model is a LLaVA with random weights, one picture of 576 vision tokens and a short conversation;
+one thread, its own processor time. A cell is the median over rounds, a ratio the median of the
+rounds' own ratios. Memory is what a step adds to the resident set, in a child of its own. Linux.
+
+    python -m benchmarks.epic_step [--quick] [--json PATH]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
+from benchmarks.losses import status_mib
+from student_train.compression import compress
+from student_train.epic_step import StudentPass, student_pass
+from student_train.losses import distillation_loss
+from student_train.objective import ObjectiveName, preset
+from student_train.progression import ProgressionConfig
+from student_train.step_plan import StepPlan, num_layers_of, plan_step
+from student_train.student import final_hidden, output_head
+from teacher_cache.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
+
+IMAGE_ID = 3
+QUESTION, ANSWER = 40, 64
+SIZES = {"full": (384, 16, 3), "quick": (128, 6, 2)}
+"""Width and layers of the model, and rounds."""
+NUM_STEPS, STEPS = 1000, (100, 500, 900)
+WAYS = ("A supervised", "B TCD", "C TCD, two passes", "D uncompressed")
+
+
+def make_batch() -> tuple[ModelBatch, TeacherOutput]:
+    """One conversation about one picture, and what a cache says of its text: no records."""
+    length = BEFORE + NUM_VISION + QUESTION + ANSWER
+    ids = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
+    vision = torch.arange(BEFORE, BEFORE + NUM_VISION)
+    ids[vision] = IMAGE_ID
+    content = torch.arange(BEFORE + NUM_VISION, length)
+    is_response = torch.arange(len(content)) >= QUESTION
+    views = (ViewGrid(image=0, view=0, rows=SIDE, cols=SIDE),)
+    spans = TokenSpans(
+        views=views,
+        vision=vision,
+        content=content,
+        content_ids=ids[content],
+        is_response=is_response,
+        after_image=torch.ones_like(is_response),
+    )
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.rand(1, 3, SIDE * PATCH, SIDE * PATCH),
+    }
+    sample = EncodedSample(key="0" * 32, source_id="made up", inputs=inputs, spans=spans)
+    output = TeacherOutput(
+        views=views,
+        content_ids=ids[content],
+        is_response=is_response,
+        after_image=torch.ones_like(is_response),
+    )
+    return collate([sample], 0, "right"), output
+
+
+class Bench:
+    """A model, a batch, and one training step of each way (without the optimizer's)."""
+
+    def __init__(self, width: int, num_layers: int, checkpointing: bool) -> None:
+        self.model: Any = make_model(width, num_layers)
+        self.model.model.vision_tower.requires_grad_(False)
+        if checkpointing:
+            self.model.train()
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self.batch, self.output = make_batch()
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of that step, with a draw in the middle of its range."""
+        config = ProgressionConfig()
+        layers = num_layers_of(self.model)
+        near = range(step, step + 40)
+        plans = [
+            plan_step(config, seed=0, step=s, num_steps=NUM_STEPS, num_layers=layers) for s in near
+        ]
+        ratios = sorted(plan.difficulty.student_ratio for plan in plans)
+        middle = ratios[len(ratios) // 2]
+        return next(plan for plan in plans if plan.difficulty.student_ratio == middle)
+
+    def step(self, way: str, plan: StepPlan) -> Tensor:
+        """Loss of one step, after its backward pass."""
+        name: ObjectiveName = "epic-tcd" if "TCD" in way else "supervised"
+        objective = preset(name)
+        if way == "C TCD, two passes":
+            found = self._two_passes(plan)
+        else:
+            used = None if way == "D uncompressed" else plan
+            found = student_pass(self.model, self.batch, used, teach=name == "epic-tcd")
+        head = output_head(self.model)
+        loss = distillation_loss(
+            found.states, [self.output], head, objective, consistent=found.consistent
+        )
+        loss.total.backward()
+        return loss.total.detach()
+
+    def _two_passes(self, plan: StepPlan) -> StudentPass:
+        predicting = self.batch.samples[0].spans.predicting
+        with (
+            torch.no_grad(),
+            compress(self.model, plan.teacher, self.batch, plan.teacher_draw) as found,
+        ):
+            hidden = final_hidden(self.model, self.batch.inputs)
+        consistent = hidden[0, found.layout.columns(0, predicting)]
+        own = student_pass(self.model, self.batch, plan, teach=False)
+        return StudentPass(states=own.states, consistent=consistent, diagnostics=own.diagnostics)
+
+    def gradients(self) -> Tensor:
+        """All gradients in one row; and none is left."""
+        found = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return torch.cat(found)
+
+
+def require_equal(bench: Bench, plan: StepPlan) -> None:
+    """Stop unless the shared pass and the two whole ones give the same loss and gradients."""
+    shared = bench.step("B TCD", plan), bench.gradients()
+    whole = bench.step("C TCD, two passes", plan), bench.gradients()
+    for found, expected in zip(shared, whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def measure(bench: Bench, rounds: int) -> dict[int, dict[str, list[float]]]:
+    """Seconds of every way at every step of the schedule, round by round."""
+    plans = {step: bench.plan(step) for step in STEPS}
+    times = {step: {way: list[float]() for way in WAYS} for step in STEPS}
+    for plan in plans.values():
+        require_equal(bench, plan)  # and warms up
+    for _ in range(rounds):
+        for step, plan in plans.items():
+            for way in WAYS:
+                start = time.thread_time()
+                bench.step(way, plan)
+                times[step][way].append(time.thread_time() - start)
+                bench.gradients()
+    return times
+
+
+def child_memory(size: str, checkpointing: bool, way: str) -> float:
+    """MiB that a step in the middle of the training adds, in a process of its own."""
+    request = json.dumps([size, checkpointing, way])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.epic_step", "--child", request],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout)
+
+
+def measure_memory(size: str, checkpointing: bool, way: str) -> float:
+    """The same, in this process."""
+    width, num_layers, _ = SIZES[size]
+    bench = Bench(width, num_layers, checkpointing)
+    plan = bench.plan(STEPS[1])
+    bench.step("D uncompressed", plan)  # gradients exist: they are the same for every way
+    for parameter in bench.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
+    bench.step(way, plan)
+    return status_mib("VmHWM") - before
+
+
+def ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(own, base, strict=True))
+
+
+def report(size: str, checkpointing: bool, say: Callable[[str], None]) -> list[dict[str, object]]:
+    """Measure and print one table."""
+    width, num_layers, rounds = SIZES[size]
+    bench = Bench(width, num_layers, checkpointing)
+    times = measure(bench, rounds)
+    memory = {way: child_memory(size, checkpointing, way) for way in WAYS}
+    say(f"\n{num_layers} layers of width {width}, gradient checkpointing {checkpointing}")
+    say(f"{'progress':>8s} {'vision tokens':>14s} {'way':18s} {'s':>7s} {'/ A':>6s} {'MiB':>7s}")
+    rows: list[dict[str, object]] = []
+    for step, found in times.items():
+        difficulty = bench.plan(step).difficulty
+        shares = (1 - difficulty.student_ratio, 1 - difficulty.teacher_ratio)
+        tokens = " / ".join(f"{NUM_VISION * share:.0f}" for share in shares)
+        for way in WAYS:
+            row: dict[str, object] = {
+                "progress": step / NUM_STEPS,
+                "tokens": tokens,
+                "way": way,
+                "seconds": statistics.median(found[way]),
+                "over_supervised": ratio(found[way], found[WAYS[0]]),
+                "mib": memory[way] if step == STEPS[1] else None,
+                "checkpointing": checkpointing,
+            }
+            rows.append(row)
+            room = f"{memory[way]:7.0f}" if step == STEPS[1] else " " * 7
+            say(
+                f"{step / NUM_STEPS:8.1f} {tokens:>14s} {way:18s} "
+                f"{statistics.median(found[way]):7.2f} {ratio(found[way], found[WAYS[0]]):6.2f} "
+                f"{room}"
+            )
+    total = {
+        way: [sum(t) for t in zip(*(times[s][way] for s in STEPS), strict=True)] for way in WAYS
+    }
+    over = {way: ratio(total[way], total[WAYS[0]]) for way in WAYS}
+    say("over the three: " + ", ".join(f"{way} {over[way]:.2f}" for way in WAYS))
+    return rows
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child is not None:
+        print(measure_memory(*json.loads(options.child)))
+        return
+    size = "quick" if options.quick else "full"
+    print("vision tokens: those that the student / the teacher keeps from layer 2 on, of 576")
+    rows = [row for checkpointing in (False, True) for row in report(size, checkpointing, print)]
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
