@@ -61,11 +61,9 @@ def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Differen
     """The quantities of two outputs for one sample, by name."""
     _require_same_tokens(left, right)
     found: dict[str, Difference] = {}
-    for part in ("vision", "response"):
-        ours: TopKRecord | None = getattr(left, part)
-        theirs: TopKRecord | None = getattr(right, part)
-        if ours is not None and theirs is not None:
-            found |= _top_k(part, ours, theirs)
+    theirs = top_k_by_name(right)
+    for name, record in top_k_by_name(left).items():
+        found |= _top_k(name, record, theirs[name])
     if left.sketch is not None and right.sketch is not None:
         found["sketch"] = _difference([(_code(left.sketch), _code(right.sketch))])
     if left.affinity is not None and right.affinity is not None:
@@ -78,7 +76,17 @@ def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Differen
         found["hidden states"] = _difference(
             [pair for pair in pairs if isinstance(pair[0], Tensor) and pair[0].is_floating_point()]
         )
+    if left.hidden_grid is not None and right.hidden_grid is not None:
+        for ratio, states in left.hidden_grid.items():
+            found[f"hidden states at {ratio}"] = _difference([(states, right.hidden_grid[ratio])])
     return found
+
+
+def top_k_by_name(output: TeacherOutput) -> dict[str, TopKRecord]:
+    """The top-k records of an output by what they are of; those of a grid say at which ratio."""
+    found = {"vision": output.vision, "response": output.response}
+    found |= {f"response at {ratio}": at for ratio, at in (output.response_grid or {}).items()}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def replaced_ids(left: TopKRecord, right: TopKRecord) -> tuple[int, int]:
@@ -102,6 +110,9 @@ def _require_same_tokens(left: TeacherOutput, right: TeacherOutput) -> None:
         )
     if parts_in(left) != parts_in(right):
         raise ValueError(f"the parts differ: {parts_in(left)} and {parts_in(right)}")
+    grids = [sorted(output.response_grid or output.hidden_grid or ()) for output in (left, right)]
+    if grids[0] != grids[1]:
+        raise ValueError(f"the ratios differ: {grids[0]} and {grids[1]}")
 
 
 def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Difference]:

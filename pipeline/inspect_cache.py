@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pipeline.compare_outputs import top_k_by_name
 from teacher_cache.codec import PART_PLANES, Part
 from teacher_cache.folder import open_shard, require_plan
 from teacher_cache.reader import CacheReader
@@ -25,7 +26,7 @@ from teacher_cache.reader import CacheReader
 MAX_WORD = 20
 """Characters of a word that may stand in a list of one line."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
-_TAILED: tuple[Part, ...] = ("vision", "response")
+_TAILED: frozenset[Part] = frozenset({"vision", "response", "response_grid"})
 
 
 def describe_cache(
@@ -83,18 +84,17 @@ def _bytes_of_parts(reader: CacheReader, numbers: Sequence[int]) -> dict[str, in
 
 def _tail_mass(reader: CacheReader, numbers: Sequence[int], num_rows: int) -> dict[str, Any] | None:
     """Quantiles of the probability outside the top-k over rows of some shards; None without it."""
-    parts: list[Part] = [part for part in _TAILED if part in reader.parts]
+    parts = _TAILED & reader.parts
     if not parts:
         return None
     starts = [0, *accumulate(reader.shard_sizes)]
     rows = [row for number in numbers for row in range(starts[number], starts[number + 1])]
     count = min(num_rows, len(rows))
-    tails: dict[Part, list[Tensor]] = {part: [] for part in parts}
+    tails: dict[str, list[Tensor]] = {}
     for index in sorted(random.Random(0).sample(rows, count)):
-        output = reader.read(index, parts).output
-        for part in parts:
-            tails[part].append(getattr(output, part).log_tail.double().exp())
-    return {"rows": count, **{part: _quantiles(torch.cat(tails[part])) for part in parts}}
+        for name, record in top_k_by_name(reader.read(index, parts).output).items():
+            tails.setdefault(name, []).append(record.log_tail.double().exp())
+    return {"rows": count, **{name: _quantiles(torch.cat(each)) for name, each in tails.items()}}
 
 
 def _quantiles(values: Tensor) -> dict[str, float] | None:

@@ -122,6 +122,12 @@ def _records(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> dict
             "predicting": list(output.hidden.predicting.shape),
             "dtype": str(output.hidden.vision.dtype).removeprefix("torch."),
         }
+    if output.response_grid is not None:
+        at = {str(ratio): _summary(record) for ratio, record in output.response_grid.items()}
+        records["response_top_k_at_ratio"] = at
+    if output.hidden_grid is not None:
+        shapes = {str(ratio): list(states.shape) for ratio, states in output.hidden_grid.items()}
+        records["predicting_states_at_ratio"] = shapes
     records["vision_says"] = _vision_says(output, head, tokenizer)
     records["response_says"] = _response_says(output, head, tokenizer)
     return records

@@ -88,6 +88,9 @@ class SampleShape:
     affinity_dtype: AffinityDtype = "float16"
     kept_vision: int | None = None
     kept_response: int | None = None
+    num_ratios: int = 0
+    """Of the grid of responses, with `kept_grid` entries at each."""
+    kept_grid: tuple[int, ...] | None = None
 
 
 def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
@@ -97,16 +100,20 @@ def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
         "content_ids": 8 * shape.num_content,
         "content_flags": shape.num_content,
     }
-    rows = {"vision": shape.num_vision, "text": shape.num_text, "predicting": shape.num_response}
+    grid = [f"g{number}" for number in range(1, shape.num_ratios + 1)]
     if tier.hidden_dtype is not None:
+        rows = {"h_vision": shape.num_vision, "h_text": shape.num_text}
+        rows |= {f"{prefix}_predicting": shape.num_response for prefix in ("h", *grid)}
         for name, count in rows.items():
-            planes[f"h_{name}"] = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype] * count
+            planes[name] = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype] * count
             if tier.hidden_dtype == "int8":
                 group = tier.hidden_group or shape.hidden_size
-                planes[f"h_{name}_scale"] = 2 * -(-shape.hidden_size // group) * count
+                planes[f"{name}_scale"] = 2 * -(-shape.hidden_size // group) * count
     if tier.top_k is not None:
         planes |= _top_k_bytes(shape, "v", shape.num_vision, tier.top_k, shape.kept_vision)
         planes |= _top_k_bytes(shape, "r", shape.num_response, tier.top_k, shape.kept_response)
+        for prefix, kept in zip(grid, shape.kept_grid or [None] * len(grid), strict=True):
+            planes |= _top_k_bytes(shape, prefix, shape.num_response, tier.top_k, kept)
         num_cosines = shape.num_text * shape.num_vision
         if shape.affinity_dtype == "int8":
             planes |= {"a_codes": num_cosines} | dict.fromkeys(_ENDS, 4 * shape.num_text)
@@ -189,6 +196,7 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
         logits_dtype=config.dtype or "bfloat16",
         logits_codec=config.logits_codec,
         affinity_dtype=config.affinity_dtype,
+        num_ratios=len(config.ratios),
     )
     int8 = Tier(
         records="hidden", hidden_dtype="int8", hidden_group=min(HIDDEN_GROUP, config.hidden_size)
@@ -222,6 +230,7 @@ def _with_mean_kept(shape: SampleShape, tier: Tier, mean: float | None) -> Sampl
         shape,
         kept_vision=round(each * shape.num_vision),
         kept_response=round(each * shape.num_response),
+        kept_grid=(round(each * shape.num_response),) * shape.num_ratios,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.config import Dtype, at_least_one, refuse_changed
 from teacher_cache.decode import Strict
-from teacher_cache.settings import AffinityDtype, LogitsCodec
+from teacher_cache.settings import AffinityDtype, LogitsCodec, require_ratios
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class PlanConfig(Strict):
     affinity_dtype: AffinityDtype = "float16"
     mean_kept: float | None = None
     """Entries that a position keeps on average, for a cache with --top-mass."""
+    ratios: tuple[float, ...] = ()
+    """Those of a cache with a grid: each response token has a record more for every one."""
     image_bytes: int = 100_000
     """Bytes of one encoded image; caches hold the images too."""
     teacher_seconds_per_sample: float | None = None
@@ -68,6 +70,8 @@ class PlanConfig(Strict):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not 0 <= value < float("inf"):
                 raise ValueError(f"{field.name} must be >= 0 and finite, found {value}")
+        if self.ratios:
+            require_ratios(self.ratios)
         if self.samples is not None:
             at_least_one(self, "samples")
         if self.mean_kept is not None and self.mean_kept < 1:
@@ -100,3 +104,4 @@ class PlanConfig(Strict):
         more = ("vocab_size", "hidden_size", "image_bytes", "mean_kept")
         refuse_changed(self, "the pilot counts it", *counts, *more)
         refuse_changed(self, "a pilot compares exact ones", "logits_codec", "affinity_dtype")
+        refuse_changed(self, "a pilot compares caches without a grid", "ratios")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.build import Progress, no_progress
-from pipeline.compare_outputs import Difference, Spread, differences, replaced_ids
+from pipeline.compare_outputs import Difference, Spread, differences, replaced_ids, top_k_by_name
 from pipeline.teacher_identity import load_as, other_teacher, record_settings
 from teacher_cache.folder import require_plan
 from teacher_cache.manifest import CacheSpec
@@ -179,11 +179,10 @@ def _compare(
         apart, least = seen["sketch"]
         seen["sketch"] = (apart, least.each(steps, lambda left, right: left + right))
     sums.seen.append((sample.key, seen))
-    for part in ("vision", "response"):
-        ours, theirs = getattr(cached.output, part), getattr(coded, part)
-        if ours is not None:
-            replaced, kept = replaced_ids(ours, theirs)
-            sums.ids = (sums.ids[0] + replaced, sums.ids[1] + kept)
+    theirs = top_k_by_name(coded)
+    for name, record in top_k_by_name(cached.output).items():
+        replaced, kept = replaced_ids(record, theirs[name])
+        sums.ids = (sums.ids[0] + replaced, sums.ids[1] + kept)
 
 
 def _through_codec(sample: Sample, output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
@@ -230,11 +229,11 @@ def render_teacher(report: TeacherReport) -> list[str]:
     if report.other_teacher:
         return [f"  {name}: stored {have}, found {now}" for name, have, now in report.other_teacher]
     heads = ("stored: rms", "largest", "control: rms", "largest")
-    lines = [f"{'quantity':22}" + "".join(f"{head:>14}" for head in heads)]
+    lines = [f"{'quantity':28}" + "".join(f"{head:>14}" for head in heads)]
     for found in report.quantities:
         numbers = (found.stored.rms, found.stored.largest, found.control.rms, found.control.largest)
         failed = f"  {found.failed} samples differ" if found.failed else ""
-        lines.append(f"{found.name:22}" + "".join(f"{x:>14.3g}" for x in numbers) + failed)
+        lines.append(f"{found.name:28}" + "".join(f"{x:>14.3g}" for x in numbers) + failed)
     replaced, kept = report.ids_replaced
     if kept:
         lines.append(f"ids that the teacher did not keep again: {replaced} of {kept}")

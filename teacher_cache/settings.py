@@ -55,19 +55,24 @@ class GridSettings(Strict):
     """Of compressors that draw (random)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.ratios) <= MAX_RATIOS:
-            raise ValueError(f"found {len(self.ratios)} ratios, expected 1 to {MAX_RATIOS}")
-        if not all(0 < ratio < 1 for ratio in self.ratios):
-            raise ValueError(
-                f"ratios are {self.ratios}, expected numbers between 0 and 1 (both left out): 0.75 "
-                "drops three quarters of the vision tokens, and 0 is always there"
-            )
-        if any(low >= high for low, high in pairwise(self.ratios)):
-            raise ValueError(f"ratios are {self.ratios}, expected ascending, each only once")
+        require_ratios(self.ratios)
         if self.layer < 1:
             raise ValueError(
                 f"the layer is {self.layer}, expected 1 or more: the one below decides what is kept"
             )
+
+
+def require_ratios(ratios: tuple[float, ...]) -> None:
+    """Raise ValueError for ratios that make no grid: too many, out of (0, 1), not ascending."""
+    if not 1 <= len(ratios) <= MAX_RATIOS:
+        raise ValueError(f"found {len(ratios)} ratios, expected 1 to {MAX_RATIOS}")
+    if not all(0 < ratio < 1 for ratio in ratios):
+        raise ValueError(
+            f"ratios are {ratios}, expected numbers between 0 and 1 (both left out): 0.75 drops "
+            "three quarters of the vision tokens, and 0 is always there"
+        )
+    if any(low >= high for low, high in pairwise(ratios)):
+        raise ValueError(f"ratios are {ratios}, expected ascending, each only once")
 
 
 def holds(records: RecordKind, piece: Literal["topk", "sketch", "hidden"]) -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 
 from pipeline.plan import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
 from pipeline.plan_config import PlanConfig
+from pipeline.response_grid import with_grid
 from teacher_cache.codec import output_planes
 from teacher_cache.records import RecordSettings
 from teacher_cache.schema import TeacherOutput
+from teacher_cache.settings import GridSettings
 from teacher_cache.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples
 
 ROOT = Path(__file__).resolve().parents[2]
+GRID = GridSettings(compressor="random", layer=1, ratios=(0.3, 0.6))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,10 @@ ROOT = Path(__file__).resolve().parents[2]
         (Tier(records="hidden", hidden_dtype="int8", hidden_group=7), {}),
         (Tier(records="hidden", hidden_dtype="int8"), {}),
         (Tier(records="topk+hidden", top_k=7, hidden_dtype="float32"), {}),
+        (Tier(records="topk+hidden", top_k=7, hidden_dtype="bfloat16"), {"grid": GRID}),
+        (Tier(records="hidden", hidden_dtype="int8", hidden_group=7), {"grid": GRID}),
+        (Tier(records="topk", top_k=30), {"top_mass": 0.5, "top_k_floor": 2, "grid": GRID}),
+        (Tier(records="topk", top_k=7), {"logits_codec": "affine8", "grid": GRID}),
     ],
 )
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -40,6 +48,7 @@ def test_planes_have_the_bytes_that_are_planned(
 ) -> None:
     """Samples 0..3: one image; several turns; text alone; two images."""
     teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
+    with_grid(teacher, changes.get("grid"))
     samples = tiny_samples(4)
     settings = RecordSettings(
         records=tier.records,
@@ -66,6 +75,10 @@ def test_planes_have_the_bytes_that_are_planned(
         affinity_dtype=changes.get("affinity_dtype", "float16"),
         kept_vision=int(output.vision.counts.sum()) if varies and output.vision else None,
         kept_response=int(output.response.counts.sum()) if varies and output.response else None,
+        num_ratios=len(output.response_grid or output.hidden_grid or ()),
+        kept_grid=tuple(int(each.counts.sum()) for each in (output.response_grid or {}).values())
+        if varies
+        else None,
     )
     planes = output_planes(output, teacher.spec(settings, batch_size=1))
     found = {name: values.numel() * values.element_size() for name, values in planes.items()}
@@ -76,6 +89,24 @@ def test_tiers_are_capped_at_vocabulary_and_width() -> None:
     found = tiers(vocab_size=100, hidden_size=96)
     assert [tier.top_k for tier in found if tier.records == "topk"] == [16, 32, 64, 100]
     assert [tier.sketch_rank for tier in found if tier.records == "topk+sketch"] == [64, 96]
+
+
+def test_each_ratio_takes_as_much_as_the_response_itself() -> None:
+    shape = SampleShape(
+        num_views=1, num_vision=4, num_content=9, num_text=9, num_response=5, hidden_size=8
+    )
+    tier = Tier(records="topk", top_k=3)
+    without, with_three = (plane_bytes(replace(shape, num_ratios=n), tier) for n in (0, 3))
+    response = sum(size for name, size in without.items() if name.startswith("r_"))
+    assert sum(with_three.values()) - sum(without.values()) == 3 * response
+    small, large = (plan(PlanConfig(ratios=ratios)).tiers for ratios in ((), (0.25, 0.5, 0.75)))
+    for one, other in zip(small, large, strict=True):
+        assert other.per_sample > one.per_sample
+        assert other.per_vision_token == one.per_vision_token
+    with pytest.raises(ValueError, match="expected ascending"):
+        PlanConfig(ratios=(0.5, 0.25))
+    with pytest.raises(ValueError, match="ratios would have no effect"):
+        PlanConfig(ratios=(0.5,), pilot=8, source="a.json", teacher="b")
 
 
 def test_sizes_add_up() -> None:
