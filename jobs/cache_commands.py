@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from jobs.progress import say
+from jobs.progress import complain, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +85,17 @@ class Inspect:
 
     def __call__(self) -> int:
         """Print the description; draw the picture."""
+        from pipeline.cache_quality import complaint, render_quality, summarise
         from pipeline.inspect_cache import describe_cache, render
         from teacher_cache.reader import CacheReader
 
-        reader = CacheReader.open(self.cache)
+        reader, quality = CacheReader.open(self.cache), None
         if self.sample is None:
             if self.picture is not None or self.tokenizer is not None:
                 raise ValueError("--picture and --tokenizer show one sample: name it by --sample")
-            described = describe_cache(reader)
+            described, quality = describe_cache(reader), summarise(reader.seal)
+            if quality is not None and not self.json:
+                del described["quality"]  # a table says it better
         else:
             from pipeline.inspect_picture import draw_sample
             from pipeline.inspect_sample import describe_sample, load_tokenizer
@@ -103,6 +106,10 @@ class Inspect:
             if self.picture is not None:
                 described["picture"] = str(draw_sample(reader, self.sample, self.picture))
         say(json.dumps(described, indent=1) if self.json else render(described))
+        if quality is not None:
+            if not self.json:
+                say(render_quality(quality))
+            complain(complaint(quality, self.cache))
         return 0
 
 

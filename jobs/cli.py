@@ -1,7 +1,8 @@
 """The `emkd` command: one subcommand for each stage, flags and help from the settings' fields.
 
 Exit codes: 0 done; 1 a crash (with its traceback) or a failed job; 2 bad input, named in one
-message; 3 `verify` found problems. `--config FILE` (JSON or YAML, or inline JSON) gives a stage's
+message; 3 `verify` found problems; 4 `build --require-quality` made a cache that misses its stated
+quality. `--config FILE` (JSON or YAML, or inline JSON) gives a stage's
 settings; flags beside it override them. Heavy libraries are imported by the command that needs
 them, not before, so that `emkd --help` answers at once.
 """

@@ -19,7 +19,7 @@ import tyro
 from jobs.cache_commands import Gc, Inspect, Verify
 from jobs.derive_commands import Export, Extend, Merge, Subset
 from jobs.options import RayOptions
-from jobs.progress import say
+from jobs.progress import complain, say
 from pipeline.config import (
     BuildConfig,
     DigitsConfig,
@@ -94,8 +94,9 @@ class Build:
     run: RayOptions = RayOptions()
 
     def __call__(self) -> int:
-        """Build, and print the seal."""
+        """Build, and print the seal and what the records keep; 4: not enough, as was asked."""
         from jobs.build_cache import run_build
+        from pipeline.cache_quality import complaint, is_unknown, render_quality, summarise
 
         seal = run_build(self.config, self.run)
         megabytes = seal.num_bytes / 1e6
@@ -105,7 +106,14 @@ class Build:
         )
         for rejected in seal.rejected:
             say(f"  rejected {rejected.source_id}: {rejected.reason}")
-        return 0
+        quality = summarise(seal)
+        if quality is not None:
+            say(render_quality(quality, num_shards=1))
+            complain(complaint(quality, self.config.out))
+        elif is_unknown(seal):
+            complain(f"{self.config.out}: nobody has measured what its records lose")
+        missed = is_unknown(seal) if quality is None else bool(quality.faults)
+        return 4 if missed and self.config.require_quality else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 Promises: counts and settings are the seal's, bytes of each part are those of the shards' frames,
 tail masses come from a bounded, seeded sample of rows, which have passed the reader's checks, so
-that a cache of any size is described in bounded memory. Everything is plain data (numbers,
-strings, lists), ready for JSON; `render` lays it out for a terminal.
+that a cache of any size is described in bounded memory; beside them stands what the build measured
+of each shard (cache_quality.py). Everything is plain data (numbers, strings, lists), ready for
+JSON; `render` lays it out for a terminal.
 """
 
 import dataclasses
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from pipeline.cache_quality import summarise
 from pipeline.compare_outputs import top_k_by_name
 from teacher_cache.codec import PART_PLANES, Part
 from teacher_cache.folder import open_shard, require_plan
+from teacher_cache.quality import quantile
 from teacher_cache.reader import CacheReader
 
 MAX_WORD = 20
@@ -42,6 +44,7 @@ def describe_cache(
     if not reader.cache.in_place:
         numbers = sorted(random.Random(0).sample(numbers, min(num_shards, len(numbers))))
     num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
+    quality = summarise(seal)
     return {
         "cache": str(reader.cache),
         "fingerprint": seal.fingerprint,
@@ -59,6 +62,7 @@ def describe_cache(
         "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
         "bytes_of_parts": _bytes_of_parts(reader, numbers),
         "tail_mass": _tail_mass(reader, numbers, num_rows),
+        "quality": None if quality is None else dataclasses.asdict(quality),
         "spec": dataclasses.asdict(seal.spec),
         "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
     }
@@ -101,11 +105,7 @@ def _quantiles(values: Tensor) -> dict[str, float] | None:
     if not len(values):
         return None
     ordered = values.sort().values
-    last = len(ordered) - 1
-    return {
-        f"{100 * share:g}%": float(f"{float(ordered[math.ceil(share * last)]):.4g}")
-        for share in QUANTILES
-    }
+    return {f"{100 * share:g}%": quantile(ordered, share) for share in QUANTILES}
 
 
 def render(described: Mapping[str, Any]) -> str:

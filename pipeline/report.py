@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from pipeline.cache_quality import summarise
 from pipeline.comparison import (
     TERM_NAMES,
     Difference,
@@ -91,6 +92,7 @@ def _context(
         "loss_curves": _curves("loss", "term/", groups, colours),
         "gradient_curves": _curves("gradient", "gradient/", groups, colours),
         "caches": found.caches,
+        "kept": [(cache, summarise(cache.seal)) for cache in found.caches],
         "ordered": [run for group in groups for run in group.runs],
         "painter": painter,
         "pictures": pictures,
@@ -230,6 +232,7 @@ def _environment() -> Environment:
         "words": lambda value: value.replace("_", " "),
         "short": lambda value: value[:12],
         "number": lambda value: f"{value:g}",
+        "digits": lambda value: f"{value:.3g}",
         "pixels": lambda value: f"{value:.1f}",
     }
     environment.filters.update(filters)

@@ -9,7 +9,6 @@ keep everything, and are not measured; where they keep both, the top k is.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -21,10 +20,17 @@ from student_train.signals import HiddenSignal, Signal, TeacherAssets, vision_si
 from teacher_cache.codec import output_from_planes, output_planes
 from teacher_cache.collate import EncodedSample, collate
 from teacher_cache.manifest import CacheSpec
-from teacher_cache.quality import MatchName, SampledLoss, ShardQuality, TailMass
+from teacher_cache.quality import (
+    MatchName,
+    SampledLoss,
+    ShardQuality,
+    TailMass,
+    measured_records,
+    rounded,
+)
 from teacher_cache.records import make_output
 from teacher_cache.schema import CachedSample, Sample, TopKRecord
-from teacher_cache.settings import RecordKind, holds
+from teacher_cache.settings import holds
 from teacher_cache.teacher import Teacher
 from teacher_cache.topk import row_chunks
 
@@ -48,11 +54,6 @@ def measure_shard(
     )
 
 
-def measured_records(records: RecordKind) -> RecordKind:
-    """The records of a cache that lose something."""
-    return "topk+sketch" if holds(records, "sketch") else "topk"
-
-
 def sampled_rows(rows: Sequence[CachedSample], num_samples: int) -> list[Sample]:
     """Samples at equal distances among those that have a view of more than one vision token."""
     shown = [row for row in rows if any(view.num_tokens > 1 for view in row.output.views)]
@@ -60,28 +61,9 @@ def sampled_rows(rows: Sequence[CachedSample], num_samples: int) -> list[Sample]
     return [shown[(2 * i + 1) * len(shown) // (2 * count)].sample for i in range(count)]
 
 
-def quantile(ascending: Tensor, share: float) -> float:
-    """The smallest of the values that at least `share` of the steps up to the largest lie below."""
-    return rounded(float(ascending[math.ceil(share * (len(ascending) - 1))]))
-
-
-def rounded(value: float) -> float:
-    """Four digits."""
-    return float(f"{value:.4g}")
-
-
 def _tail(records: Iterable[TopKRecord | None]) -> TailMass | None:
-    tails = [record.log_tail.to(torch.float64).exp() for record in records if record is not None]
-    values = torch.cat(tails).sort().values if tails else torch.zeros(0)
-    if not len(values):
-        return None
-    return TailMass(
-        num_positions=len(values),
-        median=quantile(values, 0.5),
-        p90=quantile(values, 0.9),
-        p99=quantile(values, 0.99),
-        max=quantile(values, 1.0),
-    )
+    tails = [record.log_tail for record in records if record is not None]
+    return TailMass.of(torch.cat(tails)) if tails else None
 
 
 class _Sampled:

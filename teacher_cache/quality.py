@@ -6,12 +6,33 @@ have four digits; what counts as too much is not a fact and stands elsewhere
 (pipeline/pilot_report.py). Records that keep every logit lose nothing, and have none of this.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from teacher_cache.decode import Strict
+from teacher_cache.settings import RecordKind, holds
 
 MatchName = Literal["raw_l1", "prob_l1"]
+
+
+def measured_records(records: RecordKind) -> RecordKind:
+    """The part of top-k records that loses something: hidden states beside them do not."""
+    return "topk+sketch" if holds(records, "sketch") else "topk"
+
+
+def rounded(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
+def quantile(ascending: Float[Tensor, " N"], share: float) -> float:
+    """The first of N >= 1 values that `share` of all steps from the first to the last lie below."""
+    return rounded(float(ascending[math.ceil(share * (len(ascending) - 1))]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +44,20 @@ class TailMass(Strict):
     p90: float
     p99: float
     max: float
+
+    @classmethod
+    def of(cls, log_tails: Float[Tensor, " N"]) -> "TailMass | None":
+        """Of N positions; None where there is none."""
+        ascending = log_tails.to(torch.float64).exp().sort().values
+        if not len(ascending):
+            return None
+        return cls(
+            num_positions=len(ascending),
+            median=quantile(ascending, 0.5),
+            p90=quantile(ascending, 0.9),
+            p99=quantile(ascending, 0.99),
+            max=quantile(ascending, 1.0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
