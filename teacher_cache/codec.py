@@ -228,8 +228,7 @@ def output_from_planes(
     KeyError where a part is given in part, ValueError where its numbers do not add up.
     """
     flags = planes["content_flags"]
-    has = {part: any(name in planes for name in names) for part, names in PART_PLANES.items()}
-
+    has = {part: not planes.keys().isdisjoint(names) for part, names in PART_PLANES.items()}
     limit = vocab_size if top_k is None else top_k
 
     def sketch() -> SketchRecord:

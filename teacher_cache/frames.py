@@ -104,7 +104,8 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
     payload = np.frombuffer(content, np.uint8, offset=3 + 4 * num_dims)
     bits = TRANSFORMS[transform_code].join(payload, shape, dtype.itemsize)
     try:
-        return torch.from_numpy(bits.view(_ARRAYS[dtype]).reshape(shape)).view(dtype)
+        values = torch.from_numpy(bits.view(_ARRAYS[dtype]).reshape(shape))
+        return values if values.dtype == dtype else values.view(dtype)
     except ValueError as error:  # sizes beyond 64 bits, beside an axis of size 0
         raise ShardCorruptError(f"no tensor has shape {list(shape)}") from error
 
