@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from student_train.settings import TrainerSettings
+from student_train.stages import CompressionSettings, Stage
 from teacher_cache.decode import Strict
 from teacher_cache.settings import (
     AffinityDtype,
@@ -24,6 +25,7 @@ from teacher_cache.settings import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+DigitQuestions = Literal["cells", "rows"]
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
 
 
@@ -34,6 +36,8 @@ class DigitsConfig(Strict):
     out: Path
     num_train: int = 4096
     num_heldout: int = 512
+    questions: DigitQuestions = "cells"
+    """Eight named cells behind the image, or one row named before it (of emkd demo --epic)."""
     seed: int = 0
 
 
@@ -251,12 +255,67 @@ class EvaluateConfig(Strict):
     """A cache (folder or URL) of the same source: draws, for its first samples, whom each student
     token is matched to and what the teacher's vision tokens say."""
     num_pictures: int = 4
+    compressor: str | None = None
+    """Drop vision tokens inside the language model: dart, fastv, random, or one that was
+    registered; none: all of them go through every layer."""
+    compress_layer: int = 2
+    """Decoder layer, counted from 0, at whose input they go."""
+    ratio: float | None = None
+    """Share of them that is dropped there."""
+    stages: tuple[str, ...] = ()
+    """Instead of layer and ratio, a pyramid: 8:0.5 16:0.5 drops half at the input of layer 8 and
+    half of what is left at that of layer 16."""
+    compress_text: TextSource = "instruction"
+    """Text that decides: the turn's instruction, or released, all text behind the images."""
+    compress_seed: int = 0
+    """Of compressors that draw (random)."""
     torch_threads: int | None = None
 
     def __post_init__(self) -> None:
         at_least_one(self, "batch_size", "max_new_tokens")
         if not self.scores:
             raise ValueError("scores is empty; name at least one")
+        if self.compressor is None:
+            names = ("compress_layer", "ratio", "stages", "compress_text", "compress_seed")
+            refuse_changed(self, "compressor is not set", *names)
+            return
+        if self.cache is not None:
+            raise ValueError(
+                "cache and compressor are both set, but pictures show the vision tokens before any "
+                "are dropped; draw them in the evaluation without compressor"
+            )
+        if (self.ratio is None) != bool(self.stages):
+            raise ValueError(
+                f"compressor {self.compressor!r} needs a ratio (0.75 keeps a quarter of the vision "
+                f"tokens) or stages, one of them; found ratio {self.ratio} and stages {self.stages}"
+            )
+        if self.stages:
+            refuse_changed(self, "stages name their layers", "compress_layer")
+        _ = self.compression
+
+    @property
+    def compression(self) -> CompressionSettings | None:
+        """What is dropped inside the language model; ValueError for stages that mean nothing."""
+        if self.compressor is None:
+            return None
+        pairs = self.stages or (f"{self.compress_layer}:{self.ratio}",)
+        return CompressionSettings(
+            compressor=self.compressor,
+            stages=tuple(_stage(pair) for pair in pairs),
+            text=self.compress_text,
+            seed=self.compress_seed,
+        )
+
+
+def _stage(pair: str) -> Stage:
+    layer, _, ratio = pair.partition(":")
+    try:
+        number, share = int(layer), float(ratio)
+    except ValueError:
+        raise ValueError(
+            f"found the stage {pair!r}, expected LAYER:RATIO such as 8:0.5, half at layer 8"
+        ) from None
+    return Stage(layer=number, ratio=share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

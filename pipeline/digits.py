@@ -8,6 +8,9 @@ One image is 48 x 48: 4 x 4 cells of 12 x 12 pixels, each one digit enlarged fro
 names eight random cells ("Fill in bs? dq? ..."), the response repeats them with their digits
 (" bs5 dq2 ..."). Digits straddle patches (8 pixels) and pooling windows (16), so that a student
 with pooled vision tokens sees less than its teacher, by degrees.
+With `rows` a prompt names one row, and then shows the image ("Read d\n<image>"), the response reads
+it (" q7 s2 v9 x1"). A cell's name is itself where to look, and so is read in the first decoder
+layer; here the row must be looked up first, and vision tokens are needed in the layer after it.
 Written: train.json, heldout.json (LLaVA JSON; `digits` holds the 16 digits of a grid for
 pretraining a vision tower), images/*.png, and digits.json, the settings, last.
 """
@@ -16,7 +19,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config import DigitsConfig
+from pipeline.config import DigitQuestions, DigitsConfig
 
 GRID_SIDE = 4
 CELL_PIXELS = 12
@@ -62,7 +65,8 @@ def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path
     del settings["out"]
     settings_file = config.out / "digits.json"
     if settings_file.exists():
-        stored = json.loads(settings_file.read_bytes())
+        # Earlier versions asked for cells and did not say so.
+        stored = {"questions": "cells", **json.loads(settings_file.read_bytes())}
         if stored != settings:
             raise ValueError(
                 f"{settings_file}: found digits made with {stored}, wanted {settings}; "
@@ -81,10 +85,10 @@ def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path
         entries: list[dict[str, object]] = []
         for index in range(counts[split]):
             chosen = rng.choice(pool, size=GRID_SIDE**2, replace=False)
-            cells = rng.choice(GRID_SIDE**2, size=NUM_QUESTIONS, replace=False)
+            asked = _asked(config.questions, rng)
             name = f"{split}-{index:05d}"
             _write(config.out / "images" / f"{name}.png", _png(_grid(glyphs[chosen])))
-            entries.append(_entry(name, labels[chosen].tolist(), cells.tolist()))
+            entries.append(_entry(name, labels[chosen].tolist(), *asked))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -127,14 +131,26 @@ def _png(grey: UInt8[np.ndarray, "48 48"]) -> bytes:
     return buffer.getvalue()
 
 
-def _entry(name: str, digits: list[int], cells: list[int]) -> dict[str, object]:
+def _asked(questions: DigitQuestions, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
+    """The prompt, and the cells of its response, each behind the name that it has there."""
+    if questions == "rows":
+        row = int(rng.integers(GRID_SIDE))
+        names = {name: GRID_SIDE * row + column for column, name in enumerate(COLUMN_LETTERS)}
+        return f"Read {ROW_LETTERS[row]}\n<image>", names
+    cells: list[int] = rng.choice(GRID_SIDE**2, size=NUM_QUESTIONS, replace=False).tolist()
     question = " ".join(f"{CELL_NAMES[cell]}?" for cell in cells)
-    answer = "".join(f" {CELL_NAMES[cell]}{digits[cell]}" for cell in cells)
+    return f"<image>\n{PROMPT_PREFIX} {question}", {CELL_NAMES[cell]: cell for cell in cells}
+
+
+def _entry(
+    name: str, digits: list[int], question: str, cells: Mapping[str, int]
+) -> dict[str, object]:
+    answer = "".join(f" {asked}{digits[cell]}" for asked, cell in cells.items())
     return {
         "id": name,
         "image": f"images/{name}.png",
         "conversations": [
-            {"from": "human", "value": f"<image>\n{PROMPT_PREFIX} {question}"},
+            {"from": "human", "value": question},
             {"from": "gpt", "value": answer},
         ],
         "digits": digits,

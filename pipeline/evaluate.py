@@ -2,13 +2,15 @@
 
 Promises: greedy answers that do not depend on where an evaluation was killed (batches are fixed by
 the source's order; one with a missing answer is generated again as a whole); metrics.json, written
-last, means that every sample was answered. Refuses bad samples (all of them are listed, nothing
-is scored) and a folder that holds the answers of another model, source or prompt.
+last, means that every sample was answered. Vision tokens may be dropped inside the language model
+(`--compressor`); that is part of what an evaluation is. Refuses bad samples (all of them are
+listed, nothing is scored), compression that the model cannot do, and a folder that holds the
+answers of another model, source, prompt or compression.
 
     evaluation.json    what decides the answers, written first
     predictions.jsonl  one answer a line
     pictures.json      whom each student token is matched to, where a cache was given
-    metrics.json       mean scores, number of samples, seconds; last
+    metrics.json       mean scores, vision tokens, compression, samples, seconds; last
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ from pipeline.predictions import (
     score_predictions,
 )
 from pipeline.sources import SampleSource, open_source, scan
+from student_train.stages import CompressionSettings
 from student_train.student import load_student
 from teacher_cache.collate import EncodedSample
 from teacher_cache.decode import Strict, decode_json
@@ -75,6 +78,8 @@ class EvaluationIdentity(Strict):
     system_prompt: str | None
     max_new_tokens: int
     batch_size: int
+    compression: CompressionSettings | None = None
+    """Not in the folders of earlier versions, where nothing was dropped."""
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -96,8 +101,10 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     model, processor = load_student(config.model, dtype)
     model.to(device)  # pyright: ignore[reportArgumentType]
     identity = _identity(config, model, processor, [key for key, _ in keys])
+    generator = Generator(
+        model, processor, config.system_prompt, config.max_new_tokens, config.compression
+    )
     _claim(config.out, identity)
-    generator = Generator(model, processor, config.system_prompt, config.max_new_tokens)
     path = config.out / PREDICTIONS_FILE
     drop_torn_line(path)
     known = {prediction.key for prediction in read_predictions(path)}
@@ -110,8 +117,9 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
         pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
         write_atomic(config.out / PICTURES_FILE, (json.dumps(pictures) + "\n").encode())
     metrics = _metrics(config, identity, read_predictions(path))
-    write_atomic(config.out / METRICS_FILE, (json.dumps(metrics, indent=1) + "\n").encode())
-    return metrics
+    text = json.dumps(metrics, indent=1)
+    write_atomic(config.out / METRICS_FILE, f"{text}\n".encode())
+    return json.loads(text)
 
 
 def _answer(
@@ -148,7 +156,9 @@ def _answer(
             Prediction(
                 key=key,
                 source_id=sample.source_id,
-                answer=answer,
+                answer=answer.text,
+                num_vision=answer.num_vision,
+                num_kept=answer.num_kept,
                 reference=sample.messages[-1].text.strip(),
                 seconds=seconds,
             )
@@ -182,6 +192,7 @@ def _identity(
         system_prompt=config.system_prompt,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
+        compression=config.compression,
     )
 
 
@@ -209,5 +220,17 @@ def _metrics(
         "samples_digest": identity.samples,
         "num_samples": len(predictions),
         "scores": scores,
+        "compression": identity.compression and dataclasses.asdict(identity.compression),
+        "vision_tokens": _vision_tokens(predictions),
         "seconds": math.fsum(prediction.seconds for prediction in predictions),
     }
+
+
+def _vision_tokens(predictions: Sequence[Prediction]) -> dict[str, float] | None:
+    """Mean vision tokens of a sample before and after dropping; None where not all were counted."""
+    counts = [(p.num_vision, p.num_kept) for p in predictions]
+    known = [(n, kept) for n, kept in counts if n is not None and kept is not None]
+    if len(known) < len(counts):
+        return None
+    before, kept = (sum(column) / len(known) for column in zip(*known, strict=True))
+    return {"before": before, "kept": kept}

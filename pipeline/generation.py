@@ -2,16 +2,22 @@
 
 Promise: an answer is what the model gives to that prompt alone, up to the last bits of its logits;
 control tokens are not part of it. It ends at the checkpoint's end tokens or at the chat template's
-own end of turn, whichever comes first. Dimensions as in schema.py.
+own end of turn, whichever comes first. With compression settings, vision tokens are dropped inside
+the language model; what it cannot do is refused when the generator is made. Dimensions as in
+schema.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from student_train.compression import compress
+from student_train.decoder import require_compressible
+from student_train.stages import CompressionSettings
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema import Sample
 from teacher_cache.tokens import SampleEncoder
@@ -25,20 +31,42 @@ def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model said, and how many of the prompt's vision tokens it said it from."""
+
+    text: str
+    """Without control tokens and outer white space."""
+    num_vision: int
+    num_kept: int
+    """Those that reached the last layer; all of them without compression."""
+
+
 class Generator:
-    """A model that answers samples greedily, several at a time."""
+    """A model that answers samples greedily, several at a time.
+
+    ValueError where tokens cannot be dropped in this model as `compression` says.
+    """
 
     def __init__(
-        self, model: Any, processor: Any, system_prompt: str | None, max_new_tokens: int
+        self,
+        model: Any,
+        processor: Any,
+        system_prompt: str | None,
+        max_new_tokens: int,
+        compression: CompressionSettings | None = None,
     ) -> None:
+        if compression is not None:
+            require_compressible(model, compression)
+        self._compression = compression
         self.model = model
         self.encoder = SampleEncoder(processor, model.config, system_prompt)
         self._tokenizer = processor.tokenizer
         self._max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[str]:
-        """The answer to each encoded prompt, without control tokens and outer white space.
+    def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[Answer]:
+        """The answer to each encoded prompt.
 
         Prompts are padded on the left; greedy, so that neither a seed nor the sampling settings
         of the checkpoint matter.
@@ -51,12 +79,22 @@ class Generator:
             eos_token_id=list(stop_ids),
             pad_token_id=self.encoder.pad_token_id,
         )
-        output_BL = self.model.generate(
-            **model_inputs(self.model, batch), generation_config=settings
-        )
+        vision = [prompt.spans.vision for prompt in prompts]
+        num_kept = [len(tokens) for tokens in vision]
+        inputs = model_inputs(self.model, batch)
+        if self._compression is None:
+            output_BL = self.model.generate(**inputs, generation_config=settings)
+        else:
+            with compress(self.model, self._compression, batch) as compression:
+                output_BL = self.model.generate(**inputs, generation_config=settings)
+            kept = compression.layout.kept
+            num_kept = [int(kept(row, tokens).sum()) for row, tokens in enumerate(vision)]
         new_BL = output_BL[:, batch.inputs["input_ids"].shape[1] :]
         texts: list[str] = self._tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [
+            Answer(text=text.strip(), num_vision=len(tokens), num_kept=count)
+            for text, tokens, count in zip(texts, vision, num_kept, strict=True)
+        ]
 
     def stop_ids(self, sample: Sample) -> list[int]:
         """Tokens that end an answer: the checkpoint's, and the template's own end of turn."""

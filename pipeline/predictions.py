@@ -29,6 +29,10 @@ class Prediction(Strict):
     reference: str
     seconds: float
     """This sample's share of its batch's wall time."""
+    num_vision: int | None = None
+    """Vision tokens of the prompt; not in the lines of earlier versions."""
+    num_kept: int | None = None
+    """Those of them that reached the last layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,3 +100,33 @@ def test_patch_labels_name_the_cell_at_the_patch_centre() -> None:
         4 * r + c for r, c in zip(labels.row, labels.column, strict=True)
     ]
     assert (labels.digit[1] == labels.digit[0] + 16).all()
+
+
+def test_rows_are_named_before_the_image_and_read_cell_by_cell(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_digits(DigitsConfig(out=tmp_path, questions="rows", num_train=40, num_heldout=20, seed=3))
+    entries = json.loads((tmp_path / "train.json").read_text())
+    rows: set[int] = set()
+    for entry, digits in zip(entries, load_grids(tmp_path / "train.json"), strict=True):
+        question, answer = (turn["value"] for turn in entry["conversations"])
+        row = "bdfg".index(question.removeprefix("Read ").removesuffix("\n<image>"))
+        read = digits.reshape(4, 4)[row]
+        assert answer == "".join(
+            f" {name}{digit}" for name, digit in zip("qsvx", read, strict=True)
+        )
+        rows.add(row)
+    assert rows == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="found digits made with"):
+        write_digits(DigitsConfig(out=folder, questions="rows", num_train=40, seed=3))
+
+
+def test_settings_of_earlier_versions_asked_for_cells(tmp_path: Path) -> None:
+    config = DigitsConfig(out=tmp_path, num_train=2, num_heldout=1)
+    write_digits(config)
+    settings = json.loads((tmp_path / "digits.json").read_text())
+    assert settings.pop("questions") == "cells"
+    (tmp_path / "digits.json").write_text(json.dumps(settings))
+    before = _files(tmp_path)
+    write_digits(config)
+    assert _files(tmp_path) == before
