@@ -50,8 +50,9 @@ class Ramp(Strict):
         """The ratio at a progress in [0, 1]."""
         if not 0 <= progress <= 1:
             raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
-        share = min(1.0, progress / self.until)
-        return self.start * (1 - share) + self.end * share
+        if progress >= self.until:
+            return self.end
+        return self.start + (self.end - self.start) * progress / self.until  # constant: exactly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +69,16 @@ class RatioRamps(Strict):
             raise ValueError(f"low {self.low} is above high {self.high} at some progress")
 
     def at(self, progress: float, draw: float) -> tuple[float, float]:
-        """Ratios of student and teacher at a progress, for a draw in [0, 1)."""
+        """Ratios of student and teacher at a progress, for a draw in [0, 1).
+
+        A difference such as 0.8 - 0.2 is the decimal that it stands for: a bit more than 0.6 would
+        drop one token more.
+        """
         if not 0 <= draw < 1:
             raise ValueError(f"a draw is {draw}, expected 0 <= draw < 1")
         low, high = self.low.at(progress), self.high.at(progress)
         student = low + draw * (high - low)
-        return student, max(0.0, student - self.gap.at(progress))
+        return student, round(max(0.0, student - self.gap.at(progress)), 12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
