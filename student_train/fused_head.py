@@ -84,62 +84,79 @@ def head_loss(head: LogitsOf, blocks: Sequence[HeadRows]) -> HeadLoss:
     the backward pass. It runs in autocast's precision, the losses in float32 or wider.
     ValueError without blocks, and for a sharded head that cannot be gathered.
     """
-    if not blocks:
-        raise ValueError("head_loss needs at least one block of rows")
-    linear = as_linear(head)
-    if linear is None:
-        return _called(head, blocks)
-    work = _Work(linear, tuple(blocks), compute_dtype(linear))
-    needed = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in work.inputs
-    ]
-    weights = [block.weights for block in blocks]
-    values, gradients = _walk(work, weights, needed)
-    with torch.no_grad():
-        total = _weighted_total(values, weights)
-    if any(needed):
-        names = [(i, name) for i, block in enumerate(blocks) for name in block.weights]
-        outputs = (total, *(values[i][name] for i, name in names))
-        call = _Call(work, names, needed)
-        total, *attached = _Attach.apply(call, gradients, outputs, *work.inputs)
-        for (i, name), value in zip(names, attached, strict=True):
-            values[i][name] = value
-    return HeadLoss(total=total, values=tuple(values))
+    run = HeadPass(head)
+    for block in blocks:
+        run.add(block)
+    return run.finish()
 
 
-_Values = list[dict[str, Tensor]]
+class HeadPass:
+    """`head_loss` of blocks that come one by one: the last may follow from what the first waited
+    for. They share one gradient of the head, so that no block adds a tensor of its size.
+    """
+
+    def __init__(self, head: LogitsOf) -> None:
+        self._head = head
+        linear = as_linear(head)
+        self._walk = None if linear is None else _Walk(linear, torch.is_grad_enabled())
+        self._blocks: list[HeadRows] = []
+        self._values: list[dict[str, Tensor]] = []
+
+    def add(self, block: HeadRows) -> None:
+        """Compute all values and gradients of a block now."""
+        self._blocks.append(block)
+        if self._walk is None:
+            self._values.append(_called_block(self._head, block))
+        else:
+            self._values.append(self._walk.add(block, block.weights))
+
+    def finish(self) -> HeadLoss:
+        """What `head_loss` returns; once, after the last block. ValueError without blocks."""
+        if not self._blocks:
+            raise ValueError("head_loss needs at least one block of rows")
+        values, blocks = self._values, self._blocks
+        total = _weighted_total(values, [block.weights for block in blocks])
+        if self._walk is not None and any(self._walk.needed):
+            names = [(i, name) for i, block in enumerate(blocks) for name in block.weights]
+            outputs = (total, *(values[i][name] for i, name in names))
+            call = _Call(self._walk.again(), blocks, names)
+            gradients, inputs = self._walk.gradients, self._walk.inputs
+            total, *attached = _Attach.apply(call, gradients, outputs, *inputs)
+            for (i, name), value in zip(names, attached, strict=True):
+                values[i][name] = value
+        return HeadLoss(total=total, values=tuple(values))
+
+
 _Weights = Sequence[Mapping[str, Tensor]]
-_Gradients = list[Tensor | None]
-"""Of the head's weight and bias and of each block's states; None where none is needed."""
-
-
-class _Work(NamedTuple):
-    """All that a walk over the rows needs, so that it can be done again in the backward pass."""
-
-    head: LinearHead
-    blocks: tuple[HeadRows, ...]
-    dtype: torch.dtype
-
-    @property
-    def inputs(self) -> list[Tensor | None]:
-        return [self.head.weight, self.head.bias, *(block.hidden for block in self.blocks)]
 
 
 class _Call(NamedTuple):
-    work: _Work
+    """All that a second walk over the rows needs."""
+
+    walk: "_Walk"
+    blocks: Sequence[HeadRows]
     names: list[tuple[int, str]]
     """Block and name of every value that has a gradient."""
-    needed: list[bool]
 
     def row_weights(self, total: Tensor | None, values: Sequence[Tensor | None]) -> _Weights:
-        """What each row's value weighs when these are the gradients of total and values."""
-        found: list[dict[str, Tensor]] = [{} for _ in self.work.blocks]
+        """What each row's value weighs when these are the gradients of total and values.
+
+        Nothing is named that has no part in it.
+        """
+        found: list[dict[str, Tensor]] = [{} for _ in self.blocks]
         for (i, name), own in zip(self.names, values, strict=True):
-            weight = self.work.blocks[i].weights[name]
-            weight = torch.zeros_like(weight) if total is None else weight * total
-            found[i][name] = weight if own is None else weight + own
+            parts = [] if total is None else [self.blocks[i].weights[name] * total]
+            parts += [] if own is None else [own]
+            if parts:
+                found[i][name] = torch.stack(parts).sum(dim=0)
         return found
+
+    def gradients(self, weights: _Weights) -> Sequence[Tensor | None]:
+        """Of the total that these weights make, computed anew."""
+        walk = self.walk.again()
+        for block, named in zip(self.blocks, weights, strict=True):
+            _ = walk.add(block, named) if named else walk.skip(block)
+        return walk.gradients
 
 
 class _Attach(torch.autograd.Function):
@@ -149,7 +166,7 @@ class _Attach(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
-        gradients: _Gradients,
+        gradients: Sequence[Tensor | None],
         outputs: tuple[Tensor, ...],
         *inputs: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -166,14 +183,14 @@ class _Attach(torch.autograd.Function):
         total, *values = grad_outputs
         inputs: Sequence[Tensor | None] = ctx.saved_tensors  # raises if edited in the meantime
         call: _Call = ctx.call
-        gradients: _Gradients | None = ctx.gradients
+        gradients: Sequence[Tensor | None] | None = ctx.gradients
         if gradients is not None and total is not None and all(v is None for v in values):
             ctx.gradients = None  # used up: scaled in place, and perhaps somebody's .grad then
             # To ask a GPU would be to wait for it; a CPU is spared a pass over the head.
             if total.device.type != "cpu" or total != 1:
                 gradients = [None if g is None else g.mul_(total) for g in gradients]
         else:
-            _, gradients = _walk(call.work, call.row_weights(total, values), call.needed)
+            gradients = call.gradients(call.row_weights(total, values))
         pairs = zip(gradients, inputs, strict=True)
         ours = [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
         return None, None, None, *ours
@@ -184,29 +201,97 @@ def _weighted_total(values: Sequence[Mapping[str, Tensor]], weights: _Weights) -
     return torch.stack([(of[name] * w).sum() for of, ws in pairs for name, w in ws.items()]).sum()
 
 
-@torch.no_grad()
-def _walk(work: _Work, weights: _Weights, needed: Sequence[bool]) -> tuple[_Values, _Gradients]:
-    """All rows, chunk by chunk: every value, and the gradients of the weighted total."""
-    head, dtype = work.head, work.dtype
-    weight_WD = head.weight.to(dtype)
-    bias_W = None if head.bias is None else head.bias.to(dtype)
-    # float16 cannot hold the gradients of 150,000 probabilities; bfloat16 can.
-    product = head.weight.to(_wide(dtype)) if dtype == torch.float16 else weight_WD
-    sums = _Sums(needed, work.inputs, product)
-    values: _Values = []
-    with torch.autocast(head.weight.device.type, enabled=False):
-        for place, (block, named) in enumerate(zip(work.blocks, weights, strict=True), start=2):
-            with_gradient = needed[0] or needed[1] or needed[place]
-            pieces: list[dict[str, Tensor]] = []
+class _Walk:
+    """Rows through a head, chunk by chunk: every value, and gradients, which add up in place."""
+
+    def __init__(self, head: LinearHead, grad: bool) -> None:
+        self.head = head
+        self.dtype = compute_dtype(head)
+        self._grad = grad
+        self._head_gradients: list[Tensor | None] = [None, None]
+        self._states: list[tuple[Tensor, Tensor | None]] = []
+
+    def again(self) -> "_Walk":
+        """A walk of the same kind that has not begun, in the precision of this one."""
+        walk = _Walk(self.head, self._grad)
+        walk.dtype = self.dtype
+        return walk
+
+    @property
+    def inputs(self) -> list[Tensor | None]:
+        """The head's weight and bias, and the states of each block."""
+        return [self.head.weight, self.head.bias, *(hidden for hidden, _ in self._states)]
+
+    @property
+    def needed(self) -> list[bool]:
+        """Which of the inputs have gradients."""
+        return [self._needs(tensor) for tensor in self.inputs]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Of the inputs, as far as blocks were added; None where none is needed."""
+        return [*self._head_gradients, *(gradient for _, gradient in self._states)]
+
+    def _needs(self, tensor: Tensor | None) -> bool:
+        return self._grad and tensor is not None and tensor.requires_grad
+
+    def skip(self, block: HeadRows) -> Tensor | None:
+        """Take note of a block; its states' gradient, where it has one, is zero so far."""
+        by_states = _zeros(block.hidden) if self._needs(block.hidden) else None
+        self._states.append((block.hidden, by_states))
+        return by_states
+
+    @torch.no_grad()
+    def add(self, block: HeadRows, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every value of a block, whose rows have these weights in the total."""
+        head, dtype = self.head, self.dtype
+        by_states = self.skip(block)
+        with_gradient = any(map(self._needs, (head.weight, head.bias, block.hidden)))
+        weight_WD = head.weight.to(dtype)
+        bias_W = None if head.bias is None else head.bias.to(dtype)
+        # float16 cannot hold the gradients of 150,000 probabilities; bfloat16 can.
+        product = head.weight.to(_wide(dtype)) if dtype == torch.float16 else weight_WD
+        pieces: list[dict[str, Tensor]] = []
+        with torch.autocast(head.weight.device.type, enabled=False):
             for chunk in even_slices(len(block.hidden), CHUNK_ROWS):
                 hidden_nD = block.hidden[chunk]
                 logits = functional.linear(hidden_nD.to(dtype), weight_WD, bias_W).to(product.dtype)
-                here = {name: w[chunk] for name, w in named.items()} if with_gradient else {}
+                here = {name: w[chunk] for name, w in weights.items()} if with_gradient else {}
                 pieces += _losses(block.losses(chunk), logits, head.softcap, here)
-                if here:
-                    sums.add(place, logits, hidden_nD, chunk)
-            values.append({name: torch.cat([p[name] for p in pieces]) for name in pieces[0]})
-    return values, sums.gradients
+                if not here:
+                    continue
+                if by_states is not None:
+                    by_states[chunk] = logits @ product
+                self._add_head(logits, hidden_nD.to(logits.dtype))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _add_head(self, by_logits: Tensor, hidden: Tensor) -> None:
+        head = self.head
+        weight, bias = self._head_gradients
+        if head.bias is not None and self._needs(head.bias):
+            bias = _zeros(head.bias) if bias is None else bias
+            bias += by_logits.sum(dim=0)
+        if self._needs(head.weight):
+            weight = _add_product(weight, by_logits, hidden, _wide(head.weight.dtype))
+        self._head_gradients = [weight, bias]
+
+
+def _add_product(
+    total: Tensor | None, by_logits: Tensor, hidden: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """total + by_logits^T hidden, in place where there is a total."""
+    if by_logits.dtype == dtype:  # only now, when the first losses have made room
+        return by_logits.T @ hidden if total is None else total.addmm_(by_logits.T, hidden)
+    if total is None:
+        total = hidden.new_zeros(by_logits.shape[1], hidden.shape[1], dtype=dtype)
+    for start in range(0, len(total), _PRODUCT_ROWS):
+        ids = slice(start, start + _PRODUCT_ROWS)
+        total[ids] += by_logits[:, ids].T @ hidden
+    return total
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=_wide(like.dtype))
 
 
 def _losses(
@@ -234,45 +319,6 @@ def _step_rows(logits: Tensor) -> int:
     return max(1, most // (4 * max(1, logits.shape[1])))
 
 
-class _Sums:
-    """Where gradients add up, in place: first that of the head's weight, its bias, then states."""
-
-    def __init__(
-        self, needed: Sequence[bool], inputs: Sequence[Tensor | None], product: Tensor
-    ) -> None:
-        self.product = product
-        """The weight that gradients are multiplied by; its dtype is that of the products."""
-        self.gradients: _Gradients = [
-            torch.zeros_like(t, dtype=_wide(t.dtype)) if need and t is not None and i > 0 else None
-            for i, (need, t) in enumerate(zip(needed, inputs, strict=True))
-        ]
-        self._weight_dtype = _wide(inputs[0].dtype) if needed[0] and inputs[0] is not None else None
-
-    def add(self, place: int, by_logits: Tensor, hidden: Tensor, rows: slice) -> None:
-        """Take in the gradient with respect to some rows' logits."""
-        _, bias, *_ = self.gradients
-        states = self.gradients[place]
-        if bias is not None:
-            bias += by_logits.sum(dim=0)
-        if states is not None:
-            states[rows] = by_logits @ self.product
-        if self._weight_dtype is not None:
-            self._add_weight(by_logits, hidden.to(by_logits.dtype), self._weight_dtype)
-
-    def _add_weight(self, by_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
-        total = self.gradients[0]
-        if by_logits.dtype == dtype and total is not None:
-            total.addmm_(by_logits.T, hidden)
-        elif by_logits.dtype == dtype:  # only now, when the first losses have made room
-            self.gradients[0] = by_logits.T @ hidden
-        else:
-            if total is None:
-                total = self.gradients[0] = torch.zeros_like(self.product, dtype=dtype)
-            for start in range(0, len(total), _PRODUCT_ROWS):
-                ids = slice(start, start + _PRODUCT_ROWS)
-                total[ids] += by_logits[:, ids].T @ hidden
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -284,13 +330,6 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def _through_cap(gradient: Tensor, capped: Tensor, softcap: float | None) -> Tensor:
     return gradient if softcap is None else gradient * (1 - (capped / softcap).square())
-
-
-def _called(head: LogitsOf, blocks: Sequence[HeadRows]) -> HeadLoss:
-    """`head_loss` for a head of which nothing is known but how to call it."""
-    values = [_called_block(head, block) for block in blocks]
-    total = _weighted_total(values, [block.weights for block in blocks])
-    return HeadLoss(total=total, values=tuple(values))
 
 
 def _called_block(head: LogitsOf, block: HeadRows) -> dict[str, Tensor]:

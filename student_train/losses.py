@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from student_train.fused_head import head_loss
+from student_train.fused_head import HeadPass
 from student_train.linear_head import LogitsOf, as_linear
 from student_train.logit_terms import (
     LogitTerm,
@@ -68,6 +68,8 @@ def distillation_loss(
     assets: TeacherAssets | None = None,
     consistent: Float[Tensor, "R D"] | None = None,
     cached_ratio: float = 0.0,
+    *,
+    check_matching: bool = False,
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
 
@@ -75,6 +77,8 @@ def distillation_loss(
     batch's response tokens in order: KD's teacher unless that comes from the cache. None where
     both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
     `cached_ratio` of its vision tokens, or the next smaller share that the cache knows.
+
+    `check_matching` adds to the diagnostics how good one sample's matching is.
 
     Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
     chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
@@ -90,29 +94,33 @@ def distillation_loss(
     linear = as_linear(head) or head
     assets = assets or TeacherAssets()
     batch = _Batch(states, outputs, linear, objective, assets, consistent, cached_ratio)
-    diagnostics: dict[str, float] = {}
+    run, blocks = HeadPass(batch.head), list[_Block]()
+
+    def compute(block: _Block | None) -> None:
+        if block is not None:
+            run.add(head_rows(block.hidden, block.terms))
+            blocks.append(block)
+
+    # Threads solve the assignments while the response goes through the head, there and back.
+    pending = start_batch_matching(
+        states, outputs, batch.head, objective, batch.assets, check_matching
+    )
+    compute(_response_block(batch))
+    matched = pending.result()
+    compute(_vision_block(batch, matched))
+    diagnostics = dict(pending.diagnostics)
     terms: dict[str, Tensor] = {}
     tails: dict[str, TailPolicy] = {}
     totals: list[Tensor] = []
-
-    def compute(block: _Block | None) -> None:
-        if block is None:
-            return
-        found = head_loss(batch.head, [head_rows(block.hidden, block.terms)])
+    if blocks:
+        found = run.finish()
         totals.append(found.total)
-        (values,) = found.values
-        for term in block.terms:
-            terms[term.name] = term.reduce(values[term.name])
-            diagnostics.update(term.diagnostics(values))
-            if term.tail is not None:
-                tails[term.name] = term.tail
-
-    # Threads solve the assignments while the response goes through the head, there and back.
-    pending = start_batch_matching(states, outputs, batch.head, objective, batch.assets)
-    compute(_response_block(batch))
-    matched = pending.result()
-    diagnostics.update(pending.diagnostics)
-    compute(_vision_block(batch, matched))
+        for block, values in zip(blocks, found.values, strict=True):
+            for term in block.terms:
+                terms[term.name] = term.reduce(values[term.name])
+                diagnostics.update(term.diagnostics(values))
+                if term.tail is not None:
+                    tails[term.name] = term.tail
     for name, term in _other_terms(batch, matched, terms).items():
         terms[name] = term
         totals.append(batch.weight(name) * term)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from student_train import fused_head
-from student_train.fused_head import HeadRows, RowLosses, head_loss
+from student_train.fused_head import HeadPass, HeadRows, RowLosses, head_loss
 from student_train.linear_head import LinearHead
 
 NUM_ROWS, WIDTH, VOCAB = 10, 4, 7
@@ -175,9 +175,11 @@ class Made(TorchDispatchMode):
         super().__init__()
         self.known = known.untyped_storage().data_ptr()
         self.shapes: set[tuple[int, ...]] = set()
+        self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        self.products += func == torch.ops.aten.mm.default and found.shape == (VOCAB, WIDTH)
         for tensor in found if isinstance(found, tuple) else (found,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.known:
                 self.shapes.add(tuple(tensor.shape))
@@ -194,6 +196,29 @@ def test_no_more_logits_than_a_chunk_and_no_gradient_of_a_frozen_head(trained: b
     logits = {shape for shape in made.shapes if shape[-1:] == (VOCAB,) and len(shape) == 2}
     assert max(num_rows for num_rows, _ in logits) == 4
     assert ((VOCAB, WIDTH) in made.shapes) == trained
+
+
+def test_blocks_that_come_one_by_one_share_one_gradient_of_the_head() -> None:
+    hidden, weight, bias = leaves()
+    head, other = LinearHead(weight=weight, bias=bias), normal(6, WIDTH, seed=5).requires_grad_()
+    rows = [block(hidden), block(other, seed=1)]
+    run = HeadPass(head)
+    with Made(weight) as made:
+        run.add(rows[0])
+        run.add(rows[1])
+        found = run.finish()
+        found.total.backward()
+    assert made.products == 1, "one new tensor of the weight's size, then sums in place"
+    expected = head_loss(head, rows)
+    assert torch.equal(found.total, expected.total)
+    wanted = [hidden, weight, bias, other]
+    ours = [tensor.grad for tensor in wanted if tensor.grad is not None]
+    assert_close(ours, gradients(expected.total, wanted), tolerance=0)
+    one = expected.values[1]["first"].sum()
+    (zero,) = torch.autograd.grad(one, hidden, retain_graph=True)
+    assert not zero.any(), "no part of the other block"
+    expected_one = naive(head, rows[1])[1]["first"].sum()
+    assert_close(gradients(one, [weight, other]), gradients(expected_one, [weight, other]))
 
 
 def test_without_autograd_there_are_values_only() -> None:
