@@ -114,6 +114,23 @@ def num_terms(run: RunFolder) -> int:
     return sum(getattr(objective, f"{name}_weight") > 0 for name in TERM_NAMES)
 
 
+def measured_as(run: RunFolder, term: str) -> str | None:
+    """What a term's values mean in this run: divergence, tail policies, temperature.
+
+    None for terms that are no divergences. Values of two meanings do not compare.
+    """
+    if run.identity is None or term not in ("rld", "vsd", "kd"):
+        return None
+    objective = run.identity.recipe.objective
+    name = "forward_kl" if term == "kd" else objective.divergence
+    mark = f"diagnostic/{term}_tail_is_"
+    tails = {key.removeprefix(mark) for line in run.metrics for key in line if key.startswith(mark)}
+    policies = " and ".join(sorted(tails)) if tails else "exact"
+    weight = f" {objective.blend:g}" if "blend" in tails else ""
+    at = f", T = {objective.temperature:g}" if objective.temperature != 1 else ""
+    return f"{name.replace('_', ' ')}, {policies}{weight}{at}"
+
+
 def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
     """Paired differences of every group to its baseline, and why some cannot be computed."""
     differences: list[Difference] = []

@@ -23,6 +23,7 @@ from pipeline.comparison import (
     Group,
     compare,
     group_runs,
+    measured_as,
     num_terms,
 )
 from pipeline.config import ReportConfig
@@ -145,17 +146,25 @@ def _settings(group: Group, caches: Sequence[CacheFolder]) -> dict[str, Any]:
 def _curves(
     name: str, prefix: str, groups: Sequence[Group], colours: Mapping[str, str]
 ) -> Markup | None:
-    """Small multiples of all values whose name begins with `prefix`; None where there are none."""
+    """Small multiples of all values whose name begins with `prefix`; None where there are none.
+
+    Runs that measure a term differently get panels of their own.
+    """
     panels: dict[str, dict[str, list[Curve]]] = {}
     terms = [*TERM_NAMES, *sorted(_terms(groups, prefix) - TERM_NAMES.keys())]
     for term in terms:
         for group in groups:
-            curves = [_curve(run, prefix + term) for run in group.runs]
-            curves = [curve for curve in curves if curve]
-            if curves:
-                title = TERM_NAMES.get(term, term.replace("_", " "))
-                panels.setdefault(title, {})[group.label] = curves
+            for run in group.runs:
+                if curve := _curve(run, prefix + term):
+                    panel = panels.setdefault(_title(run, term), {})
+                    panel.setdefault(group.label, []).append(curve)
     return Markup(draw_curves(name, panels, colours)) if panels else None
+
+
+def _title(run: RunFolder, term: str) -> str:
+    name = TERM_NAMES.get(term, term.replace("_", " "))
+    measure = measured_as(run, term)
+    return name if measure is None else f"{name}\n{measure}"
 
 
 def _terms(groups: Sequence[Group], prefix: str) -> set[str]:

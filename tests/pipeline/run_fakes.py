@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pipeline.predictions import Prediction, append_predictions
 from student_train.checkpoint import FinishedRun, RunIdentity
-from student_train.objective import ObjectiveName, preset
+from student_train.objective import DivergenceName, ObjectiveName, TailPolicy, preset
 from student_train.settings import TrainerSettings, TrainRecipe
 from teacher_cache.manifest import (
     LAYOUT_VERSION,
@@ -38,14 +39,17 @@ def fake_run(
     *,
     learning_rate: float = 1e-3,
     cache: Path | None = None,
+    divergence: DivergenceName = "reverse_kl",
+    tails: Mapping[str, TailPolicy] | None = None,
 ) -> Path:
-    """A finished training of 40 steps."""
-    recipe = TrainRecipe(objective=preset(name), seed=seed, learning_rate=learning_rate)
+    """A finished training of 40 steps; `tails` are those of its divergences, exact elsewhere."""
+    objective = dataclasses.replace(preset(name), divergence=divergence)
+    recipe = TrainRecipe(objective=objective, seed=seed, learning_rate=learning_rate)
     identity = RunIdentity(
         cache=CACHE, teacher="f" * 64, student="e" * 64, num_steps=40, recipe=recipe
     )
     settings = TrainerSettings(
-        objective=preset(name), seed=seed, learning_rate=learning_rate, max_steps=40
+        objective=objective, seed=seed, learning_rate=learning_rate, max_steps=40
     )
     finished = FinishedRun(identity=identity, settings=settings, num_samples=1280, seconds=21.5)
     write_json(folder / "emkd_run.json", dataclasses.asdict(identity))
@@ -63,6 +67,7 @@ def fake_run(
             line[f"term/{term}"] = (3 + number) / (step + 3) + 0.02 * rng.random()
             if step % 10 == 0:
                 line[f"gradient/{term}"] = 0.3**number * (1 + rng.random())
+        line |= {f"diagnostic/{term}_tail_is_{tail}": 1.0 for term, tail in (tails or {}).items()}
         lines.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -133,7 +138,7 @@ def fake_cache(folder: Path) -> Path:
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
     fields |= {"sketch_rank": None, "top_mass": None, "top_k_floor": None, "hidden_group": None}
     fields |= {"logits_max_error": None, "hidden_max_error": None, "affinity_max_error": None}
-    fields |= {"logits_codec": None, "affinity_dtype": None}
+    fields |= {"logits_codec": None, "affinity_dtype": None, "grid": None}
     fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
     fields |= {"share_vision": True}
     file = ShardFile(

@@ -5,15 +5,17 @@ import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.comparison import compare, group_runs
+from pipeline import report
+from pipeline.comparison import compare, group_runs, measured_as
 from pipeline.config import ReportConfig
 from pipeline.report import write_report
 from pipeline.run_folders import collect
-from student_train.objective import ObjectiveName
+from student_train.objective import ObjectiveName, TailPolicy
 from tests.pipeline.run_fakes import (
     fake_cache,
     fake_evaluation,
@@ -227,3 +229,36 @@ def test_a_repeated_run_is_no_further_seed(tmp_path: Path) -> None:
     found = collect([*runs, again, runs[0]])
     assert [run.path for run in found.runs] == runs
     assert f"{again}: is left out; it repeats {tmp_path / 'emkd-1'}" in "\n".join(found.missing)
+
+
+def test_divergences_that_do_not_compare_are_not_drawn_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tails: dict[str, TailPolicy] = {"vsd": "blend", "rld": "bucket"}
+    folders = [
+        fake_run(tmp_path / "exact", "emkd", 0),
+        fake_run(tmp_path / "sketched", "emkd", 0, learning_rate=2e-3, tails=tails),
+        fake_run(tmp_path / "jsd", "emkd", 0, learning_rate=3e-3, divergence="jsd"),
+    ]
+    found = collect(folders).runs
+    measures = {run.name: (measured_as(run, "vsd"), measured_as(run, "rld")) for run in found}
+    assert measures == {
+        "exact": ("reverse kl, exact", "reverse kl, exact"),
+        "sketched": ("reverse kl, blend 0.5", "reverse kl, bucket"),
+        "jsd": ("jsd, exact", "jsd, exact"),
+    }
+    assert measured_as(found[0], "vlad") is None
+    drawn: list[dict[str, dict[str, Any]]] = []
+    monkeypatch.setattr(report, "draw_curves", lambda _, panels, __: drawn.append(panels) or "")
+    _report(tmp_path, folders)
+    panels = drawn[0]
+    by_term = {title.partition("\n")[0]: 0 for title in panels}
+    for title, groups in panels.items():
+        by_term[title.partition("\n")[0]] += 1
+        assert len(groups) == (1 if "\n" in title else 3), title
+    assert by_term == {
+        "supervised": 1,
+        "RLD (response)": 3,
+        "VSD (vision)": 3,
+        "VLAD (affinity)": 1,
+    }
