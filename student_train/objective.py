@@ -117,6 +117,18 @@ class ObjectiveConfig(Strict):
         """Whether vision tokens are matched at all."""
         return self.vsd_weight > 0 or self.vlad_weight > 0
 
+    def require_sampled_costs(self) -> None:
+        """ValueError where matching does without a sample of the vocabulary, or is not done."""
+        matching = self.matching
+        sampled = matching.metric in ("raw_l1", "centred_l1") and matching.num_shared_ids
+        if not self.needs_vision or not sampled:
+            found = f"matching by {matching.metric} with num_shared_ids {matching.num_shared_ids}"
+            raise ValueError(
+                "match_check_steps compares costs summed at num_shared_ids vocabulary rows with "
+                f"those over all: found {found if self.needs_vision else 'nothing to match'}, "
+                "where nothing is to be checked; set match_check_steps to 0"
+            )
+
     @property
     def epic_schedule(self) -> ScheduleName | None:
         """The schedule that an EPIC objective is named after, None for others."""

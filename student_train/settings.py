@@ -83,6 +83,9 @@ class TrainerSettings(TrainRecipe):
     log_steps: int = 10
     grad_norm_steps: int = 50
     """Measure each loss term's own gradient norm every so many steps; 0 never does."""
+    match_check_steps: int = 0
+    """Match one sample a second time, by costs over the whole vocabulary, every so many steps, and
+    log how far the matching that is trained on is from that one; 0 never does."""
 
     def __post_init__(self) -> None:
         # zero-argument super() does not work in a dataclass that slots=True has built anew
@@ -90,9 +93,11 @@ class TrainerSettings(TrainRecipe):
         for name in ("micro_batch_size", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
-        for name in ("loader_threads", "grad_norm_steps"):
+        for name in ("loader_threads", "grad_norm_steps", "match_check_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        if self.match_check_steps:
+            self.objective.require_sampled_costs()
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be >= 1, found {self.max_steps}")
         if not self.epochs > 0:

@@ -142,7 +142,7 @@ class EmkdTrainer(Trainer):
             seconds=resumed.seconds if resumed is not None else 0.0,
             writes=first,
         )
-        self._measured_step: int | None = None
+        self._last_step: int | None = None
 
     def get_train_dataloader(self) -> Any:
         """The stream itself: endless, of this rank, already at the right position."""
@@ -171,13 +171,14 @@ class EmkdTrainer(Trainer):
     ) -> Tensor:
         """The objective of one micro-batch, in float32 whatever the forward pass ran in."""
         batch: StudentBatch = inputs
-        loss = student_loss(model, batch, self.settings, self.assets, self._plan(model))
+        step = self.state.global_step + 1
+        first, self._last_step = self._last_step != step, step  # which speaks for the step
+        check = first and _is_due(step, self.settings.match_check_steps)
+        loss = student_loss(model, batch, self.settings, self.assets, self._plan(model), check)
         self.window.add({"loss": loss.total, **_named("term", loss.terms)})
         self.window.add(_named("weight", loss.weights))
         self.window.add(_named("diagnostic", loss.diagnostics))
-        step, every = self.state.global_step + 1, self.settings.grad_norm_steps
-        if every and step % every == 0 and self._measured_step != step:
-            self._measured_step = step  # the first micro-batch speaks for the step
+        if first and _is_due(step, self.settings.grad_norm_steps):
             self.window.add(_named("gradient", term_gradient_norms(loss.terms, model.parameters())))
         return loss.total
 
@@ -288,6 +289,7 @@ def student_loss(
     settings: TrainerSettings,
     assets: TeacherAssets,
     plan: StepPlan | None = None,
+    check_matching: bool = False,
 ) -> LossTerms:
     """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
     objective = settings.objective
@@ -302,11 +304,16 @@ def student_loss(
         assets,
         found.consistent,
         cached_ratio,
+        check_matching=check_matching,
     )
     notes = {**loss.diagnostics, **found.diagnostics}
     if objective.kd_from_cache:
         notes["cached_ratio"] = cached_ratio
     return replace(loss, diagnostics=notes)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,14 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = replace(SETTINGS, loader_threads=0, grad_norm_steps=0, log_steps=5, save_steps=100)
+    settings = replace(
+        SETTINGS,
+        loader_threads=0,
+        grad_norm_steps=0,
+        match_check_steps=3,
+        log_steps=5,
+        save_steps=100,
+    )
     reported: list[Mapping[str, float]] = []
     steps: list[tuple[int, int]] = []
     train_student(
@@ -109,6 +116,8 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
         progress=lambda done, total: steps.append((done, total)),
     )
     assert [line["step"] for line in reported] == [5, 7]
+    regrets = [v for line in reported for k, v in line.items() if k.endswith("_regret")]
+    assert regrets == [0.0, 0.0]  # of steps 3 and 6: all of a small vocabulary is compared anyway
     assert steps == [(step, 7) for step in range(1, 8)]
     mine, theirs = weights(run / "final"), weights(undisturbed / "final")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -200,6 +209,7 @@ def test_identity_names_everything_that_shapes_the_weights() -> None:
     assert how == {
         "max_steps", "epochs", "micro_batch_size", "gradient_checkpointing", "device",
         "loader_threads", "save_steps", "log_steps", "grad_norm_steps",
+        "match_check_steps",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(RunIdentity)} == {
         "cache", "teacher", "student", "num_steps", "recipe",
