@@ -7,6 +7,7 @@ import ast
 import functools
 import hashlib
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_every_transform_and_both_sizes_of_floats_occur_in_these_shards(tmp_path
 def test_format_md_names_every_plane_dtype_and_transform() -> None:
     text = (DOCS / "format.md").read_text()
     for name in chain.from_iterable(PART_PLANES.values()):
-        assert f"`{name}`" in text, name
+        assert f"`{re.sub('^g[1-9]', 'g<n>', name)}`" in text, name
     for code, dtype in DTYPES.items():
         assert f"| {code} | {str(dtype).removeprefix('torch.')} |" in text
     for code in TRANSFORMS:

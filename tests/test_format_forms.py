@@ -10,9 +10,10 @@ import pytest
 import torch
 import zstandard
 
-from teacher_cache.codec import TIER_PARTS, output_planes
+from teacher_cache.codec import output_planes, state_planes, top_k_records
 from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, TopKRecord
+from teacher_cache.schema import CachedSample
+from teacher_cache.settings import GridSettings
 from teacher_cache.shard_format import shard_format
 from teacher_cache.transforms import STAIRS
 from tests.builders import build
@@ -22,12 +23,16 @@ from tests.test_format_docs import DOCS, run_alone
 MASS = {"top_k": VOCAB_SIZE, "top_mass": 0.9, "top_k_floor": 1}
 CODES = {"logits_codec": "affine8", "logits_max_error": 1.0}
 COSINES = {"affinity_dtype": "int8", "affinity_max_error": 1.0}
+STATES = {"hidden_dtype": "int8", "hidden_group": 4, "hidden_max_error": 0.1}
+GRID = {"grid": GridSettings(compressor="dart", layer=2, ratios=(0.25, 0.5, 0.75))}
 FORMS: dict[str, dict[str, Any]] = {
     "mass": MASS,
     "affine8": CODES,
     "both": {**MASS, **CODES, **COSINES},
     "cosines": COSINES,
-    "states": {"hidden_dtype": "int8", "hidden_group": 4, "hidden_max_error": 0.1},
+    "states": STATES,
+    "grid": {**GRID, "hidden_dtype": "float32"},
+    "grid-both": {**GRID, **MASS, **CODES, **STATES},
 }
 """Changes to a spec; the made-up numbers are wilder than a teacher's, so the bounds are wide."""
 
@@ -38,12 +43,14 @@ def form_cache(
     """A sealed cache of three samples in that form, one without text, one without images."""
     changes = FORMS[form]
     records = "hidden" if "hidden_dtype" in changes else "topk+sketch"
+    ratios = changes["grid"].ratios if "grid" in changes else ()
+    records = "topk+hidden" if ratios else records
     shapes = [(((12, 12), (8, 8)), 9), (((1, 1),), 0), ((), 4)]
     rows = [
         CachedSample(
             sample=make_cached(number).sample,
             output=make_output(
-                records, number, views, num_text, 6, dtype, ragged="top_mass" in changes
+                records, number, views, num_text, 6, dtype, "top_mass" in changes, ratios
             ),
         )
         for number, (views, num_text) in enumerate(shapes)
@@ -77,28 +84,25 @@ def test_the_second_script_gives_the_numbers_of_the_reader(
     reader, files = form_cache(tmp_path / "cache", form, dtype)
     rows = [row for file in files for row in run_alone(READ_NUMBERS, file, cwd=tmp_path)]
     for index, row in enumerate(rows):
-        output = reader.read(index, TIER_PARTS[reader.spec.records]).output
-        expected: dict[str, torch.Tensor] = {}
+        output = reader.read(index, reader.parts).output
+        expected: dict[str, torch.Tensor] = state_planes(output)
         kept: dict[str, torch.Tensor] = {}
-        for prefix, record in (("v", output.vision), ("r", output.response)):
-            if isinstance(record, TopKRecord):
-                kept[prefix] = record.kept_mask
-                expected[f"{prefix}_ids"] = record.ids
-                expected[f"{prefix}_logits"] = record.logits
-                expected[f"{prefix}_counts"] = record.counts.to(torch.int32)
+        for prefix, record in top_k_records(output).items():
+            kept[prefix] = record.kept_mask
+            expected[f"{prefix}_ids"] = record.ids
+            expected[f"{prefix}_logits"] = record.logits
+            expected[f"{prefix}_counts"] = record.counts.to(torch.int32)
         if output.affinity is not None:
             expected["a_cosine"] = output.affinity.cosine
-        if output.hidden is not None:
-            expected |= {f"h_{n}": getattr(output.hidden, n) for n in ("vision", "text")}
-            expected["h_predicting"] = output.hidden.predicting
         for name, values in expected.items():
             if name in row:
                 wide = values.float() if values.dtype == torch.bfloat16 else values
                 found = _array(row[name])
                 if name.endswith(("ids", "logits")):
-                    wide, found = wide[kept[name[0]]], found[kept[name[0]]]
+                    inside = kept[name.partition("_")[0]]
+                    wide, found = wide[inside], found[inside]
                 assert torch.equal(found, wide), (index, name)
-        assert expected.keys() - row.keys() <= {"v_counts", "r_counts"}
+        assert {name.partition("_")[2] for name in expected.keys() - row.keys()} <= {"counts"}
 
 
 def test_stairs_occur_in_these_shards(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -35,14 +36,22 @@ def numbers_of(cache: Path) -> dict[str, Tensor]:
         output = reader.read(index, reader.parts).output
         for field in dataclasses.fields(output):
             value = getattr(output, field.name)
-            if isinstance(value, Tensor):
-                found[f"{key}/{field.name}"] = value
-            elif dataclasses.is_dataclass(value):
-                for inner in dataclasses.fields(value):
-                    tensor = getattr(value, inner.name)
-                    if isinstance(tensor, Tensor):
-                        found[f"{key}/{field.name}.{inner.name}"] = tensor
+            if isinstance(value, Mapping):
+                for ratio, at in cast(Mapping[float, object], value).items():
+                    found |= _inside(f"{key}/{field.name}.{ratio}", at)
+            else:
+                found |= _inside(f"{key}/{field.name}", value)
     return found
+
+
+def _inside(name: str, value: object) -> dict[str, Tensor]:
+    """A tensor, or the tensors of a record."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if not dataclasses.is_dataclass(value):
+        return {}
+    inner = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {f"{name}.{n}": each for n, each in inner.items() if isinstance(each, Tensor)}
 
 
 def write(folder: Path) -> None:
