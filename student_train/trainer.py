@@ -47,6 +47,7 @@ from student_train.signals import TeacherAssets
 from student_train.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.stream import StudentBatch, TrainingStream
 from student_train.student import output_head
+from teacher_cache.pretrained import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +246,18 @@ class EmkdTrainer(Trainer):
             mark_complete(self._run / f"checkpoint-{step}", record)
             prune_checkpoints(self._run)
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Through the loader that every student comes from, which misses no weight.
+
+        A vanilla class saves its weights by the names of the first release of its family, not by
+        its modules'. Transformers' own way back into a trainer skips those, with a warning.
+        """
+        saved, _ = load_model(resume_from_checkpoint, torch.float32)
+        target: Any = model if model is not None else self.model
+        target.load_state_dict(saved.state_dict())
 
     def save_student(self, folder: Path) -> None:
         """Write model and processor so that `from_pretrained` loads them; call on every rank."""

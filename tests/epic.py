@@ -2,21 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
 
+from student_train.checkpoint import FinishedRun
 from student_train.compression import compress
-from student_train.objective import EpicName, ObjectiveName, preset
+from student_train.objective import ObjectiveName, preset
 from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings
 from student_train.step_plan import StepPlan, plan_step
 from student_train.stream import StudentBatch
-from student_train.student import final_hidden, output_head
+from student_train.student import final_hidden, output_head, vanilla_student
+from student_train.training_run import train_student
 from teacher_cache.collate import EncodedSample, ModelBatch
+from teacher_cache.reader import CacheReader
 from teacher_cache.schema import TeacherOutput
-from tests.deep import NUM_LAYERS, batch_of
+from tests.deep import NUM_LAYERS, batch_of, deep_model
+from tests.tiny import FAMILIES
 
 
 def fixed(compressor: str = "dart", layer: int = 2, ratio: float = 0.75) -> ProgressionConfig:
@@ -93,4 +99,28 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-EPIC_NAMES: tuple[EpicName, ...] = ("epic-tcd", "epic-lcd", "epic-icd")
+def save_deep(folder: Path, family: str = "llava") -> Path:
+    """A vanilla model of four layers on disk."""
+    model, processor = deep_model(FAMILIES[family](folder / "base"))
+    model.save_pretrained(folder / "deep")
+    processor.save_pretrained(folder / "deep")
+    return folder / "deep"
+
+
+def train_vanilla(
+    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
+) -> FinishedRun:
+    """Train a vanilla model, whose tokens are dropped inside its language model alone."""
+
+    def load() -> tuple[PreTrainedModel, ProcessorMixin]:
+        return vanilla_student(str(vanilla), dtype=torch.float32)
+
+    return train_student(run, reader, load, settings, student="vanilla")
+
+
+def train_vanilla_on_one_thread(
+    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
+) -> None:
+    """The same in a child process, where nothing has set the number of threads yet."""
+    torch.set_num_threads(1)
+    train_vanilla(run, reader, vanilla, settings)
