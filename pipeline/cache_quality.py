@@ -257,7 +257,7 @@ def _measured(
         per_vision_token=planes / max(1, shape.num_vision),
         per_sample=planes / seal.num_samples,
         once=once,
-        in_all=once + planes,
+        in_all=float(once + planes),
     )
     return TierMeasure(
         size=size,

@@ -15,6 +15,7 @@ from jobs.train_student import run_train
 from pipeline.build import build
 from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
 from pipeline.train import train
+from teacher_cache.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.tiny import tiny_samples
@@ -54,6 +55,9 @@ def test_a_pool_of_teachers_writes_the_same_bytes(built: BuildConfig) -> None:
     seal = run_build(under_ray, RayOptions(num_workers=2))
     assert seal.num_samples == 10
     assert shard_bytes(under_ray.out) == shard_bytes(built.out)
+    said = [commit.quality for commit in CacheReader.open(built.out).seal.shards]
+    assert [commit.quality for commit in seal.shards] == said
+    assert None not in said
 
 
 def test_a_bad_sample_reaches_the_caller_as_its_own_error(

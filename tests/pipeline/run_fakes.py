@@ -23,6 +23,7 @@ from teacher_cache.manifest import (
     ShardFile,
     record_bytes,
 )
+from teacher_cache.quality import ShardQuality
 
 CACHE = "c0ffee" * 10 + "abcd"
 
@@ -132,8 +133,8 @@ def fake_pictures(word: str = "bs") -> dict[str, Any]:
     return {"cache": CACHE, "metric": "raw_l1", "samples": [sample]}
 
 
-def fake_cache(folder: Path) -> Path:
-    """A sealed cache, without its shards."""
+def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
+    """A sealed cache, without its shards; `quality` as top-k records would have it."""
     fields: dict[str, Any] = {f.name: "x" for f in dataclasses.fields(CacheSpec)}
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
     fields |= {"sketch_rank": None, "top_mass": None, "top_k_floor": None, "hidden_group": None}
@@ -141,6 +142,13 @@ def fake_cache(folder: Path) -> Path:
     fields |= {"logits_codec": None, "affinity_dtype": None, "grid": None}
     fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
     fields |= {"share_vision": True}
+    if quality is not None:
+        fields |= {
+            "records": "topk",
+            "top_k": 8,
+            "logits_codec": "exact",
+            "logits_dtype": "float32",
+        }
     file = ShardFile(
         file="shards/00000-0.arrow",
         num_bytes=5_600_000,
@@ -159,6 +167,7 @@ def fake_cache(folder: Path) -> Path:
         num_vision_records=1280,
         num_stored_vision_tokens=46080,
         seconds=31.0,
+        quality=quality,
     )
     seal = Seal(
         fingerprint=CACHE,

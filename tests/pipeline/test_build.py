@@ -226,7 +226,7 @@ def test_a_bad_sample_can_be_recorded_instead(config: BuildConfig, how: str) -> 
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfig) -> None:
-    build(_into(config, "undisturbed"))
+    undisturbed = build(_into(config, "undisturbed"))
     draws = random.Random(7)
     for kill in range(4):
         child = start(build, config)
@@ -236,8 +236,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfi
         time.sleep(draws.uniform(0, 0.05))
         child.kill()
         child.join()
-    build(config)
+    seal = build(config)
     assert shard_bytes(config.out) == shard_bytes(Path(config.out).parent / "undisturbed")
+    said = [commit.quality for commit in undisturbed.shards]
+    assert [commit.quality for commit in seal.shards] == said
 
 
 @pytest.mark.parametrize(

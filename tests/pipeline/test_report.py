@@ -16,6 +16,7 @@ from pipeline.config import ReportConfig
 from pipeline.report import write_report
 from pipeline.run_folders import collect
 from student_train.objective import ObjectiveName, TailPolicy
+from teacher_cache.quality import SampledLoss, ShardQuality, TailMass
 from tests.pipeline.run_fakes import (
     fake_cache,
     fake_evaluation,
@@ -185,6 +186,33 @@ def test_a_cache_is_found_through_the_run_or_named_beside_it(tmp_path: Path) -> 
     beside = collect([run, fake_cache(tmp_path / "cache")])
     assert [Path(cache.location).name for cache in beside.caches] == ["cache"]
     assert beside.missing == ()
+
+
+@pytest.mark.parametrize(("regret", "missed"), [(0.001, False), (0.3, True)])
+def test_the_page_says_what_a_cache_keeps_of_its_teacher(
+    tmp_path: Path, regret: float, missed: bool
+) -> None:
+    tail = TailMass(num_positions=9, median=0.0015, p90=0.0123, p99=0.1, max=0.2)
+    loss = SampledLoss(
+        num_samples=2,
+        num_pairs=18,
+        metric="prob_l1",
+        regret=regret,
+        agreement=0.5,
+        gradient_cosine=0.987,
+        energy=None,
+        row_mean_spread=1.25,
+    )
+    quality = ShardQuality(vision_tail=tail, response_tail=None, sampled=loss)
+    cache = fake_cache(tmp_path / "cache", quality)
+    run = fake_evaluation(fake_run(tmp_path / "a", "rld", 0, cache=cache), [True], pictures=True)
+    page, _, _ = _report(tmp_path, [run])
+    for text in ("keep of the teacher", "topk k=8", "0.987", "0.0015 / 0.0123", "worst shard: 0"):
+        assert text in page.text, text
+    assert ("missed" in page.text) == missed
+    assert ("regret 30.0%, at most 1% will do" in page.text) == missed
+    unsaid, _, _ = _report(tmp_path, [fake_evaluation(tmp_path / "b", [True])])
+    assert "keep of the teacher" not in unsaid.text
 
 
 def test_data_cannot_change_the_page(tmp_path: Path) -> None:
