@@ -2,10 +2,11 @@
 
     python -m benchmarks.codec_options [--quick]
 
-Prints one table of top-k records over k, with a packing in DistillKit's manner beside them, and one
-of sketches, cosines and hidden states, on the synthetic images of benchmarks.codec (V = 151,936,
-correlated tokens). Errors are those of decoded numbers against what the teacher said; speed is
-that of one core in processor time, from records to frames and back. Dimensions as in schema.py.
+Prints one table of top-k records over k, with a packing in DistillKit's manner beside them, one of
+sketches, cosines and hidden states, on the synthetic images of benchmarks.codec (V = 151,936,
+correlated tokens), and one of response records. Errors are those of decoded numbers against what
+the teacher said; speed is that of one core in processor time, from records to frames and back.
+Dimensions as in schema.py.
 """
 
 import argparse
@@ -46,6 +47,9 @@ from tests.strategies import make_spec
 
 TOP_K = (16, 32, 64, 128)
 NUM_TEXT, STATE_WIDTH, OUTLIERS = 64, 896, 4
+SPANS = ("views", "content_ids", "content_flags")
+RESPONSE_SIDES = (4, 8, 16)
+"""Responses have the square of it in tokens."""
 HEADER = ("bytes / token", "largest error", "rms error", "encode", "decode")
 
 
@@ -58,6 +62,18 @@ def output_of(**parts: Any) -> TeacherOutput:
         is_response=torch.zeros(num_text, dtype=torch.bool),
         after_image=torch.ones(num_text, dtype=torch.bool),
         **parts,
+    )
+
+
+def answer(record: TopKRecord) -> TeacherOutput:
+    """The output of a text-only sample that is one response."""
+    num_text = len(record.ids)
+    return TeacherOutput(
+        views=(),
+        content_ids=torch.zeros(num_text, dtype=torch.int64),
+        is_response=torch.ones(num_text, dtype=torch.bool),
+        after_image=torch.zeros(num_text, dtype=torch.bool),
+        response=record,
     )
 
 
@@ -83,8 +99,7 @@ def measured(
 
     frames = encoded()
     num_tokens = len(outputs) * GRID**2
-    spans = ("views", "content_ids", "content_flags")
-    num_bytes = sum(len(f) for row in frames for name, f in row.items() if name not in spans)
+    num_bytes = sum(len(f) for row in frames for name, f in row.items() if name not in SPANS)
     apart = torch.cat([errors(at, two).flatten() for at, two in enumerate(decoded())]).double()
     speeds = [num_tokens / seconds(work, rounds) / 1000 for work in (encoded, decoded)]
     return [
@@ -246,6 +261,26 @@ def hidden_rows(num_images: int, rounds: int) -> Iterator[list[str]]:
         yield [name, "share of a state", *measured(outputs, spec, errors, rounds)]
 
 
+def response_rows(num_samples: int, kept: Sequence[int]) -> Iterator[list[str]]:
+    """Bytes per response token of one record: the ordinary one, or that of one ratio of a grid.
+
+    Neighbouring response tokens are unrelated here.
+    """
+    options = [(dtype, None) for dtype in DTYPES] + [("bfloat16", 0.95)]
+    for k in kept:
+        for dtype, mass in options:
+            spec = make_spec("topk", top_k=k, top_mass=mass)
+            cells: list[str] = []
+            for side in RESPONSE_SIDES:
+                num_bytes = 0
+                for seed in range(num_samples):
+                    record = top_k(states(seed, correlated=False, grid=side), dtype, k, mass)
+                    frames = encode_planes(output_planes(answer(record), spec), SPANS)
+                    num_bytes += sum(len(frame) for frame in frames.values())
+                cells.append(f"{num_bytes / num_samples / side**2:.1f}")
+            yield [str(k), f"{dtype}{f', mass {mass}' if mass else ''}", *cells]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -259,6 +294,9 @@ def main(arguments: Sequence[str]) -> int:
     print("Sketch, cosines, hidden states\n")
     for rows in (sketch_rows, affinity_rows, hidden_rows):
         print_table(("option", "error of", *HEADER), rows(num_images, rounds))
+    print("Bytes per response token of a record, by tokens of the response\n")
+    lengths = (f"{side**2} tokens" for side in RESPONSE_SIDES)
+    print_table(("k", "logits", *lengths), response_rows(num_images, kept))
     return 0
 
 
