@@ -291,8 +291,7 @@ class TeacherOutput:
 
     `shared_from` is the key of an earlier sample that is the same up to its last vision token:
     `views`, `vision`, `sketch` and the vision states of `hidden` are then those of that sample.
-    The grids hold, by ratio, what `response` and `hidden.predicting` are where the teacher drops
-    that share of its vision tokens (`settings.GridSettings`).
+    The grids hold `response` and `hidden.predicting` by the share of vision tokens that is dropped.
     """
 
     views: tuple[ViewGrid, ...]
