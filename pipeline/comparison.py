@@ -2,7 +2,8 @@
 
 Promises: runs are pooled over seeds only where all other settings agree; a difference is always
 paired, sample by sample and seed by seed, and comes with the number of seeds behind it. The
-baseline of a group is the supervised group that differs from it in nothing but the objective.
+baseline of a group is the supervised group that differs from it in nothing but the objective; of a
+group whose vision tokens become ever fewer, also the one where they do not, all else being equal.
 Two uncertainties are stated apart: the standard deviation over seeds (training noise, from few
 values), and a bootstrap interval over samples (which held-out samples were drawn).
 """
@@ -23,6 +24,7 @@ NUM_RESAMPLES = 2000
 TERM_NAMES = {
     "supervised": "supervised",
     "rld": "RLD (response)",
+    "kd": "KD (consistency)",
     "vsd": "VSD (vision)",
     "vlad": "VLAD (affinity)",
 }
@@ -132,11 +134,11 @@ def measured_as(run: RunFolder, term: str) -> str | None:
 
 
 def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
-    """Paired differences of every group to its baseline, and why some cannot be computed."""
+    """Paired differences of every group to its supervised baseline, and why some are lacking."""
     differences: list[Difference] = []
     missing: list[str] = []
     for group in groups:
-        if not group.is_trained_here or _name(group.runs[0]) == BASELINE:
+        if not group.is_trained_here or _objective(group.runs[0]) == BASELINE:
             continue
         baseline = next((g for g in groups if _is_baseline(g, group)), None)
         if baseline is None:
@@ -145,20 +147,39 @@ def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
                 "so no difference to it"
             )
             continue
-        pairs = _pairs(group, baseline)
-        if not pairs:
+        found = _differences(group, baseline)
+        if not found:
             missing.append(
                 f"{group.label}: no seed was evaluated on the same samples as {baseline.label}, "
                 "so no difference to it"
             )
-            continue
-        names = [
-            name
-            for name in _scores(pairs[0][0])
-            if all(name in _scores(r) for p in pairs for r in p)
-        ]
-        differences += [_difference(group, baseline, pairs, name) for name in names]
+        differences += found
     return differences, missing
+
+
+def compare_progressions(groups: Sequence[Group]) -> list[Difference]:
+    """Paired differences of groups with a schedule to those that differ in having none alone."""
+    return [
+        difference
+        for group in groups
+        if _progresses(group.runs[0])
+        for baseline in groups
+        if baseline.is_trained_here
+        and not _progresses(baseline.runs[0])
+        and _settings(group.runs[0], "progression") == _settings(baseline.runs[0], "progression")
+        for difference in _differences(group, baseline)
+    ]
+
+
+def _differences(group: Group, baseline: Group) -> list[Difference]:
+    """Of each score that all runs have; none where no seed has the same samples on both sides."""
+    pairs = _pairs(group, baseline)
+    names = list(_scores(pairs[0][0])) if pairs else []
+    return [
+        _difference(group, baseline, pairs, name)
+        for name in names
+        if all(name in _scores(run) for pair in pairs for run in pair)
+    ]
 
 
 def _difference(
@@ -204,24 +225,42 @@ def _is_baseline(candidate: Group, group: Group) -> bool:
     ours, theirs = group.runs[0], candidate.runs[0]
     return (
         candidate.is_trained_here
-        and _name(theirs) == BASELINE
-        and _settings(ours, objective=False) == _settings(theirs, objective=False)
+        and _objective(theirs) == BASELINE
+        and _settings(ours, "objective") == _settings(theirs, "objective")
     )
 
 
-def _settings(run: RunFolder, objective: bool = True) -> str:
-    """Digest of everything that shaped the weights but the seed (and the objective)."""
+def _progresses(run: RunFolder) -> bool:
+    """Whether the ratio or the layer changed while the run was trained."""
+    progression = None if run.identity is None else run.identity.recipe.progression
+    return progression is not None and progression.preset != "fixed"
+
+
+def _settings(run: RunFolder, *without: str) -> str:
+    """Digest of everything that shaped the weights but the seed (and fields of the recipe)."""
     if run.identity is None:
         return str(run.path)
     fields = dataclasses.asdict(run.identity)
-    del fields["recipe"]["seed"]
-    if not objective:
-        del fields["recipe"]["objective"]
+    for name in ("seed", *without):
+        del fields["recipe"][name]
     return digest_json(fields)
 
 
+def _objective(run: RunFolder) -> str | None:
+    return None if run.identity is None else run.identity.recipe.objective.name
+
+
 def _name(run: RunFolder) -> str:
-    return run.name if run.identity is None else run.identity.recipe.objective.name
+    """The objective, and what is dropped while it is trained where its name does not say so."""
+    if run.identity is None:
+        return run.name
+    recipe = run.identity.recipe
+    name, progression = recipe.objective.name, recipe.progression
+    if progression is None:
+        return name
+    if progression.preset == "fixed":
+        return f"{name}, fixed {progression.ratio:g}"
+    return name if recipe.objective.epic_schedule else f"{name}, {progression.schedule}"
 
 
 def _seed(run: RunFolder) -> int:

@@ -3,7 +3,8 @@
 Promises: nothing is guessed or passed over in silence: every piece that a folder lacks is named in
 `missing`, with what would make it. Three kinds of folders are told apart by their files: a trained
 student (emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json).
-Refuses files that are there but not what they should be.
+Evaluations of one model under compression lie beside `eval`, in folders whose names begin with
+`eval-`. Refuses files that are there but not what they should be.
 """
 
 import json
@@ -17,7 +18,8 @@ from pipeline.predictions import PREDICTIONS_FILE, Prediction, read_predictions,
 from pipeline.scores import SCORES
 from student_train.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
 from student_train.run_log import METRICS_FILE
-from teacher_cache.decode import decode_json
+from student_train.stages import CompressionSettings
+from teacher_cache.decode import decode_json, decode_mapping
 from teacher_cache.folder import SEAL_FILE, read_seal
 from teacher_cache.manifest import Seal
 from teacher_cache.storage import open_store
@@ -25,6 +27,8 @@ from teacher_cache.storage import open_store
 CONFIG_FILE = "config.json"
 """The settings that `emkd train` was given; says where the cache is."""
 EVALUATION_FOLDER = "eval"
+COMPRESSED_FOLDERS = "eval-*"
+"""Evaluations of the same samples under compression; those without any are not looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,12 @@ class Evaluation:
     predictions: dict[str, Prediction]
     """By sample key."""
     pictures: dict[str, Any] | None
+    compression: CompressionSettings | None = None
+    """What was dropped inside the language model."""
+    num_vision: float | None = None
+    """Mean vision tokens of a sample; None where an earlier version answered some of them."""
+    num_kept: float | None = None
+    """Those that reached the last layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +63,8 @@ class RunFolder:
     metrics: tuple[dict[str, Any], ...]
     """Lines of metrics.jsonl: step, loss, term/<name>, gradient/<name>, ..."""
     evaluation: Evaluation | None
+    compressed: tuple[Evaluation, ...] = ()
+    """The same samples with vision tokens dropped; no settings twice."""
 
     @property
     def name(self) -> str:
@@ -145,12 +157,16 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
             missing.append(f"{folder}: final/ is missing, training has not ended; emkd train it")
         metrics = _read_metrics(folder, missing)
         _find_cache(folder, caches, missing)
+    # A vanilla student pairs each token with itself: nothing to draw.
+    draws = identity is not None and identity.recipe.progression is None
+    evaluation = _read_evaluation(folder, draws, missing)
     return RunFolder(
         path=folder,
         identity=identity,
         finished=finished,
         metrics=metrics,
-        evaluation=_read_evaluation(folder, identity is not None, missing),
+        evaluation=evaluation,
+        compressed=_read_compressed(folder, evaluation, missing),
     )
 
 
@@ -177,16 +193,46 @@ def _find_cache(folder: Path, caches: dict[str, CacheFolder], missing: list[str]
             missing.append(f"{folder}: its cache cannot be read: {error}")
 
 
-def _read_evaluation(folder: Path, is_student: bool, missing: list[str]) -> Evaluation | None:
+def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluation | None:
     place = folder / EVALUATION_FOLDER
-    path = place / "metrics.json"
-    if not path.exists():
+    if not (place / "metrics.json").exists():
         missing.append(
             f"{folder}: {EVALUATION_FOLDER}/metrics.json is missing; emkd evaluate --model "
             f"{folder}/final --out {place} writes it"
         )
         return None
-    metrics = json.loads(path.read_text())
+    evaluation = _read_answers(place)
+    if draws and evaluation.pictures is None:
+        missing.append(
+            f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
+            "a cache of the evaluated samples, draws the matching"
+        )
+    return evaluation
+
+
+def _read_compressed(
+    folder: Path, plain: Evaluation | None, missing: list[str]
+) -> tuple[Evaluation, ...]:
+    """The evaluations under compression, by compressor and stages; each setting once."""
+    found: list[Evaluation] = []
+    for place in sorted(folder.glob(COMPRESSED_FOLDERS)):
+        if not (place / "metrics.json").exists():
+            missing.append(f"{place}: metrics.json is missing, the evaluation has not ended")
+            continue
+        evaluation = _read_answers(place)
+        if evaluation.compression is None:
+            continue
+        if plain is not None and plain.samples_digest != evaluation.samples_digest:
+            missing.append(f"{place}: is left out; its samples are not those of {folder}/eval")
+        elif any(evaluation.compression == other.compression for other in found):
+            missing.append(f"{place}: is left out; another folder of the run has its settings")
+        else:
+            found.append(evaluation)
+    return tuple(sorted(found, key=lambda evaluation: repr(evaluation.compression)))
+
+
+def _read_answers(place: Path) -> Evaluation:
+    metrics = json.loads((place / "metrics.json").read_text())
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:
         raise ValueError(
@@ -195,11 +241,8 @@ def _read_evaluation(folder: Path, is_student: bool, missing: list[str]) -> Eval
         )
     names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
     pictures = place / "pictures.json"
-    if is_student and not pictures.exists():
-        missing.append(
-            f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
-            "a cache of the evaluated samples, draws the matching"
-        )
+    # Neither is in the metrics of earlier versions.
+    settings, tokens = metrics.get("compression"), metrics.get("vision_tokens") or {}
     return Evaluation(
         samples_digest=metrics["samples_digest"],
         num_samples=metrics["num_samples"],
@@ -214,4 +257,7 @@ def _read_evaluation(folder: Path, is_student: bool, missing: list[str]) -> Eval
         },
         predictions={prediction.key: prediction for prediction in predictions},
         pictures=json.loads(pictures.read_text()) if pictures.exists() else None,
+        compression=settings and decode_mapping(CompressionSettings, settings, str(place)),
+        num_vision=tokens.get("before"),
+        num_kept=tokens.get("kept"),
     )
