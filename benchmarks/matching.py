@@ -1,22 +1,26 @@
 """Costs of matching: time, peak memory and what each loses, against the exact cost, in one run.
 
-    python -m benchmarks.matching [--vocab 32064 151936] [--large] [--quick] [--json PATH]
+    python -m benchmarks.matching [--all] [--large] [--images 1] [--json PATH]
 
-`cdist` is `torch.cdist(p=1)` over whole rows, timed on 24 x 48 pairs and scaled; `strips` is the
-same sum by `l1_distances`, the exact cost over dense logits that the others are held against; the
-other lines are `cost_matrix`. Regret is the excess of a matching's exact cost over the optimum, as
-a share of a random matching's excess; equal is the share of pairs that are the optimum's. Models
-and images are made up (benchmarks/vision_field.py). One thread; processor time, the best of some
-rounds; memory is what a call adds to the resident set at its peak. Needs Linux, and 6 GiB.
+`cdist` is `torch.cdist(p=1)` over whole rows and `bcast` is `(s[:, None] - t).abs().sum(2)`, both
+timed on a few pairs and scaled; `strips` is the same sum by `l1_distances`, the exact cost that the
+others are held against. These three are given all logits of both sides. The other lines are
+`cost_matrix`, from the student's states and head and the teacher's record on: what they need of
+either is computed in their time, but for `given`, where the student's logits are there. Regret is
+the excess of a matching's exact cost over the optimum, as a share of a random matching's excess,
+and equal the share of pairs that are the optimum's, means over `--images`; of raw L2 both are by
+raw L1. Models and images are made up (vision_field.py). One thread; processor time, the best of
+some rounds; memory is what a call adds to the resident set at its peak. Needs Linux, and 6 GiB.
+Three minutes; `--all` and `--large` take several times as long.
 """
 
 import argparse
 import ctypes
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,35 +35,52 @@ from student_train.metrics import hubness, separability
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import Signal
 
-VOCABS = (32_064, 151_936)
-GRIDS = (((12, 12), (24, 24)), ((12, 12), (27, 27)), ((14, 14), (27, 27)))
-LARGE = ((24, 24), (48, 60))
-TOP_K, RANKS = 64, (128, 256)
-GOAL_VOCAB, GOAL_SHAPE = 151_936, (144, 729)
+Grids = tuple[tuple[int, int], tuple[int, int]]
+SMALL: Grids = (12, 12), (24, 24)
+GOAL: Grids = (12, 12), (27, 27)
+MORE: Grids = (14, 14), (27, 27)
+LARGE: Grids = (24, 24), (48, 60)
+DEFAULT_CELLS = [(32_064, grids) for grids in (SMALL, GOAL, MORE)] + [(151_936, GOAL)]
+OTHER_CELLS = [(151_936, SMALL), (151_936, MORE)]
+LARGE_CELLS = [(32_064, LARGE), (151_936, LARGE)]
+TOP_KS, MORE_TOP_KS, RANKS = (64, 16, 256), (64, 16, 32, 128, 256), (128, 256)
+NUM_IDS = (2048, 3072, 4096, 8192)
+DEFAULT_IDS, GOAL_VOCAB = MatchingConfig().num_shared_ids, 151_936
 
 
-class Found(NamedTuple):
-    """One line of the table."""
+@dataclass(kw_only=True)
+class Line:
+    """One line of the table; regret and equal share, image by image."""
 
     seconds: float
     peak_mib: float
-    regret: float
-    equal: float
+    regrets: list[float] = field(default_factory=list[float])
+    equals: list[float] = field(default_factory=list[float])
+
+    @property
+    def regret(self) -> float:
+        """Mean over images."""
+        return sum(self.regrets) / max(1, len(self.regrets))
+
+    @property
+    def equal(self) -> float:
+        """Mean over images."""
+        return sum(self.equals) / max(1, len(self.equals))
 
 
-def measure(compute: Callable[[], Tensor], rounds: int) -> tuple[Tensor, float, float]:
+def measure(compute: Callable[[], Tensor], rounds: int) -> tuple[Tensor, Line]:
     """The result, processor seconds and the peak's MiB above what was there."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before, best = status_mib("VmRSS"), float("inf")
-    cost, peak = torch.empty(0), 0.0
+    result, peak = torch.empty(0), 0.0
     for number in range(rounds):
         start = time.thread_time()
-        cost = compute()
+        result = compute()
         best = min(best, time.thread_time() - start)
         if not number:
             peak = status_mib("VmHWM") - before
-    return cost, best, max(0.0, peak)
+    return result, Line(seconds=best, peak_mib=max(0.0, peak))
 
 
 def compare(cost: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -73,76 +94,118 @@ def compare(cost: Tensor, exact: Tensor) -> tuple[float, float]:
     return excess / (float(wide.mean()) * len(rows) - least), equal
 
 
-def costs_of(
-    student: Tensor, teacher: Signal, metric: MatchMetric, num_ids: int | None = None
-) -> Callable[[], Tensor]:
-    """`cost_matrix`, still to be called."""
-    config = MatchingConfig(metric=metric, num_shared_ids=num_ids)
-    return lambda: cost_matrix(student[:, :1], student, teacher, config)
+def ways(problem: Problem, more: bool) -> dict[str, Callable[[], Tensor]]:
+    """Every cost that starts from the student's states and head."""
 
+    def way(teacher: Signal, metric: MatchMetric, num_ids: int | None = None):
+        config = MatchingConfig(metric=metric, num_shared_ids=num_ids)
+        hidden, head = problem.student_hidden, problem.student_head
+        return lambda: cost_matrix(hidden, head, teacher, config)
 
-def measure_problem(problem: Problem, quick: bool) -> dict[str, Found]:
-    """Every line of one shape."""
-    student, hidden = problem.student_logits, problem.hidden
-    logits = hidden.dense_logits()
-    num_students, num_teachers = len(student), len(logits)
-    few = student[:24].contiguous(), logits[:48].contiguous()
-    _, seconds, _ = measure(lambda: torch.cdist(*few, p=1), 1)
-    scale = num_students * num_teachers / (len(few[0]) * len(few[1]))
-    found: dict[str, Found] = {}
-
-    def add(name: str, compute: Callable[[], Tensor], exact: Tensor | None, rounds: int) -> Tensor:
-        cost, seconds, peak = measure(compute, rounds)
-        found[name] = Found(seconds, peak, *compare(cost, cost if exact is None else exact))
-        print_line(name, found[name], found)
-        return cost
-
-    found["raw cdist"] = Found(seconds * scale, num_students * num_teachers * 4 / 2**20, 0.0, 1.0)
-    rounds = 1 if quick else 2
-    raw = add("raw strips", lambda: l1_distances(student, logits), None, rounds)
-    add("raw hidden, all V", costs_of(student, hidden, "raw_l1"), raw, 1)
-    for num_ids in (2048, 4096, 8192):
-        add(f"raw hidden, {num_ids}", costs_of(student, hidden, "raw_l1", num_ids), raw, 3)
+    found = {"raw hidden, all V": way(problem.hidden, "raw_l1")} if more else {}
+    for num_ids in NUM_IDS:
+        if more or num_ids == DEFAULT_IDS:
+            found[f"raw hidden, {num_ids}"] = way(problem.hidden, "raw_l1", num_ids)
         for rank, signal in problem.sketches.items():
-            name = f"raw sketch {rank}, {num_ids}"
-            add(name, costs_of(student, signal, "raw_l1", num_ids), raw, 3)
-
-    def dense_probabilities() -> Tensor:
-        return l1_distances(student.softmax(1), logits.softmax(1))
-
-    exact = add("prob strips", dense_probabilities, None, 1)
-    sparse = add(f"prob top-{TOP_K}", costs_of(student, problem.top_k, "prob_l1"), exact, 3)
-    error = cost_error(problem.top_k, MatchingConfig(metric="prob_l1"), sparse.dtype).of(sparse)
-    sure = certified_pairs(sparse, error, *solve_assignment(sparse))
-    log_probs = logits.log_softmax(1)
-    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
-    tail = problem.top_k.log_tail.exp()
-    print(
-        f"  teacher entropy {entropy:.2f} nats, tail mass {tail.mean():.4f} "
-        f"(most {tail.max():.3f}); "
-        f"separability raw {separability(raw):.2f} prob {separability(exact):.2f}; "
-        f"hubness {hubness(raw):.2f} {hubness(exact):.2f}; "
-        f"prob pairs certified {float(sure.double().mean()):.0%}"
+            found[f"raw sketch {rank}, {num_ids}"] = way(signal, "raw_l1", num_ids)
+    found["raw L2, hidden"] = way(problem.hidden, "raw_l2")
+    for rank, signal in problem.sketches.items():
+        found[f"raw L2, sketch {rank}"] = way(signal, "raw_l2")
+    for top_k, signal in problem.top_ks.items():
+        found[f"prob top-{top_k}"] = way(signal, "prob_l1")
+    config, logits = MatchingConfig(metric="prob_l1"), problem.student_logits
+    found["prob top-64, given"] = lambda: cost_matrix(
+        problem.student_hidden, logits, problem.top_ks[64], config
     )
     return found
 
 
-def print_line(name: str, line: Found, found: dict[str, Found]) -> None:
-    """Seconds, ratios to both dense ways, memory and quality."""
-    dense = found["prob strips" if name.startswith("prob") else "raw strips"].seconds
+def measure_baselines(student: Tensor, teacher: Tensor) -> dict[str, Line]:
+    """What there is without this project's code, on a few pairs."""
+    pairs = len(student) * len(teacher)
+    few = student[:24].contiguous(), teacher[:48].contiguous()
+    _, cdist = measure(lambda: torch.cdist(*few, p=1), 1)
+    cdist.seconds *= pairs / (24 * 48)
+    cdist.peak_mib = pairs * 4 / 2**20
+    one = student[:4], teacher[:16]
+    _, broadcast = measure(lambda: (one[0][:, None] - one[1]).abs().sum(dim=2), 2)
+    broadcast.seconds *= pairs / (4 * 16)
+    broadcast.peak_mib = 2 * pairs * student.shape[1] * 4 / 2**20
+    return {"raw bcast": broadcast, "raw cdist": cdist}
+
+
+def measure_cell(problems: Sequence[Problem], more: bool, rounds: int) -> dict[str, Line]:
+    """Every line of one shape: times of the first problem, quality of all."""
+    found: dict[str, Line] = {}
+    for number, problem in enumerate(problems):
+        student, teacher = problem.student_logits, problem.hidden.dense_logits()
+        if not number:
+            found |= measure_baselines(student, teacher)
+        raw, line = measure(lambda s=student, t=teacher: l1_distances(s, t), 1)
+        found.setdefault("raw strips", line)
+        student, teacher = student.softmax(dim=1), teacher.softmax(dim=1)
+        prob, line = measure(lambda s=student, t=teacher: l1_distances(s, t), 1)
+        found.setdefault("prob strips", line)
+        for name in ("raw bcast", "raw cdist", "raw strips"):
+            note(found[name], raw, raw)
+        note(found["prob strips"], prob, prob)
+        del student, teacher
+        for name, compute in ways(problem, more).items():
+            cost, line = measure(compute, 1 if number or name.endswith("V") else rounds)
+            note(found.setdefault(name, line), cost, prob if name.startswith("prob") else raw)
+        if not number:
+            describe(problem, raw, prob)
+    return found
+
+
+def note(line: Line, cost: Tensor, exact: Tensor) -> None:
+    """Add one image's quality."""
+    regret, equal = compare(cost, exact)
+    line.regrets.append(regret)
+    line.equals.append(equal)
+
+
+def describe(problem: Problem, raw: Tensor, prob: Tensor) -> None:
+    """How hard the problem is, and what a certificate can say of it."""
+    top_k = problem.top_ks[64]
+    config = MatchingConfig(metric="prob_l1")
+    sparse = cost_matrix(problem.student_hidden, problem.student_head, top_k, config)
+    error = cost_error(top_k, config, sparse.dtype).of(sparse)
+    sure = certified_pairs(sparse, error, *solve_assignment(sparse))
+    log_probs = problem.hidden.dense_logits().log_softmax(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1).mean()
+    tail = top_k.log_tail.exp()
+    start = time.thread_time()
+    solve_assignment(raw)
     print(
-        f"  {name:22s} {line.seconds:8.3f} s {found['raw cdist'].seconds / line.seconds:7.1f} "
-        f"{dense / line.seconds:7.1f} {line.peak_mib:8.0f} MiB "
-        f"{line.regret:8.3%} {line.equal:6.1%}",
-        flush=True,
+        f"  teacher entropy {entropy:.2f} nats, tail mass of top-64 {tail.mean():.4f} "
+        f"(most {tail.max():.3f}); separability raw {separability(raw):.2f} "
+        f"prob {separability(prob):.2f}; hubness {hubness(raw):.2f} {hubness(prob):.2f}; "
+        f"prob pairs certified {float(sure.double().mean()):.0%}; "
+        f"solving takes {(time.thread_time() - start) * 1e3:.1f} ms"
     )
 
 
-def print_goals(found: dict[str, Found]) -> None:
+def print_table(found: dict[str, Line]) -> None:
+    """Seconds, ratios to the dense ways, memory and quality."""
+    print(f"  {'':22s} {'time':>10s} {'x bcast':>7s} {'x cdist':>7s} {'x strips':>8s}", end="")
+    print(f" {'memory':>11s} {'regret':>8s} {'equal':>6s}")
+    bcast, cdist = found["raw bcast"].seconds, found["raw cdist"].seconds
+    for name, line in found.items():
+        dense = found["prob strips" if name.startswith("prob") else "raw strips"].seconds
+        print(
+            f"  {name:22s} {line.seconds:8.3f} s {bcast / line.seconds:7.1f} "
+            f"{cdist / line.seconds:7.1f} {dense / line.seconds:8.1f} "
+            f"{line.peak_mib:7.0f} MiB {line.regret:8.3%} {line.equal:6.1%}",
+            flush=True,
+        )
+
+
+def print_goals(found: dict[str, Line]) -> None:
     """The project's goals, for every number of shared ids."""
     cdist, raw = found["raw cdist"].seconds, found["raw strips"].seconds
-    for rank, most in ((128, 0.01), (256, 0.005)):
-        for num_ids in (2048, 4096, 8192):
+    for num_ids in NUM_IDS:
+        for rank, most in ((128, 0.01), (256, 0.005)):
             line = found[f"raw sketch {rank}, {num_ids}"]
             fast, faster = raw / line.seconds, cdist / line.seconds
             met = fast >= 20 and faster >= 100 and line.regret <= most
@@ -150,11 +213,11 @@ def print_goals(found: dict[str, Found]) -> None:
                 f"goal, sketch {rank} at {num_ids} ids: {fast:.1f} of 20 x strips, {faster:.0f} of "
                 f"100 x cdist, regret {line.regret:.3%} of {most:.1%}: {'met' if met else 'missed'}"
             )
-    line = found[f"prob top-{TOP_K}"]
+    line = found["prob top-64, given"]
     fast = found["prob strips"].seconds / line.seconds
     met = fast >= 20 and line.regret <= 0.001
     print(
-        f"goal, top-{TOP_K} by probabilities: {fast:.1f} of 20 x strips, regret {line.regret:.3%} "
+        f"goal, top-64 by probabilities: {fast:.1f} of 20 x strips, regret {line.regret:.3%} "
         f"of 0.1% (where the tail mass is <= 0.02): {'met' if met else 'missed'}",
         flush=True,
     )
@@ -163,29 +226,32 @@ def print_goals(found: dict[str, Found]) -> None:
 def main() -> None:
     """Print the tables; with --json also write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABS)
+    parser.add_argument("--all", action="store_true", help="all vocabularies, shapes, k and ways")
     parser.add_argument("--large", action="store_true", help="576 x 2880 as well")
     parser.add_argument("--quick", action="store_true", help="one small vocabulary and shape")
+    parser.add_argument("--images", type=int, default=1, help="whose quality is averaged")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    vocabs = (8_000,) if options.quick else options.vocab
-    grids = (((6, 6), (12, 12)),) if options.quick else (*GRIDS, *((LARGE,) * options.large))
+    cells = DEFAULT_CELLS + OTHER_CELLS * options.all + LARGE_CELLS * options.large
+    if options.quick:
+        cells = [(8_000, ((6, 6), (12, 12)))]
     report: list[dict[str, object]] = []
-    for vocab_size in vocabs:
+    for vocab_size in sorted({vocab_size for vocab_size, _ in cells}):
         models = Models.make(vocab_size, max(RANKS))
-        for student_grid, teacher_grid in grids:
-            problem = Problem.make(models, student_grid, teacher_grid, TOP_K, RANKS)
-            shape = len(problem.student_logits), problem.hidden.num_rows
+        for grids in [grids for size, grids in cells if size == vocab_size]:
+            top_ks = MORE_TOP_KS if options.all else TOP_KS
+            problems = [
+                Problem.make(models, *grids, top_ks, RANKS, image)
+                for image in range(options.images)
+            ]
+            shape = len(problems[0].student_hidden), problems[0].hidden.num_rows
             print(f"\nV = {vocab_size}, N x M = {shape[0]} x {shape[1]}, width {WIDTH}")
-            print(
-                f"  {'':22s} {'time':>10s} {'x cdist':>7s} {'x strips':>7s} {'memory':>11s}", end=""
-            )
-            print(f" {'regret':>8s} {'equal':>6s}")
-            found = measure_problem(problem, options.quick)
-            lines = {name: line._asdict() for name, line in found.items()}
+            found = measure_cell(problems, options.all, rounds=1 if options.quick else 3)
+            print_table(found)
+            lines = {name: vars(line) for name, line in found.items()}
             report.append({"vocab_size": vocab_size, "shape": shape, "costs": lines})
-            if (vocab_size, shape) == (GOAL_VOCAB, GOAL_SHAPE):
+            if (vocab_size, grids) == (GOAL_VOCAB, GOAL):
                 print_goals(found)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

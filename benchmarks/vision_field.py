@@ -7,12 +7,14 @@ rank. The student sees them pooled to its own grid, with noise of its own. Teach
 1.5 nats of entropy at V = 151,936, and some 2 % of their mass outside the top 64.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from student_train.linear_head import LinearHead
 from student_train.signals import HiddenSignal, TopKSignal
 from student_train.top_k_signal import SketchCode
 from teacher_cache.head import LmHead
@@ -20,8 +22,8 @@ from teacher_cache.sketch import SketchBasis, encode_sketch, fit_basis
 from teacher_cache.topk import top_k_from_hidden
 
 WIDTH, NUM_CLUSTERS, NUM_IMAGES = 512, 3000, 8
-SPREAD, NOISE, SHARPNESS = 0.6, 0.35, 2.8
-"""Axis j of the states spreads as j to the minus SPREAD."""
+SPREAD, NOISE, SHARPNESS = 0.4, 0.35, 2.8
+"""Axis j of the states spreads as j to the minus SPREAD: the smaller, the more a sketch loses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +76,12 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One view: the student's logits, and what each tier tells of the teacher."""
+    """One view: the student's states and head, and what each tier tells of the teacher."""
 
-    student_logits: Tensor
+    student_hidden: Tensor
+    student_head: LinearHead
     hidden: HiddenSignal
-    top_k: TopKSignal
+    top_ks: dict[int, TopKSignal]
     sketches: dict[int, TopKSignal]
 
     @classmethod
@@ -87,43 +90,48 @@ class Problem:
         models: Models,
         student_grid: tuple[int, int],
         teacher_grid: tuple[int, int],
-        top_k: int,
-        ranks: tuple[int, ...],
+        top_ks: Sequence[int],
+        ranks: Sequence[int],
+        image: int = 0,
     ) -> "Problem":
-        """A view that the basis was not fitted to."""
-        states = field(models.axes, *teacher_grid, seed=1)
+        """A view of an image that the basis was not fitted to; there are many images."""
+        states = field(models.axes, *teacher_grid, seed=200 + 2 * image)
         grid = states.T.reshape(1, WIDTH, *teacher_grid)
         pooled = functional.adaptive_avg_pool2d(grid, student_grid)[0].flatten(1).T
-        own = field(models.axes, *student_grid, seed=2, noise=1.0, smooth=0.0)
-        record = top_k_from_hidden(states, models.teacher_head, top_k)
-        bare = TopKSignal(
-            ids=record.ids,
-            logits=record.logits,
-            logsumexp=record.logsumexp,
-            log_tail=record.log_tail,
-            vocab_size=record.vocab_size,
-        )
+        own = field(models.axes, *student_grid, seed=201 + 2 * image, noise=1.0, smooth=0.0)
+        records = {k: top_k_from_hidden(states, models.teacher_head, k) for k in top_ks}
+        bare = {
+            k: TopKSignal(
+                ids=record.ids,
+                logits=record.logits,
+                logsumexp=record.logsumexp,
+                log_tail=record.log_tail,
+                vocab_size=record.vocab_size,
+            )
+            for k, record in records.items()
+        }
+        first = next(iter(records))
         sketches: dict[int, TopKSignal] = {}
         for rank in ranks:
             basis = models.cut(rank)
-            code = encode_sketch(basis, states, record)
+            code = encode_sketch(basis, states, records[first])
             sketch = SketchCode(
                 codes=code.codes, scale=code.scale, tail_shift=code.tail_shift, basis=basis
             )
-            sketches[rank] = TopKSignal(
-                ids=bare.ids,
-                logits=bare.logits,
-                logsumexp=bare.logsumexp,
-                log_tail=bare.log_tail,
-                vocab_size=bare.vocab_size,
-                sketch=sketch,
-            )
+            sketches[rank] = replace(bare[first], sketch=sketch)
+        head = models.student_head
         return cls(
-            student_logits=models.student_head.logits(pooled + 0.3 * own),
+            student_hidden=pooled + 0.3 * own,
+            student_head=LinearHead(weight=head.weight, bias=head.bias),
             hidden=HiddenSignal(hidden=states, head=models.teacher_head),
-            top_k=bare,
+            top_ks=bare,
             sketches=sketches,
         )
+
+    @property
+    def student_logits(self) -> Tensor:
+        """All of them, computed now."""
+        return self.student_head(self.student_hidden)
 
 
 def field(

@@ -45,9 +45,9 @@ class MatchingConfig(Strict):
     or their Euclidean distance."""
     scope: MatchScope = "view"
     """One assignment per view (teacher and student share the grid of views) or one per image."""
-    num_shared_ids: int | None = 8192
-    """Vocabulary rows, drawn once by seed, at which L1 costs of a sketch or of hidden states are
-    summed; None sums over the whole vocabulary."""
+    num_shared_ids: int | None = 3072
+    """Vocabulary rows, drawn once by seed, at which L1 costs of raw logits are summed; None sums
+    over the whole vocabulary. The fewer, the faster and the rougher (docs/method.md)."""
     certify: bool = False
     """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
     without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
