@@ -52,6 +52,12 @@ class TrainRecipe(Strict):
                 f"{found!r}; give both the same, or take objective 'supervised' or 'emkd', which "
                 "go with any"
             )
+        gap = None if self.progression is None else self.progression.gap
+        if gap is not None and self.objective.kd_weight == 0:
+            raise ValueError(
+                f"gap would have no effect: objective {self.objective.name!r} has no kd term, "
+                "whose teacher it is about; leave it out, or take an epic objective"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, found {self.batch_size}")
         if not self.train_parts:

@@ -84,6 +84,7 @@ def train_student(
     tier = tier_to_learn_from(reader.spec.records, settings.records)
     assets = _assets(reader, settings.objective, tier)
     require_served(settings.objective, reader.spec, assets, tier)
+    _refuse_idle_gap(settings, reader)
 
     model, processor = load()
     set_trainable(model, settings.train_parts)
@@ -140,6 +141,16 @@ def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> 
         head=reader.head() if "hidden" in parts else None,
         sketch=reader.sketch_basis() if "sketch" in parts else None,
     )
+
+
+def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
+    """A cached teacher that has seen every token is no nearer to the student for any gap."""
+    gap = None if settings.progression is None else settings.progression.gap
+    if gap is not None and settings.objective.kd_from_cache and reader.spec.grid is None:
+        raise ValueError(
+            f"gap is {gap}, but would have no effect: the cache's teacher has dropped no vision "
+            "tokens; leave it out, or build the cache with --compressor and --ratios"
+        )
 
 
 def _require_vocabulary(model: PreTrainedModel, reader: CacheReader) -> None:
