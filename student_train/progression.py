@@ -55,6 +55,10 @@ class ProgressionConfig(Strict):
                 f"icd_layers is {self.icd_layers}, but the schedule is {self.schedule}; leave it "
                 "out, or take the schedule icd"
             )
+        if self.compressor == "random" and self.text != "instruction":
+            raise ValueError(
+                f"text is {self.text!r}, but the compressor random looks at no text; leave it out"
+            )
         falling = list(self.icd_layers)
         if falling and ([*falling, self.layer] != sorted({*falling, self.layer}, reverse=True)):
             raise ValueError(
