@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help setup setup-dev demo test test-ray check format bench clean
+.PHONY: help setup setup-dev demo demo-epic test test-ray check format bench clean
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -27,6 +27,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 demo: setup                      ## Teacher, cache, six students and a report in miniature: demo/report.html
 	$(BIN)/emkd demo --out demo
 
+demo-epic: setup                 ## EPIC in miniature, accuracy against tokens kept: demo-epic/report.html
+	$(BIN)/emkd demo --epic --out demo-epic
+
 test: setup-dev                  ## All tests: the fast ones, two files at a time, then those of Ray
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m ray -o faulthandler_timeout=600
@@ -44,5 +47,5 @@ format: setup-dev                ## Rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:                           ## Remove what the demo wrote
-	rm -rf demo
+clean:                           ## Remove what the demos wrote
+	rm -rf demo demo-epic

@@ -31,6 +31,7 @@ from pipeline.plan_config import PlanConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "train", "evaluate"]
+RecipeName = Literal["paper-phase-one", "paper-phase-two", "paper-epic"]
 
 CONFIG_CLASSES: dict[str, type] = {
     "plan": PlanConfig,
@@ -134,9 +135,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Print the settings of one of the paper's two phases, for `emkd train --config`."""
+    """Print the papers' settings for `emkd train --config`: EM-KD's two phases, or EPIC's."""
 
-    name: tyro.conf.Positional[Literal["paper-phase-one", "paper-phase-two"]]
+    name: tyro.conf.Positional[RecipeName]
     cache: str
     student: str
     out: Path
@@ -145,10 +146,16 @@ class Recipe:
     def __call__(self) -> int:
         """Print the settings as JSON."""
         from jobs.paths import to_json
-        from pipeline.recipes import paper_phase_one, paper_phase_two
+        from pipeline.recipes import paper_epic, paper_phase_one, paper_phase_two
 
-        recipe = paper_phase_one if self.name == "paper-phase-one" else paper_phase_two
-        config = recipe(cache=self.cache, student=self.student, out=self.out, seed=self.seed)
+        recipes = {
+            "paper-phase-one": paper_phase_one,
+            "paper-phase-two": paper_phase_two,
+            "paper-epic": paper_epic,
+        }
+        config = recipes[self.name](
+            cache=self.cache, student=self.student, out=self.out, seed=self.seed
+        )
         say(json.dumps(json.loads(to_json(config)), indent=1))
         return 0
 
@@ -233,16 +240,30 @@ class Submit:
 class Demo:
     """Teacher, cache, students, evaluation and report in miniature; run again to resume."""
 
-    out: Path = Path("demo")
+    out: Path | None = None
+    """Default: demo, or demo-epic."""
     seeds: tuple[int, ...] = (0, 1)
+    epic: bool = False
+    """EPIC instead of EM-KD: students that bear ever fewer vision tokens, at several budgets."""
     smoke: bool = False
     """A minute instead of several: every stage runs, the numbers mean nothing."""
 
     def __call__(self) -> int:
         """Run what is missing of the demo."""
-        from jobs.demo import SMOKE, DemoSizes, run_demo
+        from jobs.demo_stages import FULL, SMOKE
 
-        say(f"open {run_demo(self.out, self.seeds, SMOKE if self.smoke else DemoSizes())}")
+        sizes = SMOKE if self.smoke else FULL
+        if self.epic:
+            from jobs.demo_epic import lines, run_demo_epic
+
+            page = run_demo_epic(self.out or Path("demo-epic"), self.seeds, sizes)
+            for line in lines(page.parent):
+                say(line)
+        else:
+            from jobs.demo import run_demo
+
+            page = run_demo(self.out or Path("demo"), self.seeds, sizes)
+        say(f"open {page}")
         return 0
 
 

@@ -9,7 +9,8 @@ import colorsys
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,19 @@ Curve = Sequence[tuple[int, float]]
 """(step, value), ascending."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What the seeds of a group scored with so many vision tokens."""
+
+    num_kept: float
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.scores)
+
+
 def draw_curves(
     name: str,
     panels: Mapping[str, Mapping[str, Sequence[Curve]]],
@@ -40,14 +54,53 @@ def draw_curves(
     Values are drawn on a logarithmic axis where all of them are positive. `name` keeps the ids of
     several figures in one page apart.
     """
-    num_columns = min(4, max(1, len(panels)))
-    num_rows = math.ceil(len(panels) / num_columns)
+    return _draw(name, list(panels), lambda axes, title: _draw_panel(axes, panels[title], colours))
+
+
+def draw_budgets(
+    name: str,
+    panels: Mapping[str, Mapping[str, Sequence[Budget]]],
+    colours: Mapping[str, str],
+) -> str:
+    """One SVG with a panel for each compressor: title -> label -> budgets.
+
+    A point is the mean over seeds, its bar reaches from the worst to the best of them.
+    """
+
+    def draw(axes: Axes, title: str) -> None:
+        for label, budgets in panels[title].items():
+            kept = [budget.num_kept for budget in budgets]
+            means = [100 * budget.mean for budget in budgets]
+            below = [100 * (budget.mean - min(budget.scores)) for budget in budgets]
+            above = [100 * (max(budget.scores) - budget.mean) for budget in budgets]
+            axes.errorbar(
+                kept,
+                means,
+                yerr=(below, above),
+                color=colours[label],
+                linewidth=1.2,
+                marker="o",
+                markersize=2.6,
+                elinewidth=0.9,
+                capsize=1.8,
+            )
+        axes.set_xlim(left=0)
+        axes.set_xlabel("vision tokens kept", fontsize=7.5, color="#5b6770")
+
+    return _draw(name, list(panels), draw)
+
+
+def _draw(name: str, titles: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
+    """An SVG of panels in the page's style, four in a row."""
+    num_columns = min(4, max(1, len(titles)))
+    num_rows = math.ceil(len(titles) / num_columns)
     settings: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 8.5}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(2.65 * num_columns, 2.1 * num_rows), layout="constrained")
-        for number, (title, groups) in enumerate(panels.items(), start=1):
+        for number, title in enumerate(titles, start=1):
             axes = figure.add_subplot(num_rows, num_columns, number)
-            _draw_panel(axes, title, groups, colours)
+            draw(axes, title)
+            _style(axes, title)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
@@ -55,7 +108,7 @@ def draw_curves(
 
 
 def _draw_panel(
-    axes: Axes, title: str, groups: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
+    axes: Axes, groups: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
 ) -> None:
     values = [value for curves in groups.values() for curve in curves for _, value in curve]
     for label, curves in groups.items():
@@ -67,6 +120,9 @@ def _draw_panel(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left", color="#22282d")
     axes.tick_params(labelsize=7, colors="#5b6770", length=2)
     axes.grid(color="#e6e9eb", linewidth=0.6)

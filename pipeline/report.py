@@ -16,12 +16,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from pipeline.budgets import budgets_of
 from pipeline.cache_quality import summarise
 from pipeline.comparison import (
     TERM_NAMES,
     Difference,
     Group,
     compare,
+    compare_progressions,
     group_runs,
     measured_as,
     num_terms,
@@ -83,12 +85,15 @@ def _context(
     rows = [_score_row(group, colours[group.label], differences) for group in groups]
     scores = list(dict.fromkeys(name for row in rows for name in row.means))
     painter, pictures = _pictures(groups)
+    budgets = budgets_of(groups)
     return {
         "groups": groups,
         "rows": rows,
         "scores": scores,
         "colours": colours,
-        "sentences": [difference.sentence() for difference in differences],
+        "sentences": [d.sentence() for d in (*differences, *compare_progressions(groups))],
+        "budgets": budgets,
+        "budget_curves": None if budgets is None else Markup(budgets.figure(colours)),
         "settings": [_settings(group, found.caches) for group in groups if group.is_trained_here],
         "loss_curves": _curves("loss", "term/", groups, colours),
         "gradient_curves": _curves("gradient", "gradient/", groups, colours),
@@ -136,6 +141,7 @@ def _settings(group: Group, caches: Sequence[CacheFolder]) -> dict[str, Any]:
         "batch_size": recipe.batch_size,
         "learning_rate": recipe.learning_rate,
         "parts": recipe.train_parts,
+        "progression": recipe.progression,
         "dtype": recipe.dtype,
         "matching": objective.matching if objective.needs_vision else None,
         "cache": identity.cache,

@@ -1,0 +1,166 @@
+"""`emkd demo --epic`: does a model learn to bear fewer vision tokens, on real handwriting?
+
+Trains a vanilla model that reads rows of handwritten digits, and trains it on in four ways: with
+EPIC's token-wise progression and with one high ratio throughout, each with the consistency loss
+and without it; several seeds. All of them, and the model they began as, are then evaluated with
+DART, FastV and Random at several budgets. Every stage resumes by itself: killed anywhere and run
+again, the demo ends with the same numbers. The table says what came out, also where EPIC does not
+win.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from jobs.build_cache import run_build
+from jobs.demo_stages import (
+    FULL,
+    DemoSizes,
+    cache_result,
+    evaluate_models,
+    make_teacher,
+    run_result,
+    scored,
+    teacher_result,
+    train_students,
+    unfinished,
+    unscored,
+)
+from jobs.options import RayOptions
+from jobs.paths import absolute
+from jobs.ray_pool import ray_session
+from pipeline import recipes
+from pipeline.build import finished
+from pipeline.config import DigitsConfig, EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.evaluate import METRICS_FILE
+from pipeline.report import write_report
+from student_train.checkpoint import FINAL_FOLDER
+from student_train.objective import ObjectiveName
+from teacher_cache.manifest import Seal
+from teacher_cache.storage import write_atomic
+
+LANGUAGE_STEPS = 400
+"""Of the teacher: looking up the row before reading it takes a few more than naming cells."""
+
+ARMS: dict[str, tuple[ObjectiveName, bool]] = {
+    "tcd": ("epic-tcd", True),
+    "tcd-no-kd": ("supervised", True),
+    "fixed": ("epic-tcd", False),
+    "fixed-no-kd": ("supervised", False),
+}
+"""Name -> objective, and whether the ratio grows."""
+
+COMPRESSORS = ("dart", "fastv", "random")
+RATIOS = (0.25, 0.5, 0.75, 0.9)
+"""Of 36 tokens FastV and Random keep 27, 18, 9 and 3, DART 28, 22, 10 and 4."""
+
+
+def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
+    """Run what is missing of the demo under `out`; returns the report's path."""
+    disable_progress_bar()  # of transformers: it draws one for each model that is loaded
+    out = out.absolute()
+    data = out / "data"
+    digits = DigitsConfig(
+        out=data, questions="rows", num_train=sizes.num_train, num_heldout=sizes.num_heldout
+    )
+    settings = sizes.teacher
+    if sizes == FULL:
+        settings = dataclasses.replace(settings, language_steps=LANGUAGE_STEPS)
+    teacher = make_teacher(digits, out / "teacher", settings)
+    configs = {
+        (arm, seed): sizes.resized(
+            recipes.demo_epic_student(
+                cache=out / "cache",
+                teacher=teacher,
+                out=out / "runs" / f"{arm}-{seed}",
+                objective=objective,
+                progressive=progressive,
+                seed=seed,
+            )
+        )
+        for arm, (objective, progressive) in ARMS.items()
+        for seed in seeds
+    }
+    models = {out / "runs" / "teacher": teacher}
+    models.update({config.out: config.out / FINAL_FOLDER for config in configs.values()})
+    evaluations = [
+        evaluation
+        for run, model in models.items()
+        for evaluation in _evaluations(run, model, data / "heldout.json")
+    ]
+    cache = recipes.demo_epic_cache(source=data / "train.json", teacher=teacher, out=out / "cache")
+    students, questions = unfinished(list(configs.values())), unscored(evaluations)
+    built = finished(absolute(cache)) is not None
+    # one session for all stages, none where nothing is left to do
+    with nullcontext() if built and not students and not questions else ray_session():
+        seal = run_build(cache, RayOptions(num_workers=min(2, os.cpu_count() or 1)))
+        train_students(students)
+        evaluate_models(questions, sizes.num_heldout)
+    text = json.dumps(results(out, seal, configs), indent=1) + "\n"
+    write_atomic(out / "results.json", text.encode())
+    page = out / "report.html"
+    missing = write_report(ReportConfig(runs=tuple(models), out=page))
+    if missing:
+        raise ValueError(f"{out}: the report lacks {', '.join(missing)}; remove the folder")
+    return page
+
+
+def results(out: Path, seal: Seal, configs: dict[tuple[str, int], TrainConfig]) -> dict[str, Any]:
+    """What results.json holds, read from the folders of stages that have all finished."""
+    return {
+        "teacher": {**teacher_result(out), "budgets": list(_budgets(out / "runs" / "teacher"))},
+        "cache": cache_result(seal),
+        "runs": [
+            {"arm": arm, **run_result(config), "budgets": list(_budgets(config.out))}
+            for (arm, _), config in configs.items()
+        ],
+    }
+
+
+def lines(out: Path) -> list[str]:
+    """The table of results.json in words: accuracy at each budget, in percent, mean over seeds."""
+    found = json.loads((out / "results.json").read_text())
+    columns: dict[str, list[Any]] = {"vanilla": [found["teacher"]]}
+    columns |= {arm: [run for run in found["runs"] if run["arm"] == arm] for arm in ARMS}
+    table = [("tokens kept", list(columns))]
+    budgets = [f"{b['compressor']} {b['kept']:g}" for b in found["teacher"]["budgets"]]
+    for number, name in enumerate(["all", *budgets]):
+        means: list[str] = []
+        for runs in columns.values():
+            at = [[run, *run["budgets"]][number]["accuracy"] for run in runs]
+            means.append(f"{100 * statistics.fmean(at):.1f}")
+        table.append((name, means))
+    return [f"{name:<12}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in table]
+
+
+def _evaluations(run: Path, model: Path, source: Path) -> Iterator[EvaluateConfig]:
+    """All vision tokens, and every compressor at every ratio."""
+    yield recipes.demo_epic_evaluation(model=model, source=source, out=run / "eval")
+    for compressor, ratio, out in _compressed(run):
+        yield recipes.demo_epic_evaluation(
+            model=model, source=source, out=out, compressor=compressor, ratio=ratio
+        )
+
+
+def _compressed(run: Path) -> Iterator[tuple[str, float, Path]]:
+    for compressor in COMPRESSORS:
+        for ratio in RATIOS:
+            yield compressor, ratio, run / f"eval-{compressor}-{ratio:g}"
+
+
+def _budgets(run: Path) -> Iterator[dict[str, Any]]:
+    for compressor, ratio, place in _compressed(run):
+        metrics = json.loads((place / METRICS_FILE).read_text())
+        yield {
+            "compressor": compressor,
+            "ratio": ratio,
+            "kept": metrics["vision_tokens"]["kept"],
+            "accuracy": scored(place)["accuracy"],
+        }
