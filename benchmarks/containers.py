@@ -33,6 +33,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 ROWS_PER_SHARD = 32
 ZSTD_LEVEL = 3
+MDS_SHARD_BYTES = 1 << 26
+"""Raw bytes of a shard of MDS, unless its writer is told otherwise."""
 
 
 def fields(cached: CachedSample) -> Fields:
@@ -97,13 +99,14 @@ class Container(ABC):
 class Ours(Container):
     """A sealed cache."""
 
-    def __init__(self, form: ShardFormatName) -> None:
+    def __init__(self, form: ShardFormatName, rows_per_shard: int = ROWS_PER_SHARD) -> None:
         self.name = f"emkd {'Arrow' if form == 'arrow' else 'tar'}"
         self._form: ShardFormatName = form
+        self._rows_per_shard = rows_per_shard
 
     def write(self, folder: Path, samples: Sequence[CachedSample]) -> None:
         """Plan, shards (each read back and hashed), seal."""
-        build_cache(folder, list(samples), ROWS_PER_SHARD, self._form)
+        build_cache(folder, list(samples), self._rows_per_shard, self._form)
 
     def open(self, folder: Path) -> CacheReader:
         """A reader."""
@@ -261,8 +264,11 @@ class Mds(Container):
     name = "MDS zstd"
     library = "streaming"
 
+    def __init__(self, shard_bytes: int | None = None) -> None:
+        self._shard_bytes = shard_bytes
+
     def write(self, folder: Path, samples: Sequence[CachedSample]) -> None:
-        """Through its writer; its shards have a size in bytes, chosen for as many rows as ours."""
+        """Through its writer; shards have a size in bytes: by default that of `ROWS_PER_SHARD`."""
         from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
         columns = dict.fromkeys(fields(samples[0]), "bytes")
@@ -271,7 +277,7 @@ class Mds(Container):
             out=str(folder),
             columns=columns,
             compression=f"zstd:{ZSTD_LEVEL}",
-            size_limit=raw * ROWS_PER_SHARD // len(samples),
+            size_limit=self._shard_bytes or raw * ROWS_PER_SHARD // len(samples),
         ) as writer:
             for sample in samples:
                 writer.write(fields(sample))
@@ -336,14 +342,6 @@ class LitData(Container):
 
 def containers() -> list[Container]:
     """All, ours first."""
-    return [
-        Ours("arrow"),
-        Ours("webdataset"),
-        ArrowZstd(),
-        ParquetZstd(16),
-        ParquetZstd(1),
-        WebDatasetNpy(),
-        Mds(),
-        LitData("batch"),
-        LitData("sample"),
-    ]
+    ours = [Ours("arrow"), Ours("webdataset")]
+    files = [ArrowZstd(), ParquetZstd(16), ParquetZstd(1), WebDatasetNpy()]
+    return [*ours, *files, Mds(), LitData("batch"), LitData("sample")]

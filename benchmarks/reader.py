@@ -4,9 +4,10 @@
 
 Prints the goals of reading as ratios of two times taken in turns on the same made-up samples
 (V = 151,936; 576 or 729 vision tokens): goal, measured, verdict. Then where a sequential read
-spends its time, and what threads that decode ahead change. Times are processor time of one thread
-and the least of some rounds, unless they say wall. Exit status 1 where a goal is missed; goals
-that need a peer which is not installed say so.
+spends its time and what threads that decode ahead change, how soon a first sample is there, and
+what entropy leaves to save. Times are processor time of one thread and the least of some rounds,
+unless they say wall. Exit status 1 where a goal is missed; goals that need a peer which is not
+installed say so.
 """
 
 import argparse
@@ -22,10 +23,11 @@ import pyarrow as pa
 import torch
 import zstandard
 
-from benchmarks import student
+from benchmarks import entropy, first_sample, student
 from benchmarks.cache_formats import Row, compare, seconds, take
 from benchmarks.codec import decode_naively, print_table
 from benchmarks.containers import ROWS_PER_SHARD, Container, LitData, Mds, Ours, ParquetZstd
+from benchmarks.first_sample import FirstSample, compare_first
 from benchmarks.made_up import PARTS, VOCAB_SIZE, build_cache, make_samples
 from benchmarks.token_by_token import pack, unpack
 from student_train.read_ahead import read_ahead
@@ -116,7 +118,7 @@ def token_by_token(
 
 
 def against_peers(rows: Mapping[str, Row], missing: Mapping[str, str], k: int) -> list[Verdict]:
-    """Random access, first sample and bytes, over those of others."""
+    """Random access and bytes, over those of others."""
     ours = rows["emkd Arrow"]
     verdicts: list[Verdict] = []
 
@@ -140,12 +142,6 @@ def against_peers(rows: Mapping[str, Row], missing: Mapping[str, str], k: int) -
             f"{ours.random_cold_ms:.2f} against {peer.random_cold_ms:.2f} ms",
         )
 
-    def first_sample(peer: Row) -> tuple[float, str]:
-        return (
-            peer.first_sample_ms / ours.first_sample_ms,
-            f"{ours.first_sample_ms:.1f} against {peer.first_sample_ms:.1f} ms wall",
-        )
-
     def num_bytes(peer: Row) -> tuple[float, str]:
         return (
             ours.kb_per_sample / peer.kb_per_sample,
@@ -154,9 +150,27 @@ def against_peers(rows: Mapping[str, Row], missing: Mapping[str, str], k: int) -
 
     for peer in ("Parquet zstd, 16-row groups", "LitData zstd by batch", "LitData zstd by sample"):
         add("random access, over", 5, peer, random_access)
-    add("first sample, over", 20, "MDS zstd", first_sample)
     add("bytes, of", 0.85, "MDS zstd", num_bytes)
     return verdicts
+
+
+def first_of_defaults(found: Sequence[FirstSample], k: int) -> Verdict:
+    """The first sample, each side with shards of its own choice."""
+    chosen = {each.name: each for each in found if each.is_default}
+    ours, peer = chosen["emkd Arrow"], chosen.get(Mds.name)
+    detail = Mds().missing or ""
+    if peer is not None:
+        detail = (
+            f"{ours.wall_ms:.1f} against {peer.wall_ms:.1f} ms wall, "
+            f"{ours.processor_ms:.1f} against {peer.processor_ms:.1f} ms processor time"
+        )
+    return Verdict(
+        goal=f"first sample, over {Mds.name} in shards of its default size, k = {k}",
+        wanted=20,
+        at_least=True,
+        measured=None if peer is None else peer.wall_ms / ours.wall_ms,
+        detail=detail,
+    )
 
 
 def sequential(
@@ -249,6 +263,8 @@ def main(arguments: Sequence[str]) -> int:
     present = [Ours("arrow"), *(peer for peer in peers if peer.name not in missing)]
     verdicts: list[Verdict] = []
     parts: list[list[str]] = []
+    firsts: list[list[str]] = []
+    bounds: list[list[str]] = []
     for k in (64,) if options.quick else (64, 128):
         samples = make_samples(num_samples, k, options.dtype)
         with tempfile.TemporaryDirectory() as place:
@@ -261,6 +277,10 @@ def main(arguments: Sequence[str]) -> int:
         parts += lines
         rows = compare(samples, present, 1 if options.quick else 3)
         verdicts += against_peers({row.name: row for row in rows}, missing, k)
+        bounds += entropy.lines(few, k)
+        found = compare_first(samples, rounds)
+        verdicts.append(first_of_defaults(found, k))
+        firsts += [each.cells(k) for each in found]
     verdicts.append(loader_feeds_the_student(options.quick))
     print(f"V = {VOCAB_SIZE}, {options.dtype} logits, {num_samples} samples\n")
     print_table(
@@ -268,6 +288,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     print("A sequential read of what EM-KD needs, milliseconds per sample\n")
     print_table(("records", "what", "ms/sample", "of bare zstd"), parts)
+    print("From a closed folder to its first sample\n")
+    print_table(first_sample.COLUMNS, firsts)
+    print("Bytes, and how few they could be\n")
+    print_table(entropy.COLUMNS, bounds)
     if options.json:
         numbers = {"goals": [{**asdict(each), "met": each.met} for each in verdicts]}
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")

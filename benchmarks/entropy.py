@@ -1,0 +1,84 @@
+"""How much of a cache's bytes is information that no coder of single bytes can take away.
+
+    python -m benchmarks.entropy [--k 128]
+
+Prints, for every plane that EM-KD reads, its bytes per sample raw, as stored, and its bound: the
+entropy of each of its bytes on their own (lowest byte, next one, ...), counted over all samples.
+zstd beats the bound where values repeat or depend on their neighbours in ways that a layout brings
+together; where it only reaches it, what is left is noise to every container that uses zstd.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.codec import print_table
+from benchmarks.made_up import make_samples, tensors
+from teacher_cache.codec import encode_plane
+from teacher_cache.schema import CachedSample
+
+COLUMNS = (
+    "records",
+    "plane",
+    "raw KB/sample",
+    "stored",
+    "entropy of its bytes",
+    "stored / entropy",
+)
+
+
+def entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Bits per symbol of the distribution that the counts are of."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def plane_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, int, float]]:
+    """Of each plane the bytes over all samples: raw, as stored, and their entropy."""
+    found: dict[str, tuple[int, int, float]] = {}
+    rows = [tensors(sample) for sample in samples]
+    for name in rows[0]:
+        octets = [
+            row[name].contiguous().view(torch.uint8).numpy().reshape(-1, row[name].itemsize)
+            for row in rows
+        ]
+        whole = np.concatenate(octets)
+        bits = sum(
+            len(whole) * entropy(np.bincount(whole[:, place], minlength=256))
+            for place in range(whole.shape[1])
+        )
+        stored = sum(len(encode_plane(name, row[name])) for row in rows)
+        found[name] = (whole.size, stored, bits / 8)
+    return found
+
+
+def lines(samples: Sequence[CachedSample], k: int, least_share: float = 0.01) -> list[list[str]]:
+    """The table's rows: planes that are at least such a share of what is stored, then all."""
+    bounds = plane_bounds(samples)
+    total = [sum(each[at] for each in bounds.values()) for at in range(3)]
+    shown = {name: each for name, each in bounds.items() if each[1] >= least_share * total[1]}
+    scale = 1e3 * len(samples)
+    return [
+        [
+            *(f"k = {k}", name, *(f"{each / scale:.1f}" for each in (raw, stored, bound))),
+            f"{stored / bound:.2f}",
+        ]
+        for name, (raw, stored, bound) in [*shown.items(), ("all", total)]
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--k", type=int, default=64, help="kept entries")
+    options = parser.parse_args(arguments)
+    print_table(COLUMNS, lines(make_samples(32, options.k), options.k))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
