@@ -1,46 +1,49 @@
-"""Head and losses: time and peak memory of four ways from states to gradients, on one thread.
+"""Head and losses: time and peak memory of six ways from states to gradients, on one thread.
 
-    python -m benchmarks.losses [--vocab 32064] [--json PATH]
+    python -m benchmarks.losses [--vocab 32064] [--large] [--divergence jsd] [--json PATH]
 
-A is autograd over all logits at once, B `torch.utils.checkpoint` on chunks of 64 rows, C the way
-of public fused kernels in plain torch (as many chunks as the vocabulary is wider than the states,
-gradients of states and weight from autograd chunk by chunk, then added up), D `head_loss`. All
-compute supervised and reverse KL of the same rows, from the top 64 of a made-up teacher with the
-rest in one bucket, or from its states. They agree before they are measured.
+A is autograd over all logits at once (dense log-softmax), B `torch.utils.checkpoint` on chunks of
+64 rows, C the way of public fused kernels in plain torch (as many chunks as the vocabulary is
+wider than the states, gradients of states and weight from autograd chunk by chunk, then added up),
+D `head_loss`. All compute supervised loss and divergence of the same rows, from the top K of a
+made-up teacher with the rest in one bucket, from its logits or its states, and are held to agree.
+E and F are what others take instead, by autograd over all logits: forward KL of what is kept,
+renormalised, and the squared error of logits.
 
-Memory is what a pass adds to the resident set at its peak (VmHWM after a reset), in a child of its
-own in which glibc returns every block that is freed (MALLOC_MMAP_THRESHOLD_): that is what lives
-at once, as on a GPU, gradients included. Left alone, glibc keeps some 100 MiB of freed blocks.
-Time is processor time, best of some rounds in turns. Needs Linux, and 8 GiB for the largest cell.
+Without --large some teachers, and B and C only where they end soon: some 3 minutes. Memory is what
+a pass adds to the resident set at its peak (VmHWM after a reset), in a forked child in which glibc
+returns every block that is freed (M_MMAP_THRESHOLD): that is what lives at once, as on a GPU,
+gradients included. Time is processor time, best of some rounds in turns. Needs Linux; 8 GiB for
+--large.
 """
 
 import argparse
+import ctypes
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from student_train.fused_head import HeadRows, even_slices, head_loss
 from student_train.linear_head import LinearHead
 from student_train.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.objective import ObjectiveConfig
-from student_train.signals import HiddenSignal, Signal
-from student_train.terms import token_mean
+from student_train.objective import DivergenceName, ObjectiveConfig
+from student_train.signals import DenseSignal, HiddenSignal, Signal
+from student_train.terms import supervised_rows, token_mean
 from student_train.top_k_signal import TopKSignal
 from teacher_cache.head import LmHead
 
-WIDTH, NUM_KEPT = 896, 64
-VOCABS, ROWS = (32_064, 151_936), (144, 1_152)
-KINDS = (("top-64", False), ("hidden", False), ("top-64", True))
-"""Teacher, and whether the student's head is trained."""
+WIDTH = 896
+VOCABS, ROWS = (32_064, 151_936), (144, 576, 1_152)
+TEACHERS = ("top-16", "top-64", "top-256", "dense", "hidden")
 
 
 class Cell(NamedTuple):
@@ -50,6 +53,7 @@ class Cell(NamedTuple):
     num_rows: int
     teacher: str
     trained: bool
+    """Whether the student's head is."""
 
 
 class Problem(NamedTuple):
@@ -58,6 +62,8 @@ class Problem(NamedTuple):
     hidden: Tensor
     head: LinearHead
     rows: HeadRows
+    labels: Tensor
+    teacher: Signal
 
     def loss(self, logits: Tensor, chunk: slice) -> Tensor:
         """The weighted total over some rows, all at once."""
@@ -66,7 +72,25 @@ class Problem(NamedTuple):
         return torch.stack(parts).sum()
 
 
-def make_problem(cell: Cell) -> Problem:
+def cells(vocabs: list[int], large: bool) -> Iterator[Cell]:
+    """All lines, or those that take some 3 minutes together."""
+    for vocab_size in vocabs:
+        for num_rows in ROWS:
+            for teacher in TEACHERS:
+                for trained in (False, True):
+                    cell = Cell(vocab_size, num_rows, teacher, trained)
+                    if large or _is_quick(cell):
+                        yield cell
+
+
+def _is_quick(cell: Cell) -> bool:
+    if cell.vocab_size < 100_000 and cell.num_rows == 144:
+        return not cell.trained or cell.teacher == "top-64"
+    most_rows = 144 if cell.vocab_size > 100_000 else 1_152
+    return cell.teacher == "top-64" and cell.num_rows == most_rows
+
+
+def make_problem(cell: Cell, divergence: DivergenceName = "reverse_kl") -> Problem:
     """The same numbers in every process."""
     generator = torch.Generator().manual_seed(4)
 
@@ -77,25 +101,29 @@ def make_problem(cell: Cell) -> Problem:
     weight = normal(vocab_size, WIDTH).mul_(4 / WIDTH**0.5).requires_grad_(cell.trained)
     hidden = normal(num_rows, WIDTH).requires_grad_()
     teacher: Signal
-    if cell.teacher == "hidden":
-        near = hidden.detach() + 0.5 * normal(num_rows, WIDTH)
-        teacher = HiddenSignal(hidden=near, head=LmHead(weight=weight.detach()))
-    else:
-        stride = vocab_size // NUM_KEPT  # 64 distinct ids a row, anywhere
-        first = torch.randint(stride, (num_rows, NUM_KEPT), generator=generator)
-        ids = (first + stride * torch.arange(NUM_KEPT)).to(torch.int32)
-        logits = normal(num_rows, NUM_KEPT).mul_(3).sort(dim=1, descending=True).values
+    if cell.teacher.startswith("top-"):
+        num_kept = int(cell.teacher.removeprefix("top-"))
+        stride = vocab_size // num_kept  # distinct ids a row, anywhere
+        first = torch.randint(stride, (num_rows, num_kept), generator=generator)
+        ids = (first + stride * torch.arange(num_kept)).to(torch.int32)
+        logits = normal(num_rows, num_kept).mul_(3).sort(dim=1, descending=True).values
         tail = torch.full((num_rows,), 0.1)
         logsumexp = logits.logsumexp(dim=1) - torch.log1p(-tail)
         teacher = TopKSignal(
             ids=ids, logits=logits, logsumexp=logsumexp, log_tail=tail.log(), vocab_size=vocab_size
         )
+    else:
+        near = hidden.detach() + 0.5 * normal(num_rows, WIDTH)
+        teacher = HiddenSignal(hidden=near, head=LmHead(weight=weight.detach()))
+        if cell.teacher == "dense":
+            teacher = DenseSignal(logits=teacher.dense_logits())
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
+    objective = ObjectiveConfig(divergence=divergence)
     terms = [
         supervised_term(0.5, labels, token_mean),
-        divergence_term("rld", 0.5, teacher, ObjectiveConfig(), token_mean),
+        divergence_term("rld", 0.5, teacher, objective, token_mean),
     ]
-    return Problem(hidden, LinearHead(weight=weight), head_rows(hidden, terms))
+    return Problem(hidden, LinearHead(weight=weight), head_rows(hidden, terms), labels, teacher)
 
 
 def naive(problem: Problem) -> Tensor:
@@ -146,12 +174,51 @@ def fused(problem: Problem) -> Tensor:
     return loss
 
 
+def renormalised(problem: Problem) -> Tensor:
+    """E: forward KL of the kept entries alone, or of all where all are known."""
+    logits = problem.head(problem.hidden)
+    own, theirs = _compared(problem, logits)
+    log_q, log_p = own.log_softmax(dim=1), theirs.log_softmax(dim=1)
+    kl = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=1)
+    return _backward(problem, logits, kl)
+
+
+def squared(problem: Problem) -> Tensor:
+    """F: squared error of the same logits."""
+    logits = problem.head(problem.hidden)
+    own, theirs = _compared(problem, logits)
+    return _backward(problem, logits, (own - theirs).square().mean(dim=1))
+
+
+def _compared(problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
+    teacher = problem.teacher
+    if isinstance(teacher, TopKSignal):
+        return logits.gather(1, teacher.ids.long()), teacher.logits
+    return logits, teacher.dense_logits()
+
+
+def _backward(problem: Problem, logits: Tensor, values: Tensor) -> Tensor:
+    loss = 0.5 * values.mean() + 0.5 * supervised_rows(logits, problem.labels).mean()
+    loss.backward()
+    return loss
+
+
 WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "A naive": naive,
     "B checkpoint": checkpointed,
     "C chunked": chunked,
     "D head_loss": fused,
+    "E renormalised": renormalised,
+    "F squared": squared,
 }
+Found = TypeVar("Found")
+SLOW, OTHERS = ("B checkpoint", "C chunked"), ("E renormalised", "F squared")
+
+
+def ways_of(cell: Cell, large: bool) -> list[str]:
+    """The ways that are measured; the slow ones where they end soon."""
+    soon = large or (cell.num_rows * cell.vocab_size < 10**7 and cell.teacher == "top-64")
+    return [name for name in WAYS if soon or name not in SLOW]
 
 
 def status_mib(field: str) -> float:
@@ -160,45 +227,55 @@ def status_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def measure_memory(cell: Cell, way: str) -> float:
-    """What one pass adds at its peak; in this process, so call it in a child."""
-    problem = make_problem(cell)
-    small = make_problem(Cell(1_000, 8, cell.teacher, cell.trained))
-    WAYS[way](small)  # whatever torch sets up at first use is no part of it
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_mib("VmRSS")
-    WAYS[way](problem)
-    return status_mib("VmHWM") - before
+def in_child(work: Callable[[], Found]) -> Found:
+    """What `work` returns in a forked child, which has no threads of ours."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: theirs.send(work()))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        child.join()
 
 
-def child_memory(cell: Cell, way: str) -> float:
-    """`measure_memory` in a child that gives freed memory back at once."""
-    request = json.dumps([*cell, way])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.losses", "--child", request],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return float(done.stdout)
+def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
+    """What `work` adds to the resident set at its peak, in a child that returns freed memory.
+
+    `before` is done first: code that the child loads at first use is no part of it.
+    """
+
+    def measure() -> float:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+        before()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = status_mib("VmRSS")
+        work()
+        return status_mib("VmHWM") - resident
+
+    return in_child(measure)
 
 
-def measure_times(cell: Cell, rounds: int) -> dict[str, float]:
-    """Seconds of each way, after a check that all of them compute the same."""
-    problem = make_problem(cell)
+def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, float]:
+    """Seconds of each way, after a check that A to D compute the same."""
     best: dict[str, float] = {}
     losses: dict[str, float] = {}
     norms: dict[str, float] = {}
     for _ in range(rounds):
-        for name, way in WAYS.items():
+        for name in names:
             problem.hidden.grad = problem.head.weight.grad = None
             start = time.process_time()
-            losses[name] = way(problem).item()
+            loss = WAYS[name](problem)
             seconds = time.process_time() - start
             best[name] = min(seconds, best.get(name, seconds))
-            tensors = (problem.hidden.grad, problem.head.weight.grad)
-            norms[name] = sum(float(g.norm()) for g in tensors if g is not None)
+            if name not in OTHERS:
+                losses[name] = loss.item()
+                tensors = (problem.hidden.grad, problem.head.weight.grad)
+                norms[name] = sum(float(g.norm()) for g in tensors if g is not None)
+    problem.hidden.grad = problem.head.weight.grad = None
     for found in (losses, norms):
         spread = max(found.values()) - min(found.values())
         assert spread <= 1e-4 * max(found.values()), f"the ways disagree: {found}"
@@ -208,32 +285,35 @@ def measure_times(cell: Cell, rounds: int) -> dict[str, float]:
 def print_line(cell: Cell, *columns: dict[str, float]) -> None:
     """A's figure and the ratios of the others to it."""
     head = "trained" if cell.trained else "frozen"
-    print(f"{cell.vocab_size:10} {cell.num_rows:4} {cell.teacher:7} {head:7}", end="")
+    print(f"{cell.vocab_size:7} {cell.num_rows:5} {cell.teacher:7} {head:7}", end="")
     for values in columns:
-        first, *others = values.values()
-        print(f" | {first:8.2f}", *(f"{value / first:6.3f}" for value in others), end="")
+        first = values["A naive"]
+        ratios = [f"{values[n] / first:6.3f}" if n in values else "     -" for n in WAYS]
+        print(f" | {first:8.2f}", *ratios[1:], end="")
     print(flush=True)
 
 
 def main() -> None:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABS)
+    parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABS))
+    parser.add_argument("--large", action="store_true", help="every teacher, shape and way")
+    parser.add_argument("--divergence", default="reverse_kl")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.child:
-        *cell, way = json.loads(options.child)
-        print(measure_memory(Cell(*cell), way))
-        return
-    print(
-        "vocabulary rows teacher head    | A in s, then B C D over A | A in MiB, then B C D over A"
-    )
+    columns = "B C D E F over A"
+    print(f"vocab   rows teacher head    | A in s, then {columns} | A in MiB, then {columns}")
     lines: list[dict[str, object]] = []
-    for cell in [Cell(v, n, *kind) for v in options.vocab for n in ROWS for kind in KINDS]:
-        seconds = measure_times(cell, rounds=3 if cell.num_rows < 1000 else 1)
-        memory = {way: child_memory(cell, way) for way in WAYS}
+    for cell in cells(options.vocab, options.large):
+        names = ways_of(cell, options.large)
+        small = make_problem(Cell(1_000, 8, cell.teacher, cell.trained), options.divergence)
+        problem = make_problem(cell, options.divergence)
+        memory = {
+            name: peak_mib(partial(WAYS[name], problem), partial(WAYS[name], small))
+            for name in names
+        }
+        seconds = measure_times(problem, names, rounds=2 if cell.num_rows < 500 else 1)
         lines.append({**cell._asdict(), "seconds": seconds, "peak_mib": memory})
         print_line(cell, seconds, memory)
     if options.json is not None:
