@@ -58,8 +58,10 @@ def outputs(reader: CacheReader) -> list[TeacherOutput]:
     return [reader.read(index, reader.parts).output for index in range(len(reader))]
 
 
-@pytest.mark.parametrize("compressor", ["dart", "fastv", "random"])
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "compressor"),
+    [("llava", "dart"), ("llava_next", "fastv"), ("qwen2_5_vl", "random"), ("qwen2_5_vl", "dart")],
+)
 def test_each_record_is_the_teacher_under_compression_to_the_bit(
     tmp_path: Path, tiny_folder: TinyFolder, family: str, compressor: str
 ) -> None:
@@ -87,6 +89,24 @@ def test_each_record_is_the_teacher_under_compression_to_the_bit(
             assert output.hidden is not None
             differs += not torch.equal(output.hidden.predicting, expected)
     assert differs >= 4 * len(RATIOS)  # all but the text-only sample, which nothing is dropped of
+
+
+@pytest.mark.parametrize("compressor", ["dart", "random"])
+def test_what_is_kept_of_a_sample_does_not_depend_on_its_batch(
+    tiny_folder: TinyFolder, compressor: str
+) -> None:
+    how = grid(compressor)
+    teacher, samples = deep_teacher(tiny_folder("llava_next"), how), tiny_samples(5)
+    settings = RecordSettings(records="hidden", hidden_dtype="float32", grid=how)
+    together = teacher.outputs(samples, settings)
+    for sample, found in zip(samples, together, strict=True):
+        (alone,) = teacher.outputs([sample], settings)
+        assert isinstance(alone, TeacherOutput)
+        assert isinstance(found, TeacherOutput)
+        for ratio in RATIOS:
+            assert alone.hidden_grid is not None
+            assert found.hidden_grid is not None
+            torch.testing.assert_close(alone.hidden_grid[ratio], found.hidden_grid[ratio])
 
 
 def test_top_k_records_are_those_of_the_whole_vocabulary_cut(
@@ -218,6 +238,15 @@ def test_a_grid_that_the_teacher_cannot_give_is_refused_before_a_sample_is_read(
     with pytest.raises(ValueError, match=message):
         build(dataclasses.replace(config, **changes))
     assert not list(Path(config.out).rglob("*.json"))
+
+
+def test_a_decoder_that_cannot_drop_tokens_is_refused(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student_train.decoder.DECODERS", ("llama",))
+    with pytest.raises(ValueError, match="is a qwen2; tokens can be dropped inside llama only"):
+        build(config)
+    assert not Path(config.out).exists() or not list(Path(config.out).rglob("*.json"))
 
 
 def test_a_teacher_without_passes_says_so(tiny_folder: TinyFolder) -> None:
