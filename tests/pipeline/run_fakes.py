@@ -14,7 +14,9 @@ from PIL import Image
 from pipeline.predictions import Prediction, append_predictions
 from student_train.checkpoint import FinishedRun, RunIdentity
 from student_train.objective import DivergenceName, ObjectiveName, TailPolicy, preset
+from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings, TrainRecipe
+from student_train.stages import CompressionSettings
 from teacher_cache.manifest import (
     LAYOUT_VERSION,
     CacheSpec,
@@ -42,23 +44,27 @@ def fake_run(
     cache: Path | None = None,
     divergence: DivergenceName = "reverse_kl",
     tails: Mapping[str, TailPolicy] | None = None,
+    progression: ProgressionConfig | None = None,
 ) -> Path:
     """A finished training of 40 steps; `tails` are those of its divergences, exact elsewhere."""
     objective = dataclasses.replace(preset(name), divergence=divergence)
-    recipe = TrainRecipe(objective=objective, seed=seed, learning_rate=learning_rate)
+    recipe = TrainRecipe(
+        objective=objective, seed=seed, learning_rate=learning_rate, progression=progression
+    )
     identity = RunIdentity(
         cache=CACHE, teacher="f" * 64, student="e" * 64, num_steps=40, recipe=recipe
     )
-    settings = TrainerSettings(
-        objective=objective, seed=seed, learning_rate=learning_rate, max_steps=40
-    )
+    shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    settings = TrainerSettings(**shared, max_steps=40)
     finished = FinishedRun(identity=identity, settings=settings, num_samples=1280, seconds=21.5)
     write_json(folder / "emkd_run.json", dataclasses.asdict(identity))
     write_json(folder / "final" / "emkd_run.json", dataclasses.asdict(finished))
     if cache is not None:
         write_json(folder / "config.json", {"cache": cache})
     terms = [
-        t for t in ("supervised", "rld", "vsd", "vlad") if getattr(preset(name), f"{t}_weight")
+        t
+        for t in ("supervised", "rld", "kd", "vsd", "vlad")
+        if getattr(preset(name), f"{t}_weight")
     ]
     rng = np.random.default_rng(seed)
     lines: list[dict[str, float]] = []
@@ -81,9 +87,15 @@ def fake_evaluation(
     pictures: bool = False,
     digest: str = "d",
     answer: str = "no",
+    name: str = "eval",
+    compression: CompressionSettings | None = None,
+    kept: float | None = None,
 ) -> Path:
-    """An evaluation whose sample i is answered rightly where `right[i]`."""
-    place = folder / "eval"
+    """An evaluation whose sample i is answered rightly where `right[i]`, from `kept` of 36 tokens.
+
+    Without `kept`, as earlier versions wrote it.
+    """
+    place = folder / name
     place.mkdir(parents=True)
     append_predictions(
         place / "predictions.jsonl",
@@ -99,12 +111,15 @@ def fake_evaluation(
         ],
     )
     mean = sum(right) / len(right)
-    metrics = {
+    metrics: dict[str, Any] = {
         "samples_digest": digest,
         "num_samples": len(right),
         "seconds": 0.01 * len(right),
         "scores": {"exact_match": mean, "word_accuracy": mean},
     }
+    if kept is not None:
+        metrics["compression"] = compression and dataclasses.asdict(compression)
+        metrics["vision_tokens"] = {"before": 36.0, "kept": kept}
     write_json(place / "metrics.json", metrics)
     if pictures:
         write_json(place / "pictures.json", fake_pictures())
