@@ -1,6 +1,7 @@
 """EPIC's step is two whole passes of one model, without the half of them that is the same."""
 
 import copy
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from student_train.epic_step import student_pass
 from student_train.losses import distillation_loss
 from student_train.objective import preset
 from student_train.progression import ProgressionConfig
+from student_train.shared_prefix import LayerEntry, rerun
 from student_train.signals import TeacherAssets
 from student_train.step_plan import StepPlan
 from student_train.student import output_head, student_from_vanilla
@@ -125,12 +127,22 @@ def test_where_nothing_is_dropped_kd_is_zero_and_all_else_supervised(
     assert_close(with_kd, scaled, rtol=1e-4, atol=1e-6)
 
 
-def test_one_set_of_weights_serves_both_passes(tiny_folder: TinyFolder) -> None:
+def test_one_set_of_weights_serves_both_passes(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is copied, the teacher has no graph, and what was recorded is not kept."""
+    entries: list[weakref.ref[LayerEntry]] = []
+
+    def watched(model: Any, entry: LayerEntry, *rest: Any) -> Any:
+        entries.append(weakref.ref(entry))
+        return rerun(model, entry, *rest)
+
+    monkeypatch.setattr("student_train.epic_step.rerun", watched)
     model, processor = deep_model(tiny_folder("llava"))
     batch = student_batch(encode(model, processor))
     hooks = [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]
     found = student_pass(model, batch.model, plan(fixed()), teach=True)
+    assert [entry() for entry in entries] == [None]
     assert found.consistent is not None
     assert not found.consistent.requires_grad
     assert hooks == [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]

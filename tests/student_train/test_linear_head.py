@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 from student_train.fused_head import HeadRows, RowLosses, head_loss
-from student_train.linear_head import LinearHead, as_linear
+from student_train.linear_head import LinearHead, as_linear, without_gradient
 from student_train.student import output_head, student_from_vanilla
 from tests import children
 from tests.conftest import TinyFolder
@@ -67,6 +67,36 @@ def test_a_head_that_is_not_all_there_is_refused() -> None:
         as_linear(wrapped)
     with pytest.raises(ValueError, match="softcap must be > 0"):
         LinearHead(weight=linear().weight, softcap=0.0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_as_a_teacher_it_gives_the_bits_that_losses_see_and_no_gradient(
+    softcap: float | None, dtype: torch.dtype | None
+) -> None:
+    layer = linear().float()
+    hidden = torch.randn(5, 6)
+    seen: list[Tensor] = []
+
+    def losses(chunk: slice) -> RowLosses:
+        def look(logits: Tensor, part: slice) -> dict[str, Tensor]:
+            seen.append(logits.detach().clone())
+            return {"first": logits[:, 0]}
+
+        return look
+
+    block = HeadRows(hidden=hidden, losses=losses, weights={"first": torch.ones(5)})
+    fused = LinearHead(weight=layer.weight, bias=layer.bias, softcap=softcap)
+    for head in (fused, lambda states: fused(states)):
+        seen.clear()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            teacher = without_gradient(head)
+            head_loss(head, [block])
+        found = teacher(hidden.requires_grad_())  # outside, as in a backward pass
+        assert torch.equal(found, seen[0])
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        hidden = hidden.detach()
 
 
 def rows(hidden: Tensor) -> list[HeadRows]:
