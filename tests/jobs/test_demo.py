@@ -1,4 +1,4 @@
-"""The demo's promise: killed anywhere and run again, it ends with the same results."""
+"""The demos' promise: killed anywhere and run again, they end with the same results."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("teacher/final", "cache/SEALED.json", "runs/emkd-0/final")
+STAGES: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): ("teacher/final", "cache/SEALED.json", "runs/emkd-0/final"),
+    ("--epic",): ("cache/SEALED.json", "runs/tcd-0/final", "runs/tcd-0/eval-dart-0.5/metrics.json"),
+}
+"""By flags of the demo: the stages after which it is killed."""
+RUNS: dict[tuple[str, ...], list[str]] = {
+    (): ["supervised", "rld", "emkd"],
+    ("--epic",): ["epic-tcd", "supervised", "epic-tcd", "supervised"],
+}
 
 
-def _start(out: Path) -> "subprocess.Popen[bytes]":
+def _start(out: Path, flags: Sequence[str]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "jobs.cli", "demo", "--smoke", "--seeds", "0"]
     return subprocess.Popen(
-        [*command, "--out", str(out)],
+        [*command, *flags, "--out", str(out)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -40,25 +49,28 @@ def _results(out: Path) -> Any:
     return timeless(json.loads((out / "results.json").read_text()))
 
 
-def test_killed_after_every_stage_it_ends_with_the_same_results(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ("--epic",)])
+def test_killed_after_every_stage_it_ends_with_the_same_results(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
     undisturbed = tmp_path / "undisturbed"
-    assert _start(undisturbed).wait() == 0
+    assert _start(undisturbed, flags).wait() == 0
     before = (undisturbed / "results.json").read_bytes()
-    assert _start(undisturbed).wait() == 0  # run again, it finishes with what is there
+    assert _start(undisturbed, flags).wait() == 0  # run again, it finishes with what is there
     assert (undisturbed / "results.json").read_bytes() == before
 
     killed, draws = tmp_path / "killed", random.Random(3)
-    for stage in STAGES:
-        process = _start(killed)
+    for stage in STAGES[flags]:
+        process = _start(killed, flags)
         while process.poll() is None and not (killed / stage).exists():
             time.sleep(0.05)
         time.sleep(draws.uniform(0, 2))  # somewhere in the next stage
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert _start(killed).wait() == 0
+    assert _start(killed, flags).wait() == 0
     results = _results(killed)
     assert results == _results(undisturbed)
-    assert [run["objective"] for run in results["runs"]] == ["supervised", "rld", "emkd"]
+    assert [run["objective"] for run in results["runs"]] == RUNS[flags]
     assert results["cache"]["samples"] == 128
     assert "<html" in (killed / "report.html").read_text()
