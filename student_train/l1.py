@@ -15,6 +15,8 @@ from torch.nn import functional
 _CPU_STRIP = 16
 _GPU_STRIP = 1024
 _COLUMNS_AT_ONCE = 8192
+_STRIPS_AT_ONCE = 4
+"""Few calls for small problems, little memory for large ones; the same for all, as bits are."""
 
 
 @torch.no_grad()
@@ -24,9 +26,10 @@ def l1_distances(student: Float[Tensor, "N C"], teacher: Float[Tensor, "M C"]) -
     for start in range(0, student.shape[1], _COLUMNS_AT_ONCE):
         stop = start + _COLUMNS_AT_ONCE
         part = torch.zeros_like(total)
-        strips = zip(_strips(student[:, start:stop]), _strips(teacher[:, start:stop]), strict=True)
-        for own, theirs in strips:
-            part += torch.cdist(own, theirs, p=1)
+        own = _strips(student[:, start:stop]).split(_STRIPS_AT_ONCE)
+        theirs = _strips(teacher[:, start:stop]).split(_STRIPS_AT_ONCE)
+        for own_SNC, their_SMC in zip(own, theirs, strict=True):
+            part += torch.cdist(own_SNC, their_SMC, p=1).sum(dim=0)
         total += part
     return total
 

@@ -83,8 +83,8 @@ class _Pairs(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    student_rows: list[int]
-    teacher_rows: list[int]
+    student_rows: Tensor
+    teacher_rows: Tensor
     costs: Costs
     pairs: Future[_Pairs]
 
@@ -101,15 +101,15 @@ class PendingMatching:
     def result(self) -> Assignment:
         """The matching; ValueError where costs are not finite. May be asked more than once."""
         solved = [(problem, problem.pairs.result()) for problem in self.problems]
-        student = [problem.student_rows[i] for problem, found in solved for i in found.rows]
-        teacher = [problem.teacher_rows[j] for problem, found in solved for j in found.columns]
-        student_P = torch.tensor(student, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64)
+        student_P = torch.cat([none, *(each.student_rows[found.rows] for each, found in solved)])
+        teacher_P = torch.cat([none, *(each.teacher_rows[found.columns] for each, found in solved)])
         order_P = student_P.argsort()
         proofs = [found.certified for _, found in solved if found.certified is not None]
         means = [problem.costs.mean_logits for problem in self.problems]
         return Assignment(
             student=student_P[order_P].to(self.device),
-            teacher=torch.tensor(teacher, dtype=torch.int64)[order_P].to(self.device),
+            teacher=teacher_P[order_P].to(self.device),
             num_student=self.num_student,
             num_teacher=self.num_teacher,
             total_cost=sum(found.cost for _, found in solved),
@@ -165,22 +165,31 @@ def start_matching(
     device = student_hidden.device
     problems: list[_Problem] = []
     for key, student_rows in student_groups.items():
-        student_index = torch.tensor(student_rows, device=device)
-        signal = teacher.rows(torch.tensor(teacher_groups[key], device=device))
-        logits = student_logits
+        teacher_rows = teacher_groups[key]
+        signal, logits = teacher, student_logits
+        if teacher_rows != list(range(teacher.num_rows)):
+            signal = teacher.rows(torch.tensor(teacher_rows, device=device))
         if isinstance(logits, Tensor):
-            logits = logits[student_index]
-        costs = pair_costs(student_hidden[student_index], logits, signal, config)
+            logits = _rows_of(logits, student_rows)
+        costs = pair_costs(_rows_of(student_hidden, student_rows), logits, signal, config)
         on_host, copied = _to_host(costs.cost)
         error = cost_error(signal, config, costs.cost.dtype) if config.certify else None
         pairs = _solvers().submit(_solve, on_host, copied, error)
-        problems.append(_Problem(student_rows, teacher_groups[key], costs, pairs))
+        rows = torch.tensor(student_rows), torch.tensor(teacher_rows)
+        problems.append(_Problem(*rows, costs, pairs))
     return PendingMatching(
         num_student=len(student_hidden),
         num_teacher=teacher.num_rows,
         device=device,
         problems=tuple(problems),
     )
+
+
+def _rows_of(values: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, copied only where these are not all in order."""
+    if rows == list(range(len(values))):
+        return values
+    return values[torch.tensor(rows, device=values.device)]
 
 
 @cache
@@ -215,8 +224,8 @@ def solve_assignment(
 ) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
     """The min(N, M) pairs of least total cost, as (row, column) indices sorted by row; on the CPU.
 
-    SciPy's shortest augmenting paths solve the rectangular problem in float64: one or two
-    milliseconds at 144 x 729, where the costs themselves take far longer.
+    SciPy's shortest augmenting paths solve the rectangular problem in float64: half a millisecond
+    to three at 144 x 729, where the costs take a hundred (docs/method.md).
     """
     matrix = cost.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):

@@ -4,7 +4,7 @@ Promise: detached Python floats, computed without gradient (`term_gradient_norms
 asks autograd and leaves every `.grad` alone). Dimensions as in schema.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from student_train.top_k_signal import TopKSignal, at_least_float32
 
 LEAST_SEPARABILITY = 0.1
 """Below this a matching says little of which token is like which (measured: docs/method.md)."""
+
+_STACKED = 2**20
+"""Most costs that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +44,22 @@ class AssignmentStats:
 
 
 @torch.no_grad()
-def separability(cost: Float[Tensor, "N M"]) -> float:
+def separability(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
     """Standard deviation of the interaction over that of the costs; 1 where these are constant."""
     wide = cost.to(torch.float64)
-    centred = wide - wide.mean()
-    interaction = centred - centred.mean(dim=1, keepdim=True) - centred.mean(dim=0, keepdim=True)
-    spread = float(centred.square().mean().sqrt())
-    return float(interaction.square().mean().sqrt()) / spread if spread > 0 else 1.0
+    centred = wide - wide.mean(dim=(-2, -1), keepdim=True)
+    interaction = centred - centred.mean(dim=-1, keepdim=True)
+    interaction -= centred.mean(dim=-2, keepdim=True)
+    spread = centred.square().mean(dim=(-2, -1)).sqrt()
+    apart = interaction.square().mean(dim=(-2, -1)).sqrt()
+    return torch.where(spread > 0, apart / spread.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
 @torch.no_grad()
-def hubness(cost: Float[Tensor, "N M"]) -> float:
+def hubness(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
     """Number of distinct row minima over the number of rows."""
-    return len(cost.argmin(dim=1).unique()) / len(cost)
+    nearest = cost.argmin(dim=-1).sort(dim=-1).values
+    return (1 + (nearest.diff(dim=-1) > 0).sum(dim=-1)).to(torch.float64) / cost.shape[-2]
 
 
 def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
@@ -61,17 +67,34 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     costs = [cost for assignment in assignments for cost in assignment.costs]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
     total_cost = sum(assignment.total_cost for assignment in assignments)
-    separable = [separability(cost) for cost in costs]
-    # Of one token there is nothing to interact with, and nothing arbitrary.
-    several = [value for value, c in zip(separable, costs, strict=True) if min(c.shape) > 1]
     proofs = [each.certified for each in assignments if each.certified is not None]
+    separable: list[float] = []
+    several: list[float] = []
+    hubs: list[float] = []
+    for stack in _stacked(costs):
+        found = separability(stack).tolist()
+        separable += found
+        if min(stack.shape[1:]) > 1:  # of one token nothing interacts, and nothing is arbitrary
+            several += found
+        hubs += hubness(stack).tolist()
     return AssignmentStats(
         mean_cost=total_cost / max(1, num_pairs),
         separability=_mean(separable),
         arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several),
-        hubness=_mean(hubness(cost) for cost in costs),
+        hubness=_mean(hubs),
         certified=float(torch.cat(proofs).double().mean()) if proofs and num_pairs else None,
     )
+
+
+def _stacked(costs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Problems of one shape together: a micro-batch has many small ones."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for cost in costs:
+        by_shape.setdefault(cost.shape, []).append(cost)
+    for shape, alike in by_shape.items():
+        most = max(1, _STACKED // shape.numel())
+        for start in range(0, len(alike), most):
+            yield torch.stack(alike[start : start + most])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
