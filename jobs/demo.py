@@ -107,7 +107,7 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
 def results(out: Path, seal: Seal, configs: Sequence[TrainConfig]) -> dict[str, Any]:
     """What results.json holds, read from the folders of stages that have all finished."""
     return {
-        "teacher": teacher_result(out),
+        "teacher": teacher_result(out, out / "runs" / "teacher"),
         "cache": cache_result(seal),
         "runs": [run_result(config) for config in configs],
     }

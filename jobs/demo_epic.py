@@ -88,7 +88,7 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
         for arm, (objective, progressive) in ARMS.items()
         for seed in seeds
     }
-    models = {out / "runs" / "teacher": teacher}
+    models = {out / "runs" / "vanilla": teacher}
     models.update({config.out: config.out / FINAL_FOLDER for config in configs.values()})
     evaluations = [
         evaluation
@@ -114,8 +114,9 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
 
 def results(out: Path, seal: Seal, configs: dict[tuple[str, int], TrainConfig]) -> dict[str, Any]:
     """What results.json holds, read from the folders of stages that have all finished."""
+    vanilla = out / "runs" / "vanilla"
     return {
-        "teacher": {**teacher_result(out), "budgets": list(_budgets(out / "runs" / "teacher"))},
+        "vanilla": {**teacher_result(out, vanilla), "budgets": list(_budgets(vanilla))},
         "cache": cache_result(seal),
         "runs": [
             {"arm": arm, **run_result(config), "budgets": list(_budgets(config.out))}
@@ -127,10 +128,10 @@ def results(out: Path, seal: Seal, configs: dict[tuple[str, int], TrainConfig]) 
 def lines(out: Path) -> list[str]:
     """The table of results.json in words: accuracy at each budget, in percent, mean over seeds."""
     found = json.loads((out / "results.json").read_text())
-    columns: dict[str, list[Any]] = {"vanilla": [found["teacher"]]}
+    columns: dict[str, list[Any]] = {"vanilla": [found["vanilla"]]}
     columns |= {arm: [run for run in found["runs"] if run["arm"] == arm] for arm in ARMS}
     table = [("tokens kept", list(columns))]
-    budgets = [f"{b['compressor']} {b['kept']:g}" for b in found["teacher"]["budgets"]]
+    budgets = [f"{b['compressor']} {b['kept']:g}" for b in found["vanilla"]["budgets"]]
     for number, name in enumerate(["all", *budgets]):
         means: list[str] = []
         for runs in columns.values():

@@ -96,10 +96,10 @@ def evaluate_models(configs: Sequence[EvaluateConfig], num_samples: int) -> None
     _run("evaluate", evaluate, configs, lambda: (sum(_answers(c.out) for c in configs), total))
 
 
-def teacher_result(out: Path) -> dict[str, Any]:
+def teacher_result(out: Path, run: Path) -> dict[str, Any]:
     """What results.json says of the teacher: its score, and how long it was trained."""
     return {
-        **scored(out / "runs" / "teacher" / "eval"),
+        **scored(run / "eval"),
         "seconds": json.loads((out / "teacher" / "seconds.json").read_text()),
     }
 

@@ -48,7 +48,7 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
         assert config.progression is not None
         run = fake_run(config.out, config.objective.name, seed, progression=config.progression)
         _evaluated(run, 7 + seed if arm == "tcd" else 6)
-    _evaluated(tmp_path / "runs" / "teacher", 9)
+    _evaluated(tmp_path / "runs" / "vanilla", 9)
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)
     seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
