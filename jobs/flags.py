@@ -8,6 +8,7 @@ A flag that would have no effect is refused.
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from tyro.constructors import (
 
 from pipeline.config import SourceConfig, TrainConfig
 from student_train.objective import (
+    TERMS,
     DivergenceName,
     MatchMetric,
     MatchScope,
@@ -64,6 +66,18 @@ _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
     ),
     "match_certify": ("certify", bool, "Prove which pairs are those of the exact costs."),
 }
+
+_VISION = frozenset({"vsd", "vlad"})
+_LOOKED_AT_BY: dict[str, frozenset[str]] = {
+    "temperature": frozenset({"rld", "vsd", "kd", "cached kd"}),
+    "divergence": frozenset({"rld", "vsd"}),
+    "tail": frozenset({"rld", "vsd", "cached kd"}),
+    "blend": frozenset({"rld", "vsd", "cached kd"}),
+    "vlad_text": frozenset({"vlad"}),
+    "smooth_l1_beta": frozenset({"vlad"}),
+    **dict.fromkeys(_MATCHING_FLAGS, _VISION),
+}
+"""The terms that a flag is about; a weight has its own."""
 
 
 def _field(name: str, kind: Any, default: Any, text: str) -> StructFieldSpec:
@@ -120,9 +134,11 @@ def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         chosen = {name: value for name, value in flags.items() if value != _PRESET}
         matching = {_MATCHING_FLAGS[n][0]: v for n, v in chosen.items() if n in _MATCHING_FLAGS}
         terms = {name: value for name, value in chosen.items() if name in _OBJECTIVE_FLAGS}
-        return dataclasses.replace(
+        found = dataclasses.replace(
             base, **terms, matching=dataclasses.replace(base.matching, **matching)
         )
+        _refuse_idle(found, chosen)
+        return found
 
     name = _field(
         "objective",
@@ -139,6 +155,23 @@ def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         )
     ]
     return StructConstructorSpec(instantiate=build, fields=(name, *fields))
+
+
+def _refuse_idle(objective: ObjectiveConfig, given: Collection[str]) -> None:
+    """Raise ValueError for flags that no term of the objective looks at."""
+    terms = {term for term in TERMS if getattr(objective, f"{term}_weight") > 0}
+    if objective.kd_from_cache:  # of the student's own logits, all are known
+        terms = terms - {"kd"} | {"cached kd"}
+    idle = [flag for flag in given if not _LOOKED_AT_BY.get(flag, terms) & terms]
+    why = f"objective {objective.name!r} has the terms {', '.join(sorted(terms))} alone"
+    if not idle and "blend" in given and objective.tail != "blend":
+        idle, why = ["blend"], f"tail is {objective.tail}"
+    metric = objective.matching.metric
+    if not idle and "match_shared_ids" in given and metric not in ("raw_l1", "centred_l1"):
+        idle, why = ["match_shared_ids"], f"matching by {metric} looks at the whole vocabulary"
+    if idle:
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in idle)
+        raise ValueError(f"{flags} would have no effect: {why}; leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,6 +85,15 @@ def test_weights_and_divergence_of_an_objective_have_flags() -> None:
             "gap would have no effect: objective 'emkd' has no kd term",
         ),
         ("--projector none --stride 4", "stride would have no effect: projector none"),
+        ("--objective supervised --temperature 2", "--temperature would have no effect"),
+        ("--objective epic-tcd --divergence jsd", "'epic-tcd' has the terms kd, supervised alone"),
+        ("--objective epic-tcd --tail bucket", "--tail would have no effect"),
+        (
+            "--objective rld --match-scope global --vlad-text all",
+            "--vlad-text, --match-scope would",
+        ),
+        ("--tail bucket --blend 0.1", "--blend would have no effect: tail is bucket"),
+        ("--match-metric prob_l1 --match-shared-ids 9", "matching by prob_l1 looks at the whole"),
     ],
 )
 def test_a_flag_without_effect_is_refused(
@@ -95,6 +104,18 @@ def test_a_flag_without_effect_is_refused(
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective epic-tcd --temperature 2",
+        "--objective epic-cached-tcd --temperature 2 --tail blend --blend 0.1",
+        "--objective epic-tcd --vlad-weight 1 --match-metric hidden_l2 --smooth-l1-beta 2",
+    ],
+)
+def test_a_flag_with_any_effect_is_taken(flags: str) -> None:
+    assert config_of(flags).objective.name in flags
 
 
 def test_settings_can_be_fed_back_and_changed(tmp_path: Path) -> None:
