@@ -63,6 +63,17 @@ def refuse_changed(record: Any, why: str, *names: str) -> None:
             raise ValueError(f"{field.name} would have no effect: {why}")
 
 
+def refuse_idle_choice(record: Any, compressor: str) -> None:
+    """Raise ValueError for the seed of a compressor that draws nothing, or text for one that does.
+
+    What a compressor that was registered looks at, nobody knows here.
+    """
+    if compressor in ("dart", "fastv"):
+        refuse_changed(record, f"the compressor {compressor} draws nothing", "compress_seed")
+    if compressor == "random":
+        refuse_changed(record, "the compressor random looks at no text", "compress_text")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig(Strict):
     """Where samples come from: LLaVA JSON, WebDataset tars or Parquet, told by the path's end."""
@@ -206,6 +217,8 @@ class BuildConfig(Strict):
         for why, (used, *names) in use.items():
             if not used:
                 refuse_changed(self, why, *names)
+        if self.compressor is not None:
+            refuse_idle_choice(self, self.compressor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +302,7 @@ class EvaluateConfig(Strict):
                 f"compressor {self.compressor!r} needs a ratio (0.75 keeps a quarter of the vision "
                 f"tokens) or stages, one of them; found ratio {self.ratio} and stages {self.stages}"
             )
+        refuse_idle_choice(self, self.compressor)
         if self.stages:
             refuse_changed(self, "stages name their layers", "compress_layer")
         _ = self.compression

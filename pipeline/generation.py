@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from student_train.compression import compress
-from student_train.decoder import require_compressible
+from student_train.decoder import decoder_of, require_compressible
 from student_train.stages import CompressionSettings
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema import Sample
@@ -58,6 +58,7 @@ class Generator:
     ) -> None:
         if compression is not None:
             require_compressible(model, compression)
+            _require_layers_behind(model, compression)
         self._compression = compression
         self.model = model
         self.encoder = SampleEncoder(processor, model.config, system_prompt)
@@ -106,3 +107,13 @@ class Generator:
         if last in self._tokenizer.all_special_ids:
             found.add(last)
         return sorted(found - {None})
+
+
+def _require_layers_behind(model: Any, compression: CompressionSettings) -> None:
+    """Answers would be those without compression, under its name."""
+    num_layers = len(decoder_of(model).layers)
+    if any(stage.ratio and stage.layer == num_layers for stage in compression.stages):
+        raise ValueError(
+            f"nothing is dropped at layer {num_layers}: it is behind the last of the model's "
+            f"{num_layers} layers; choose 1 to {num_layers - 1}"
+        )

@@ -127,6 +127,7 @@ def test_folders_of_earlier_versions_are_evaluations_without_compression(
     ("settings", "message"),
     [
         ({"compressor": "dart", "compress_layer": 5, "ratio": 0.5}, "has 4 layers; choose 1 to 3"),
+        ({"compressor": "dart", "stages": ("2:0.5", "4:0.5")}, "nothing is dropped at layer 4"),
         ({"compressor": "magic", "ratio": 0.5}, "compressor is 'magic', expected one of dart"),
     ],
 )
@@ -165,6 +166,8 @@ def test_flags_become_stages() -> None:
         ({"compressor": "dart", "stages": ("half",)}, "the stage 'half', expected LAYER:RATIO"),
         ({"compressor": "dart", "stages": ("8:0.5", "4:0.5")}, "expected ascending"),
         ({"compressor": "dart", "ratio": 0.5, "cache": "c"}, "before any are dropped"),
+        ({"compressor": "fastv", "ratio": 0.5, "compress_seed": 1}, "fastv draws nothing"),
+        ({"compressor": "random", "ratio": 0.5, "compress_text": "released"}, "looks at no text"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

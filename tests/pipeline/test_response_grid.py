@@ -214,6 +214,8 @@ def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: Buil
         ({"ratios": ()}, "both compressor and ratios"),
         ({"compressor": None}, "both compressor and ratios"),
         ({"compressor": None, "ratios": ()}, "compress_layer would have no effect"),
+        ({"compressor": "dart", "compress_seed": 1}, "the compressor dart draws nothing"),
+        ({"compress_text": "released"}, "the compressor random looks at no text"),
     ],
 )
 def test_settings_that_make_no_grid_are_refused_at_once(
