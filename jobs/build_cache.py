@@ -5,12 +5,12 @@ hundred bytes. With `--no-ray` the same functions run in a plain loop and write 
 A shard that has cost two workers is searched for the samples that kill them, when all else is done.
 """
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError
 
 from jobs.killers import TooManyDeathsError, find_killers
 from jobs.options import RayOptions
@@ -22,6 +22,8 @@ from pipeline.config import BuildConfig
 from teacher_cache.manifest import Plan, Seal
 from teacher_cache.storage import Store, open_store
 from teacher_cache.writer import seal_cache
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherWorker(CacheBuilder):
@@ -87,11 +89,7 @@ def _build_shards(cache: Store, plan: Plan, pool: ActorPool, bars: Bars) -> None
     sizes = [len(shard) for shard in plan.shards]
     done = plan.num_samples - sum(sizes[index] for index in missing)
 
-    def show(actors: Sequence[Any]) -> None:
-        try:
-            states = ray.get([actor.status.remote() for actor in actors], timeout=30)
-        except ActorDiedError:
-            return  # the pool hears of it next
+    def show(states: Sequence[tuple[str, int, int]]) -> None:
         running = sum(part for what, part, _ in states if what.startswith("shard"))
         bars.update("samples", min(done + running, plan.num_samples), plan.num_samples)
 
@@ -103,6 +101,8 @@ def _build_shards(cache: Store, plan: Plan, pool: ActorPool, bars: Bars) -> None
         _build_without_killers(pool, index, sizes[index])
         done += sizes[index]
         bars.update("samples", done, plan.num_samples)
+    if pool.losses:
+        logger.warning("%d workers were lost: %s", len(pool.losses), "; ".join(pool.losses))
 
 
 def _build_without_killers(pool: ActorPool, index: int, num_samples: int) -> None:

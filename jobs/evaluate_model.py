@@ -14,6 +14,7 @@ from pipeline.evaluate import evaluate
 
 def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     """Evaluate and return the metrics, as they are written to metrics.json."""
+    options.require_no_timeout("evaluate")
     config = absolute(config)
     if not options.ray:
         with Bars() as bars:

@@ -19,6 +19,9 @@ class RayOptions(Strict):
     max_retries: int = 2
     """How often work whose worker died is tried again. (A shard of a build once; when that has cost
     two workers, it is searched for the samples that kill them. 0: neither.)"""
+    worker_timeout: float | None = None
+    """Build only: seconds without progress (a batch, the loading of a teacher) after which a worker
+    counts as dead and is killed. Default: it may take as long as it likes."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -26,3 +29,15 @@ class RayOptions(Strict):
         for name in ("cpus_per_worker", "gpus_per_worker", "max_retries"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        if self.worker_timeout is not None and not (self.ray and self.worker_timeout > 0):
+            raise ValueError(
+                f"worker_timeout must be > 0, and there must be workers: found "
+                f"{self.worker_timeout} {'with' if self.ray else 'without'} ray"
+            )
+
+    def require_no_timeout(self, stage: str) -> None:
+        """Raise ValueError where a timeout was asked of a stage that has none."""
+        if self.worker_timeout is not None:
+            raise ValueError(
+                f"--worker-timeout goes with emkd build; {stage} is not watched, leave it away"
+            )

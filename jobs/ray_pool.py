@@ -1,18 +1,21 @@
 """Ray as a place to run things: a session, and a small pool of actors that take numbered work.
 
 Promises: every retry is bounded (Ray's defaults retry a crashing sample for ever); an exception in
-a worker reaches the caller as itself, with its own message; work whose actor died is given to a
-fresh one; nothing but work numbers and small records travels through Ray.
+a worker reaches the caller as itself, with its own message; work whose actor died, hangs or cannot
+be reached (its machine may be gone) is given to a fresh one; nothing but work numbers and small
+records travels through Ray.
 """
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from jobs.options import RayOptions
 
@@ -75,16 +78,64 @@ def get(reference: Any) -> Any:
         raise unwrap(error) from None
 
 
+@dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """One piece of work at one actor, and what the actor says of itself meanwhile."""
+
+    actor: Any
+    reference: Any
+    """Of the result."""
+    state: Any = None
+    since: float
+    """When it first said so, or when the work was given to it."""
+    _question: Any = None
+
+    def ask(self) -> None:
+        """Take the answer to the last question, if it has come, and ask again; never waits."""
+        if self._question is not None:
+            if not ray.wait([self._question], timeout=0)[0]:
+                return
+            try:
+                state = ray.get(self._question)
+            except RayActorError:
+                return  # its work will say the same
+            if state != self.state:
+                self.state, self.since = state, time.monotonic()
+        self._question = self.actor.status.remote()
+
+    def hangs(self, seconds: float | None) -> bool:
+        """Whether it has said the same, or nothing, for so long."""
+        return seconds is not None and time.monotonic() - self.since > seconds
+
+    def result(self, timeout: float | None) -> Any:
+        """What the work returned, or its own error; `WorkerLostError` for a worker that is gone."""
+        if self.hangs(timeout) and not ray.wait([self.reference], timeout=0)[0]:
+            ray.kill(self.actor)
+            raise WorkerLostError(f"it made no progress for {timeout:g} s ({self.state})")
+        try:
+            return get(self.reference)
+        except RayActorError as error:
+            ray.kill(self.actor)  # where it only could not be reached, it must not come back
+            raise WorkerLostError(f"it died: {error}") from error
+
+
 class ActorPool:
     """Actors of one plain class, each working on one number at a time.
 
     `make` builds a new actor; the first one may have been used already (to write a plan, say).
+    Actors have a method `status` that says, while another one runs, how far that is; one that says
+    the same for `options.worker_timeout` seconds is killed and counts as dead. Work goes to actors
+    that have come up only: where machines are gone, the others do what is left.
     """
 
     def __init__(self, make: Callable[[], Any], first: Any, options: RayOptions) -> None:
         self._make = make
         self._options = options
         self._idle = [first]
+        self._coming: dict[Any, Any] = {}  # an actor by the reference of its first answer
+        self._num_failed_starts = 0
+        self.losses: list[str] = []
+        """What was lost with a worker, and how, in order."""
 
     def map(
         self,
@@ -93,51 +144,102 @@ class ActorPool:
         on_poll: Callable[[Sequence[Any]], None],
         lost: list[int] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, result) as results come; `on_poll(actors)` is called twice a second.
+        """Yield (number, result) as results come; `on_poll(states)` is called twice a second.
 
-        Work whose workers die more often than the retries allow ends it with `WorkerLostError`.
-        With a list of `lost` numbers, one that has cost two workers goes there instead, and the
-        others go on.
+        Work whose workers are lost more often than the retries allow ends it with
+        `WorkerLostError`. With a list of `lost` numbers, one that has cost two workers goes there
+        instead, and the others go on.
         """
         waiting = list(reversed(numbers))
-        attempts = dict.fromkeys(numbers, 0)
-        idle = self._idle
+        num_losses = dict.fromkeys(numbers, 0)
         num_workers = min(self._options.num_workers, len(numbers))
-        idle += [self._make() for _ in range(num_workers - len(idle))]
-        busy: dict[Any, tuple[int, Any]] = {}
+        for _ in range(num_workers - len(self._idle) - len(self._coming)):
+            self._recruit()
+        busy: dict[int, _Attempt] = {}
         while waiting or busy:
-            while idle and waiting:
-                number, actor = waiting.pop(), idle.pop(0)
-                busy[getattr(actor, method).remote(number)] = (number, actor)
-            ready, _ = ray.wait(list(busy), timeout=0.5)
-            on_poll([actor for reference, (_, actor) in busy.items() if reference not in ready])
-            for reference in ready:
-                number, actor = busy.pop(reference)
+            while self._idle and waiting:
+                number = waiting.pop()
+                busy[number] = self._start(method, number)
+            for number in self._ended(busy, on_poll):
+                attempt = busy.pop(number)
                 try:
-                    result = get(reference)
-                except ActorDiedError as error:
-                    attempts[number] += 1
-                    if lost is not None and attempts[number] == 2:
+                    result = attempt.result(self._options.worker_timeout)
+                except WorkerLostError as error:
+                    num_losses[number] += 1
+                    self._note(f"{method}({number})", error)
+                    if lost is not None and num_losses[number] == 2:
                         lost.append(number)
-                    elif attempts[number] > self._options.max_retries:
+                    elif num_losses[number] > self._options.max_retries:
                         raise WorkerLostError(
-                            f"{method}({number}): its worker died {attempts[number]} times; the "
-                            f"last time: {error}"
+                            f"{method}({number}): its worker was lost {num_losses[number]} times; "
+                            f"the last time {error}"
                         ) from error
                     else:
                         waiting.append(number)
-                    logger.warning("%s(%d): worker died, starting another", method, number)
-                    idle.append(self._make())
+                    self._recruit()
                     continue
-                idle.append(actor)
+                self._idle.append(attempt.actor)
                 yield number, result
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Run one piece of work on one worker; `WorkerLostError` where that dies of it."""
-        actor = self._idle.pop() if self._idle else self._make()
+        """Run one piece of work on one worker; `WorkerLostError` where that is lost with it."""
+        if not self._idle and not self._coming:
+            self._recruit()
+        while not self._idle:
+            self._ended({}, lambda _: None)
+        attempt = self._start(method, *arguments)
+        while not self._ended({0: attempt}, lambda _: None):
+            pass
         try:
-            result = get(getattr(actor, method).remote(*arguments))
-        except ActorDiedError as error:
-            raise WorkerLostError(f"{method}{arguments}: its worker died: {error}") from error
-        self._idle.append(actor)
+            result = attempt.result(self._options.worker_timeout)
+        except WorkerLostError as error:
+            self._note(f"{method}{arguments}", error)
+            raise WorkerLostError(f"{method}{arguments}: its worker was lost, {error}") from error
+        self._idle.append(attempt.actor)
         return result
+
+    def _start(self, method: str, *arguments: Any) -> _Attempt:
+        actor = self._idle.pop(0)
+        reference = getattr(actor, method).remote(*arguments)
+        return _Attempt(actor=actor, reference=reference, since=time.monotonic())
+
+    def _recruit(self) -> None:
+        actor = self._make()
+        self._coming[actor.status.remote()] = actor
+
+    def _welcome(self, answer: Any) -> None:
+        """Take an actor whose first answer is there; another one where it died before."""
+        actor = self._coming.pop(answer)
+        try:
+            get(answer)
+        except RayActorError as error:
+            self._num_failed_starts += 1
+            if self._num_failed_starts > self._options.max_retries:
+                raise WorkerLostError(f"new workers die before they work: {error}") from error
+            self._recruit()
+            return
+        self._idle.append(actor)
+
+    def _ended(
+        self, busy: Mapping[int, _Attempt], on_poll: Callable[[Sequence[Any]], None]
+    ) -> list[int]:
+        """The numbers whose work has ended, well or not; waits for half a second at most."""
+        references = [*self._coming, *(attempt.reference for attempt in busy.values())]
+        ready, _ = ray.wait(references, timeout=0.5)
+        for answer in ready:
+            if answer in self._coming:
+                self._welcome(answer)
+        running = [attempt for attempt in busy.values() if attempt.reference not in ready]
+        for attempt in running:
+            attempt.ask()
+        on_poll([attempt.state for attempt in running if attempt.state is not None])
+        timeout = self._options.worker_timeout
+        return [
+            number
+            for number, attempt in busy.items()
+            if attempt.reference in ready or attempt.hangs(timeout)
+        ]
+
+    def _note(self, work: str, error: WorkerLostError) -> None:
+        self.losses.append(f"{work}: {error}")
+        logger.warning("%s: its worker was lost, %s", work, error)

@@ -31,6 +31,7 @@ from teacher_cache.reader import CacheReader
 
 def run_train(config: TrainConfig, options: RayOptions) -> Path:
     """Train, or go on training, the student of `config`; returns the folder of the result."""
+    options.require_no_timeout("train")
     config = absolute(config)
     if not options.ray:
         with Bars() as bars:

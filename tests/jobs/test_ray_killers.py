@@ -77,5 +77,5 @@ def test_a_sample_that_kills_its_worker_is_rejected_and_the_build_goes_on(
 
 
 def test_without_retries_the_first_death_ends_the_build(config: BuildConfig) -> None:
-    with pytest.raises(WorkerLostError, match="its worker died 1 times"):
+    with pytest.raises(WorkerLostError, match="its worker was lost 1 times"):
         run_build(config, RayOptions(max_retries=0))

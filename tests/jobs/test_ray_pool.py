@@ -1,6 +1,7 @@
 """Promises of the actor pool: bounded retries, lost work done by another, errors as themselves."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ class CannotSquareError(ValueError):
 
 
 class Worker:
-    """Dies at number 3 as often as told, raises at number 5, else returns the square."""
+    """Dies at number 3 as often as told, hangs at number 6 as often, raises at number 5.
+
+    Else it returns the square.
+    """
 
     def __init__(self, folder: Path, deaths: int) -> None:
         self._folder = folder
@@ -61,16 +65,24 @@ class Worker:
         if number == 3 and len(list(self._folder.iterdir())) < self._deaths:
             (self._folder / f"{os.getpid()}").touch()
             os._exit(1)
+        if number == 6 and len(list(self._folder.iterdir())) < self._deaths:
+            (self._folder / f"{os.getpid()}").touch()
+            time.sleep(3600)
         if number == 5:
             raise CannotSquareError(5, "cannot be squared")
         return number * number
 
+    def status(self) -> str:
+        return "at work"
 
-def _pool(folder: Path, deaths: int, max_retries: int) -> ActorPool:
-    options = RayOptions(num_workers=2, max_retries=max_retries)
+
+def _pool(
+    folder: Path, deaths: int, max_retries: int, worker_timeout: float | None = None
+) -> ActorPool:
+    options = RayOptions(num_workers=2, max_retries=max_retries, worker_timeout=worker_timeout)
 
     def make() -> Any:
-        return ray.remote(Worker).options(max_restarts=0).remote(folder, deaths)
+        return ray.remote(Worker).options(max_restarts=0, max_concurrency=2).remote(folder, deaths)
 
     return ActorPool(make, make(), options)
 
@@ -83,7 +95,7 @@ def test_work_whose_worker_died_is_done_by_another(tmp_path: Path) -> None:
 
 def test_retries_are_bounded(tmp_path: Path) -> None:
     pool = _pool(tmp_path, deaths=1000, max_retries=1)
-    with pytest.raises(WorkerLostError, match=r"work\(3\): its worker died 2 times"):
+    with pytest.raises(WorkerLostError, match=r"work\(3\): its worker was lost 2 times"):
         list(pool.map("work", [0, 3], lambda _: None))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -92,3 +104,22 @@ def test_an_error_in_a_worker_is_raised_as_itself(tmp_path: Path) -> None:
     pool = _pool(tmp_path, deaths=0, max_retries=1)
     with pytest.raises(CannotSquareError, match="cannot be squared"):
         list(pool.map("work", [0, 5], lambda _: None))
+
+
+def test_work_whose_worker_hangs_is_done_by_another(tmp_path: Path) -> None:
+    pool = _pool(tmp_path, deaths=1, max_retries=2, worker_timeout=5.0)
+    results = dict(pool.map("work", [4, 6], lambda _: None))
+    assert results == {4: 16, 6: 36}
+    assert pool.losses == ["work(6): it made no progress for 5 s (at work)"]
+    (pid,) = (path.name for path in tmp_path.iterdir())
+    while Path(f"/proc/{pid}").exists():  # the hung one is killed, not left behind
+        time.sleep(0.1)
+
+
+def test_work_that_always_hangs_ends_in_an_error(tmp_path: Path) -> None:
+    pool = _pool(tmp_path, deaths=1000, max_retries=1, worker_timeout=3.0)
+    with pytest.raises(WorkerLostError, match=r"was lost 2 times; the last time it made no pro"):
+        list(pool.map("work", [6], lambda _: None))
+    with pytest.raises(WorkerLostError, match=r"work\(6,\): its worker was lost, it made no prog"):
+        pool.call("work", 6)
+    assert pool.call("work", 4) == 16
