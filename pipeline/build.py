@@ -187,8 +187,11 @@ class CacheBuilder:
     def probe(self, index: int, start: int, stop: int) -> None:
         """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
         owners: VisionOwners | None = {} if self._plan.spec.share_vision else None
+        done = 0
         for samples in self._batches(self._plan.shards[index][start:stop]):
             self.teacher.outputs(samples, self.records, owners)
+            done += len(samples)
+            self.progress(f"probe of shard {index}", done, stop - start)
 
     @cached_property
     def _plan(self) -> Plan:
