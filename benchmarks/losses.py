@@ -240,17 +240,29 @@ def in_child(work: Callable[[], Found]) -> Found:
         child.join()
 
 
+def return_freed_memory() -> None:
+    """Let glibc map every larger block and unmap it when it is freed, here and in children.
+
+    Call it before anything is allocated: what lies free in the heap would be used again.
+    """
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
+def keep_freed_memory() -> None:
+    """What glibc comes to by itself: blocks of up to 32 MiB are used again."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**25)
+    libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+
+
 def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
-    """What `work` adds to the resident set at its peak, in a child that returns freed memory.
+    """What `work` adds to the resident set at its peak, in a child; see `return_freed_memory`.
 
     `before` is done first: code that the child loads at first use is no part of it.
     """
 
     def measure() -> float:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
         before()
-        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         resident = status_mib("VmRSS")
         work()
@@ -261,6 +273,7 @@ def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
 
 def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, float]:
     """Seconds of each way, after a check that A to D compute the same."""
+    keep_freed_memory()
     best: dict[str, float] = {}
     losses: dict[str, float] = {}
     norms: dict[str, float] = {}
@@ -275,7 +288,6 @@ def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, 
                 losses[name] = loss.item()
                 tensors = (problem.hidden.grad, problem.head.weight.grad)
                 norms[name] = sum(float(g.norm()) for g in tensors if g is not None)
-    problem.hidden.grad = problem.head.weight.grad = None
     for found in (losses, norms):
         spread = max(found.values()) - min(found.values())
         assert spread <= 1e-4 * max(found.values()), f"the ways disagree: {found}"
@@ -302,6 +314,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    return_freed_memory()
     columns = "B C D E F over A"
     print(f"vocab   rows teacher head    | A in s, then {columns} | A in MiB, then {columns}")
     lines: list[dict[str, object]] = []
@@ -313,7 +326,8 @@ def main() -> None:
             name: peak_mib(partial(WAYS[name], problem), partial(WAYS[name], small))
             for name in names
         }
-        seconds = measure_times(problem, names, rounds=2 if cell.num_rows < 500 else 1)
+        rounds = 2 if cell.num_rows < 500 else 1
+        seconds = in_child(partial(measure_times, problem, names, rounds))
         lines.append({**cell._asdict(), "seconds": seconds, "peak_mib": memory})
         print_line(cell, seconds, memory)
     if options.json is not None:

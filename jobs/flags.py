@@ -51,7 +51,11 @@ _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
     "vlad_weight": (float, "Weight of vision-language affinity distillation (gamma)."),
     "temperature": (float, "Softmax temperature of VSD, RLD and KD."),
     "divergence": (DivergenceName, "What VSD and RLD measure; EPIC's KD is always forward."),
-    "tail": (TailPolicy, "What the divergences assume of the mass outside a teacher's top-k."),
+    "tail": (
+        TailPolicy,
+        "What the divergences assume of the mass outside a teacher's top-k; uniform and mean_logit "
+        "mislead and are for study only.",
+    ),
     "blend": (float, "Weight of the tail term under --tail blend."),
     "vlad_text": (VladText, "Text tokens whose affinity is distilled."),
     "smooth_l1_beta": (float, "Threshold of VLAD's smooth L1."),
