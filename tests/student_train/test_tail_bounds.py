@@ -135,6 +135,16 @@ def test_bounds_do_not_depend_on_the_policy_and_are_exact_where_all_is_kept(
     assert not found.lower.requires_grad
 
 
+def test_at_other_temperatures_an_estimated_tail_bounds_nothing() -> None:
+    _, signal = ragged(5, [2, 4], sketched=True)
+    student = normal(6, 2, 9)
+    for measure, most in zip(MEASURES, (math.inf, math.inf, 4 * math.log(2)), strict=True):
+        for policy in ("blend", "bucket", "renormalise"):
+            found = measure(student, signal, policy, 2.0)
+            assert found.lower.tolist() == [0.0, 0.0]
+            assert found.upper.tolist() == [most, most]
+
+
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 700), most=st.integers(1, 8))
 def test_the_largest_entries_are_those_of_sorting(seed: int, width: int, most: int) -> None:
