@@ -1,13 +1,18 @@
 """What of a training step's time matching takes, where threads solve it and where nobody helps.
 
-    python -m benchmarks.matching_step [--steps 12]
+    python -m benchmarks.matching_step [--steps 12] [--large]
 
-A teacher of the demo's sizes (barely trained: its numbers do not matter, its sizes do), a cache of
-its outputs, and a student that takes EM-KD's optimizer steps with the demo's settings. `costs` are
-computed by the training thread; `solving` is the assignments' own time; `waiting` is what the
-training thread spends asking for them. In threads solving goes on beside the response's pass
-through the head; inline the same calls are made one after the other. Visible is what is left of all
-of it in the training thread. Costs and steps are its processor time, the others wall time; medians.
+By default a step of the demo: a teacher of its sizes (barely trained: its numbers do not matter),
+a cache of its outputs, a student that learns with the demo's settings. With `--large` forward and
+backward pass of a language model of 24 layers and width 896 with random weights, V = 151,936, one
+sample of 144 student and 729 teacher tokens and 104 tokens of text; its vision tower is left out.
+
+`costs` are computed by the training thread, `solving` is the assignments' own time, `asking` what
+the training thread does with the matchings once it asks for them, diagnostics included, `blocked`
+how long it waits for them. In threads solving goes on beside the response's pass through the head;
+inline the same calls are made one after the other, among the costs. Visible is what the training
+thread spends of its processor time on costs and asking; solving and being blocked are wall time,
+which only an idle machine tells. Medians over steps.
 """
 
 import argparse
@@ -21,23 +26,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2Model
 
 from benchmarks.student import SKETCH_RANK
+from benchmarks.vision_field import Models, Problem
 from pipeline import recipes
 from pipeline.config import DigitsConfig, SourceConfig
 from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.sources import open_source
 from student_train import losses, matching, vision_matching
+from student_train.losses import distillation_loss
+from student_train.objective import preset
+from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.stream import BatchPlan, TrainingStream
 from student_train.student import set_trainable, student_from_vanilla
 from student_train.trainer import student_loss
-from teacher_cache.reader import CacheReader
 from teacher_cache.records import RecordSettings
+from teacher_cache.schema import AffinityRecord, SketchRecord, TeacherOutput, ViewGrid
 from teacher_cache.teacher import Teacher
 from teacher_cache.tokens import SampleEncoder
+from teacher_cache.topk import top_k_from_hidden
 from tests.caches import build_cache
+
+WARM_UP = 1
 
 
 class Inline(Executor):
@@ -56,34 +70,70 @@ class Clock:
 
     costs: list[float] = field(default_factory=list[float])
     solving: list[float] = field(default_factory=list[float])
-    waiting: list[float] = field(default_factory=list[float])
+    asking: list[float] = field(default_factory=list[float])
+    blocked: list[float] = field(default_factory=list[float])
     steps: list[float] = field(default_factory=list[float])
 
-    def watch(self, name: str, work: Callable[..., Any], clock: Callable[[], float]) -> Any:
-        """`work`, whose time is added to the current step's."""
+    def watch(self, work: Callable[..., Any], busy: str | None, wall: str | None) -> Any:
+        """`work`, whose processor time and whose other time are added to the current step's."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            start = clock()
+            start, begin = time.perf_counter(), time.thread_time() if busy else 0.0
             found = work(*args, **kwargs)
-            getattr(self, name)[-1] += clock() - start
+            used = time.thread_time() - begin if busy else 0.0
+            if busy:
+                getattr(self, busy)[-1] += used
+            if wall:
+                getattr(self, wall)[-1] += max(0.0, time.perf_counter() - start - used)
             return found
 
         return watched
 
     def line(self) -> str:
         """Medians in ms, and the visible share."""
-        costs, solving, waiting, steps = (
-            1e3 * statistics.median(each[2:])
-            for each in (self.costs, self.solving, self.waiting, self.steps)
+        costs, solving, asking, blocked, steps = (
+            1e3 * statistics.median(each[WARM_UP:])
+            for each in (self.costs, self.solving, self.asking, self.blocked, self.steps)
         )
         return (
-            f"step {steps:8.2f} ms   costs {costs:6.2f}   solving {solving:6.2f}   waiting "
-            f"{waiting:6.2f}   visible {(costs + waiting) / steps:6.2%}"
+            f"step {steps:8.1f} ms   costs {costs:6.2f}   asking {asking:6.2f}   visible "
+            f"{(costs + asking) / steps:6.2%}   solving {solving:6.2f}   blocked {blocked:6.2f}"
         )
 
 
-def measure(reader: CacheReader, teacher: Path, root: Path, num_steps: int) -> dict[str, Clock]:
+def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
     """Steps in threads and inline, in turns."""
+    solve, result = matching.solve_assignment, vision_matching.PendingBatch.result
+    start, solvers = vision_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
+    clocks = {"threads": Clock(), "inline": Clock()}
+    for _ in range(num_steps + WARM_UP):
+        for way, clock in clocks.items():
+            for each in vars(clock).values():
+                each.append(0.0)
+            matching.solve_assignment = clock.watch(solve, None, "solving")
+            losses.start_batch_matching = clock.watch(start, "costs", None)
+            vision_matching.PendingBatch.result = clock.watch(result, "asking", "blocked")
+            matching._solvers = Inline if way == "inline" else solvers  # pyright: ignore
+            begin = time.thread_time()
+            step()
+            clock.steps[-1] = time.thread_time() - begin
+    return clocks
+
+
+def demo_step(root: Path) -> Callable[[], None]:
+    """An optimizer step of the demo's EM-KD student, on one batch."""
+    write_digits(DigitsConfig(out=root / "data", num_train=256, num_heldout=2))
+    teacher = train_demo_teacher(
+        root / "data", root / "teacher", TeacherSettings(vision_steps=4, language_steps=8)
+    )
+    source = open_source(SourceConfig(path=str(root / "data" / "train.json")))
+    reader = build_cache(
+        root / "cache",
+        Teacher.load(str(teacher), device="cpu", dtype="float32"),
+        [source[index] for index in range(len(source))],
+        RecordSettings(records="topk+sketch", top_k=64, sketch_rank=SKETCH_RANK),
+        samples_per_shard=64,
+    )
     config = recipes.demo_student(
         cache=root / "cache", teacher=teacher, out=root / "run", objective="emkd", seed=0
     )
@@ -94,64 +144,85 @@ def measure(reader: CacheReader, teacher: Path, root: Path, num_steps: int) -> d
     set_trainable(model, settings.train_parts)
     encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
     plan = BatchPlan(batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size)
-    batches = iter(
-        TrainingStream(
-            reader,
-            encoder.encode,
-            objective=settings.objective,
-            pad_token_id=encoder.pad_token_id,
-            seed=0,
-            plan=plan,
-        )
+    stream = TrainingStream(
+        reader,
+        encoder.encode,
+        objective=settings.objective,
+        pad_token_id=encoder.pad_token_id,
+        seed=0,
+        plan=plan,
     )
+    batch = next(iter(stream))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     assets = TeacherAssets(sketch=reader.sketch_basis())
 
-    def step(batch: StudentBatch) -> None:
+    def step() -> None:
         student_loss(model, batch, settings, assets).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    solve, result = matching.solve_assignment, vision_matching.PendingBatch.result
-    start, solvers = vision_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
-    clocks = {"threads": Clock(), "inline": Clock()}
-    for _ in range(num_steps):
-        batch = next(batches)
-        for way, clock in clocks.items():
-            for each in vars(clock).values():
-                each.append(0.0)
-            matching.solve_assignment = clock.watch("solving", solve, time.perf_counter)
-            losses.start_batch_matching = clock.watch("costs", start, time.thread_time)
-            vision_matching.PendingBatch.result = clock.watch("waiting", result, time.perf_counter)
-            matching._solvers = Inline if way == "inline" else solvers  # pyright: ignore
-            begin = time.thread_time()
-            step(batch)
-            clock.steps[-1] = time.thread_time() - begin
-    return clocks
+    return step
+
+
+def large_step() -> Callable[[], None]:
+    """Forward and backward pass of a large student on one sample; no optimizer."""
+    models = Models.make(151_936, 128)
+    problem = Problem.make(models, (12, 12), (27, 27), (64,), (128,))
+    teacher, num_text, num_response = problem.sketches[128], 104, 64
+    assert teacher.sketch is not None
+    is_response = torch.arange(num_text) >= num_text - num_response
+    content_ids = torch.randint(0, 151_936, (num_text,))
+    grid = {"image": 0, "view": 0}
+    output = TeacherOutput(
+        views=(ViewGrid(**grid, rows=27, cols=27),),
+        content_ids=content_ids,
+        is_response=is_response,
+        after_image=torch.ones(num_text, dtype=torch.bool),
+        vision=top_k_from_hidden(problem.hidden.hidden, models.teacher_head, 64),
+        sketch=SketchRecord(
+            codes=teacher.sketch.codes,
+            scale=teacher.sketch.scale,
+            tail_shift=teacher.sketch.tail_shift,
+        ),
+        affinity=AffinityRecord(cosine=torch.rand(num_text, 729)),
+        response=top_k_from_hidden(problem.hidden.hidden[:num_response], models.teacher_head, 64),
+    )
+    size = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    model = Qwen2Model(Qwen2Config(vocab_size=8, **size, **heads))
+    head = nn.Linear(896, 151_936, bias=False)
+    inputs = torch.randn(1, 144 + num_text, 896)
+    assets = TeacherAssets(sketch=models.basis)
+
+    def step() -> None:
+        hidden = model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0]
+        state = SampleStates(
+            views=(ViewGrid(**grid, rows=12, cols=12),),
+            vision=hidden[:144],
+            text=hidden[144:],
+            predicting=hidden[-num_response - 1 : -1],
+            text_is_response=is_response,
+            response_ids=content_ids[is_response],
+            content_ids=content_ids,
+        )
+        distillation_loss([state], [output], head, preset("emkd"), assets).total.backward()
+        model.zero_grad()
+        head.zero_grad()
+
+    return step
 
 
 def main() -> None:
     """Print both lines."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        write_digits(DigitsConfig(out=root / "data", num_train=256, num_heldout=2))
-        teacher = train_demo_teacher(
-            root / "data", root / "teacher", TeacherSettings(vision_steps=4, language_steps=8)
-        )
-        source = open_source(SourceConfig(path=str(root / "data" / "train.json")))
-        reader = build_cache(
-            root / "cache",
-            Teacher.load(str(teacher), device="cpu", dtype="float32"),
-            [source[index] for index in range(len(source))],
-            RecordSettings(records="topk+sketch", top_k=64, sketch_rank=SKETCH_RANK),
-            samples_per_shard=64,
-        )
-        for way, clock in measure(reader, teacher, root, options.steps).items():
-            print(f"{way:8s} {clock.line()}")
+        step = large_step() if options.large else demo_step(Path(place))
+    for way, clock in measure(step, options.steps).items():
+        print(f"{way:8s} {clock.line()}")
 
 
 if __name__ == "__main__":

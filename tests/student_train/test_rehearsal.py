@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.batches import ONE_IMAGE, TWO_IMAGES, RecordForm, random_batch
 from tests.strategies import VOCAB_SIZE, WIDTH, make_spec
 
 BATCH = random_batch(0, [ONE_IMAGE, TWO_IMAGES], student_width=WIDTH, vocab_size=VOCAB_SIZE)
-METRICS: tuple[MatchMetric, ...] = ("raw_l1", "centred_l1", "prob_l1", "hidden_cosine")
+METRICS: tuple[MatchMetric, ...] = get_args(MatchMetric)
 TAILS: tuple[TailPolicy, ...] = ("exact", "blend", "bucket", "renormalise")
 OBJECTIVES = [
     preset("supervised"),
