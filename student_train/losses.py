@@ -9,8 +9,8 @@
     VSD         reverse KL on matched vision logits                mean over pairs, then samples
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
-The means over tokens run over the micro-batch, those over samples over its samples that have an
-image (VLAD: and text to compare). `vision_matching.py` finds the pairs, `terms.py` and
+The means over tokens run over the micro-batch, those over samples over its samples that have vision
+tokens left (VLAD: and text to compare). `vision_matching.py` finds the pairs, `terms.py` and
 `logit_terms.py` compare what is paired, and this module alone knows both. Refuses states and
 teacher outputs that do not belong to one text. Dimensions as in schema.py.
 """
@@ -49,7 +49,7 @@ class LossTerms:
     `total` is the weighted sum; `terms` are unweighted and have gradients, by name, only those
     of positive weight. `tails` names the tail policy that each divergence really used, because
     values under different policies do not compare. `assignments` has one entry per sample, None
-    without an image or without a vision term. `diagnostics` are plain numbers for the log.
+    where no vision token is left or no term needs any. `diagnostics` are plain numbers to log.
     """
 
     total: Float[Tensor, ""]

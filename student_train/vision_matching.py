@@ -2,7 +2,7 @@
 
     pending = start_batch_matching(states, outputs, head, objective, assets)
     ...                                # work that hides the solving
-    matched = pending.result()         # one Matched for each sample that has an image, else None
+    matched = pending.result()         # a Matched for each sample with vision tokens, else None
 
 Promise: of the student's vision logits no more exist at a time than the costs of one problem look
 at, and none afterwards; no gradient; the pairs do not depend on when they are asked for. A matching
@@ -117,7 +117,8 @@ def start_batch_matching(
     """
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):
-        if not objective.needs_vision or not (state.views or output.views):
+        shown = bool(state.views or output.views)
+        if not objective.needs_vision or not shown or _lost_all(state):
             pending.samples.append(None)
             continue
         teacher = vision_signal(output, assets).to(state.vision.device)
@@ -127,6 +128,11 @@ def start_batch_matching(
             whole = replace(objective.matching, num_shared_ids=None, certify=False)
             pending.exact = _start(state, output, teacher, head, whole)
     return pending
+
+
+def _lost_all(state: SampleStates) -> bool:
+    """Whether every vision token was dropped: few tokens and a high ratio leave none."""
+    return state.kept is not None and not len(state.kept)
 
 
 @cache
