@@ -203,7 +203,10 @@ class ProgressionFlags:
     def resolve(
         self, objective: ObjectiveConfig, known: ProgressionConfig | None
     ) -> ProgressionConfig | None:
-        """The progression: `known` (from --config) or the defaults, and what the flags change."""
+        """The progression: `known` (from --config) or the defaults, and what the flags change.
+
+        Another schedule, preset or objective leaves behind what belongs to the known one alone.
+        """
         names = {
             "schedule_preset": "preset",
             "compressor": "compressor",
@@ -225,8 +228,15 @@ class ProgressionFlags:
                     "add --schedule, or take an epic objective"
                 )
             return None
+        base = known or ProgressionConfig()
         changes = {names[flag]: value for flag, value in given.items()}
-        return dataclasses.replace(known or ProgressionConfig(), schedule=schedule, **changes)
+        if schedule != base.schedule:
+            changes = {"icd_layers": (), **changes}
+        if changes.get("preset", base.preset) != base.preset:
+            changes = {"ratio": None, "gap": None, **changes}
+        if objective.kd_weight == 0:
+            changes = {"gap": None, **changes}
+        return dataclasses.replace(base, schedule=schedule, **changes)
 
 
 _SEEN = object()

@@ -1,5 +1,6 @@
 """EPIC on the command line: an objective alone is enough, and no flag is without effect."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,25 @@ def test_settings_can_be_fed_back_and_changed(tmp_path: Path) -> None:
     assert again("--objective supervised --schedule none").progression is None
     lcd = again("--objective epic-lcd").progression
     assert lcd == ProgressionConfig(schedule="lcd", compressor="fastv")
+
+
+def test_what_belongs_to_another_schedule_preset_or_objective_is_left_behind() -> None:
+    def again(progression: ProgressionConfig, flags: str) -> ProgressionConfig | None:
+        config = config_of("--objective epic-tcd --projector none")
+        objective = preset(f"epic-{progression.schedule}")
+        config = dataclasses.replace(config, objective=objective, progression=progression)
+        command: Any = parse(["train", "--config", to_json(config), *flags.split()])
+        return command.config.progression
+
+    constant = ProgressionConfig(preset="fixed", ratio=0.5, gap=0.2, compressor="fastv")
+    assert again(constant, "--ratio 0.75") == dataclasses.replace(constant, ratio=0.75)
+    fastv = ProgressionConfig(compressor="fastv")
+    assert again(constant, "--schedule-preset paper_notes") == fastv
+    lcd = dataclasses.replace(fastv, schedule="lcd")
+    assert again(constant, "--objective epic-lcd --schedule-preset paper_notes") == lcd
+    assert again(constant, "--objective supervised") == dataclasses.replace(constant, gap=None)
+    icd = ProgressionConfig(schedule="icd", icd_layers=(8, 4), layer=1)
+    assert again(icd, "--objective epic-tcd") == ProgressionConfig(layer=1)
 
 
 def test_the_help_has_one_group_for_it(capsys: pytest.CaptureFixture[str]) -> None:
