@@ -40,6 +40,11 @@ class DigitsConfig(Strict):
     """Eight named cells behind the image, or one row named before it (of emkd demo --epic)."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_train", "num_heldout")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, found {self.seed}")
+
 
 CALIBRATION_TOKENS = 20_000
 """Vision tokens that fit a sketch's basis: fewer, or of a few alike images, and directions of the

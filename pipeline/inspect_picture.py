@@ -4,7 +4,7 @@ One row for each image: the image itself, then each of its views over it in grey
 vision token. A cell's colour is the probability that the teacher leaves outside the kept entries
 (top-k tiers) or the entropy of its words in nats (hidden tier). A view is drawn evenly over the
 whole image: where on it a tile lies, and what a processor cut off, the cache does not know. Equal
-records give equal pictures. ValueError for a sample without images.
+records give equal pictures. ValueError for a sample without images, and for a file of another kind.
 """
 
 import io
@@ -33,6 +33,8 @@ _PARTS: frozenset[Part] = frozenset({"vision", "hidden"})
 
 def draw_sample(reader: CacheReader, key: str, out: Path) -> Path:
     """Draw the sample whose key begins with `key` as a PNG file; returns the file."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: a picture is written as PNG; give it a name that ends in .png")
     parts = reader.parts & _PARTS
     cached = reader.read(find_sample(reader, key), parts)
     if not cached.sample.images:

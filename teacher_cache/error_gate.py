@@ -92,6 +92,8 @@ def require_within_bounds(
         if not loss.found <= loss.bound:  # NaN passes no bound
             raise CodecError(
                 f"sample {sample}: plane {loss.plane} has an error of {loss.found:.3g}, "
-                f"{loss.setting} is {loss.bound:.3g}: {loss.remedy}, or state a larger bound, in a "
-                "new folder: it is part of what a cache is"
+                f"{loss.setting} is {loss.bound:.3g}. That is the settings' fault, not the "
+                "sample's (--on-bad-sample does not pass over it): "
+                f"{loss.remedy}, or state a larger bound, in a new folder: it is part of what a "
+                "cache is"
             )

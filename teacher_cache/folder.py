@@ -70,8 +70,9 @@ def require_plan(cache: Store) -> Plan:
     """The plan; `IncompleteCacheError` where there is none."""
     plan = read_plan(cache)
     if plan is None:
+        why = cache.absence() or f"it has no {PLAN_FILE}"
         raise IncompleteCacheError(
-            f"{cache} is not a cache: it has no {PLAN_FILE}; give the folder that emkd build wrote"
+            f"{cache} is not a cache: {why}; give the folder or URL that emkd build wrote"
         )
     return plan
 

@@ -81,6 +81,13 @@ class ObjectStore(Store):
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
         return (ObjectStore, (self.url,))
 
+    def absence(self) -> str | None:
+        """Whether the bucket can be seen; some libraries say no where they are not allowed to."""
+        bucket = self._root.partition("/")[0]
+        if self._call("looked up", "", lambda files, _: files.exists(bucket)):
+            return None
+        return f"there is no bucket {bucket!r}, or these credentials and this endpoint hide it"
+
     def require_writable(self) -> None:
         """Create a private object twice: a store that takes the second one is refused."""
         if self._is_exclusive:
@@ -90,6 +97,9 @@ class ObjectStore(Store):
             self._create(probe, b"1")
             if self._create(probe, b"2"):
                 raise ValueError(_cannot_create(self.url, "it took a second object of one name"))
+        except FileNotFoundError as error:
+            why = self.absence() or "the store knows no such place"
+            raise ValueError(f"{self.url} cannot be written: {why}") from error
         finally:
             self.remove(probe)
         self._is_exclusive = True

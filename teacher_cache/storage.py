@@ -152,6 +152,10 @@ class Store(ABC):
         return f"{self.url}/{name}"
 
     @abstractmethod
+    def absence(self) -> str | None:
+        """Why nothing can lie here, in words; None where the place itself is there."""
+
+    @abstractmethod
     def require_writable(self) -> None:
         """Fail now rather than after hours where files cannot be created: OSError, ValueError."""
 
@@ -233,6 +237,10 @@ class LocalStore(Store):
 
     def __reduce__(self) -> tuple[type["LocalStore"], tuple[Path]]:
         return (LocalStore, (self.folder,))
+
+    def absence(self) -> str | None:
+        """Whether there is such a folder."""
+        return None if self.folder.is_dir() else "there is no such folder"
 
     def require_writable(self) -> None:
         """Create a private file and remove it; OSError where that fails."""

@@ -130,3 +130,9 @@ def test_settings_of_earlier_versions_asked_for_cells(tmp_path: Path) -> None:
     before = _files(tmp_path)
     write_digits(config)
     assert _files(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [{"num_train": 0}, {"num_heldout": 0}, {"seed": -1}])
+def test_sets_without_pictures_are_refused(change: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be >= "):
+        DigitsConfig(**{"out": tmp_path, **change})  # pyright: ignore[reportArgumentType]

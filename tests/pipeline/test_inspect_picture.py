@@ -59,7 +59,11 @@ def test_cells_are_tail_masses_or_entropies(tmp_path: Path, tiny_folder: TinyFol
     assert torch.isfinite(masses).all()
 
 
-def test_a_sample_without_images_is_refused(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+def test_samples_without_images_and_other_kinds_of_files_are_refused(
+    tmp_path: Path, tiny_folder: TinyFolder
+) -> None:
     reader = _reader(tmp_path, tiny_folder("llava"), "topk")
     with pytest.raises(ValueError, match="no image to draw"):
         draw_sample(reader, reader.keys[2], tmp_path / "picture.png")
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        draw_sample(reader, reader.keys[0], tmp_path / "p.jpg")

@@ -101,6 +101,15 @@ def test_a_clock_that_jumps_changes_nothing(
     assert shards(out) == shards(str(tmp_path / "steady"))
 
 
+def test_a_missing_bucket_is_named(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "s3://no-such-bucket/cache"]) == 2
+    assert "is not a cache: there is no bucket 'no-such-bucket'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="cannot be written: there is no bucket 'no-such-bucket'"):
+        open_store("s3://no-such-bucket/cache").require_writable()
+    assert main(["verify", f"s3://{BUCKET}/nothing"]) == 2
+    assert "is not a cache: it has no plan.json" in capsys.readouterr().err
+
+
 def test_urls_stay_as_they_are_and_folders_become_absolute(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
