@@ -10,7 +10,7 @@ import pytest
 from jobs.cli import main, parse
 from jobs.paths import absolute, to_json
 from pipeline.config import TrainConfig
-from student_train.objective import preset
+from student_train.objective import ObjectiveName, preset
 from student_train.progression import ProgressionConfig
 from student_train.run_log import METRICS_FILE
 from tests.epic import save_deep
@@ -139,10 +139,11 @@ def test_settings_can_be_fed_back_and_changed(tmp_path: Path) -> None:
 
 
 def test_what_belongs_to_another_schedule_preset_or_objective_is_left_behind() -> None:
-    def again(progression: ProgressionConfig, flags: str) -> ProgressionConfig | None:
+    def again(
+        progression: ProgressionConfig, flags: str, name: ObjectiveName = "epic-tcd"
+    ) -> ProgressionConfig | None:
         config = config_of("--objective epic-tcd --projector none")
-        objective = preset(f"epic-{progression.schedule}")
-        config = dataclasses.replace(config, objective=objective, progression=progression)
+        config = dataclasses.replace(config, objective=preset(name), progression=progression)
         command: Any = parse(["train", "--config", to_json(config), *flags.split()])
         return command.config.progression
 
@@ -154,7 +155,7 @@ def test_what_belongs_to_another_schedule_preset_or_objective_is_left_behind() -
     assert again(constant, "--objective epic-lcd --schedule-preset paper_notes") == lcd
     assert again(constant, "--objective supervised") == dataclasses.replace(constant, gap=None)
     icd = ProgressionConfig(schedule="icd", icd_layers=(8, 4), layer=1)
-    assert again(icd, "--objective epic-tcd") == ProgressionConfig(layer=1)
+    assert again(icd, "--objective epic-tcd", "epic-icd") == ProgressionConfig(layer=1)
 
 
 def test_the_help_has_one_group_for_it(capsys: pytest.CaptureFixture[str]) -> None:
