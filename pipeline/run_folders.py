@@ -50,6 +50,8 @@ class Evaluation:
     """Mean vision tokens of a sample; None where an earlier version answered some of them."""
     num_kept: float | None = None
     """Those that reached the last layer."""
+    weights: str | None = None
+    """Digest of the model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +226,8 @@ def _read_compressed(
             continue
         if plain is not None and plain.samples_digest != evaluation.samples_digest:
             missing.append(f"{place}: is left out; its samples are not those of {folder}/eval")
+        elif plain is not None and plain.weights != evaluation.weights:
+            missing.append(f"{place}: is left out; its model is not that of {folder}/eval")
         elif any(evaluation.compression == other.compression for other in found):
             missing.append(f"{place}: is left out; another folder of the run has its settings")
         else:
@@ -260,4 +264,5 @@ def _read_answers(place: Path) -> Evaluation:
         compression=settings and decode_mapping(CompressionSettings, settings, str(place)),
         num_vision=tokens.get("before"),
         num_kept=tokens.get("kept"),
+        weights=metrics.get("weights"),
     )

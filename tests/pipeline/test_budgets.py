@@ -1,5 +1,6 @@
 """Accuracy against vision tokens kept: points, curves and differences at each budget."""
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.run_folders import collect
 from student_train.objective import ObjectiveName
 from student_train.progression import ProgressionConfig
 from student_train.stages import CompressionSettings, Stage
-from tests.pipeline.run_fakes import fake_cache, fake_evaluation, fake_run
+from tests.pipeline.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
 
 NUM = 40
 TCD = ProgressionConfig(layer=1)
@@ -146,12 +147,16 @@ def test_evaluations_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
     for name, digest in (("eval-dart", "d"), ("eval-other", "e"), ("eval-twice", "d")):
         fake_evaluation(run, answers, name=name, digest=digest, compression=chosen, kept=22.0)
     (run / "eval-killed").mkdir()
+    stray = fake_evaluation(run, answers, name="eval-1", compression=chosen, kept=22.0) / "eval-1"
+    metrics = json.loads((stray / "metrics.json").read_text())
+    write_json(stray / "metrics.json", {**metrics, "weights": "of another model"})
     found = collect([run])
     assert [e.compression for e in found.runs[0].compressed] == [chosen]
     said = "\n".join(found.missing)
     assert f"{run / 'eval-other'}: is left out; its samples are not those" in said
     assert f"{run / 'eval-twice'}: is left out; another folder" in said
     assert f"{run / 'eval-killed'}: metrics.json is missing" in said
+    assert f"{stray}: is left out; its model is not that of" in said
 
 
 def test_progressions_are_compared_where_all_else_is_equal(tmp_path: Path) -> None:
