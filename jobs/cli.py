@@ -8,10 +8,13 @@ them, not before, so that `emkd --help` answers at once.
 """
 
 import dataclasses
+import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ import yaml
 from jobs import commands, flags
 from jobs.commands import Submit
 from teacher_cache.decode import decode_json, decode_mapping
+
+_FRAME = " |+\u2502\u256d\u256e\u2570\u256f"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_REFUSED = re.compile(r"Error parsing __tyro\S*: (.*?)(?= (?:\u2500|-){3}|$)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +64,7 @@ def parse(arguments: Sequence[str]) -> commands.Command:
     kind = tyro.extras.subcommand_type_from_defaults(
         defaults, {name: command.__doc__ or "" for name, command in defaults.items()}
     )
-    with flags.REGISTRY:
+    with flags.REGISTRY, _plain_errors(arguments):
         command: Any = tyro.cli(
             kind,
             prog="emkd",
@@ -70,6 +77,29 @@ def parse(arguments: Sequence[str]) -> commands.Command:
             raise ValueError("'--' goes with emkd submit: emkd submit STAGE ... -- FLAGS")
         return command.with_stage(parse([command.stage, *behind]))
     return command
+
+
+@contextmanager
+def _plain_errors(arguments: Sequence[str]) -> Generator[None]:
+    """Let what settings refuse read like every other message: tyro frames it with its own names.
+
+    `Error parsing __tyro-dummy-inner__.config: top_k must be ...` becomes
+    `emkd build: --top-k must be ...`; what tyro itself finds stays as it is.
+    """
+    captured = io.StringIO()
+    try:
+        with redirect_stderr(captured):
+            yield
+    finally:
+        text = captured.getvalue()
+        flat = " ".join(line.strip(_FRAME) for line in _COLOURS.sub("", text).splitlines())
+        found = _REFUSED.search(flat)
+        if found is not None:
+            name, _, rest = found[1].strip().partition(" ")
+            flag = f"--{name.replace('_', '-')}"
+            given = any(argument.split("=")[0] == flag for argument in arguments)
+            text = f"emkd {arguments[0]}: {flag if given else name} {rest}\n"
+        sys.stderr.write(text)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:

@@ -75,6 +75,29 @@ def test_flags_that_mean_nothing_are_refused(
     assert capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (f"{BUILD} --top-k 0", "emkd build: --top-k must be >= 1, found 0\n"),
+        (f"{BUILD} --num-workers=0", "emkd build: --num-workers must be >= 1, found 0\n"),
+        (f"{TRAIN} --temperature 0", "emkd train: --temperature must be > 0, found 0.0\n"),
+        ("data digits --out d --num-train 0", "emkd data: --num-train must be >= 1, found 0\n"),
+        (
+            f"{BUILD} --worker-timeout 5 --no-ray",
+            "emkd build: --worker-timeout must be > 0, and there must be workers: found 5.0 "
+            "without ray\n",
+        ),
+    ],
+)
+def test_what_settings_refuse_is_said_in_one_line_that_opens_with_the_flag(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == message
+
+
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(f"{BUILD} --topk 3".split())
