@@ -23,8 +23,9 @@ from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
 from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, Signal
-from student_train.tail_policies import resolve_tail
+from student_train.tail_policies import needs_sketch, resolve_tail
 from student_train.terms import supervised_rows
+from student_train.top_k_signal import TopKSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +95,11 @@ def divergence_term(
 
     def rows(chunk: slice) -> RowLosses:
         here = _rows(teacher, chunk)
-        if isinstance(here, HiddenSignal):  # its own head multiplies best by many rows at once
+        # Heads and sketches multiply best by many rows at once.
+        if isinstance(here, HiddenSignal):
             here = DenseSignal(logits=here.dense_logits())
+        elif isinstance(here, TopKSignal) and needs_sketch(tail, objective.temperature):
+            here = here.decode()
 
         def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
             found = measure(

@@ -64,6 +64,11 @@ def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -
     return "bucket"
 
 
+def needs_sketch(tail: TailPolicy, temperature: float) -> bool:
+    """Whether all logits of the sketch are looked at under a policy that is really used."""
+    return tail in ("blend", "mean_logit") or (tail == "bucket" and temperature != 1)
+
+
 @torch.no_grad()
 def teacher_parts(
     teacher: TopKSignal, policy: TailPolicy, temperature: float, estimated: bool

@@ -17,6 +17,8 @@ from torch import Tensor
 from teacher_cache.schema import SketchRecord
 from teacher_cache.sketch import SketchBasis, decode_logits
 
+_COLUMNS_AT_ONCE = 8192
+
 
 def at_least_float32(values: Tensor) -> Tensor:
     """Widen half precision before anything is summed; float32 and float64 pass unchanged."""
@@ -31,9 +33,21 @@ class SketchCode:
     scale: Float[Tensor, " N"]
     tail_shift: Float[Tensor, " N"]
     basis: SketchBasis
+    decoded: Float[Tensor, "N V"] | None = None
+    """All logits, where `decode` has put them."""
+
+    def decode(self) -> "SketchCode":
+        """The same with all N x V logits at hand, for few positions that are asked in turns."""
+        known = self.scale.new_empty(len(self.codes), self.basis.vocab_size, dtype=torch.float32)
+        every = torch.arange(self.basis.vocab_size, device=known.device)
+        for ids in every.split(_COLUMNS_AT_ONCE):  # the directions are widened block by block
+            known[:, ids[0] : ids[-1] + 1] = self.logits(ids)
+        return replace(self, decoded=known)
 
     def logits(self, ids: Int[Tensor, " C"] | None = None) -> Float[Tensor, "N columns"]:
         """Approximate raw logits at the vocabulary rows `ids`, or at all of them."""
+        if self.decoded is not None:
+            return self.decoded if ids is None else self.decoded[:, ids]
         record = SketchRecord(codes=self.codes, scale=self.scale, tail_shift=self.tail_shift)
         return decode_logits(self.basis, record, ids)
 
@@ -44,6 +58,7 @@ class SketchCode:
             codes=change(self.codes),
             scale=change(self.scale),
             tail_shift=change(self.tail_shift),
+            decoded=None if self.decoded is None else change(self.decoded),
         )
 
 
@@ -139,6 +154,10 @@ class TopKSignal:
         outside = self.sketch.logits() + self.sketch.tail_shift[:, None]
         kept = self.kept_log_probs()
         return outside.to(kept.dtype).scatter(1, self.ids.long(), kept)
+
+    def decode(self) -> "TopKSignal":
+        """The same with the sketch's logits at hand, N x V of them; itself without a sketch."""
+        return self if self.sketch is None else replace(self, sketch=self.sketch.decode())
 
     def mean_tail_logit(self) -> Float[Tensor, " N"]:
         """Mean of the sketch's logits outside the kept entries. ValueError without a sketch."""

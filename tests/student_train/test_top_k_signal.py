@@ -244,6 +244,18 @@ def test_signals_of_different_numbers_of_entries_are_joined() -> None:
         assert (None if pair.num_kept is None else pair.num_kept.tolist()) == counts
 
 
+def test_a_decoded_sketch_says_what_the_sketch_says() -> None:
+    _, signal = ragged(9, [2, 4, 3], sketched=True)
+    decoded, ids = signal.decode(), torch.tensor([5, 0])
+    torch.testing.assert_close(decoded.estimated_log_probs(), signal.estimated_log_probs())
+    rows = torch.tensor([2, 0])
+    torch.testing.assert_close(decoded.rows(rows).logits_at(ids), signal.rows(rows).logits_at(ids))
+    assert decoded.sketch is not None
+    assert decoded.sketch.decoded is not None
+    bare = replace(signal, sketch=None)
+    assert bare.decode() is bare
+
+
 def uneven_outputs(batch: RandomBatch, seed: int) -> list[TeacherOutput]:
     """The batch's bare top-k outputs, every position with a number of entries of its own."""
     generator = torch.Generator().manual_seed(seed)
