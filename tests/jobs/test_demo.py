@@ -49,7 +49,7 @@ def _results(out: Path) -> Any:
     return timeless(json.loads((out / "results.json").read_text()))
 
 
-@pytest.mark.parametrize("flags", [(), ("--epic",)])
+@pytest.mark.parametrize("flags", STAGES, ids=["em-kd", "epic"])
 def test_killed_after_every_stage_it_ends_with_the_same_results(
     flags: tuple[str, ...], tmp_path: Path
 ) -> None:
