@@ -58,6 +58,12 @@ class TrainRecipe(Strict):
                 f"gap would have no effect: objective {self.objective.name!r} has no kd term, "
                 "whose teacher it is about; leave it out, or take an epic objective"
             )
+        compressor = None if self.progression is None else self.progression.compressor
+        if gap == 0 and compressor in ("dart", "fastv") and not self.objective.kd_from_cache:
+            raise ValueError(
+                "gap is 0, so that teacher and student keep the same tokens and kd is 0 at every "
+                "step; give a gap above 0, or take objective 'supervised' with the schedule"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, found {self.batch_size}")
         if not self.train_parts:

@@ -145,11 +145,20 @@ def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> 
 
 def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
     """A cached teacher that has seen every token is no nearer to the student for any gap."""
-    gap = None if settings.progression is None else settings.progression.gap
-    if gap is not None and settings.objective.kd_from_cache and reader.spec.grid is None:
+    progression, grid = settings.progression, reader.spec.grid
+    if progression is None or progression.gap is None or not settings.objective.kd_from_cache:
+        return
+    found = f"gap is {progression.gap}, but would have no effect"
+    if grid is None:
         raise ValueError(
-            f"gap is {gap}, but would have no effect: the cache's teacher has dropped no vision "
-            "tokens; leave it out, or build the cache with --compressor and --ratios"
+            f"{found}: the cache's teacher has dropped no vision tokens; leave it out, or build "
+            "the cache with --compressor and --ratios"
+        )
+    if progression.layer > grid.layer:  # the preset fixed, the one with a gap, stays at it
+        raise ValueError(
+            f"{found}: the student drops at layer {progression.layer}, deeper than the cache's "
+            f"teacher at layer {grid.layer}, whose grid cannot teach it; leave it out, or drop at "
+            f"layer {grid.layer} or before"
         )
 
 

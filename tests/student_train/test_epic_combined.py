@@ -185,10 +185,14 @@ def test_a_run_learns_from_the_grid(name: EpicName, reader: CacheReader, tmp_pat
     assert all(line["term/kd"] >= 0 for line in lines(tmp_path / "run"))
 
 
-def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_meaning_is_refused(tmp_path: Path, reader: CacheReader) -> None:
     with pytest.raises(ValueError, match="gap would have no effect"):
         TrainRecipe(progression=replace(fixed(), gap=0.1))
     TrainRecipe(objective=preset("epic-tcd"), progression=replace(fixed(), gap=0.1))
+    with pytest.raises(ValueError, match="kd is 0 at every step"):
+        TrainRecipe(objective=preset("epic-tcd"), progression=replace(fixed(), gap=0.0))
+    TrainRecipe(objective=preset("epic-tcd"), progression=replace(fixed("random"), gap=0.0))
+    TrainRecipe(objective=preset("epic-cached-tcd"), progression=replace(fixed(), gap=0.0))
     vanilla = save_deep(tmp_path)
     few = tiny_cache(tmp_path / "few", vanilla, num_samples=2)  # 16 logits of each token, no grid
     cached = replace(SETTINGS, objective=preset("epic-cached-tcd"), progression=fixed())
@@ -201,4 +205,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
         changed = replace(cached, objective=objective, progression=progression)
         with pytest.raises(ValueError, match=message):
             train_vanilla(tmp_path / "run", few, unseen, changed)
+    deeper = replace(cached, progression=replace(fixed(layer=3), gap=0.1))
+    with pytest.raises(ValueError, match="drops at layer 3, deeper than the cache's teacher"):
+        train_vanilla(tmp_path / "run", reader, unseen, deeper)
     assert not (tmp_path / "run").exists()
