@@ -15,7 +15,7 @@ response) and ends with gradients of states and LM head: matching, supervised lo
 Only `dense` and `broadcast` compute what `emkd hidden` computes but for its shared ids. Processor
 time of all threads, after a small one; memory is what a pass adds at its peak, as in
 benchmarks/losses.py. Models and images are made up (benchmarks/vision_field.py, width 512). Needs
-Linux; 16 GiB, and an hour, for --large.
+Linux; --large takes 16 GiB and many times as long.
 """
 
 import argparse
