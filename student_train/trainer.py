@@ -283,6 +283,11 @@ class _Flow(TrainerCallback):
         self._claim: Callable[[], None] | None = claim
         self._progress = progress
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.logging_steps = int(args.logging_steps)  # a checkpoint brings those of its attempt
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

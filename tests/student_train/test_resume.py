@@ -93,6 +93,17 @@ def test_resuming_continues_logging_windows_and_drops_lines_of_lost_steps(
     assert lines(run)[-1]["seconds"] > lines(undisturbed)[-1]["seconds"]
 
 
+def test_how_often_to_log_may_change_between_attempts(
+    undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "final")
+    (run / "checkpoint-6" / CHECKPOINT_FILE).unlink()
+    train(run, reader, vanilla, replace(SETTINGS, log_steps=1))
+    assert [line["step"] for line in lines(run)] == [2, 4, 5, 6, 7]  # windows of 2 before step 3
+
+
 def test_a_checkpoint_of_another_run_is_not_resumed_from(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
