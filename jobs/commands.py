@@ -112,7 +112,10 @@ class Build:
             say(render_quality(quality, num_shards=1))
             complain(complaint(quality, self.config.out))
         elif is_unknown(seal):
-            complain(f"{self.config.out}: nobody has measured what its records lose")
+            complain(
+                f"{self.config.out}: nobody has measured what its records lose, and its shards are "
+                "written; a build into a new folder, with --quality-samples, does"
+            )
         missed = is_unknown(seal) if quality is None else bool(quality.faults)
         return 4 if missed and self.config.require_quality else 0
 

@@ -163,7 +163,9 @@ def test_a_bad_tier_is_complained_of_and_a_good_one_not(
     assert "!!!!" not in said.err
     off = dataclasses.replace(config, out=str(tmp_path / "off"))
     assert _build(off, "--quality-samples", "0") == 0
-    assert "nobody has measured" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nobody has measured" in said
+    assert "a build into a new folder" in said
     with pytest.raises(SystemExit, match="2"):
         _build(off, "--quality-samples", "0", "--require-quality")
 
