@@ -235,8 +235,15 @@ def _read_compressed(
     return tuple(sorted(found, key=lambda evaluation: repr(evaluation.compression)))
 
 
+def _metrics(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
+
+
 def _read_answers(place: Path) -> Evaluation:
-    metrics = json.loads((place / "metrics.json").read_text())
+    metrics = _metrics(place / "metrics.json")
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:
         raise ValueError(

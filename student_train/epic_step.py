@@ -80,11 +80,10 @@ def _drops_any(layout: TokenLayout, batch: ModelBatch) -> bool:
 
 
 def _diagnostics(states: Sequence[SampleStates], plan: StepPlan) -> dict[str, float]:
-    """The step's difficulty, and how many vision tokens a sample with images has and keeps."""
+    """The student's difficulty, and how many vision tokens a sample with images has and keeps."""
     notes = {
         "epic_layer": float(plan.difficulty.layer),
         "student_ratio": plan.difficulty.student_ratio,
-        "teacher_ratio": plan.difficulty.teacher_ratio,
     }
     shown = [state for state in states if state.views]
     if shown:

@@ -325,6 +325,8 @@ def student_loss(
         check_matching=check_matching,
     )
     notes = {**loss.diagnostics, **found.diagnostics}
+    if plan is not None and objective.kd_weight > 0:
+        notes["teacher_ratio"] = plan.difficulty.teacher_ratio
     if objective.kd_from_cache:
         notes["cached_ratio"] = cached_ratio
     return replace(loss, diagnostics=notes)

@@ -156,6 +156,13 @@ def test_runs_evaluated_on_other_samples_are_not_compared(tmp_path: Path) -> Non
     assert "rld: no seed was evaluated on the same samples as supervised" in missing[0]
 
 
+def test_a_damaged_file_of_metrics_is_named(tmp_path: Path) -> None:
+    place = fake_evaluation(fake_run(tmp_path / "a", "supervised", 0), _right(0, 0.5)) / "eval"
+    (place / "metrics.json").write_text('{"scores": ')
+    with pytest.raises(ValueError, match=rf"{place / 'metrics.json'} is damaged: .* again"):
+        collect([tmp_path / "a"])
+
+
 def test_every_missing_piece_is_named_on_the_page_and_returned(tmp_path: Path) -> None:
     runs = _study(tmp_path)
     (tmp_path / "emkd-0" / "eval" / "metrics.json").unlink()

@@ -222,6 +222,8 @@ def test_the_log_says_how_hard_the_step_was(tiny_folder: TinyFolder) -> None:
         "vision_tokens": pytest.approx(64 / 3),
         "vision_tokens_kept": pytest.approx(16 / 3),
     }
+    alone = loss_of(model, batch, plan(fixed("random")), name="supervised").diagnostics
+    assert alone == {name: value for name, value in found.items() if name != "teacher_ratio"}
 
 
 def test_the_loss_of_other_objectives_has_no_second_pass(
