@@ -2,8 +2,7 @@
 
     python -m benchmarks.matching_step [--steps 12] [--large]
 
-By default a step of the demo: a teacher of its sizes (barely trained: its numbers do not matter),
-a cache of its outputs, a student that learns with the demo's settings. With `--large` forward and
+By default a step of the demo's EM-KD student (miniature.py). With `--large` forward and
 backward pass of a language model of 24 layers and width 896 with random weights, V = 151,936, one
 sample of 144 student and 729 teacher tokens and 104 tokens of text; its vision tower is left out.
 
@@ -29,27 +28,15 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
-from benchmarks.student import SKETCH_RANK
+from benchmarks.miniature import make_miniature
 from benchmarks.vision_field import Models, Problem
-from pipeline import recipes
-from pipeline.config import DigitsConfig, SourceConfig
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
-from pipeline.digits import write_digits
-from pipeline.sources import open_source
 from student_train import losses, matching, vision_matching
 from student_train.losses import distillation_loss
 from student_train.objective import preset
 from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
-from student_train.stream import BatchPlan, TrainingStream
-from student_train.student import set_trainable, student_from_vanilla
-from student_train.trainer import student_loss
-from teacher_cache.records import RecordSettings
 from teacher_cache.schema import AffinityRecord, SketchRecord, TeacherOutput, ViewGrid
-from teacher_cache.teacher import Teacher
-from teacher_cache.tokens import SampleEncoder
 from teacher_cache.topk import top_k_from_hidden
-from tests.caches import build_cache
 
 WARM_UP = 1
 
@@ -122,46 +109,9 @@ def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
 
 def demo_step(root: Path) -> Callable[[], None]:
     """An optimizer step of the demo's EM-KD student, on one batch."""
-    write_digits(DigitsConfig(out=root / "data", num_train=256, num_heldout=2))
-    teacher = train_demo_teacher(
-        root / "data", root / "teacher", TeacherSettings(vision_steps=4, language_steps=8)
-    )
-    source = open_source(SourceConfig(path=str(root / "data" / "train.json")))
-    reader = build_cache(
-        root / "cache",
-        Teacher.load(str(teacher), device="cpu", dtype="float32"),
-        [source[index] for index in range(len(source))],
-        RecordSettings(records="topk+sketch", top_k=64, sketch_rank=SKETCH_RANK),
-        samples_per_shard=64,
-    )
-    config = recipes.demo_student(
-        cache=root / "cache", teacher=teacher, out=root / "run", objective="emkd", seed=0
-    )
-    settings = config.settings
-    model, processor = student_from_vanilla(
-        str(teacher), config.projector, config.stride, dtype=torch.float32
-    )
-    set_trainable(model, settings.train_parts)
-    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
-    plan = BatchPlan(batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size)
-    stream = TrainingStream(
-        reader,
-        encoder.encode,
-        objective=settings.objective,
-        pad_token_id=encoder.pad_token_id,
-        seed=0,
-        plan=plan,
-    )
-    batch = next(iter(stream))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    assets = TeacherAssets(sketch=reader.sketch_basis())
-
-    def step() -> None:
-        student_loss(model, batch, settings, assets).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    miniature = make_miniature(root, 256)
+    batch = next(iter(miniature.stream))
+    return lambda: miniature.step(batch)
 
 
 def large_step() -> Callable[[], None]:

@@ -6,8 +6,10 @@ that once, and, other than pytest itself, it has a single thread when it forks.
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 PRELOADED = ["pipeline.build", "tests.runs"]
 
@@ -35,6 +37,15 @@ def finish(*children: BaseProcess) -> list[int | None]:
             child.kill()
             child.join()
     return codes
+
+
+def kill_in_mid_run(log: Path, lines: int, work: Callable[..., object], *arguments: object) -> None:
+    """Begin `work(*arguments)` in a child and kill it once `log` has so many lines."""
+    child = start(work, *arguments)
+    while child.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= lines):
+        time.sleep(0.002)
+    child.kill()
+    child.join()
 
 
 def _run(

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from student_train.settings import TrainerSettings
 from student_train.step_plan import plan_step
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
-from tests.children import finish, start
+from tests.children import finish, kill_in_mid_run, start
 from tests.epic import fixed, save_deep, train_vanilla, train_vanilla_on_one_thread
 from tests.runs import SETTINGS, assert_same_run, lines, tiny_cache, weights
 
@@ -104,13 +103,7 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
     whole, settings = undisturbed
     run = tmp_path / "run"
     work = (train_vanilla_on_one_thread, run, reader, vanilla, settings)
-    victim = random.Random(os.getpid()).randint(1, 6)
-    log = run / "metrics.jsonl"
-    child = start(*work)
-    while child.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= victim):
-        time.sleep(0.002)
-    child.kill()
-    child.join()
+    kill_in_mid_run(run / "metrics.jsonl", random.Random(os.getpid()).randint(1, 6), *work)
     assert finish(start(*work)) == [0]
     assert_same_run(run, whole)
 

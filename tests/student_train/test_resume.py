@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from student_train.checkpoint import CHECKPOINT_FILE
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
-from tests.children import finish, start
+from tests.children import finish, kill_in_mid_run, start
 from tests.runs import (
     SETTINGS,
     assert_same_run,
@@ -35,13 +34,7 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
     straight = tmp_path / "straight"
     train(straight, reader, vanilla, every_step)
     work = (train_on_one_thread, run, reader, vanilla, every_step)
-    victim = random.Random(os.getpid()).randint(1, 6)
-    log = run / "metrics.jsonl"
-    child = start(*work)
-    while child.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= victim):
-        time.sleep(0.002)
-    child.kill()
-    child.join()
+    kill_in_mid_run(run / "metrics.jsonl", random.Random(os.getpid()).randint(1, 6), *work)
     assert finish(start(*work)) == [0]
     assert_same_run(run, straight)
 

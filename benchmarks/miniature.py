@@ -1,0 +1,77 @@
+"""The demo's student and its cache, for benchmarks of a training step.
+
+A teacher of the demo's sizes (barely trained: its numbers do not matter, its sizes do), a cache of
+its outputs, and a student of it with the demo's settings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import recipes
+from pipeline.config import DigitsConfig, SourceConfig
+from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
+from pipeline.digits import write_digits
+from pipeline.sources import open_source
+from student_train.settings import TrainerSettings
+from student_train.signals import TeacherAssets
+from student_train.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.student import set_trainable, student_from_vanilla
+from student_train.trainer import student_loss
+from teacher_cache.records import RecordSettings
+from teacher_cache.teacher import Teacher
+from teacher_cache.tokens import SampleEncoder
+from tests.caches import build_cache
+
+SKETCH_RANK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miniature:
+    """EM-KD in the demo's sizes: where batches come from, and what an optimizer step does."""
+
+    stream: TrainingStream
+    settings: TrainerSettings
+    step: Callable[[StudentBatch], None]
+
+
+def make_miniature(root: Path, num_samples: int) -> Miniature:
+    """Build everything under `root`; takes seconds."""
+    write_digits(DigitsConfig(out=root / "data", num_train=num_samples, num_heldout=2))
+    teacher = train_demo_teacher(
+        root / "data", root / "teacher", TeacherSettings(vision_steps=4, language_steps=8)
+    )
+    source = open_source(SourceConfig(path=str(root / "data" / "train.json")))
+    reader = build_cache(
+        root / "cache",
+        Teacher.load(str(teacher), device="cpu", dtype="float32"),
+        [source[index] for index in range(len(source))],
+        RecordSettings(records="topk+sketch", top_k=64, sketch_rank=SKETCH_RANK),
+        samples_per_shard=64,
+    )
+    config = recipes.demo_student(
+        cache=root / "cache", teacher=teacher, out=root / "run", objective="emkd", seed=0
+    )
+    settings = config.settings
+    model, processor = student_from_vanilla(str(teacher), stride=config.stride, dtype=torch.float32)
+    set_trainable(model, settings.train_parts)
+    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
+    stream = TrainingStream(
+        reader,
+        encoder.encode,
+        objective=settings.objective,
+        pad_token_id=encoder.pad_token_id,
+        seed=0,
+        plan=BatchPlan(batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    assets = TeacherAssets(sketch=reader.sketch_basis())
+
+    def step(batch: StudentBatch) -> None:
+        student_loss(model, batch, settings, assets).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Miniature(stream=stream, settings=settings, step=step)
