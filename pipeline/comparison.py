@@ -255,7 +255,10 @@ def _name(run: RunFolder) -> str:
     if run.identity is None:
         return run.name
     recipe = run.identity.recipe
-    name, progression = recipe.objective.name, recipe.progression
+    name: str = recipe.objective.name
+    progression = recipe.progression
+    if recipe.objective.kd_from_cache:
+        name += " (a variant)"  # not EPIC: its teacher is frozen
     if progression is None:
         return name
     if progression.preset == "fixed":

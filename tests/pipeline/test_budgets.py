@@ -159,6 +159,13 @@ def test_evaluations_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
     assert f"{stray}: is left out; its model is not that of" in said
 
 
+def test_a_cached_teacher_is_named_a_variant_wherever_a_run_is(tmp_path: Path) -> None:
+    for name in ("epic-tcd", "epic-cached-tcd"):
+        fake_run(tmp_path / name, name, 0, progression=ProgressionConfig())
+    groups = group_runs(collect([tmp_path / "epic-tcd", tmp_path / "epic-cached-tcd"]).runs)
+    assert {group.label for group in groups} == {"epic-tcd", "epic-cached-tcd (a variant)"}
+
+
 def test_progressions_are_compared_where_all_else_is_equal(tmp_path: Path) -> None:
     groups = group_runs(collect(study(tmp_path)).runs)
     found = {(d.label, d.baseline) for d in compare_progressions(groups)}
