@@ -27,10 +27,10 @@ from torch import Tensor
 
 from benchmarks.losses import status_mib
 from benchmarks.vision_field import WIDTH, Models, Problem
+from student_train.assignment import solve_assignment
 from student_train.certificate import certified_pairs
 from student_train.cost import cost_error, cost_matrix
 from student_train.l1 import l1_distances
-from student_train.matching import solve_assignment
 from student_train.metrics import hubness, separability
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import Signal

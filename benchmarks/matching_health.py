@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.vision_field import Models, Problem
+from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix
-from student_train.matching import solve_assignment
 from student_train.metrics import separability
 from student_train.objective import MatchingConfig, MatchMetric
 

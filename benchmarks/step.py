@@ -32,9 +32,9 @@ from torch.nn import functional
 
 from benchmarks.losses import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from benchmarks.vision_field import WIDTH, Models, field
+from student_train.assignment import solve_assignment
 from student_train.linear_head import LinearHead
 from student_train.losses import distillation_loss
-from student_train.matching import solve_assignment
 from student_train.objective import ObjectiveConfig
 from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets

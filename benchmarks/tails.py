@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.vision_field import Models, Problem
+from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix
 from student_train.divergence import DIVERGENCES
-from student_train.matching import solve_assignment
 from student_train.objective import DivergenceName, MatchingConfig, TailPolicy
 from student_train.signals import HiddenSignal
 from student_train.tail_policies import STUDY_TAILS

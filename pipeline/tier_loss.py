@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.plan import is_vision_plane
+from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix
 from student_train.divergence import reverse_kl
-from student_train.matching import solve_assignment
 from student_train.objective import MatchingConfig
 from student_train.signals import Signal, TopKSignal
 from teacher_cache.arrow_shard import ArrowFormat

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
+from student_train.assignment import solve_assignment
 from student_train.certificate import certified_pairs
 from student_train.cost import CostError, Costs, cost_error, pair_costs
 from student_train.linear_head import LogitsOf
@@ -217,25 +217,6 @@ def _solve(cost: Tensor, copied: torch.cuda.Event | None, error: CostError | Non
     if error is None:
         return _Pairs(rows, columns, total, None)
     return _Pairs(rows, columns, total, certified_pairs(cost, error.of(cost), rows, columns))
-
-
-def solve_assignment(
-    cost: Float[Tensor, "N M"],
-) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:
-    """The min(N, M) pairs of least total cost, as (row, column) indices sorted by row; on the CPU.
-
-    SciPy's shortest augmenting paths solve the rectangular problem in float64: half a millisecond
-    to three at 144 x 729, where the costs take a hundred (docs/method.md).
-    """
-    matrix = cost.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(
-            f"{int((~torch.isfinite(matrix)).sum())} of {matrix.numel()} matching costs are NaN "
-            "or infinite: the student's vision logits have overflowed; lower the learning rate "
-            "or train in a wider dtype"
-        )
-    rows, columns = linear_sum_assignment(matrix.numpy())
-    return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 def _groups(views: Sequence[ViewGrid], scope: MatchScope) -> dict[tuple[int, ...], list[int]]:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix, shared_ids
-from student_train.matching import Assignment, match_tokens, solve_assignment
+from student_train.matching import Assignment, match_tokens
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import DenseSignal, HiddenSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.head import LmHead

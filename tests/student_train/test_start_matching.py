@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from student_train.assignment import solve_assignment
 from student_train.cost import cost_error, cost_matrix
-from student_train.matching import match_tokens, solve_assignment, start_matching
+from student_train.matching import match_tokens, start_matching
 from student_train.metrics import assignment_stats
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal, HiddenSignal, TeacherAssets, vision_signal

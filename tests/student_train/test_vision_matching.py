@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train import vision_matching
+from student_train.assignment import solve_assignment
 from student_train.linear_head import LinearHead
-from student_train.matching import PendingMatching, match_tokens, solve_assignment, start_matching
+from student_train.matching import PendingMatching, match_tokens, start_matching
 from student_train.metrics import matching_quality
 from student_train.objective import MatchingConfig, MatchMetric, MatchScope, ObjectiveConfig, preset
 from student_train.settings import TrainerSettings
