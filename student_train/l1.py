@@ -20,16 +20,21 @@ _STRIPS_AT_ONCE = 4
 
 
 @torch.no_grad()
-def l1_distances(student: Float[Tensor, "N C"], teacher: Float[Tensor, "M C"]) -> Tensor:
-    """`sum_c |student[n, c] - teacher[m, c]|`, shape [N, M], in the rows' dtype (one for both)."""
-    total = student.new_zeros(len(student), len(teacher))
-    for start in range(0, student.shape[1], _COLUMNS_AT_ONCE):
+def l1_distances(
+    student: Float[Tensor, "*B N C"], teacher: Float[Tensor, "*B M C"]
+) -> Float[Tensor, "*B N M"]:
+    """`sum_c |student[n, c] - teacher[m, c]|` in the rows' dtype (one for both).
+
+    Leading dimensions are problems of their own: each gets the bits that it gets alone.
+    """
+    total = student.new_zeros(*student.shape[:-1], teacher.shape[-2])
+    for start in range(0, student.shape[-1], _COLUMNS_AT_ONCE):
         stop = start + _COLUMNS_AT_ONCE
         part = torch.zeros_like(total)
-        own = _strips(student[:, start:stop]).split(_STRIPS_AT_ONCE)
-        theirs = _strips(teacher[:, start:stop]).split(_STRIPS_AT_ONCE)
-        for own_SNC, their_SMC in zip(own, theirs, strict=True):
-            part += torch.cdist(own_SNC, their_SMC, p=1).sum(dim=0)
+        own = _strips(student[..., start:stop]).split(_STRIPS_AT_ONCE)
+        theirs = _strips(teacher[..., start:stop]).split(_STRIPS_AT_ONCE)
+        for own_SBNC, their_SBMC in zip(own, theirs, strict=True):
+            part += torch.cdist(own_SBNC, their_SBMC, p=1).sum(dim=0)
         total += part
     return total
 
@@ -41,8 +46,8 @@ def l1_rounding(num_columns: int, dtype: torch.dtype) -> float:
 
 
 def _strips(rows: Tensor) -> Tensor:
-    """Rows [n, C] as strips [C / width, n, width]; the last is filled up with zeros."""
+    """Rows [..., n, C] as strips [C / width, ..., n, width]; zeros fill up the last."""
     width = _GPU_STRIP if rows.is_cuda else _CPU_STRIP
-    missing = -rows.shape[1] % width
+    missing = -rows.shape[-1] % width
     padded = functional.pad(rows, (0, missing)) if missing else rows
-    return padded.unflatten(1, (-1, width)).transpose(0, 1).contiguous()
+    return padded.unflatten(-1, (-1, width)).movedim(-2, 0).contiguous()

@@ -51,6 +51,26 @@ def test_a_pair_does_not_depend_on_other_pairs_and_inputs_stay() -> None:
     assert torch.equal(right, before[1])
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6)),
+    num_columns=st.sampled_from([0, 1, 15, 16, 64, 100, 8193]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_leading_dimensions_are_problems_of_their_own_to_the_bit(
+    seed: int, sizes: tuple[int, int, int, int], num_columns: int, dtype: torch.dtype
+) -> None:
+    first, second, num_left, num_right = sizes
+    left = normal(seed, first, second, num_left, num_columns).to(dtype)
+    right = normal(seed + 1, first, second, num_right, num_columns).to(dtype)
+    found = l1_distances(left, right)
+    assert found.shape == (first, second, num_left, num_right)
+    for i in range(first):
+        for j in range(second):
+            assert torch.equal(found[i, j], l1_distances(left[i, j], right[i, j]))
+
+
 @pytest.mark.parametrize("metric", ["raw_l1", "centred_l1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_costs_over_more_vocabulary_than_a_block_are_those_of_all_of_it(
