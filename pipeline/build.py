@@ -128,6 +128,7 @@ class CacheBuilder:
         if begun is not None and _unchanged(config):
             self._load_basis(begun)
             return begun
+        _require_same_measuring(config)
         if config.grid is not None:
             _ = self.teacher  # refuses a grid that it cannot give before a sample is read
         scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
@@ -297,6 +298,20 @@ def _settings(config: BuildConfig) -> str:
         "source": _files(Path(config.source.path)),
     }
     return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
+
+
+def _require_same_measuring(config: BuildConfig) -> None:
+    """ValueError where shards are written whose loss was measured on another number of samples."""
+    cache = open_store(config.out)
+    if not cache.exists(SETTINGS_FILE) or not committed(cache):
+        return
+    begun = json.loads(cache.read(SETTINGS_FILE))["config"].get("quality_samples")
+    if begun is not None and begun != config.quality_samples:
+        raise ValueError(
+            f"{config.out}: the quality of its {len(committed(cache))} written shards was measured "
+            f"on {begun} samples of each, found quality_samples {config.quality_samples} now; go "
+            f"on with {begun}, or build into a new folder"
+        )
 
 
 def _files(path: Path) -> list[tuple[str, int, int]] | None:

@@ -242,6 +242,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(config: BuildConfi
     assert [commit.quality for commit in seal.shards] == said
 
 
+def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: BuildConfig) -> None:
+    CacheBuilder(config).prepare()
+    CacheBuilder(config).build_shard(0)
+    otherwise = dataclasses.replace(config, quality_samples=config.quality_samples + 1)
+    with pytest.raises(ValueError, match="on 2 samples of each, found quality_samples 3"):
+        build(otherwise)
+    build(config)
+    with pytest.raises(ValueError, match="go on with 2, or build into a new folder"):
+        build(otherwise)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
