@@ -32,7 +32,7 @@ from student_train.assignment import solve_assignment
 from student_train.certificate import certified_pairs
 from student_train.cost import CostError, Costs, cost_error, pair_costs
 from student_train.linear_head import LogitsOf
-from student_train.objective import MatchingConfig, MatchScope
+from student_train.objective import MatchingConfig, MatchScope, MatchSolver
 from student_train.signals import Signal
 from teacher_cache.schema import ViewGrid
 
@@ -174,7 +174,7 @@ def start_matching(
         costs = pair_costs(_rows_of(student_hidden, student_rows), logits, signal, config)
         on_host, copied = _to_host(costs.cost)
         error = cost_error(signal, config, costs.cost.dtype) if config.certify else None
-        pairs = _solvers().submit(_solve, on_host, copied, error)
+        pairs = _solvers().submit(_solve, on_host, copied, error, config.solver)
         rows = torch.tensor(student_rows), torch.tensor(teacher_rows)
         problems.append(_Problem(*rows, costs, pairs))
     return PendingMatching(
@@ -194,7 +194,7 @@ def _rows_of(values: Tensor, rows: list[int]) -> Tensor:
 
 @cache
 def _solvers() -> ThreadPoolExecutor:
-    """Threads for SciPy's solver, which lets go of Python's lock."""
+    """Threads for the solvers, which let go of Python's lock."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="matching")
 
 
@@ -209,10 +209,12 @@ def _to_host(cost: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return on_host, copied
 
 
-def _solve(cost: Tensor, copied: torch.cuda.Event | None, error: CostError | None) -> _Pairs:
+def _solve(
+    cost: Tensor, copied: torch.cuda.Event | None, error: CostError | None, solver: MatchSolver
+) -> _Pairs:
     if copied is not None:
         copied.synchronize()
-    rows, columns = solve_assignment(cost)
+    rows, columns = solve_assignment(cost, solver)
     total = float(cost[rows, columns].sum(dtype=torch.float64))
     if error is None:
         return _Pairs(rows, columns, total, None)

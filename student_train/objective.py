@@ -12,6 +12,7 @@ from teacher_cache.decode import Strict
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
+MatchSolver = Literal["scipy", "lapjvh"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise", "uniform", "mean_logit"]
 """The last two are for study: they mislead (tail_policies.py)."""
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -51,6 +52,9 @@ class MatchingConfig(Strict):
     certify: bool = False
     """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
     without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
+    solver: MatchSolver = "scipy"
+    """Who solves the assignments, all of them exactly; lapjvh needs the extra `emkd[lapx]`. Where
+    several pairings cost the same, the two may choose different ones."""
 
     def __post_init__(self) -> None:
         if self.num_shared_ids is not None and self.num_shared_ids < 1:

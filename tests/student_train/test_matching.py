@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix, shared_ids
 from student_train.matching import Assignment, match_tokens
 from student_train.objective import MatchingConfig, MatchMetric
@@ -145,20 +144,6 @@ def test_shared_ids_are_the_same_everywhere_and_all_where_there_are_few() -> Non
     assert len(chosen) == 10
     assert chosen.tolist() == [87, 103, 260, 304, 443, 563, 744, 747, 750, 825]
     assert shared_ids(7, 10).tolist() == shared_ids(7, None).tolist() == list(range(7))
-
-
-@settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), num_rows=st.integers(1, 7), num_columns=st.integers(1, 7))
-def test_the_assignment_is_injective_and_optimal(
-    seed: int, num_rows: int, num_columns: int
-) -> None:
-    cost = normal(seed, num_rows, num_columns)
-    rows, columns = solve_assignment(cost)
-    assert len(rows) == min(num_rows, num_columns)
-    assert len(set(rows.tolist())) == len(set(columns.tolist())) == len(rows)
-    assert rows.tolist() == sorted(rows.tolist())
-    best, _ = references.best_assignment(cost.tolist())
-    assert float(cost[rows, columns].sum()) == pytest.approx(best, abs=1e-9)
 
 
 @settings(deadline=None, max_examples=30)
