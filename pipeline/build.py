@@ -8,17 +8,17 @@ samples is refused with the fields that differ; a bad sample is named, never sil
 """
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from pipeline.begun_build import is_unchanged, keep_settings, require_same_measuring
 from pipeline.config import BuildConfig
 from pipeline.response_grid import require_compressor, with_grid
 from pipeline.shard_quality import measure_shard
@@ -53,11 +53,24 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done so far, total)."""
 
-SETTINGS_FILE = "build.json"
-
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
     """Report nothing."""
+
+
+@runtime_checkable
+class ShardBuilder(Protocol):
+    """Whoever can write a cache shard by shard: builds, and the two kinds of extensions."""
+
+    progress: Progress
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now."""
+        ...
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Write and commit a shard of the plan; `killers`: its samples that kill their worker."""
+        ...
 
 
 class CacheBuilder:
@@ -125,10 +138,10 @@ class CacheBuilder:
         config, cache = self.config, self.cache
         cache.require_writable()  # fails here, not after hours
         begun = read_plan(cache)
-        if begun is not None and _unchanged(config):
+        if begun is not None and is_unchanged(config):
             self._load_basis(begun)
             return begun
-        _require_same_measuring(config)
+        require_same_measuring(config)
         if config.grid is not None:
             _ = self.teacher  # refuses a grid that it cannot give before a sample is read
         scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
@@ -153,7 +166,7 @@ class CacheBuilder:
         head = self.teacher.head if holds(config.records, "hidden") else None
         write_plan(cache, plan)
         write_assets(cache, head=head, sketch=self.teacher.sketch)
-        cache.write_atomic(SETTINGS_FILE, _settings(config).encode())
+        keep_settings(config)
         return plan
 
     def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
@@ -261,7 +274,7 @@ class CacheBuilder:
 def finished(config: BuildConfig) -> Seal | None:
     """The seal, if this very build is complete and none of its inputs has been touched since."""
     seal = read_seal(open_store(config.out))
-    return seal if seal is not None and _unchanged(config) else None
+    return seal if seal is not None and is_unchanged(config) else None
 
 
 def missing_shards(cache: Store) -> list[int]:
@@ -275,56 +288,20 @@ def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
     seal = finished(config)
     if seal is not None:
         return seal
-    builder = CacheBuilder(config, progress)
-    plan = builder.prepare()
-    missing = missing_shards(builder.cache)
+    return build_all(CacheBuilder(config, progress), open_store(config.out))
+
+
+def build_all(builder: ShardBuilder, cache: Store) -> Seal:
+    """Plan, build every shard that is missing, one after the other, and seal; tells of samples."""
+    progress, plan = builder.progress, builder.prepare()
+    missing = missing_shards(cache)
     done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
     for index in missing:
         builder.progress = partial(_in_all, progress, done, plan.num_samples)
         builder.build_shard(index)
         done += len(plan.shards[index])
-    return seal_cache(builder.cache)
+    return seal_cache(cache)
 
 
 def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
     progress("samples", before + done, total)
-
-
-def _settings(config: BuildConfig) -> str:
-    """The build's settings and the state of its input files, as text to compare."""
-    state = {
-        "config": dataclasses.asdict(dataclasses.replace(config, require_quality=False)),
-        "teacher": _files(Path(config.teacher)),
-        "source": _files(Path(config.source.path)),
-    }
-    return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
-
-
-def _require_same_measuring(config: BuildConfig) -> None:
-    """ValueError where shards are written whose loss was measured on another number of samples."""
-    cache = open_store(config.out)
-    if not cache.exists(SETTINGS_FILE) or not committed(cache):
-        return
-    begun = json.loads(cache.read(SETTINGS_FILE))["config"].get("quality_samples")
-    if begun is not None and begun != config.quality_samples:
-        raise ValueError(
-            f"{config.out}: the quality of its {len(committed(cache))} written shards was measured "
-            f"on {begun} samples of each, found quality_samples {config.quality_samples} now; go "
-            f"on with {begun}, or build into a new folder"
-        )
-
-
-def _files(path: Path) -> list[tuple[str, int, int]] | None:
-    """(name, bytes, time of change) of a file or of a folder's files; None where not local."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    if not path.exists():
-        return None
-    stats = [(str(file), file.stat()) for file in found if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _unchanged(config: BuildConfig) -> bool:
-    cache = open_store(config.out)
-    known = cache.exists(SETTINGS_FILE) and cache.read(SETTINGS_FILE) == _settings(config).encode()
-    # What is not on a local disk cannot be seen to be unchanged: compare its content again.
-    return known and Path(config.teacher).exists() and Path(config.source.path).exists()

@@ -8,14 +8,15 @@ source without a new sample. Running it again resumes it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from pipeline.build import CacheBuilder, Progress, no_progress
+from pipeline.build import CacheBuilder, Progress, build_all, no_progress
 from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend_config import ExtendConfig
 from pipeline.sources import scan
 from pipeline.teacher_identity import require_same_teacher
-from teacher_cache.derive import SealedCache, derive, open_apart
+from teacher_cache.derive import SealedCache, begin, open_apart
 from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.merge_caches import take_shard
 from teacher_cache.sharding import group_shards
@@ -26,13 +27,14 @@ class CacheExtender(CacheBuilder):
     """A builder whose first shards are those of another cache."""
 
     def __init__(
-        self, config: BuildConfig, base: SealedCache, progress: Progress = no_progress
+        self, base: Location, config: ExtendConfig, progress: Progress = no_progress
     ) -> None:
-        super().__init__(config, progress)
-        self.base = base
+        self.base = SealedCache.open(base)
+        open_apart(config.out, [self.base])
+        super().__init__(_build_config(config, self.base), progress)
 
-    def extended_plan(self) -> Plan:
-        """The plan of the base's samples and of those of the source that are new."""
+    def prepare(self) -> Plan:
+        """Plan the base's samples and those of the source that are new, and check or write that."""
         spec = self._require_same_spec()
         known = {key for commit in self.base.seal.shards for key, _ in self.base.kept(commit)}
         scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
@@ -45,7 +47,7 @@ class CacheExtender(CacheBuilder):
             )
         groups = [sample.images if spec.share_vision else None for sample in new]
         added = group_shards(groups, self.config.samples_per_shard)
-        return Plan(
+        plan = Plan(
             spec=spec,
             format=self.config.format,
             source=f"{self.base.seal.source} + {self.config.source.path}",
@@ -55,13 +57,15 @@ class CacheExtender(CacheBuilder):
             ),
             rejected=(*self.base.seal.rejected, *rejected),
         )
+        begin(self.cache, plan, head=self.base.head, sketch=self.base.sketch)
+        return plan
 
-    def make_shard(self, index: int) -> ShardCommit:
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
         """Take over shard `index` of the base, or run the teacher over a new one."""
         if index < len(self.base.seal.shards):
             commit = self.base.seal.shards[index]
             return take_shard(self.cache, self._plan, index, self.base, commit)
-        return self.build_shard(index)
+        return super().build_shard(index, killers)
 
     def _require_same_spec(self) -> CacheSpec:
         """The base's spec, which must be what this teacher and these settings give."""
@@ -79,21 +83,8 @@ class CacheExtender(CacheBuilder):
 
 def extend_samples(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
     """Write the samples of a cache and new ones of a source as one cache, in this process."""
-    base = SealedCache.open(cache)
-    open_apart(config.out, [base])
-    extender = CacheExtender(_build_config(config, base), base, progress)
-    plan = extender.extended_plan()
-    starts = [sum(len(shard) for shard in plan.shards[:index]) for index in range(len(plan.shards))]
-
-    def make(index: int) -> None:
-        def in_all(_what: str, done: int, _all: int) -> None:
-            progress("samples", starts[index] + done, plan.num_samples)
-
-        extender.progress = in_all
-        extender.make_shard(index)
-        in_all("", len(plan.shards[index]), 0)
-
-    return derive(extender.cache, plan, make, head=base.head, sketch=base.sketch)
+    extender = CacheExtender(cache, config, progress)
+    return build_all(extender, extender.cache)
 
 
 def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:

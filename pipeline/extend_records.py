@@ -10,20 +10,27 @@ not accept, settings of records that are not new. Running it again resumes it.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import get_args
 
 import torch
 
-from pipeline.build import Progress, no_progress
+from pipeline.build import Progress, build_all, no_progress
 from pipeline.config import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
 from pipeline.shard_quality import measure_shard
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
 from teacher_cache.codec import planes_of
-from teacher_cache.derive import SealedCache, derive, open_apart, take_file
-from teacher_cache.folder import SKETCH_FILE, read_plan, read_sketch, shard_keys
-from teacher_cache.manifest import CacheSpec, Seal
+from teacher_cache.derive import SealedCache, begin, open_apart, take_file
+from teacher_cache.folder import (
+    SKETCH_FILE,
+    read_commit,
+    read_plan,
+    read_sketch,
+    shard_keys,
+)
+from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.records import RecordSettings
 from teacher_cache.rows import encode_rows, tier_parts
 from teacher_cache.schema import CachedSample, Sample, TeacherOutput
@@ -43,41 +50,79 @@ class RecordExtender:
     """Computes the new planes of one cache, shard by shard."""
 
     def __init__(
-        self, cache: Location, config: ExtendConfig, progress: Progress = no_progress
+        self, base: Location, config: ExtendConfig, progress: Progress = no_progress
     ) -> None:
         self.config = config
         self.progress = progress
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
-        self.base = SealedCache.open(cache)
-        self.out: Store = open_apart(config.out, [self.base])
+        self.base = SealedCache.open(base)
+        self.cache: Store = open_apart(config.out, [self.base])
         records, self._computed = joined(self.base.spec.records, config.records)
         self.settings = _settings(config, self.base.spec, records)
-        self.teacher: Teacher = load_as(config.teacher, self.base.spec, config.device)
-        require_same_teacher(self.base.spec, self.teacher, config.teacher)
-        self._load_basis()
-        self.plan = dataclasses.replace(self.base.plan, spec=self._spec())
-        _require_used(config, self.plan.spec)
-        self._new_planes = _planes(self.plan.spec) - _planes(self.base.spec)
 
-    def run(self) -> Seal:
-        """Write what is missing of the extended cache, and seal it."""
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher of the base, with the sketch's basis where there is one; loaded when used."""
+        teacher = load_as(self.config.teacher, self.base.spec, self.config.device)
+        require_same_teacher(self.base.spec, teacher, self.config.teacher)
+        self._load_basis(teacher)
+        return teacher
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The base's plan with the spec of all records."""
+        base = self.base.spec
+        spec = self.teacher.spec(
+            self.settings, batch_size=base.batch_size, share_vision=base.share_vision
+        )
+        _require_used(self.config, spec)
+        return dataclasses.replace(self.base.plan, spec=spec)
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now."""
         head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
         sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
-        return derive(self.out, self.plan, self.build_shard, head=head, sketch=sketch)
+        begin(self.cache, self.plan, head=head, sketch=sketch)
+        return self.plan
 
-    def build_shard(self, index: int) -> None:
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
         """Take over the files of a shard, write the new planes beside them, and commit it."""
-        commit, cached = self.base.seal.shards[index], self._cached(index)
+        done = read_commit(self.cache, index)
+        if done is not None:
+            return done
+        commit = self.base.seal.shards[index]
+        if killers:
+            keys = [self.base.plan.shards[index][place][0] for place in killers]
+            raise ValueError(
+                f"samples {', '.join(keys)} of {self.base.store} kill the worker that computes "
+                "their new records; leave them out by emkd subset first"
+            )
+        cached = self._cached(index)
         quality = commit.quality
         if self._loses_otherwise:
             quality = measure_shard(self.teacher, cached, self._new_spec, QUALITY_SAMPLES)
         layer = write_shard_file(
-            self.out, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
+            self.cache, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
         )
-        old = [take_file(self.base, file, self.out, self.plan, index) for file in commit.files]
+        old = [take_file(self.base, file, self.cache, self.plan, index) for file in commit.files]
         files = (*old, layer)
-        commit_shard(self.out, self.plan, dataclasses.replace(commit, files=files, quality=quality))
+        changed = dataclasses.replace(commit, files=files, quality=quality)
+        return commit_shard(self.cache, self.plan, changed)
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        for samples in self._batches(index, start, stop):
+            self.teacher.outputs(samples, self._new_settings)
+            self.progress(f"probe of shard {index}", start, stop)
+
+    @property
+    def _new_planes(self) -> frozenset[str]:
+        return _planes(self.plan.spec) - _planes(self.base.spec)
+
+    @property
+    def _new_settings(self) -> RecordSettings:
+        return dataclasses.replace(self.settings, records=self._computed)
 
     @property
     def _new_spec(self) -> CacheSpec:
@@ -88,19 +133,12 @@ class RecordExtender:
         """Whether top-k records or a sketch are new: what is lost is measured of these, then."""
         return self._computed != "hidden"
 
-    def _spec(self) -> CacheSpec:
-        base = self.base.spec
-        return self.teacher.spec(
-            self.settings, batch_size=base.batch_size, share_vision=base.share_vision
-        )
-
     def _cached(self, index: int) -> list[CachedSample]:
         """The samples of a shard with what is computed of them."""
-        computed = dataclasses.replace(self.settings, records=self._computed)
         owners: VisionOwners | None = {} if self.base.spec.share_vision else None
         cached: list[CachedSample] = []
         for samples in self._batches(index):
-            outputs = self.teacher.outputs(samples, computed, owners)
+            outputs = self.teacher.outputs(samples, self._new_settings, owners)
             for sample, output in zip(samples, outputs, strict=True):
                 if not isinstance(output, TeacherOutput):
                     raise ValueError(
@@ -109,7 +147,7 @@ class RecordExtender:
                         "out by emkd subset first"
                     )
                 cached.append(CachedSample(sample=sample, output=output))
-            self._tell(index, len(cached))
+            self.progress(f"shard {index}", len(cached), len(self.base.plan.shards[index]))
         return cached
 
     def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
@@ -118,9 +156,11 @@ class RecordExtender:
             planes = {name: row.planes[name] for name in self._new_planes}
             yield dataclasses.replace(row, images=(), planes=planes)
 
-    def _batches(self, index: int) -> Iterator[list[Sample]]:
+    def _batches(
+        self, index: int, first: int = 0, last: int | None = None
+    ) -> Iterator[list[Sample]]:
         """The batches in which the build ran the teacher over a shard; rejected samples are out."""
-        planned = [key for key, _ in self.base.plan.shards[index]]
+        planned = [key for key, _ in self.base.plan.shards[index]][first:last]
         kept = set(shard_keys(self.base.plan, self.base.seal.shards[index]))
         size = self.base.spec.batch_size
         for start in range(0, len(planned), size):
@@ -131,23 +171,19 @@ class RecordExtender:
     def _sample(self, key: str) -> Sample:
         return self.base.reader.read(self.base.reader.find(key), ()).sample
 
-    def _tell(self, index: int, done: int) -> None:
-        before = sum(commit.num_rows for commit in self.base.seal.shards[:index])
-        self.progress("samples", before + done, self.base.seal.num_samples)
-
-    def _load_basis(self) -> None:
+    def _load_basis(self, teacher: Teacher) -> None:
         """The sketch's basis: the base's own, the one of a run before, or fitted now."""
         if not holds(self.settings.records, "sketch"):
             return
-        begun = read_plan(self.out)
+        begun = read_plan(self.cache)
         if self.base.sketch is not None:
-            self.teacher.sketch = self.base.sketch
-        elif begun is not None and self.out.exists(SKETCH_FILE):
-            self.teacher.sketch = read_sketch(self.out, begun.spec)
+            teacher.sketch = self.base.sketch
+        elif begun is not None and self.cache.exists(SKETCH_FILE):
+            teacher.sketch = read_sketch(self.cache, begun.spec)
         else:
-            self._fit_basis()
+            self._fit_basis(teacher)
 
-    def _fit_basis(self) -> None:
+    def _fit_basis(self, teacher: Teacher) -> None:
         """Fit the sketch to the samples that a build would have taken, in its batches."""
         places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
         order = sorted(range(len(places)), key=lambda row: places[row][1])
@@ -156,7 +192,7 @@ class RecordExtender:
         shown = (sample for sample in samples if sample.images)
         batches = iter(lambda: list(islice(shown, self.base.spec.batch_size)), [])
         wanted = self.config.calibration_tokens or CALIBRATION_TOKENS
-        self.teacher.fit_sketch(
+        teacher.fit_sketch(
             batches,
             self.settings.sketch_rank,
             wanted,
@@ -182,7 +218,8 @@ def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, Rec
 
 def extend_records(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
     """Write a cache with further records of its samples as a new one, in this process."""
-    return RecordExtender(cache, config, progress).run()
+    extender = RecordExtender(cache, config, progress)
+    return build_all(extender, extender.cache)
 
 
 def _kind(pieces: set[str]) -> RecordKind:

@@ -93,6 +93,13 @@ def _place(store: Store) -> str:
     return str(store.folder.resolve()) if isinstance(store, LocalStore) else store.url
 
 
+def begin(out: Store, plan: Plan, *, head: LmHead | None, sketch: SketchBasis | None) -> None:
+    """Write plan and assets; `CacheMismatchError` where `out` was begun with another plan."""
+    out.require_writable()
+    write_plan(out, plan)
+    write_assets(out, head=head, sketch=sketch)
+
+
 def derive(
     out: Store,
     plan: Plan,
@@ -107,9 +114,7 @@ def derive(
     `make` is given a shard number and commits that shard. Raises `CacheMismatchError` where `out`
     was begun with another plan.
     """
-    out.require_writable()
-    write_plan(out, plan)
-    write_assets(out, head=head, sketch=sketch)
+    begin(out, plan, head=head, sketch=sketch)
     done = committed(out)
     for index in range(len(plan.shards)):
         if index not in done:
