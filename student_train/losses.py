@@ -36,9 +36,9 @@ from student_train.matching import Assignment
 from student_train.objective import ObjectiveConfig, TailPolicy
 from student_train.sample_states import SampleStates
 from student_train.signals import Signal, TeacherAssets, concatenate, teacher_response_at
-from student_train.terms import mean_of, token_mean, vlad_loss, vsd_loss
+from student_train.terms import token_mean, vsd_loss
 from student_train.vision_matching import Matched, start_batch_matching
-from teacher_cache.affinity import cosine_affinity
+from student_train.vlad import batch_vlad
 from teacher_cache.schema import TeacherOutput
 
 
@@ -216,39 +216,8 @@ def _other_terms(
             terms[name] = zero
     if batch.objective.vlad_weight > 0:
         with torch.autocast(zero.device.type, enabled=False):
-            losses = [_sample_vlad(sample, batch.objective) for sample in found]
-            terms["vlad"] = mean_of([loss for loss in losses if loss is not None], zero)
+            terms["vlad"] = batch_vlad(found, batch.objective) if found else zero
     return terms
-
-
-def _sample_vlad(sample: Matched, objective: ObjectiveConfig) -> Tensor | None:
-    """VLAD of one sample, or None where it has no text to compare."""
-    chosen = _vlad_rows(sample.state, objective)
-    if not bool(chosen.any()):
-        return None
-    own = cosine_affinity(sample.state.text[chosen], sample.state.vision[sample.pairs.student])
-    theirs = _teacher_affinity(sample.output, chosen, sample.pairs.teacher)
-    return vlad_loss(own, theirs, objective.smooth_l1_beta)
-
-
-def _vlad_rows(state: SampleStates, objective: ObjectiveConfig) -> Tensor:
-    """Which of the text tokens after the image take part in VLAD: a mask [X]."""
-    if objective.vlad_text == "response":
-        return state.text_is_response
-    if objective.vlad_text == "instruction":
-        return ~state.text_is_response
-    return torch.ones_like(state.text_is_response)
-
-
-def _teacher_affinity(output: TeacherOutput, text_rows: Tensor, vision_rows: Tensor) -> Tensor:
-    """The stored affinity, or that of the stored states: rows by mask, columns by matching."""
-    device = vision_rows.device
-    if output.affinity is not None:
-        return output.affinity.cosine.to(device)[text_rows][:, vision_rows]
-    if output.hidden is None:
-        raise ValueError("the cached sample was read without its part `affinity` (or `hidden`)")
-    text, vision = output.hidden.text.to(device), output.hidden.vision.to(device)
-    return cosine_affinity(text[text_rows], vision[vision_rows])
 
 
 def _require_same_text(position: int, state: SampleStates, output: TeacherOutput) -> None:

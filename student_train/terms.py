@@ -9,7 +9,7 @@ nothing is a zero that still has a gradient (of zero). Dimensions as in schema.p
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,11 +39,21 @@ def vsd_loss(
     return mean_of([part.mean() for part in parts if len(part)], zero)
 
 
-def vlad_loss(
-    student: Float[Tensor, "X P"], teacher: Float[Tensor, "X P"], beta: float = 1.0
-) -> Float[Tensor, ""]:
-    """Affinity distillation of one sample (EM-KD: VLAD): smooth L1, mean over all X P entries."""
-    return functional.smooth_l1_loss(student, teacher.to(student.dtype).detach(), beta=beta)
+def vlad_means(
+    student: Float[Tensor, "B X P"],
+    teacher: Float[Tensor, "B X P"],
+    counted: Bool[Tensor, "B X P"],
+    beta: float = 1.0,
+) -> Float[Tensor, " B"]:
+    """Affinity distillation (EM-KD: VLAD): smooth L1, mean over each sample's counted entries.
+
+    What is not counted has no gradient; a sample without counted entries has a mean of 0.
+    """
+    entries = functional.smooth_l1_loss(
+        student, teacher.to(student.dtype).detach(), beta=beta, reduction="none"
+    )
+    sums = entries.where(counted, 0.0).sum(dim=(1, 2))
+    return sums / counted.sum(dim=(1, 2)).clamp(min=1)
 
 
 def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -20,8 +20,9 @@ from student_train.sample_states import SampleStates, gather_states
 from student_train.signals import DenseSignal, TeacherAssets
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.student import final_hidden, output_head
-from student_train.terms import supervised_rows, token_mean, vlad_loss, vsd_loss
+from student_train.terms import supervised_rows, token_mean, vlad_means, vsd_loss
 from student_train.token_layout import layout_of
+from student_train.vlad import padded
 from teacher_cache.affinity import cosine_affinity
 from teacher_cache.collate import ModelBatch, collate
 from teacher_cache.reader import CacheReader
@@ -77,7 +78,8 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
 
     Matrix products of another shape may round otherwise. So the teacher's batch is that of the
     cache; and its logits and affinities come from one product per sample, as when records are
-    made, or, `joined`, from one over what was matched, as when states are stored.
+    made, or, `joined`, from one over what was matched, as when states are stored. The student's
+    affinities are one product in either case.
     """
     states = student_states(pair, batch)
     live_batch = [pair.teacher.encoder.encode(sample) for sample in SAMPLES]
@@ -117,23 +119,28 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
     divergence = reverse_kl(vision, matched, "exact")
     vsd = vsd_loss(divergence.value, [found.num_pairs for found in pairs], vision.sum())
 
-    def live_affinity(text: Tensor, vision: Tensor, index: Tensor) -> Tensor:
-        if joined:
-            return cosine_affinity(text, vision[index])
-        return cosine_affinity(text, vision)[:, index]
-
-    vlad = [
-        vlad_loss(
-            cosine_affinity(s.text, s.vision[found.student]),
-            live_affinity(h[e.spans.vlad_text], h[e.spans.vision], found.teacher),
-        )
-        for (s, e, h), found in zip(with_image, pairs, strict=True)
-    ]
+    texts = [h[e.spans.vlad_text] for _, e, h in with_image]
+    visions = [h[e.spans.vision] for _, e, h in with_image]
+    chosen = [vision[found.teacher] for vision, found in zip(visions, pairs, strict=True)]
+    own_affinity = cosine_affinity(
+        padded([s.text for s, _, _ in with_image]),
+        padded(
+            [s.vision[found.student] for (s, _, _), found in zip(with_image, pairs, strict=True)]
+        ),
+    )
+    affinity = cosine_affinity(padded(texts), padded(chosen))
+    counted = torch.zeros(affinity.shape, dtype=torch.bool)
+    for index, (text, vision, found) in enumerate(zip(texts, visions, pairs, strict=True)):
+        block = index, slice(len(text)), slice(found.num_pairs)
+        counted[block] = True
+        if not joined:
+            affinity[block] = cosine_affinity(text, vision)[:, found.teacher]
+    vlad = vlad_means(own_affinity, affinity, counted)
     return {
         "supervised": token_mean(supervised_rows(response, labels)),
         "rld": rld,
         "vsd": vsd,
-        "vlad": torch.stack(vlad).mean(),
+        "vlad": vlad.sum() / len(vlad),
     }
 
 
