@@ -1,15 +1,19 @@
 """Fixtures shared by all tests: small real models, built once per session."""
 
+import os
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from tests.tiny import FAMILIES
+import torch
 
 if TYPE_CHECKING:
     from tests.s3_server import S3Server
+
+# Triton asks once, when it is imported, which transformers does: before any conftest below this.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TinyFolder = Callable[[str], Path]
 
@@ -17,6 +21,8 @@ TinyFolder = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
     """Folder of the tiny model of a family, by model type."""
+    from tests.tiny import FAMILIES
+
     built: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
