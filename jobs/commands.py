@@ -30,7 +30,7 @@ from pipeline.extend_config import ExtendConfig
 from pipeline.plan_config import PlanConfig
 
 Command = Callable[[], int]
-Stage = Literal["build", "train", "evaluate"]
+Stage = Literal["build", "extend", "train", "evaluate"]
 RecipeName = Literal["paper-phase-one", "paper-phase-two", "paper-epic"]
 
 CONFIG_CLASSES: dict[str, type] = {

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+from jobs.options import RayOptions
 from jobs.progress import say
 from pipeline.extend_config import ExtendConfig
 from teacher_cache.settings import ShardFormatName
@@ -125,28 +126,19 @@ class Merge:
 class Extend:
     """Add to a sealed cache, as a new one: samples (--source), or further records (--records).
 
-    Files of the old cache are linked or copied unopened. Runs in this one process.
+    Files of the old cache are linked or copied unopened. Run again to resume.
     """
 
-    cache: tyro.conf.Positional[str]
-    """The cache to extend: folder, or URL in an object store."""
     config: ExtendConfig
+    run: RayOptions = RayOptions()
     json: bool = False
     """Print the seal as JSON."""
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.progress import Bars
+        from jobs.build_cache import run_extend
 
-        with Bars() as bars:
-            if self.config.source is not None:
-                from pipeline.extend import extend_samples
-
-                seal = extend_samples(self.cache, self.config, bars.update)
-            else:
-                from pipeline.extend_records import extend_records
-
-                seal = extend_records(self.cache, self.config, bars.update)
+        seal = run_extend(self.config, self.run)
         return say_seal(self.config.out, seal, self.json)
 
 

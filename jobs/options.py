@@ -20,8 +20,8 @@ class RayOptions(Strict):
     """How often work whose worker died is tried again. (A shard of a build once; when that has cost
     two workers, it is searched for the samples that kill them. 0: neither.)"""
     worker_timeout: float | None = None
-    """Build only: seconds without progress (a batch, the loading of a teacher) after which a worker
-    counts as dead and is killed. Default: it may take as long as it likes."""
+    """Build and extend only: seconds without progress (a batch, the loading of a teacher) after
+    which a worker counts as dead and is killed. Default: it may take as long as it likes."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -39,5 +39,6 @@ class RayOptions(Strict):
         """Raise ValueError where a timeout was asked of a stage that has none."""
         if self.worker_timeout is not None:
             raise ValueError(
-                f"--worker-timeout goes with emkd build; {stage} is not watched, leave it away"
+                f"--worker-timeout goes with emkd build and extend; {stage} is not watched: leave "
+                "it away"
             )

@@ -14,7 +14,7 @@ from teacher_cache.storage import is_url
 
 Config = TypeVar("Config")
 
-_MAY_BE_LOCAL = ("path", "teacher", "student", "model")
+_MAY_BE_LOCAL = ("path", "source", "teacher", "student", "model")
 _LOCATIONS = ("out", "cache")
 """Folders, which need not be there yet, or URLs."""
 

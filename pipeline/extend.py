@@ -19,17 +19,15 @@ from pipeline.teacher_identity import require_same_teacher
 from teacher_cache.derive import SealedCache, begin, open_apart
 from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.merge_caches import take_shard
+from teacher_cache.settings import holds
 from teacher_cache.sharding import group_shards
-from teacher_cache.storage import Location
 
 
 class CacheExtender(CacheBuilder):
     """A builder whose first shards are those of another cache."""
 
-    def __init__(
-        self, base: Location, config: ExtendConfig, progress: Progress = no_progress
-    ) -> None:
-        self.base = SealedCache.open(base)
+    def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
+        self.base = SealedCache.open(config.cache)
         open_apart(config.out, [self.base])
         super().__init__(_build_config(config, self.base), progress)
 
@@ -57,7 +55,8 @@ class CacheExtender(CacheBuilder):
             ),
             rejected=(*self.base.seal.rejected, *rejected),
         )
-        begin(self.cache, plan, head=self.base.head, sketch=self.base.sketch)
+        base = self.base
+        begin(self.cache, plan, head=base.head, sketch=base.sketch, template=base.template)
         return plan
 
     def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
@@ -70,7 +69,7 @@ class CacheExtender(CacheBuilder):
     def _require_same_spec(self) -> CacheSpec:
         """The base's spec, which must be what this teacher and these settings give."""
         require_same_teacher(self.base.spec, self.teacher, self.config.teacher)
-        self.teacher.sketch = self.base.sketch
+        self.teacher.sketch, self.teacher.template = self.base.sketch, self.base.template
         found = self.teacher.spec(
             self.records,
             batch_size=self.config.batch_size,
@@ -81,9 +80,9 @@ class CacheExtender(CacheBuilder):
         return found
 
 
-def extend_samples(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
+def extend_samples(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
     """Write the samples of a cache and new ones of a source as one cache, in this process."""
-    extender = CacheExtender(cache, config, progress)
+    extender = CacheExtender(config, progress)
     return build_all(extender, extender.cache)
 
 

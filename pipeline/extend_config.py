@@ -17,6 +17,8 @@ from teacher_cache.settings import AffinityDtype, HiddenDtype, LogitsCodec, Reco
 class ExtendConfig(Strict):
     """Add to a sealed cache, as a new one: samples of a source, or records of a further kind."""
 
+    cache: str
+    """The cache to extend: folder, or URL in an object store."""
     out: str
     """Folder or URL of the extended cache; the one that is extended stays as it is."""
     teacher: str

@@ -37,7 +37,7 @@ from teacher_cache.schema import CachedSample, Sample, TeacherOutput
 from teacher_cache.settings import RecordKind, holds
 from teacher_cache.shard_format import EncodedRow
 from teacher_cache.sharding import spread_order
-from teacher_cache.storage import Location, Store
+from teacher_cache.storage import Store
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import VisionOwners
 from teacher_cache.writer import commit_shard, write_shard_file
@@ -49,14 +49,12 @@ _PIECES = ("topk", "sketch", "hidden")
 class RecordExtender:
     """Computes the new planes of one cache, shard by shard."""
 
-    def __init__(
-        self, base: Location, config: ExtendConfig, progress: Progress = no_progress
-    ) -> None:
+    def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
         self.config = config
         self.progress = progress
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
-        self.base = SealedCache.open(base)
+        self.base = SealedCache.open(config.cache)
         self.cache: Store = open_apart(config.out, [self.base])
         records, self._computed = joined(self.base.spec.records, config.records)
         self.settings = _settings(config, self.base.spec, records)
@@ -216,9 +214,9 @@ def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, Rec
     return _kind(pieces | set(held.split("+"))), _kind(computed)
 
 
-def extend_records(cache: Location, config: ExtendConfig, progress: Progress = no_progress) -> Seal:
+def extend_records(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
     """Write a cache with further records of its samples as a new one, in this process."""
-    extender = RecordExtender(cache, config, progress)
+    extender = RecordExtender(config, progress)
     return build_all(extender, extender.cache)
 
 

@@ -71,16 +71,22 @@ def more_samples(folder: Path, model: Path, out: Path, records: RecordKind = "to
     """The base of six samples extended by a source that has these and six more."""
     source = build_config(folder, model, records, 12).source.path
     base = str(folder / f"{records}-6")
-    config = ExtendConfig(out=str(out), teacher=str(model), source=source, device="cpu")
-    return extend_samples(base, config)
+    return extend_samples(
+        ExtendConfig(cache=base, out=str(out), teacher=str(model), source=source, device="cpu")
+    )
 
 
 def more_records(folder: Path, model: Path, out: Path) -> Seal:
     """The base of six samples extended by hidden states."""
     config = ExtendConfig(
-        out=str(out), teacher=str(model), records="hidden", hidden_dtype="float32", device="cpu"
+        cache=str(folder / "topk+sketch-6"),
+        out=str(out),
+        teacher=str(model),
+        records="hidden",
+        hidden_dtype="float32",
+        device="cpu",
     )
-    return extend_records(folder / "topk+sketch-6", config)
+    return extend_records(config)
 
 
 def content(cache: Path) -> dict[str, bytes]:

@@ -142,10 +142,11 @@ def test_a_missing_config_file_is_named(capsys: pytest.CaptureFixture[str]) -> N
     assert "nowhere.json: no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["build", "train", "evaluate"])
+@pytest.mark.parametrize("name", ["build", "extend", "train", "evaluate"])
 def test_what_submit_sends_parses_to_the_same_settings(name: str) -> None:
     flags = {
         "build": "--source s.json --teacher t --out o --top-k 7 --num-workers 3",
+        "extend": "--cache c --source s.json --teacher t --out o --num-workers 2",
         "train": "--cache c --student s --out o --objective rld --gpus-per-worker 0.5",
         "evaluate": "--model m --source s.json --out o --scores anls --ray",
     }[name]

@@ -71,16 +71,17 @@ def test_a_cache_is_extended_by_samples_and_by_records(
     base = str(built(tmp_path, model, "topk"))
     source = build_config(tmp_path, model, "topk", 9).source.path
     teacher = ["--teacher", str(model), "--device", "cpu"]
+    here = [*teacher, "--no-ray"]
     more, both = str(tmp_path / "more"), str(tmp_path / "both")
-    told = _json(["extend", base, "--out", more, "--source", source, *teacher], capsys)
+    told = _json(["extend", "--cache", base, "--out", more, "--source", source, *here], capsys)
     assert told["samples"] == 9
     records = ["--records", "hidden", "--hidden-dtype", "float32"]
-    assert main(["extend", more, "--out", both, *records, *teacher]) == 0
+    assert main(["extend", "--cache", more, "--out", both, *records, *here]) == 0
     assert "9 samples" in capsys.readouterr().out
     assert CacheReader.open(both).spec.records == "topk+hidden"
     assert main(["verify", both, *teacher]) == 0
     with pytest.raises(SystemExit):
-        main(["extend", more, "--out", both, *teacher])
+        main(["extend", "--cache", more, "--out", both, *teacher])
     assert "give either source" in capsys.readouterr().err
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from jobs.build_cache import run_build
+from jobs.build_cache import run_build, run_extend
 from jobs.evaluate_model import run_evaluate
 from jobs.options import RayOptions
 from jobs.ray_pool import ray_session
 from jobs.train_student import run_train
 from pipeline.build import build
 from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
+from pipeline.extend_config import ExtendConfig
 from pipeline.train import train
 from teacher_cache.reader import CacheReader
 from tests.conftest import TinyFolder
@@ -58,6 +59,29 @@ def test_a_pool_of_teachers_writes_the_same_bytes(built: BuildConfig) -> None:
     said = [commit.quality for commit in CacheReader.open(built.out).seal.shards]
     assert [commit.quality for commit in seal.shards] == said
     assert None not in said
+
+
+@pytest.mark.parametrize("what", ["samples", "records"])
+def test_a_pool_extends_a_cache_by_the_same_bytes(
+    built: BuildConfig, tmp_path: Path, what: str
+) -> None:
+    source = str(write_llava_json(tmp_path, tiny_samples(16)))
+    more = ExtendConfig(
+        cache=built.out,
+        out=str(tmp_path / "ray"),
+        teacher=built.teacher,
+        source=source if what == "samples" else None,
+        records=None if what == "samples" else "hidden",
+        device="cpu",
+    )
+    seal = run_extend(more, RayOptions(num_workers=2))
+    alone = dataclasses.replace(more, out=str(tmp_path / "alone"))
+    assert run_extend(alone, RayOptions(ray=False)).fingerprint == seal.fingerprint
+    assert seal.num_samples == (16 if what == "samples" else 10)
+    assert shard_bytes(more.out) == shard_bytes(alone.out)
+    assert [c.quality for c in seal.shards] == [
+        c.quality for c in CacheReader.open(alone.out).seal.shards
+    ]
 
 
 def test_a_bad_sample_reaches_the_caller_as_its_own_error(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs import build_cache
-from jobs.build_cache import TeacherWorker, run_build
+from jobs.build_cache import run_build
 from jobs.options import RayOptions
 from jobs.ray_pool import WorkerLostError, ray_session
 from pipeline.build import CacheBuilder
@@ -27,8 +27,8 @@ NUM_SAMPLES = 6
 KILLER = tiny_samples(NUM_SAMPLES)[4].source_id
 
 
-class Fragile(TeacherWorker):
-    """A worker whose process ends without a word when the teacher is given the killer."""
+class Fragile(CacheBuilder):
+    """A builder whose process ends without a word when the teacher is given the killer."""
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -52,7 +52,7 @@ def session() -> Iterator[None]:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
-    monkeypatch.setattr(build_cache, "TeacherWorker", Fragile)
+    monkeypatch.setattr(build_cache, "CacheBuilder", Fragile)
     return BuildConfig(
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
         teacher=str(tiny_folder("llava")),

@@ -11,9 +11,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from jobs import build_cache
-from jobs.build_cache import TeacherWorker, run_build
+from jobs.build_cache import run_build
 from jobs.options import RayOptions
-from pipeline.build import build
+from pipeline.build import CacheBuilder, build
 from pipeline.config import BuildConfig, SourceConfig
 from teacher_cache.manifest import ShardCommit
 from tests.conftest import TinyFolder
@@ -34,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-class Doomed(TeacherWorker):
+class Doomed(CacheBuilder):
     """A worker that takes for ever on the machine whose id is in a file beside the cache.
 
     Those on other machines wait until it has begun.
@@ -53,7 +53,7 @@ class Doomed(TeacherWorker):
 def test_a_machine_that_is_lost_costs_only_its_own_work(
     cluster: Cluster, tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_cache, "TeacherWorker", Doomed)
+    monkeypatch.setattr(build_cache, "CacheBuilder", Doomed)
     before = {node["NodeID"] for node in ray.nodes()}
     machine = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()

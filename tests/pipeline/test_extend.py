@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.extend import extend_samples
 from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import extend_records, joined
+from pipeline.extend_records import RecordExtender, extend_records, joined
 from pipeline.verify_teacher import verify_teacher
 from teacher_cache.codec import output_planes
 from teacher_cache.manifest import CacheMismatchError
@@ -95,7 +95,11 @@ def test_extended_by_records_is_built_with_all_of_them(
     base = built(tmp_path, model, held)
     before = published(base)
     config = ExtendConfig(
-        out=str(tmp_path / "more"), teacher=str(model), records=added, device="cpu"
+        cache=str(base),
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        records=added,
+        device="cpu",
     )
     new = set(both.split("+")) - set(held.split("+"))
     if "hidden" in new:
@@ -104,7 +108,7 @@ def test_extended_by_records_is_built_with_all_of_them(
         config = dataclasses.replace(config, sketch_rank=4)
     if "topk" in new:
         config = dataclasses.replace(config, top_k=6)
-    extend_records(base, config)
+    extend_records(config)
     more = _sound(tmp_path / "more", model)
     at_once = CacheReader.open(built(tmp_path / "once", model, both))
     assert more.spec == at_once.spec
@@ -146,9 +150,11 @@ def test_a_source_without_anything_new_is_refused(tmp_path: Path, tiny_folder: T
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
     source = write_llava_json(tmp_path / "known", samples_to_cache()[2:5])
-    config = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), source=str(source))
+    config = ExtendConfig(
+        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), source=str(source)
+    )
     with pytest.raises(ValueError, match="each of its 3 usable samples is in"):
-        extend_samples(base, config)
+        extend_samples(config)
 
 
 def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFolder) -> None:
@@ -156,12 +162,32 @@ def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFo
     base = built(tmp_path, model, "topk")
     source = Path(build_config(tmp_path, model, "topk", 12).source.path)
     next(source.parent.glob("tiny-711-*.png")).unlink()
-    config = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), source=str(source))
+    config = ExtendConfig(
+        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), source=str(source)
+    )
     with pytest.raises(ValueError, match="--on-bad-sample record"):
-        extend_samples(base, config)
-    seal = extend_samples(base, dataclasses.replace(config, on_bad_sample="record", device="cpu"))
+        extend_samples(config)
+    seal = extend_samples(dataclasses.replace(config, on_bad_sample="record", device="cpu"))
     assert seal.num_samples == 11
     assert [rejected.source_id for rejected in seal.rejected] == ["tiny-711"]
+
+
+def test_samples_that_kill_the_worker_that_extends_them_are_named(
+    tmp_path: Path, tiny_folder: TinyFolder
+) -> None:
+    base = built(tmp_path, tiny_folder("llava"), "topk")
+    config = ExtendConfig(
+        cache=str(base),
+        out=str(tmp_path / "more"),
+        teacher=str(tiny_folder("llava")),
+        records="hidden",
+        device="cpu",
+    )
+    extender = RecordExtender(config)
+    extender.prepare()
+    extender.probe(1, 0, 2)
+    with pytest.raises(ValueError, match=f"samples {CacheReader.open(base).keys[4]} of .* kill"):
+        extender.build_shard(1, killers=[1])
 
 
 def test_what_records_are_joined_and_computed() -> None:
@@ -178,7 +204,7 @@ def test_what_records_are_joined_and_computed() -> None:
 def test_settings_that_would_have_no_effect_are_refused(
     tmp_path: Path, tiny_folder: TinyFolder
 ) -> None:
-    config: dict[str, Any] = {"out": "b", "teacher": "c"}
+    config: dict[str, Any] = {"cache": "a", "out": "b", "teacher": "c"}
     with pytest.raises(ValueError, match="give either source"):
         ExtendConfig(**config)
     with pytest.raises(ValueError, match="give either source"):
@@ -189,18 +215,21 @@ def test_settings_that_would_have_no_effect_are_refused(
         ExtendConfig(**config, records="hidden", limit=4)
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
-    idle = ExtendConfig(out=str(tmp_path / "x"), teacher=str(model), records="hidden", top_k=4)
+    idle = ExtendConfig(
+        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), records="hidden", top_k=4
+    )
     with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
-        extend_records(base, idle)
+        extend_records(idle)
     idle = dataclasses.replace(idle, top_k=None, hidden_max_error=0.5)
     with pytest.raises(ValueError, match="hidden_max_error would have no effect"):
-        extend_records(base, idle)
+        extend_records(idle)
 
 
 def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> None:
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
     config = ExtendConfig(
+        cache=str(base),
         out=str(tmp_path / "more"),
         teacher=str(model),
         records="hidden",
@@ -208,7 +237,7 @@ def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> No
         hidden_group=8,
         device="cpu",
     )
-    extend_records(base, config)
+    extend_records(config)
     more = _sound(tmp_path / "more", model)
     assert (more.spec.hidden_dtype, more.spec.hidden_group) == ("int8", 8)
     assert more.spec.logits_codec == "exact"
@@ -224,12 +253,18 @@ def test_caches_in_object_stores_are_extended(
     base = built(tmp_path, model, "topk")
     place = f"memory://{uuid.uuid4().hex}"
     config = ExtendConfig(
-        out=f"{place}/both", teacher=str(model), records="hidden", hidden_dtype="float32"
+        cache=str(base),
+        out=f"{place}/both",
+        teacher=str(model),
+        records="hidden",
+        hidden_dtype="float32",
     )
-    extend_records(base, config)
+    extend_records(config)
     source = build_config(tmp_path, model, "topk", 12).source.path
-    more = ExtendConfig(out=f"{place}/more", teacher=str(model), source=source)
-    extend_samples(f"{place}/both", more)
+    more = ExtendConfig(
+        cache=f"{place}/both", out=f"{place}/more", teacher=str(model), source=source
+    )
+    extend_samples(more)
     assert verify_cache(f"{place}/more").problems == ()
     reader = CacheReader.open(f"{place}/more")
     assert (len(reader), reader.spec.records) == (12, "topk+hidden")

@@ -73,9 +73,13 @@ def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, tiny_folder: TinyFo
     build(base)
     build(everything)
     more = ExtendConfig(
-        out=str(tmp_path / "more"), teacher=str(model), source=everything.source.path, device="cpu"
+        cache=base.out,
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        source=everything.source.path,
+        device="cpu",
     )
-    extend_samples(base.out, more)
+    extend_samples(more)
     found, expected = sound(more.out, model), CacheReader.open(everything.out)
     assert found.spec == expected.spec
     assert found.keys == expected.keys
@@ -94,9 +98,14 @@ def test_new_records_get_a_grid_too(
     build(both)
     settings: dict[str, Any] = {"top_k": 6} if added == "topk" else {"hidden_dtype": "float32"}
     more = ExtendConfig(
-        out=str(tmp_path / "more"), teacher=str(model), records=added, device="cpu", **settings
+        cache=base.out,
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        records=added,
+        device="cpu",
+        **settings,
     )
-    extend_records(base.out, more)
+    extend_records(more)
     found, expected = sound(more.out, model), CacheReader.open(both.out)
     assert found.spec == expected.spec
     assert found.parts == expected.parts >= {"response_grid", "hidden_grid"}

@@ -305,6 +305,7 @@ def test_new_records_are_measured_as_a_build_would(
     base = dataclasses.replace(config, records=held, top_k=top_k, sketch_rank=128)
     build(base)
     more = ExtendConfig(
+        cache=base.out,
         out=str(tmp_path / "more"),
         teacher=config.teacher,
         records=added,
@@ -312,14 +313,18 @@ def test_new_records_are_measured_as_a_build_would(
         top_k=None if holds(held, "topk") else TOP_K,
         device="cpu",
     )
-    found = _qualities(extend_records(base.out, more))
+    found = _qualities(extend_records(more))
     at_once = build(dataclasses.replace(config, out=str(tmp_path / "once")))
     assert found == _qualities(at_once)
     hidden = ExtendConfig(
-        out=str(tmp_path / "all"), teacher=config.teacher, records="hidden", device="cpu"
+        cache=more.out,
+        out=f"{more.out}-all",
+        teacher=config.teacher,
+        records="hidden",
+        device="cpu",
     )
     if not holds(held, "hidden"):
-        assert _qualities(extend_records(more.out, hidden)) == found
+        assert _qualities(extend_records(hidden)) == found
 
 
 def test_no_more_logits_than_allowed_are_held(
