@@ -11,7 +11,9 @@ Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn once by
 all images (nearly as good as all V at a fraction of the work), or at all V, teacher columns decoded
 block by block; raw logits are refused on a top-k record without a sketch, whose matching would be
 wrong (errors of all: docs/method.md). Neither N x M x V nor M x V entries are ever held at once,
-nor N x V where the student's logits come from its head, nor a gradient. Dimensions as in schema.py.
+nor N x V where the student's logits come from its head, nor a gradient. Small problems of one shape
+are taken together, so that calls cost little beside arithmetic. Dimensions as in schema.py, B
+problems of n student and m teacher tokens each: N = B n, M = B m.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +29,7 @@ from torch.nn import functional
 from student_train.l1 import l1_distances, l1_rounding
 from student_train.l2 import l2_distances
 from student_train.linear_head import LogitsOf
-from student_train.objective import MatchingConfig, MatchMetric
+from student_train.objective import MatchingConfig
 from student_train.signals import HiddenSignal, Signal
 from student_train.sparse_l1 import sparse_probability_l1
 from student_train.student_logits import StudentLogits
@@ -37,6 +39,9 @@ from teacher_cache.topk import row_chunks
 _SHARED_IDS_SEED = 20251121
 _COLUMNS_AT_ONCE = 8192
 """Teacher logits are decoded at this many vocabulary rows at a time."""
+_TOGETHER = 2**21
+"""Most numbers, of logits and of costs, that problems taken together have: 8 MiB in float32. With
+so many to compute, the calls' own time no longer counts."""
 
 
 @lru_cache(maxsize=8)
@@ -52,11 +57,11 @@ def shared_ids(vocab_size: int, num_shared_ids: int | None) -> Int[Tensor, " C"]
 
 
 class Costs(NamedTuple):
-    """The cost of every pair, and what was seen of the student on the way."""
+    """The cost of every pair of each problem, and what was seen of the student on the way."""
 
-    cost: Float[Tensor, "N M"]
+    cost: Float[Tensor, "B n m"]
     """Float32 or wider."""
-    mean_logits: Float[Tensor, " N"] | None
+    mean_logits: Float[Tensor, "B n"] | None
     """Of each student token, over the vocabulary rows that were compared; None for states."""
 
 
@@ -72,7 +77,25 @@ def cost_matrix(
     cut to the V rows of the teacher; costs of hidden states need neither.
     ValueError where the teacher's record cannot serve the metric, with the records that can.
     """
-    return pair_costs(student_hidden, student_logits, teacher, config).cost
+    return pair_costs(student_hidden, student_logits, teacher, config).cost[0]
+
+
+def problems_at_once(
+    num_students: int, num_teachers: int, teacher: Signal, config: MatchingConfig
+) -> int:
+    """How many problems of n student and m teacher tokens to give to `pair_costs` together.
+
+    It follows from sizes alone, so that equal batches are always grouped alike.
+    """
+    num_columns = teacher.vocab_size
+    if isinstance(teacher, HiddenSignal) and config.metric in ("hidden_cosine", "hidden_l2"):
+        num_columns = teacher.hidden.shape[1]
+    elif config.metric != "prob_l1":
+        num_columns = min(num_columns, _COLUMNS_AT_ONCE)
+        if config.metric != "raw_l2":
+            num_columns = min(num_columns, config.num_shared_ids or num_columns)
+    num_costs = 4 * num_students * num_teachers  # l1.py holds those of a few strips
+    return max(1, _TOGETHER // ((num_students + num_teachers) * num_columns + num_costs))
 
 
 @torch.no_grad()
@@ -81,18 +104,23 @@ def pair_costs(
     student_logits: Float[Tensor, "N W"] | LogitsOf | None,
     teacher: Signal,
     config: MatchingConfig,
+    num_problems: int = 1,
 ) -> Costs:
-    """As `cost_matrix`, with what else there is to tell. Autocast reaches the head only."""
+    """As `cost_matrix` for each problem of one shape, with what else there is to tell.
+
+    The rows of both sides are those of the problems, one after another; `problems_at_once` says how
+    many of them to take. Autocast reaches the head only.
+    """
     plain = torch.autocast(student_hidden.device.type, enabled=False)
     if config.metric in ("hidden_cosine", "hidden_l2"):
         with plain:
-            return Costs(_state_distances(student_hidden, teacher, config.metric), None)
+            return Costs(_state_distances(student_hidden, teacher, config, num_problems), None)
     if student_logits is None:
         raise ValueError(f"matching by {config.metric} needs the student's vision logits")
     student = StudentLogits.of(student_hidden, student_logits, teacher.vocab_size)
     with plain:
         if config.metric == "prob_l1":
-            return _probability_l1(student, teacher)
+            return _probability_l1(student, teacher, num_problems)
         if _is_bare(teacher):
             raise ValueError(
                 f"matching by {config.metric} needs logits outside the top {teacher.least_kept}, "
@@ -100,8 +128,8 @@ def pair_costs(
                 "or match by prob_l1"
             )
         if config.metric == "raw_l2":
-            return _logit_l2(student, teacher)
-        return _logit_l1(student, teacher, config)
+            return _logit_l2(student, teacher, num_problems)
+        return _logit_l1(student, teacher, config, num_problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,36 +176,40 @@ def _is_bare(teacher: Signal) -> TypeGuard[TopKSignal]:
     return isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None
 
 
-def _logit_l1(student: StudentLogits, teacher: Signal, config: MatchingConfig) -> Costs:
+def _logit_l1(
+    student: StudentLogits, teacher: Signal, config: MatchingConfig, num_problems: int
+) -> Costs:
     """Raw or centred L1 at the shared ids, block by block; centring takes a pass of its own."""
     ids = shared_ids(teacher.vocab_size, config.num_shared_ids).to(student.hidden.device)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [B, n, C] and [B, m, C] at a few vocabulary rows at a time, in one dtype."""
+        columns = student.blocks(ids, _COLUMNS_AT_ONCE)
+        for block, logits in zip(ids.split(_COLUMNS_AT_ONCE), columns, strict=True):
+            own = at_least_float32(logits)
+            theirs = teacher.logits_at(block).to(own.dtype)
+            yield _apart(own, num_problems), _apart(theirs, num_problems)
+
     if config.metric == "raw_l1":
-        cost, total_N = _added(
-            (l1_distances(own, theirs), own.sum(dim=1))
-            for own, theirs in _blocks(student, teacher, ids)
+        cost, total_Bn = _added(
+            (l1_distances(own, theirs), own.sum(dim=2)) for own, theirs in blocks()
         )
-        return Costs(cost, total_N / len(ids))
-    held = [*_blocks(student, teacher, ids)] if len(ids) <= _COLUMNS_AT_ONCE else []
-    total_N1, total_M1 = _added(
-        (own.sum(dim=1, keepdim=True), theirs.sum(dim=1, keepdim=True))
-        for own, theirs in held or _blocks(student, teacher, ids)
+        return Costs(cost, total_Bn / len(ids))
+    held = [*blocks()] if len(ids) <= _COLUMNS_AT_ONCE else []
+    total_Bn1, total_Bm1 = _added(
+        (own.sum(dim=2, keepdim=True), theirs.sum(dim=2, keepdim=True))
+        for own, theirs in held or blocks()
     )
-    mean_N1, mean_M1 = total_N1 / len(ids), total_M1 / len(ids)
+    mean_Bn1, mean_Bm1 = total_Bn1 / len(ids), total_Bm1 / len(ids)
     distances = (
-        l1_distances(own - mean_N1, theirs - mean_M1)
-        for own, theirs in held or _blocks(student, teacher, ids)
+        l1_distances(own - mean_Bn1, theirs - mean_Bm1) for own, theirs in held or blocks()
     )
-    return Costs(reduce(torch.add, distances), mean_N1[:, 0])
+    return Costs(reduce(torch.add, distances), mean_Bn1[:, :, 0])
 
 
-def _blocks(
-    student: StudentLogits, teacher: Signal, ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of both sides at a few vocabulary rows at a time, in one dtype."""
-    columns = student.blocks(ids, _COLUMNS_AT_ONCE)
-    for block, logits in zip(ids.split(_COLUMNS_AT_ONCE), columns, strict=True):
-        own = at_least_float32(logits)
-        yield own, teacher.logits_at(block).to(own.dtype)
+def _apart(rows: Tensor, num_problems: int) -> Tensor:
+    """The rows of each problem: [B n, C] as [B, n, C]."""
+    return rows.view(num_problems, len(rows) // num_problems, rows.shape[1])
 
 
 def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -185,7 +217,7 @@ def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return reduce(lambda left, right: (left[0] + right[0], left[1] + right[1]), pairs)
 
 
-def _logit_l2(student: StudentLogits, teacher: Signal) -> Costs:
+def _logit_l2(student: StudentLogits, teacher: Signal, num_problems: int) -> Costs:
     ids = torch.arange(teacher.vocab_size, device=student.hidden.device)
     totals: list[Tensor] = []
 
@@ -195,13 +227,16 @@ def _logit_l2(student: StudentLogits, teacher: Signal) -> Costs:
             totals.append(own.sum(dim=1))
             yield own
 
-    cost = l2_distances(columns(), student.num_rows, teacher)
-    total_N = reduce(torch.add, totals)
-    return Costs(cost.to(total_N.dtype), total_N / teacher.vocab_size)
+    cost = l2_distances(columns(), student.num_rows, teacher, num_problems)
+    mean_N = reduce(torch.add, totals) / teacher.vocab_size
+    return Costs(cost.to(mean_N.dtype), mean_N.unflatten(0, (num_problems, -1)))
 
 
-def _state_distances(student: Tensor, teacher: Signal, metric: MatchMetric) -> Tensor:
+def _state_distances(
+    student: Tensor, teacher: Signal, config: MatchingConfig, num_problems: int
+) -> Tensor:
     """Cosine or Euclidean distances of final hidden states."""
+    metric = config.metric
     if not isinstance(teacher, HiddenSignal):
         raise ValueError(
             f"matching by {metric} needs the teacher's states: build the cache with records "
@@ -212,14 +247,14 @@ def _state_distances(student: Tensor, teacher: Signal, metric: MatchMetric) -> T
             f"matching by {metric} needs equal widths, found student {student.shape[1]} and "
             f"teacher {teacher.hidden.shape[1]}; match by raw_l1, which compares logits"
         )
-    own = at_least_float32(student)
-    theirs = teacher.hidden.to(own.dtype)
+    own = _apart(at_least_float32(student), num_problems)
+    theirs = _apart(teacher.hidden.to(own.dtype), num_problems)
     if metric == "hidden_l2":
         return torch.cdist(own, theirs, compute_mode="donot_use_mm_for_euclid_dist")
-    return 1 - functional.normalize(own, dim=1) @ functional.normalize(theirs, dim=1).T
+    return 1 - functional.normalize(own, dim=2) @ functional.normalize(theirs, dim=2).mT
 
 
-def _probability_l1(student: StudentLogits, teacher: Signal) -> Costs:
+def _probability_l1(student: StudentLogits, teacher: Signal, num_problems: int) -> Costs:
     """L1 of probabilities over the whole vocabulary; bare top-k records never become dense.
 
     Without a sketch the tail is uniform. Its mass tau is exact, so each cost is off by at most
@@ -229,25 +264,28 @@ def _probability_l1(student: StudentLogits, teacher: Signal) -> Costs:
     """
     costs: list[Tensor] = []
     means: list[Tensor] = []
-    for chunk in student.chunks:
-        logits = student.rows(chunk)
-        means.append(at_least_float32(logits).mean(dim=1))
+    for chunk in student.chunks:  # several only where there is a single problem
+        logits_BnV = _apart(student.rows(chunk), num_problems)
+        means.append(at_least_float32(logits_BnV).mean(dim=2))
         if _is_bare(teacher):
-            costs.append(sparse_probability_l1(logits, teacher))
+            size = teacher.num_rows // num_problems
+            each = [teacher.rows(slice(b * size, (b + 1) * size)) for b in range(num_problems)]
+            found = map(sparse_probability_l1, logits_BnV, each)
+            costs.append(torch.stack(list(found)))
         else:
-            costs.append(_dense_probability_l1(logits, teacher))
-    return Costs(torch.cat(costs), torch.cat(means))
+            costs.append(_dense_probability_l1(logits_BnV, teacher))
+    return Costs(torch.cat(costs, dim=1), torch.cat(means, dim=1))
 
 
-def _dense_probability_l1(student_logits: Tensor, teacher: Signal) -> Tensor:
+def _dense_probability_l1(logits_BnV: Tensor, teacher: Signal) -> Tensor:
     """Against a signal that knows or estimates every logit, a few teacher rows at a time."""
-    student_NV = at_least_float32(student_logits).softmax(dim=1)
-    index = torch.arange(teacher.num_rows, device=student_logits.device)
-    blocks = [
-        l1_distances(student_NV, _probabilities(teacher.rows(index[rows])).to(student_NV))
-        for rows in row_chunks(teacher.num_rows, teacher.vocab_size)
-    ]
-    return torch.cat(blocks, dim=1) if blocks else student_NV.new_zeros(len(student_NV), 0)
+    own_BnV = at_least_float32(logits_BnV).softmax(dim=2)
+    blocks = [own_BnV.new_zeros(*own_BnV.shape[:2], 0)]
+    # As for the student: one chunk has all teachers of several problems, or a single problem's.
+    for rows in row_chunks(teacher.num_rows, teacher.vocab_size):
+        theirs = _probabilities(teacher.rows(rows)).to(own_BnV)
+        blocks.append(l1_distances(own_BnV, _apart(theirs, len(own_BnV))))
+    return torch.cat(blocks, dim=2)
 
 
 def _probabilities(teacher: Signal) -> Tensor:

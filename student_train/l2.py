@@ -35,10 +35,14 @@ class _Affine(NamedTuple):
 
 @torch.no_grad()
 def l2_distances(
-    student: Iterable[Float[Tensor, "N _"]], num_students: int, teacher: Signal
-) -> Float[Tensor, "N M"]:
+    student: Iterable[Float[Tensor, "N _"]],
+    num_students: int,
+    teacher: Signal,
+    num_problems: int = 1,
+) -> Float[Tensor, "B n m"]:
     """`sqrt(sum_v (s_v - t_v)^2)` in float64; `student` gives all V columns in order, in blocks.
 
+    N = B n and M = B m: the rows are those of B problems of one shape, one after another.
     ValueError where the teacher neither knows nor estimates every logit (`Signal.logits_at`).
     """
     if isinstance(teacher, HiddenSignal):
@@ -48,7 +52,7 @@ def l2_distances(
         values_MS = code.codes.float() * code.scale[:, None]
         affine = _Affine(values_MS, code.basis.directions, code.basis.mean_logits)
     else:
-        return _decoded(student, num_students, teacher)
+        return _decoded(student, num_students, teacher, num_problems)
     coordinates_MS = affine.coordinates_MS.double()
     num_coordinates = coordinates_MS.shape[1]
     squares_N = coordinates_MS.new_zeros(num_students)
@@ -61,8 +65,12 @@ def l2_distances(
         squares_N += apart.square().sum(dim=1, dtype=torch.float64)
         across_NS += apart @ affine.directions_VS[rows].to(apart.dtype)
     squares_M = ((coordinates_MS @ _gram(affine.directions_VS)) * coordinates_MS).sum(dim=1)
-    squared_NM = squares_N[:, None] - 2 * across_NS @ coordinates_MS.T + squares_M
-    return squared_NM.clamp_(min=0).sqrt_()
+    apart = (num_problems, -1)
+    coordinates_BmS = coordinates_MS.unflatten(0, apart)
+    squared_Bnm = -2 * across_NS.unflatten(0, apart) @ coordinates_BmS.mT
+    squared_Bnm += squares_N.unflatten(0, apart)[:, :, None]
+    squared_Bnm += squares_M.unflatten(0, apart)[:, None]
+    return squared_Bnm.clamp_(min=0).sqrt_()
 
 
 def _codes_of_all(teacher: Signal) -> SketchCode | None:
@@ -84,18 +92,22 @@ def _gram(directions_VS: Tensor) -> Tensor:
 
 
 def _decoded(
-    student: Iterable[Tensor], num_students: int, teacher: DenseSignal | TopKSignal
+    student: Iterable[Tensor],
+    num_students: int,
+    teacher: DenseSignal | TopKSignal,
+    num_problems: int,
 ) -> Tensor:
     """Block by block, about the teachers' mean, which takes off most of what would cancel."""
-    squared_NM = teacher.logits.new_zeros(num_students, teacher.num_rows, dtype=torch.float64)
+    shape = num_problems, num_students // num_problems, teacher.num_rows // num_problems
+    squared_Bnm = teacher.logits.new_zeros(shape, dtype=torch.float64)
     start = 0
     for block in student:
         ids = torch.arange(start, start + block.shape[1], device=block.device)
         start += block.shape[1]
-        theirs = teacher.logits_at(ids).to(block.dtype)
-        middle = theirs.mean(dim=0)
-        own, theirs = block - middle, theirs - middle
-        squared_NM -= 2 * (own @ theirs.T)
-        squared_NM += own.square().sum(dim=1, dtype=torch.float64)[:, None]
-        squared_NM += theirs.square().sum(dim=1, dtype=torch.float64)
-    return squared_NM.clamp_(min=0).sqrt_()
+        theirs = teacher.logits_at(ids).to(block.dtype).unflatten(0, (num_problems, -1))
+        middle = theirs.mean(dim=1, keepdim=True)
+        own, theirs = block.unflatten(0, (num_problems, -1)) - middle, theirs - middle
+        squared_Bnm -= 2 * (own @ theirs.mT)
+        squared_Bnm += own.square().sum(dim=2, dtype=torch.float64)[:, :, None]
+        squared_Bnm += theirs.square().sum(dim=2, dtype=torch.float64)[:, None]
+    return squared_Bnm.clamp_(min=0).sqrt_()

@@ -194,7 +194,7 @@ def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | 
     if batch.objective.vsd_weight == 0 or not found:
         return None
     hidden = torch.cat([sample.vision for sample in found])
-    teacher = concatenate([sample.teacher for sample in found])
+    teacher = found[0].teachers
     num_pairs = [sample.pairs.num_pairs for sample in found]
 
     def reduce(values: Tensor) -> Tensor:

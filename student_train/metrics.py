@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from student_train.matching import Assignment, PendingMatching
+from student_train.matching import Assignment
 from student_train.signals import Signal
 from student_train.top_k_signal import TopKSignal, at_least_float32
 
@@ -47,24 +47,28 @@ class AssignmentStats:
 def separability(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
     """Standard deviation of the interaction over that of the costs; 1 where these are constant."""
     wide = cost.to(torch.float64)
-    centred = wide - wide.mean(dim=(-2, -1), keepdim=True)
-    interaction = centred - centred.mean(dim=-1, keepdim=True)
-    interaction -= centred.mean(dim=-2, keepdim=True)
-    spread = centred.square().mean(dim=(-2, -1)).sqrt()
-    apart = interaction.square().mean(dim=(-2, -1)).sqrt()
-    return torch.where(spread > 0, apart / spread.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+    by_row = wide.mean(dim=-1, keepdim=True)
+    interaction = wide - by_row
+    by_column = interaction.mean(dim=-2, keepdim=True)
+    interaction -= by_column
+    # The three parts are orthogonal, so that their mean squares add up to that of the whole.
+    apart = interaction.square_().mean(dim=(-2, -1))
+    by_row -= by_row.mean(dim=-2, keepdim=True)
+    spread = apart + by_row.square_().mean(dim=(-2, -1)) + by_column.square_().mean(dim=(-2, -1))
+    return torch.where(spread > 0, apart / spread, 1.0).sqrt()
 
 
 @torch.no_grad()
 def hubness(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
     """Number of distinct row minima over the number of rows."""
-    nearest = cost.argmin(dim=-1).sort(dim=-1).values
-    return (1 + (nearest.diff(dim=-1) > 0).sum(dim=-1)).to(torch.float64) / cost.shape[-2]
+    nearest = cost.argmin(dim=-1)
+    is_nearest = torch.zeros_like(cost[..., 0, :]).scatter_(-1, nearest, 1.0)
+    return is_nearest.sum(dim=-1, dtype=torch.float64) / cost.shape[-2]
 
 
 def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     """Averages over every problem of every assignment; all 0 where nothing was matched."""
-    costs = [cost for assignment in assignments for cost in assignment.costs]
+    costs = [problem.cost for assignment in assignments for problem in assignment.problems]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
     total_cost = sum(assignment.total_cost for assignment in assignments)
     proofs = [each.certified for each in assignments if each.certified is not None]
@@ -109,13 +113,12 @@ class MatchingQuality:
     agreement: float
 
 
-def matching_quality(chosen: PendingMatching, exact: PendingMatching) -> MatchingQuality:
-    """Judge `chosen` by the costs of `exact`, a matching of the same tokens; waits for both."""
+def matching_quality(chosen: Assignment, exact: Assignment) -> MatchingQuality:
+    """Judge `chosen` by the costs of `exact`, a matching of the same tokens."""
     excess = random_excess = 0.0
     num_equal = num_pairs = 0
-    for own, true in zip(chosen.problems, exact.problems, strict=True):
-        found, best = own.pairs.result(), true.pairs.result()
-        cost = true.costs.cost.to("cpu", torch.float64)
+    for found, best in zip(chosen.problems, exact.problems, strict=True):
+        cost = best.cost.to("cpu", torch.float64)
         least = float(cost[best.rows, best.columns].sum())
         excess += float(cost[found.rows, found.columns].sum()) - least
         random_excess += float(cost.mean()) * len(best.rows) - least

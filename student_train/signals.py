@@ -54,8 +54,8 @@ class DenseSignal:
         """Raw logits at the vocabulary rows `ids`."""
         return self.logits.detach()[:, ids]
 
-    def rows(self, index: Int[Tensor, " P"]) -> "DenseSignal":
-        """The positions `index`, in that order."""
+    def rows(self, index: Int[Tensor, " P"] | slice) -> "DenseSignal":
+        """The positions `index`, in that order; a slice copies nothing."""
         return DenseSignal(logits=self.logits[index])
 
     def to(self, device: torch.device) -> "DenseSignal":
@@ -95,8 +95,8 @@ class HiddenSignal:
         with torch.no_grad():
             return self.head.logits_at(self.hidden, ids)
 
-    def rows(self, index: Int[Tensor, " P"]) -> "HiddenSignal":
-        """The positions `index`, in that order."""
+    def rows(self, index: Int[Tensor, " P"] | slice) -> "HiddenSignal":
+        """The positions `index`, in that order; a slice copies nothing."""
         return HiddenSignal(hidden=self.hidden[index], head=self.head)
 
     def to(self, device: torch.device) -> "HiddenSignal":
@@ -179,8 +179,14 @@ def concatenate(signals: Sequence[Signal]) -> Signal:
     """One signal with the positions of all, in order.
 
     The signals come from one cache: one form, one head or basis (that of the first is kept), one
-    vocabulary; ValueError otherwise, or if there is none. Top-k signals may differ in K.
+    vocabulary; ValueError otherwise, or if there is none. Top-k signals may differ in K. Autocast
+    to bfloat16, which refuses to join float16 tensors, has no say in it.
     """
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return _concatenated(signals)
+
+
+def _concatenated(signals: Sequence[Signal]) -> Signal:
     first = signals[0] if signals else None
     if isinstance(first, DenseSignal):
         dense = [signal for signal in signals if isinstance(signal, DenseSignal)]

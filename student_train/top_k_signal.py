@@ -178,8 +178,8 @@ class TopKSignal:
             sketch=None if self.sketch is None else self.sketch.each(change),
         )
 
-    def rows(self, index: Int[Tensor, " P"]) -> "TopKSignal":
-        """The positions `index`, in that order."""
+    def rows(self, index: Int[Tensor, " P"] | slice) -> "TopKSignal":
+        """The positions `index`, in that order; a slice copies nothing."""
         return self.each(lambda values: values[index])
 
     def to(self, device: torch.device) -> "TopKSignal":
@@ -204,6 +204,8 @@ def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
 
     def join(entries: Sequence[Tensor]) -> Tensor:
         """One tensor of the largest width; shorter rows repeat their first entry."""
+        if all(values.shape[1] == width for values in entries):
+            return torch.cat(list(entries))
         more = [values[:, :1].expand(-1, width - values.shape[1]) for values in entries]
         return torch.cat([torch.cat(pair, dim=1) for pair in zip(entries, more, strict=True)])
 

@@ -1,11 +1,12 @@
-"""Matches the vision tokens of a micro-batch, sample by sample, in the background.
+"""Matches the vision tokens of a micro-batch, all samples together, in the background.
 
     pending = start_batch_matching(states, outputs, head, objective, assets)
     ...                                # work that hides the solving
     matched = pending.result()         # a Matched for each sample with vision tokens, else None
 
-Promise: of the student's vision logits no more exist at a time than the costs of one problem look
-at, and none afterwards; no gradient; the pairs do not depend on when they are asked for. A matching
+Promise: of the student's vision logits no more exist at a time than the costs of one problem, or of
+a few mebibytes of small ones, look at, and none afterwards; no gradient; the pairs do not depend on
+when they are asked for. A matching
 that is close to arbitrary is said so, once, in the program's log. Refuses what `matching.py` and
 `cost.py` refuse. Dimensions as in schema.py.
 """
@@ -27,9 +28,10 @@ from student_train.metrics import (
     matching_quality,
     row_mean_spread,
 )
-from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig
+from student_train.objective import MatchMetric, ObjectiveConfig
+from student_train.problems import VisionTokens
 from student_train.sample_states import SampleStates
-from student_train.signals import Signal, TeacherAssets, vision_signal
+from student_train.signals import Signal, TeacherAssets, concatenate, vision_signal
 from teacher_cache.schema import TeacherOutput
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,15 @@ class Matched(NamedTuple):
     state: SampleStates
     output: TeacherOutput
     pairs: Assignment
-    teacher: Signal
-    """The teacher at the matched positions, pair by pair."""
+    teachers: Signal
+    """The teacher at the matched positions of all samples, pair by pair."""
+    place: slice
+    """Which of these are the sample's own."""
+
+    @property
+    def teacher(self) -> Signal:
+        """The teacher at the matched positions, pair by pair."""
+        return self.teachers.rows(self.place)
 
     @property
     def vision(self) -> Tensor:
@@ -53,32 +62,46 @@ class Matched(NamedTuple):
 
 
 class _Started(NamedTuple):
-    state: SampleStates
-    output: TeacherOutput
+    """The matching of the samples that have something to match."""
+
     teacher: Signal
+    """At the vision positions of all of them."""
     pairs: PendingMatching
+    exact: PendingMatching | None
+    """The first of them, by all of V."""
 
 
 @dataclass(kw_only=True)
 class PendingBatch:
     """The matchings of a micro-batch, while they are solved."""
 
-    samples: list[_Started | None] = field(repr=False)
+    samples: list[tuple[SampleStates, TeacherOutput] | None] = field(repr=False)
+    """None where there is nothing to match."""
     metric: MatchMetric
-    exact: PendingMatching | None = None
-    """The first sample with an image, by all of V."""
+    started: _Started | None = field(default=None, repr=False)
     diagnostics: dict[str, float] = field(default_factory=dict[str, float])
     """Plain numbers for the log; complete once `result` was asked for."""
 
     def result(self) -> list[Matched | None]:
         """One entry for each sample; ValueError where costs are not finite."""
-        found = [None if sample is None else _finish(sample) for sample in self.samples]
-        pairs = [sample.pairs for sample in found if sample is not None]
-        if pairs:
-            self._describe(pairs)
+        if self.started is None:
+            return [None] * len(self.samples)
+        pairs, teacher_rows = self.started.pairs.result()
+        self._describe(pairs, self.started)
+        teachers = self.started.teacher.rows(teacher_rows)
+        found: list[Matched | None] = []
+        rest, start = iter(pairs), 0
+        for sample in self.samples:
+            if sample is None:
+                found.append(None)
+                continue
+            own = next(rest)
+            place = slice(start, start + own.num_pairs)
+            found.append(Matched(*sample, own, teachers, place))
+            start = place.stop
         return found
 
-    def _describe(self, pairs: Sequence[Assignment]) -> None:
+    def _describe(self, pairs: Sequence[Assignment], started: _Started) -> None:
         stats = assignment_stats(pairs)
         self.diagnostics["match_mean_cost"] = stats.mean_cost
         self.diagnostics["match_separability"] = stats.separability
@@ -86,15 +109,16 @@ class PendingBatch:
         self.diagnostics["match_hubness"] = stats.hubness
         if stats.certified is not None:
             self.diagnostics["match_certified"] = stats.certified
-        means = [mean for each in pairs for mean in each.mean_logits]
+        problems = [problem for each in pairs for problem in each.problems]
+        means = [each.mean_logits for each in problems if each.mean_logits is not None]
         if means:
             self.diagnostics["student_row_mean_spread"] = row_mean_spread(torch.cat(means)[:, None])
         if stats.arbitrary >= 0.5:
             _warn_of_arbitrary(self.metric)
-        first = next(sample for sample in self.samples if sample is not None)
-        if self.exact is not None:
-            quality = matching_quality(first.pairs, self.exact)
-            of = "match" if first.teacher.exact else "match_sketch"
+        if started.exact is not None:
+            quality = matching_quality(pairs[0], started.exact.result().samples[0])
+            first = started.teacher.rows(slice(pairs[0].num_teacher))
+            of = "match" if first.exact else "match_sketch"
             self.diagnostics[f"{of}_regret"] = quality.regret
             self.diagnostics[f"{of}_agreement"] = quality.agreement
 
@@ -107,7 +131,7 @@ def start_batch_matching(
     assets: TeacherAssets,
     check: bool = False,
 ) -> PendingBatch:
-    """Compute every sample's costs, and let threads solve the assignments.
+    """Compute the costs of all samples, and let threads solve the assignments.
 
     Nothing is matched where no term of the objective needs it. With `check`, the first sample with
     an image is matched a second time, by costs summed over all V that its record knows or, of a
@@ -118,15 +142,23 @@ def start_batch_matching(
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):
         shown = bool(state.views or output.views)
-        if not objective.needs_vision or not shown or _lost_all(state):
-            pending.samples.append(None)
-            continue
-        teacher = vision_signal(output, assets).to(state.vision.device)
-        pairs = _start(state, output, teacher, head, objective.matching)
-        pending.samples.append(_Started(state, output, teacher, pairs))
-        if check and pending.exact is None:
+        matched = objective.needs_vision and shown and not _lost_all(state)
+        pending.samples.append((state, output) if matched else None)
+    present = [sample for sample in pending.samples if sample is not None]
+    if present:
+        with torch.no_grad():
+            hidden = torch.cat([state.vision for state, _ in present])
+        signals = [vision_signal(output, assets) for _, output in present]
+        teacher = concatenate(signals).to(hidden.device)
+        tokens = [VisionTokens(state.views, output.views, state.kept) for state, output in present]
+        pairs = start_matching(tokens, hidden, head, teacher, objective.matching)
+        exact = None
+        if check:
             whole = replace(objective.matching, num_shared_ids=None, certify=False)
-            pending.exact = _start(state, output, teacher, head, whole)
+            first = teacher.rows(slice(signals[0].num_rows))
+            own = hidden[: len(present[0][0].vision)]
+            exact = start_matching(tokens[:1], own, head, first, whole)
+        pending.started = _Started(teacher, pairs, exact)
     return pending
 
 
@@ -146,20 +178,3 @@ def _warn_of_arbitrary(metric: MatchMetric) -> None:
         metric,
         LEAST_SEPARABILITY,
     )
-
-
-def _start(
-    state: SampleStates,
-    output: TeacherOutput,
-    teacher: Signal,
-    head: LogitsOf,
-    config: MatchingConfig,
-) -> PendingMatching:
-    return start_matching(
-        state.vision, head, state.views, teacher, output.views, config, state.kept
-    )
-
-
-def _finish(sample: _Started) -> Matched:
-    pairs = sample.pairs.result()
-    return Matched(sample.state, sample.output, pairs, sample.teacher.rows(pairs.teacher))

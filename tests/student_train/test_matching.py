@@ -186,11 +186,11 @@ def test_views_are_matched_apart_and_images_whole() -> None:
         hidden, student, student_views, signal, teacher_views, MatchingConfig(scope="view")
     )
     assert (by_view.teacher // 3).tolist() == (by_view.student // 2).tolist()
-    assert [tuple(cost.shape) for cost in by_view.costs] == [(2, 3)] * 3
+    assert [tuple(each.cost.shape) for each in by_view.problems] == [(2, 3)] * 3
     whole = match_tokens(
         hidden, student, student_views, signal, teacher_views, MatchingConfig(scope="global")
     )
-    assert [tuple(cost.shape) for cost in whole.costs] == [(4, 6), (2, 3)]
+    assert [tuple(each.cost.shape) for each in whole.problems] == [(4, 6), (2, 3)]
     cost = [[references.l1(s, t) for t in teacher[:6].tolist()] for s in student[:4].tolist()]
     last = [[references.l1(s, t) for t in teacher[6:].tolist()] for s in student[4:].tolist()]
     best = references.best_assignment(cost)[0] + references.best_assignment(last)[0]
@@ -222,7 +222,7 @@ def test_matching_gives_no_gradient_and_refuses_overflow() -> None:
     student = normal(24, 2, VOCAB).requires_grad_()
     teacher = DenseSignal(logits=normal(25, 3, VOCAB))
     pairs = match_one_view(student, teacher)
-    assert not any(cost.requires_grad for cost in pairs.costs)
+    assert not any(each.cost.requires_grad for each in pairs.problems)
     broken = student.detach().clone()
     broken[0, 0] = math.nan
     with pytest.raises(ValueError, match="3 of 6 matching costs are NaN"):

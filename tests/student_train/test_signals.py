@@ -69,6 +69,14 @@ def test_concatenation_keeps_rows_and_order(batch: RandomBatch) -> None:
             torch.testing.assert_close(last.kept_log_probs(), signals[1].kept_log_probs())
 
 
+def test_autocast_has_no_say_in_how_signals_are_joined(batch: RandomBatch) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        dense = DenseSignal(logits=dense_vision(batch, 1).to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            joined = concatenate([dense, dense])
+        assert joined.logits_at(IDS).dtype == dtype
+
+
 def test_signals_of_different_forms_are_not_concatenated(batch: RandomBatch) -> None:
     dense, hidden, top_k = exact_signals(batch)
     sketched = vision_signal(batch.outputs("topk+sketch")[1], batch.assets("topk+sketch"))

@@ -13,6 +13,7 @@ from student_train.cost import cost_error, cost_matrix
 from student_train.matching import match_tokens, start_matching
 from student_train.metrics import assignment_stats
 from student_train.objective import MatchingConfig
+from student_train.problems import VisionTokens
 from student_train.signals import DenseSignal, HiddenSignal, TeacherAssets, vision_signal
 from student_train.top_k_signal import TopKSignal
 from teacher_cache.head import LmHead
@@ -45,26 +46,22 @@ def test_it_gives_the_bits_of_waiting_whatever_becomes_of_the_inputs() -> None:
         teacher_views,
         CERTIFY_ALL,
     )
-    pending = start_matching(
-        student[:, :1],
-        student,
-        student_views,
-        DenseSignal(logits=teacher),
-        teacher_views,
-        CERTIFY_ALL,
-    )
+    tokens = [VisionTokens(student_views, teacher_views)]
+    signal = DenseSignal(logits=teacher)
+    pending = start_matching(tokens, student[:, :1], student, signal, CERTIFY_ALL)
     student.zero_()
     teacher.zero_()
-    for found in (pending.result(), pending.result()):
+    for (found,), _ in (pending.result(), pending.result()):
         assert torch.equal(found.student, plain.student)
         assert torch.equal(found.teacher, plain.teacher)
         assert found.total_cost == plain.total_cost
         assert found.certified is not None
         assert plain.certified is not None
         assert torch.equal(found.certified, plain.certified)
-        for own, other in zip(found.costs, plain.costs, strict=True):
-            assert torch.equal(own, other)
-    by_hand = sum(float(cost[solve_assignment(cost)].sum()) for cost in plain.costs)
+        for own, other in zip(found.problems, plain.problems, strict=True):
+            assert torch.equal(own.cost, other.cost)
+    costs = [problem.cost for problem in plain.problems]
+    by_hand = sum(float(cost[solve_assignment(cost)].sum()) for cost in costs)
     assert plain.total_cost == pytest.approx(by_hand)
     assert plain.num_pairs == 8 * (3 + 4)
     assert len(plain.unmatched_students) == 8
@@ -74,9 +71,8 @@ def test_costs_that_are_not_finite_are_refused_with_the_result() -> None:
     student = normal(2, 2, VOCAB)
     student[0, 0] = torch.inf
     teacher = DenseSignal(logits=normal(3, 3, VOCAB))
-    pending = start_matching(
-        student[:, 1:2], student, views(2), teacher, views(3), MatchingConfig()
-    )
+    tokens = [VisionTokens(views(2), views(3))]
+    pending = start_matching(tokens, student[:, 1:2], student, teacher, MatchingConfig())
     with pytest.raises(ValueError, match="3 of 6 matching costs are NaN"):
         pending.result()
 
@@ -94,8 +90,8 @@ def test_pairs_certified_from_top_k_records_are_those_of_the_exact_costs(
         student[:, :1], student, views(2), signal, views(signal.num_rows), CERTIFY_PROB
     )
     true_cost = cost_matrix(student[:, :1], student, exact, CERTIFY_PROB)
-    bound = cost_error(signal, CERTIFY_PROB, torch.float32).of(found.costs[0])
-    assert bool(((found.costs[0] - true_cost).abs() <= bound).all())
+    bound = cost_error(signal, CERTIFY_PROB, torch.float32).of(found.problems[0].cost)
+    assert bool(((found.problems[0].cost - true_cost).abs() <= bound).all())
     _, pairs = references.best_assignment(true_cost.tolist())
     assert found.certified is not None
     for i, j, held in zip(found.student, found.teacher, found.certified, strict=True):

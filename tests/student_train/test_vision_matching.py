@@ -14,7 +14,7 @@ from torch import Tensor
 from student_train import vision_matching
 from student_train.assignment import solve_assignment
 from student_train.linear_head import LinearHead
-from student_train.matching import PendingMatching, match_tokens, start_matching
+from student_train.matching import Assignment, match_tokens
 from student_train.metrics import matching_quality
 from student_train.objective import MatchingConfig, MatchMetric, MatchScope, ObjectiveConfig, preset
 from student_train.settings import TrainerSettings
@@ -84,8 +84,8 @@ def test_quality_is_the_excess_as_a_share_of_a_random_matchings() -> None:
     teacher = torch.tensor([[0.0, 3.0], [0.5, 0.0]])
     student = torch.tensor([[0.5, 3.0], [0.0, 0.0]])
 
-    def start(columns: int) -> PendingMatching:
-        return start_matching(
+    def match(columns: int) -> Assignment:
+        return match_tokens(
             student,
             student[:, :columns],
             views(2),
@@ -94,7 +94,7 @@ def test_quality_is_the_excess_as_a_share_of_a_random_matchings() -> None:
             MatchingConfig(num_shared_ids=None),
         )
 
-    few, exact = start(1), start(2)
+    few, exact = match(1), match(2)
     quality = matching_quality(few, exact)
     # exchanged: 3 + 3; least: 0.5 + 0.5; random: the mean cost of 1.75, twice
     assert quality.regret == pytest.approx((6 - 1) / (3.5 - 1))
@@ -239,12 +239,12 @@ def test_a_transposed_problem_has_the_transposed_solution_and_inputs_stay(
         views(num_teachers),
         MatchingConfig(metric=metric),
     )
-    columns, rows = solve_assignment(found.costs[0].T)
+    columns, rows = solve_assignment(found.problems[0].cost.T)
     pairs = set(zip(found.student.tolist(), found.teacher.tolist(), strict=True))
     assert pairs == set(zip(rows.tolist(), columns.tolist(), strict=True))
     assert found.num_pairs == 3
     assert len(found.unmatched_students) == (2 if more_students else 0)
     assert len(set(found.teacher.tolist())) == 3
-    assert found.costs[0].dtype == torch.promote_types(dtype, torch.float32)
+    assert found.problems[0].cost.dtype == torch.promote_types(dtype, torch.float32)
     for now, then in zip((states, hidden, weight), before, strict=True):
         assert torch.equal(now, then)

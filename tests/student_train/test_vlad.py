@@ -197,10 +197,12 @@ def test_half_precision_states_are_compared_in_float32(dtype: torch.dtype) -> No
     batch = random_batch(8, dtype=dtype)
     expected = batch_vlad(matched(exact, "hidden"), ONLY_VLAD).item()
     samples = [
-        own._replace(pairs=true.pairs, teacher=vision_signal(own.output, batch.assets("hidden")))
+        own._replace(pairs=true.pairs, teachers=vision_signal(own.output, batch.assets("hidden")))
         for own, true in zip(matched(batch, "hidden"), matched(exact, "hidden"), strict=True)
     ]
-    samples = [s._replace(teacher=s.teacher.rows(s.pairs.teacher)) for s in samples]
+    samples = [
+        s._replace(teachers=s.teachers.rows(s.pairs.teacher), place=slice(None)) for s in samples
+    ]
     found = batch_vlad(samples, ONLY_VLAD)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(expected, rel=40 * torch.finfo(dtype).eps)
