@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from student_train.fused_head import HeadRows, even_slices, head_loss
+from student_train.fused_head import head_loss
+from student_train.head_walk import HeadRows, even_slices
 from student_train.linear_head import LinearHead
 from student_train.logit_terms import divergence_term, head_rows, supervised_term
 from student_train.objective import DivergenceName, ObjectiveConfig

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.divergence import DIVERGENCES, forward_kl
-from student_train.fused_head import HeadRows, RowLosses
+from student_train.head_walk import HeadRows, RowLosses
 from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
 from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy

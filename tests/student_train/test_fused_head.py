@@ -1,6 +1,6 @@
 """Head and loss in one: equal to autograd over whole logits, which never exist."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,74 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from student_train import fused_head
-from student_train.fused_head import HeadPass, HeadRows, RowLosses, head_loss
+from student_train import head_walk
+from student_train.fused_head import HeadPass, head_loss
+from student_train.head_walk import HeadRows
 from student_train.linear_head import LinearHead
-
-NUM_ROWS, WIDTH, VOCAB = 10, 4, 7
+from tests.head_rows import (
+    VOCAB,
+    WIDTH,
+    Made,
+    assert_close,
+    block,
+    gradients,
+    leaves,
+    naive,
+    normal,
+    relative,
+    small_chunks,
+    sum_of,
+)
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_head, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(fused_head, "CALLED_ROWS", 4)
-    monkeypatch.setattr(fused_head, "STEP_BYTES", 4 * VOCAB * 3)
-    monkeypatch.setattr(fused_head, "_PRODUCT_ROWS", 3)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def row_values(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Two losses that share their logits, and one number that is only told."""
-    log_q = logits.log_softmax(dim=1)
-    divergence = (log_q.exp() * (log_q - targets.to(logits.dtype).log_softmax(dim=1))).sum(dim=1)
-    return {"divergence": divergence, "first": -log_q[:, 0], "told": logits[:, 0]}
-
-
-def block(hidden: Tensor, seed: int = 0) -> HeadRows:
-    targets = normal(len(hidden), VOCAB, seed=seed + 10)
-    weights = {
-        "divergence": normal(len(hidden), seed=seed + 20),
-        "first": normal(len(hidden), seed=seed + 30),
-    }
-
-    def losses(chunk: slice) -> RowLosses:
-        return lambda logits, rows: row_values(logits, targets[chunk][rows])
-
-    return HeadRows(hidden=hidden, losses=losses, weights=weights)
-
-
-def naive(head: Callable[[Tensor], Tensor], rows: HeadRows) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The same by autograd over all logits at once."""
-    logits = head(rows.hidden)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    values = rows.losses(slice(None))(wide, slice(None))
-    return sum_of([(values[name] * w).sum() for name, w in rows.weights.items()]), values
-
-
-def sum_of(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum()
-
-
-def gradients(total: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(total, tensors, retain_graph=True))
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
-
-
-def leaves(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((NUM_ROWS, WIDTH), (VOCAB, WIDTH), (VOCAB,))
-    found = [normal(*s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
-    return found[0], found[1], found[2]
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
 
 
 @settings(deadline=None, max_examples=40)
@@ -100,8 +57,8 @@ def test_values_and_gradients_are_those_of_autograd_over_whole_logits(
     before = [tensor.detach().clone() for tensor in tensors.values()]
     head = LinearHead(weight=tensors["weight"], bias=tensors.get("bias"), softcap=softcap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_head, "CHUNK_ROWS", rows)
-        patch.setattr(fused_head, "STEP_BYTES", 4 * VOCAB * step)
+        patch.setattr(head_walk, "CHUNK_ROWS", rows)
+        patch.setattr(head_walk, "STEP_BYTES", 4 * VOCAB * step)
         found = head_loss(head, [block(tensors["hidden"])])
         expected, values = naive(head, block(tensors["hidden"]))
         assert_close([found.total], [expected])
@@ -168,24 +125,6 @@ def test_it_goes_through_checkpointed_layers() -> None:
             tensor.grad = None
 
 
-class Made(TorchDispatchMode):
-    """Remembers the shape of every tensor that is made, views of a given one apart."""
-
-    def __init__(self, known: Tensor) -> None:
-        super().__init__()
-        self.known = known.untyped_storage().data_ptr()
-        self.shapes: set[tuple[int, ...]] = set()
-        self.products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.products += func == torch.ops.aten.mm.default and found.shape == (VOCAB, WIDTH)
-        for tensor in found if isinstance(found, tuple) else (found,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.known:
-                self.shapes.add(tuple(tensor.shape))
-        return found
-
-
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_more_logits_than_a_chunk_and_no_gradient_of_a_frozen_head(trained: bool) -> None:
     hidden, weight, _ = leaves()
@@ -231,10 +170,6 @@ def test_without_autograd_there_are_values_only() -> None:
     assert_close([found.total], [naive(head, block(hidden))[0]])
     frozen = LinearHead(weight=weight.detach())
     assert not head_loss(frozen, [block(hidden.detach())]).total.requires_grad
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

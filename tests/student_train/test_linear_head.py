@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
-from student_train.fused_head import HeadRows, RowLosses, head_loss
+from student_train.fused_head import head_loss
+from student_train.head_walk import HeadRows, RowLosses
 from student_train.linear_head import LinearHead, as_linear, without_gradient
 from student_train.student import output_head, student_from_vanilla
 from tests import children

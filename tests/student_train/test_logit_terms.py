@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train import fused_head
+from student_train import head_walk
 from student_train.logit_terms import divergence_term, head_rows, supervised_term
 from student_train.losses import LossTerms, distillation_loss
 from student_train.objective import MatchingConfig, ObjectiveConfig
@@ -29,8 +29,8 @@ def losses(batch: RandomBatch, form: RecordForm) -> tuple[LossTerms, list[Tensor
 def test_chunks_change_nothing(form: RecordForm, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(3)
     whole, expected = losses(batch, form)
-    monkeypatch.setattr(fused_head, "CHUNK_ROWS", 5)
-    monkeypatch.setattr(fused_head, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
+    monkeypatch.setattr(head_walk, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(head_walk, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
     cut, found = losses(batch, form)
     for name, term in whole.terms.items():
         torch.testing.assert_close(cut.terms[name], term, rtol=1e-12, atol=1e-12)
