@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from student_train.compression import compress
 from student_train.sample_states import SampleStates, gather_states
@@ -53,7 +54,8 @@ def student_pass(
     with recording as entry, compress(model, plan.student, batch, plan.student_draw) as found:
         hidden = final_hidden(model, batch.inputs)
     consistent = None
-    if entry is not None and _drops_any(found.layout, batch):
+    # The layers of a sharded model are gathered by all ranks together, or by none.
+    if entry is not None and (isinstance(model, FSDPModule) or _drops_any(found.layout, batch)):
         with torch.no_grad():
             theirs, layout = rerun(model, entry, plan.teacher, batch, plan.teacher_draw)
         consistent = _predicting(theirs.to(hidden.dtype), batch, layout)

@@ -16,6 +16,7 @@ from teacher_cache.settings import TierName
 
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 TrainPart = Literal["vision_tower", "projector", "language_model"]
+ShardName = Literal["none", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,9 @@ class TrainerSettings(TrainRecipe):
     epochs: float = 1.0
     micro_batch_size: int = 8
     """Samples of one forward pass of one worker."""
+    shard: ShardName = "none"
+    """`fsdp` shards the language model's matrices over the workers (FSDP2): weights, gradients and
+    optimizer state. `none` keeps all of them on every worker."""
     gradient_checkpointing: bool = False
     device: str = "auto"
     """`auto` takes CUDA where it is available."""
@@ -108,6 +112,11 @@ class TrainerSettings(TrainRecipe):
         for name in ("loader_threads", "grad_norm_steps", "match_check_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        if self.shard == "fsdp" and self.dtype == "float16":
+            raise ValueError(
+                "dtype float16 scales its loss by gradients that no worker of a sharded student "
+                "has whole; take dtype bfloat16 or float32, or shard none"
+            )
         if self.match_check_steps:
             self.objective.require_sampled_costs()
         if self.max_steps is not None and self.max_steps < 1:

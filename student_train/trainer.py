@@ -39,6 +39,7 @@ from student_train.checkpoint import (
     prune_checkpoints,
 )
 from student_train.epic_step import student_pass
+from student_train.linear_head import LogitsOf
 from student_train.losses import LossTerms, distillation_loss
 from student_train.metrics import term_gradient_norms
 from student_train.run_log import MetricsLog, Window, means, merge
@@ -175,13 +176,20 @@ class EmkdTrainer(Trainer):
         step = self.state.global_step + 1
         first, self._last_step = self._last_step != step, step  # which speaks for the step
         check = first and _is_due(step, self.settings.match_check_steps)
-        loss = student_loss(model, batch, self.settings, self.assets, self._plan(model), check)
+        plan, head_of = self._plan(model), self._head_of
+        loss = student_loss(model, batch, self.settings, self.assets, plan, check, head_of)
         self.window.add({"loss": loss.total, **_named("term", loss.terms)})
         self.window.add(_named("weight", loss.weights))
         self.window.add(_named("diagnostic", loss.diagnostics))
         if first and _is_due(step, self.settings.grad_norm_steps):
-            self.window.add(_named("gradient", term_gradient_norms(loss.terms, model.parameters())))
+            self.window.add(_named("gradient", self._gradient_norms(model, loss.terms)))
         return loss.total
+
+    def _head_of(self, model: nn.Module) -> LogitsOf:
+        return output_head(model)
+
+    def _gradient_norms(self, model: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        return term_gradient_norms(terms, model.parameters())
 
     def _plan(self, model: nn.Module) -> StepPlan | None:
         """What the current optimizer step drops, the same in all its micro-batches and ranks."""
@@ -308,6 +316,7 @@ def student_loss(
     assets: TeacherAssets,
     plan: StepPlan | None = None,
     check_matching: bool = False,
+    head_of: Callable[[nn.Module], LogitsOf] = output_head,
 ) -> LossTerms:
     """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
     objective = settings.objective
@@ -317,7 +326,7 @@ def student_loss(
     loss = distillation_loss(
         found.states,
         batch.outputs,
-        output_head(model),
+        head_of(model),
         objective,
         assets,
         found.consistent,

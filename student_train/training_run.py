@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate.utils import wait_for_everyone
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -26,6 +27,8 @@ from student_train.checkpoint import (
 from student_train.objective import ObjectiveConfig
 from student_train.rehearsal import require_served
 from student_train.settings import TrainerSettings
+from student_train.sharded_trainer import ShardedTrainer
+from student_train.sharding import shard
 from student_train.signals import TeacherAssets
 from student_train.step_plan import require_progression
 from student_train.stream import BatchPlan, TrainingStream, parts_needed
@@ -75,6 +78,11 @@ def train_student(
         world_size=arguments.world_size,
     )
     arguments.gradient_accumulation_steps = plan.accumulation_steps
+    if settings.shard == "fsdp" and plan.world_size == 1:
+        raise ValueError(
+            "shard is fsdp, but there is one worker and nobody to share with; give "
+            "--num-workers 2 or more, or --shard none"
+        )
     require_same_run(run, identity)
     finished = finished_run(run)
     if finished is not None:
@@ -108,7 +116,10 @@ def train_student(
     wait_for_everyone()  # every rank has looked before anything is removed
     if arguments.process_index == 0:
         prune_checkpoints(run)
-    trainer = EmkdTrainer(
+    if settings.shard == "fsdp":
+        shard(model, arguments.device, getattr(torch, settings.dtype))
+    trainer_class = ShardedTrainer if settings.shard == "fsdp" else EmkdTrainer
+    trainer = trainer_class(
         model=model,
         processor=processor,
         arguments=arguments,

@@ -6,6 +6,7 @@ that once, and, other than pytest itself, it has a single thread when it forks.
 
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -25,6 +26,20 @@ def start(
     child = context.Process(target=_run, args=(dict(environment or {}), work, arguments))
     child.start()
     return child
+
+
+def start_ranks(
+    num_ranks: int, work: Callable[..., object], *arguments: object
+) -> list[BaseProcess]:
+    """Begin `work(*arguments)` in so many children, which are the ranks of one process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(work, *arguments, environment={**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_ranks)
+    ]
 
 
 def finish(*children: BaseProcess) -> list[int | None]:

@@ -207,7 +207,7 @@ def test_identity_names_everything_that_shapes_the_weights() -> None:
     recipe = {field.name for field in dataclasses.fields(SETTINGS.recipe)}
     how = {field.name for field in dataclasses.fields(SETTINGS)} - recipe
     assert how == {
-        "max_steps", "epochs", "micro_batch_size", "gradient_checkpointing", "device",
+        "max_steps", "epochs", "micro_batch_size", "shard", "gradient_checkpointing", "device",
         "loader_threads", "save_steps", "log_steps", "grad_norm_steps",
         "match_check_steps",
     }  # fmt: skip
