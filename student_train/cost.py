@@ -158,10 +158,13 @@ def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> C
     bare = isinstance(teacher, TopKSignal) and teacher.sketch is None
     if config.metric == "prob_l1" and (teacher.exact or bare):
         # Probabilities of both sides: their sum is added up eight at a time at the worst, and the
-        # exponent of one that is not zero carries at most 104 (768 in float64) units of rounding.
-        softmax = torch.finfo(dtype).eps * (teacher.vocab_size / 8 + 1000)
+        # exponent of one that is not zero carries at most 104 units of rounding, beside those of
+        # a record's normaliser. The teacher's may be float32 whatever the cost is.
+        unit = torch.finfo(torch.float32).eps
+        softmax = unit * (teacher.vocab_size / 8 + 1000)
         absolute = torch.full((teacher.num_rows,), 2 * (softmax + rounding), dtype=torch.float64)
         if isinstance(teacher, TopKSignal) and not teacher.exact:
+            absolute += 2 * unit * teacher.logsumexp.to("cpu", torch.float64).abs()
             absolute += 2 * teacher.log_tail.to("cpu", torch.float64).exp() * (1 + softmax)
         return CostError(relative=0.0, absolute=absolute)
     raise ValueError(
@@ -186,9 +189,9 @@ def _logit_l1(
         """Logits [B, n, C] and [B, m, C] at a few vocabulary rows at a time, in one dtype."""
         columns = student.blocks(ids, _COLUMNS_AT_ONCE)
         for block, logits in zip(ids.split(_COLUMNS_AT_ONCE), columns, strict=True):
-            own = at_least_float32(logits)
-            theirs = teacher.logits_at(block).to(own.dtype)
-            yield _apart(own, num_problems), _apart(theirs, num_problems)
+            own, theirs = at_least_float32(logits), teacher.logits_at(block)
+            dtype = torch.promote_types(own.dtype, theirs.dtype)
+            yield _apart(own.to(dtype), num_problems), _apart(theirs.to(dtype), num_problems)
 
     if config.metric == "raw_l1":
         cost, total_Bn = _added(

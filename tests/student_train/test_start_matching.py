@@ -92,13 +92,16 @@ def test_pairs_certified_from_top_k_records_are_those_of_the_exact_costs(
     true_cost = cost_matrix(student[:, :1], student, exact, CERTIFY_PROB)
     bound = cost_error(signal, CERTIFY_PROB, torch.float32).of(found.problems[0].cost)
     assert bool(((found.problems[0].cost - true_cost).abs() <= bound).all())
-    _, pairs = references.best_assignment(true_cost.tolist())
+    least, pairs = references.best_assignment(true_cost.tolist())
     assert found.certified is not None
     for i, j, held in zip(found.student, found.teacher, found.certified, strict=True):
         assert (int(i), int(j)) in pairs or not held
-    if kept == VOCAB:
-        assert bool(found.certified.all())
-        assert assignment_stats([found]).certified == 1.0
+        other_cost = true_cost.clone()
+        other_cost[i, j] = 1e6
+        others, _ = references.best_assignment(other_cost.tolist())
+        # Pairs that move: a cycle of two students and a free teacher at most.
+        assert held or others - least <= 6 * float(bound.max()), "it could have been certified"
+    assert assignment_stats([found]).certified == float(found.certified.double().mean())
 
 
 def test_a_certificate_is_given_where_a_bound_is_known_and_refused_elsewhere() -> None:
