@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from jobs.build_cache import run_build, run_extend
@@ -143,3 +144,15 @@ def test_more_workers_than_the_cluster_has_are_refused(built: BuildConfig) -> No
     config = dataclasses.replace(built, out=str(Path(built.out).parent / "too-many"))
     with pytest.raises(ValueError, match="1000 workers need 1000 CPUs"):
         run_build(config, RayOptions(num_workers=1000))
+
+
+def test_two_workers_that_share_a_student_give_the_same_weights(built: BuildConfig) -> None:
+    config = dataclasses.replace(_three_steps(built, "run-whole"), micro_batch_size=1)
+    local = load_file(train(config) / "model.safetensors")
+    shared = dataclasses.replace(
+        config, shard="fsdp", device="cpu", out=Path(built.out).parent / "run-sharded"
+    )
+    remote = load_file(run_train(shared, RayOptions(num_workers=2)) / "model.safetensors")
+    assert local.keys() == remote.keys()
+    for name in local:
+        torch.testing.assert_close(local[name], remote[name], atol=1e-5, rtol=1e-4)
