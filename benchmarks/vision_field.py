@@ -106,6 +106,7 @@ class Problem:
                 logits=record.logits,
                 logsumexp=record.logsumexp,
                 log_tail=record.log_tail,
+                log_least=record.log_least,
                 vocab_size=record.vocab_size,
             )
             for k, record in records.items()

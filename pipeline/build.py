@@ -29,6 +29,7 @@ from teacher_cache.folder import (
     read_plan,
     read_seal,
     read_sketch,
+    read_template,
     require_plan,
 )
 from teacher_cache.manifest import Plan, Seal, ShardCommit
@@ -127,19 +128,20 @@ class CacheBuilder:
             affinity_dtype=config.affinity_dtype,
             affinity_max_error=config.affinity_max_error,
             grid=config.grid,
+            least_logits=config.least_logits,
         )
 
     def prepare(self) -> Plan:
         """Write the plan, or check that the one that is there is the one wanted now.
 
-        Reads every sample once (keys are content digests) and fits the sketch's basis; both are
-        skipped when settings, source and teacher files are untouched since the plan was written.
+        Reads every sample once (keys are content digests) and calibrates what top-k records share;
+        both are skipped where settings, source and teacher files are as they were then.
         """
         config, cache = self.config, self.cache
         cache.require_writable()  # fails here, not after hours
         begun = read_plan(cache)
         if begun is not None and is_unchanged(config):
-            self._load_basis(begun)
+            self._load_assets(begun)
             return begun
         require_same_measuring(config)
         if config.grid is not None:
@@ -148,8 +150,8 @@ class CacheBuilder:
         self._refuse(rejected)
         if not scanned:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
-        if holds(config.records, "sketch"):
-            self._fit_basis(scanned)
+        if holds(config.records, "topk"):
+            self._calibrate(scanned)
         groups = [sample.images if config.share_vision else None for sample in scanned]
         shards = group_shards(groups, config.samples_per_shard)
         plan = Plan(
@@ -165,7 +167,7 @@ class CacheBuilder:
         )
         head = self.teacher.head if holds(config.records, "hidden") else None
         write_plan(cache, plan)
-        write_assets(cache, head=head, sketch=self.teacher.sketch)
+        write_assets(cache, head, self.teacher.sketch, self.teacher.template)
         keep_settings(config)
         return plan
 
@@ -210,7 +212,7 @@ class CacheBuilder:
     @cached_property
     def _plan(self) -> Plan:
         plan = require_plan(self.cache)
-        self._load_basis(plan)
+        self._load_assets(plan)
         return plan
 
     def _batches(self, shard: Sequence[tuple[str, int]]) -> Iterator[list[Sample]]:
@@ -241,22 +243,25 @@ class CacheBuilder:
         sample = self._sample(key, index)
         return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
 
-    def _fit_basis(self, scanned: Sequence[ScannedSample]) -> None:
-        """Fit the sketch to samples with images from all over the source, batch by batch."""
+    def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
+        """Fit sketch and template to samples with images, if any, from all over the source."""
         size, wanted = self.config.batch_size, self.config.calibration_tokens
-        spread = (scanned[place] for place in spread_order(len(scanned)))
-        shown = (self.source[sample.index] for sample in spread if sample.images is not None)
-        batches = iter(lambda: list(islice(shown, size)), [])
-        self.teacher.fit_sketch(
+        spread = [scanned[place] for place in spread_order(len(scanned))]
+        shown = [sample for sample in spread if sample.images is not None] or spread
+        samples = (self.source[sample.index] for sample in shown)
+        batches = iter(lambda: list(islice(samples, size)), [])
+        self.teacher.calibrate(
             batches,
-            self.config.sketch_rank,
+            self.records,
             wanted,
             lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
         )
 
-    def _load_basis(self, plan: Plan) -> None:
+    def _load_assets(self, plan: Plan) -> None:
         if plan.spec.sketch_digest is not None and self.teacher.sketch is None:
             self.teacher.sketch = read_sketch(self.cache, plan.spec)
+        if plan.spec.template_digest is not None and self.teacher.template is None:
+            self.teacher.template = read_template(self.cache, plan.spec)
 
     def _refuse(self, rejected: Sequence[RejectedSample]) -> None:
         if not rejected or self.config.on_bad_sample == "record":

@@ -128,7 +128,8 @@ def measured_as(run: RunFolder, term: str) -> str | None:
     mark = f"diagnostic/{term}_tail_is_"
     tails = {key.removeprefix(mark) for line in run.metrics for key in line if key.startswith(mark)}
     policies = " and ".join(sorted(tails)) if tails else "exact"
-    weight = f" {objective.blend:g}" if "blend" in tails else ""
+    blended = any(tail.startswith("blend") for tail in tails)
+    weight = f" {objective.blend:g}" if blended else ""
     at = f", T = {objective.temperature:g}" if objective.temperature != 1 else ""
     return f"{name.replace('_', ' ')}, {policies}{weight}{at}"
 

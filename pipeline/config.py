@@ -115,12 +115,14 @@ class BuildConfig(Strict):
     logits_max_error: float = 0.05
     """Promise of affine8, and of the other codecs below: a sample that loses more stops the build,
     which then says what to choose instead."""
+    least_logits: bool = True
+    """Keep each position's smallest log-probability, 2 bytes: it bounds a reverse KL from above."""
     sketch_rank: int = 128
     """Directions of the PCA sketch; capped at the teacher's width, where it is lossless but for
     the rounding to int8."""
     calibration_tokens: int = CALIBRATION_TOKENS
-    """Vision tokens, of samples spread over the whole source, that fit the sketch's basis; all
-    there are where the source has fewer."""
+    """Vision tokens, of samples spread over the whole source, to which the sketch's basis and the
+    template of the tails are fitted; all there are where the source has fewer."""
     hidden_dtype: HiddenDtype = "bfloat16"
     hidden_group: int | None = 64
     """Most channels that share a scale where states are int8; none: all of a token's."""
@@ -200,10 +202,8 @@ class BuildConfig(Strict):
         sketch = holds(self.records, "sketch")
         use = {
             f"records {self.records} have no logits": (top, "top_k", "top_mass", "logits_codec"),
-            f"records {self.records} have no sketch": (
-                sketch,
-                *("sketch_rank", "calibration_tokens"),
-            ),
+            f"records {self.records} have no sketch": (sketch, "sketch_rank"),
+            f"records {self.records} keep every entry": (top, "calibration_tokens", "least_logits"),
             f"records {self.records} have no cosines": (top, "affinity_dtype"),
             f"records {self.records} have no hidden states": (hidden, "hidden_dtype"),
             "no ratios are given": (

@@ -2,9 +2,9 @@
 
 Promises: the old shards are linked or copied unopened and stay what they were, and so does the old
 cache; the new samples are computed exactly as a build would have computed them, by the settings of
-the cache's spec, with its own sketch basis, which is never fitted again. Samples whose keys the
-cache has are left out. Refuses a teacher that is not the cache's, with a table of the fields, and a
-source without a new sample. Running it again resumes it.
+the cache's spec, with its own sketch basis and template, which are never fitted again. Samples
+whose keys the cache has are left out. Refuses a teacher that is not the cache's, with a table of
+the fields, and a source without a new sample. Running it again resumes it.
 """
 
 import dataclasses
@@ -95,6 +95,8 @@ def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
         for field in dataclasses.fields(BuildConfig)
         if getattr(base.spec, field.name, None) is not None
     }
+    if not holds(base.spec.records, "topk"):
+        known.pop("least_logits")  # which says no where there is nothing that could have them
     known["dtype"] = base.spec.compute_dtype
     if base.spec.grid is not None:
         grid = dataclasses.asdict(base.spec.grid)

@@ -25,9 +25,11 @@ from teacher_cache.codec import planes_of
 from teacher_cache.derive import SealedCache, begin, open_apart, take_file
 from teacher_cache.folder import (
     SKETCH_FILE,
+    TEMPLATE_FILE,
     read_commit,
     read_plan,
     read_sketch,
+    read_template,
     shard_keys,
 )
 from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit
@@ -61,10 +63,10 @@ class RecordExtender:
 
     @cached_property
     def teacher(self) -> Teacher:
-        """The teacher of the base, with the sketch's basis where there is one; loaded when used."""
+        """The teacher of the base, with the basis and template to be used; loaded when used."""
         teacher = load_as(self.config.teacher, self.base.spec, self.config.device)
         require_same_teacher(self.base.spec, teacher, self.config.teacher)
-        self._load_basis(teacher)
+        self._load_assets(teacher)
         return teacher
 
     @cached_property
@@ -81,7 +83,8 @@ class RecordExtender:
         """Write the plan, or check that the one that is there is the one wanted now."""
         head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
         sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
-        begin(self.cache, self.plan, head=head, sketch=sketch)
+        template = self.teacher.template if self.plan.spec.template_digest is not None else None
+        begin(self.cache, self.plan, head=head, sketch=sketch, template=template)
         return self.plan
 
     def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
@@ -169,30 +172,43 @@ class RecordExtender:
     def _sample(self, key: str) -> Sample:
         return self.base.reader.read(self.base.reader.find(key), ()).sample
 
-    def _load_basis(self, teacher: Teacher) -> None:
-        """The sketch's basis: the base's own, the one of a run before, or fitted now."""
-        if not holds(self.settings.records, "sketch"):
-            return
-        begun = read_plan(self.cache)
-        if self.base.sketch is not None:
+    def _load_assets(self, teacher: Teacher) -> None:
+        """Basis and template: the base's own, those of a run before, or fitted now."""
+        held, wanted = self.base.spec.records, self.settings.records
+        new = [name for name in ("topk", "sketch") if holds(wanted, name) and not holds(held, name)]
+        if new and not self._load_begun(teacher):
+            self._calibrate(teacher)
+        if "topk" not in new:
+            teacher.template = self.base.template
+        if "sketch" not in new:
             teacher.sketch = self.base.sketch
-        elif begun is not None and self.cache.exists(SKETCH_FILE):
-            teacher.sketch = read_sketch(self.cache, begun.spec)
-        else:
-            self._fit_basis(teacher)
 
-    def _fit_basis(self, teacher: Teacher) -> None:
-        """Fit the sketch to the samples that a build would have taken, in its batches."""
+    def _load_begun(self, teacher: Teacher) -> bool:
+        """Take basis and template of a run before; False where there is none, or it got not far."""
+        begun = read_plan(self.cache)
+        if begun is None:
+            return False
+        sketched, shaped = begun.spec.sketch_digest, begun.spec.template_digest
+        files = {SKETCH_FILE: sketched, TEMPLATE_FILE: shaped}
+        if not all(self.cache.exists(name) for name, digest in files.items() if digest is not None):
+            return False
+        teacher.sketch = None if sketched is None else read_sketch(self.cache, begun.spec)
+        teacher.template = None if shaped is None else read_template(self.cache, begun.spec)
+        return True
+
+    def _calibrate(self, teacher: Teacher) -> None:
+        """Fit them to the samples that a build would have taken, in its batches."""
         places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
         order = sorted(range(len(places)), key=lambda row: places[row][1])
         spread = (order[place] for place in spread_order(len(order)))
         samples = (self.base.reader.read(row, ()).sample for row in spread)
-        shown = (sample for sample in samples if sample.images)
-        batches = iter(lambda: list(islice(shown, self.base.spec.batch_size)), [])
+        if any(commit.num_with_images for commit in self.base.seal.shards):
+            samples = (sample for sample in samples if sample.images)
+        batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
         wanted = self.config.calibration_tokens or CALIBRATION_TOKENS
-        teacher.fit_sketch(
+        teacher.calibrate(
             batches,
-            self.settings.sketch_rank,
+            self.settings,
             wanted,
             lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
         )
@@ -241,6 +257,8 @@ def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> Rec
                 )
             if value is not None and name != "calibration_tokens":
                 changes[name] = value
+        if piece == "topk" and new:
+            changes["least_logits"] = True  # a cache without logits says that it has none
     return dataclasses.replace(known, **changes)
 
 

@@ -29,6 +29,7 @@ from teacher_cache.records import RecordSettings, make_output
 from teacher_cache.schema import CachedSample, Sample, SampleError, TeacherOutput
 from teacher_cache.settings import RecordKind
 from teacher_cache.sketch import HiddenMoments, basis_from_moments
+from teacher_cache.tail_template import MeanTail, TailTemplate
 from teacher_cache.teacher import Teacher
 from teacher_cache.vision_sharing import seen_by_vision
 
@@ -65,10 +66,17 @@ class Pilot:
         """Calibrate, measure and recommend."""
         samples = self._read()
         moments = HiddenMoments(self.hidden_size)
+        kept = {tier.top_k for tier in self.tiers.values() if tier.top_k is not None}
+        tails = {top_k: MeanTail(self.vocab_size) for top_k in sorted(kept)}
         for _, encoded, states in self._states(samples[0::2], "calibrate"):
             moments.update(states[encoded.spans.vision])
+            for top_k, tail in tails.items():
+                tail.update(states[encoded.spans.vision], self.head, top_k)
         self.teacher.sketch = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
         self.basis = self.teacher.sketch
+        self.templates: dict[int | None, TailTemplate] = {
+            top_k: TailTemplate(vision=tail.log_shares) for top_k, tail in tails.items()
+        }
         self.specs: dict[RecordKind, CacheSpec] = {}
         for tier in self.tiers.values():
             if tier.records not in self.specs:
@@ -146,8 +154,9 @@ class Pilot:
             cached = CachedSample(sample=sample, output=output)
             self.sums[name].weigh(cached, self.specs[tier.records])
             self._keep_tails(tier, output)
-            assets = TeacherAssets(head=self.head, sketch=sketch)
-            signals[name] = vision_signal(output, assets).to(device)
+            template = self.templates.get(tier.top_k)
+            assets = TeacherAssets(head=self.head, sketch=sketch, template=template)
+            signals[name] = vision_signal(output, assets.to(device)).to(device)
         vision, start = states[spans.vision], 0
         for view in spans.views:
             rows = torch.arange(start, start + view.num_tokens, device=device)

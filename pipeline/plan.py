@@ -91,6 +91,7 @@ class SampleShape:
     num_ratios: int = 0
     """Of the grid of responses, with `kept_grid` entries at each."""
     kept_grid: tuple[int, ...] | None = None
+    least_logits: bool = True
 
 
 def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
@@ -137,6 +138,8 @@ def _top_k_bytes(
     sizes = {"ids": 4 * entries, "lse": 4 * rows, "tail": 4 * rows}
     if kept is not None:
         sizes["counts"] = 4 * rows
+    if shape.least_logits:
+        sizes["least"] = 2 * rows
     if shape.logits_codec == "affine8":
         sizes |= {"codes": entries, "low": width * rows, "high": width * rows}
     else:
@@ -150,12 +153,13 @@ def is_vision_plane(name: str) -> bool:
 
 
 def asset_bytes(tier: Tier, vocab_size: int, hidden_size: int, logits_dtype: str) -> int:
-    """Bytes that a cache holds once: the LM head's weight (hidden) or the sketch's basis."""
+    """Bytes that a cache holds once: the LM head's weight, the sketch's basis, the template."""
     head = vocab_size * hidden_size * _ITEM_BYTES[logits_dtype] if tier.hidden_dtype else 0
+    once = head + (2 * 4 * vocab_size if tier.top_k else 0)
     if tier.sketch_rank is None:
-        return head
+        return once
     per_row = 4 + 2 * tier.sketch_rank
-    return head + 4 * hidden_size * (1 + tier.sketch_rank) + per_row * vocab_size
+    return once + 4 * hidden_size * (1 + tier.sketch_rank) + per_row * vocab_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

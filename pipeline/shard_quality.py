@@ -122,7 +122,8 @@ class _Sampled:
         output = make_output(encoded.spans, states, head, self.settings, sketch)
         planes = output_planes(output, self.spec)
         read = output_from_planes(planes, self.spec.vocab_size, self.spec.top_k)
-        return vision_signal(read, TeacherAssets(sketch=sketch))
+        assets = TeacherAssets(sketch=sketch, template=self.teacher.template)
+        return vision_signal(read, assets.to(self.teacher.device))
 
     def _add_logits(self, states: Tensor) -> None:
         """The energy of a view's logits, and how far their means are apart."""

@@ -9,8 +9,9 @@ Split the vocabulary into a row's kept entries and the tail. The chain rule is e
     KL(q || p) = KL(bucketed)  +  q_tail KL(q | tail || p | tail)        (the others alike)
 
 The first term merges the tail into one bucket of known mass tau; the second needs a shape of p in
-the tail, which a top-k record does not have and a sketch estimates (tail_policies.py). Rows of
-which every logit is known are exact under any policy, also beside rows of which it is not.
+the tail, which a top-k record does not have and a sketch or a template estimates
+(tail_policies.py). Rows of which every logit is known are exact under any policy, also beside rows
+of which it is not.
 
 Promise: gradients reach the student's logits and nothing else; sums run in float32 or wider.
 Dimensions as in schema.py.
@@ -26,15 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.objective import DivergenceName, TailPolicy
+from student_train.objective import DivergenceName, TailPolicy, UsedTail
 from student_train.signals import Signal
 from student_train.tail_bounds import (
     Tail,
     Terms,
     largest_forward_tail,
     largest_jsd_tail,
+    largest_reverse_tail,
     least_tail,
-    no_largest_tail,
 )
 from student_train.tail_policies import resolve_tail, teacher_parts
 from student_train.top_k_signal import TopKSignal, at_least_float32
@@ -47,7 +48,7 @@ class Divergence:
     `value = head + tail`. `lower` and `upper` bound the true divergence from the full teacher
     distribution (not `value`), whatever the policy: tail_bounds.py. Where the record tells nothing,
     as of its tail at temperatures other than 1, they are 0 and infinity (ln 2 for the JSD); the
-    reverse KL never has a finite `upper` unless every logit is known.
+    reverse KL has a finite `upper` only where the record has `log_least`, or every logit is known.
     `student_tail_mass` is the student's probability outside the kept entries.
     """
 
@@ -126,7 +127,7 @@ class _Kind(NamedTuple):
     """No value is larger."""
 
 
-_REVERSE = _Kind(_reverse_terms, no_largest_tail, math.inf)
+_REVERSE = _Kind(_reverse_terms, largest_reverse_tail, math.inf)
 _FORWARD = _Kind(_forward_terms, largest_forward_tail, math.inf)
 _JSD = _Kind(_jsd_terms, largest_jsd_tail, math.log(2))
 
@@ -179,7 +180,7 @@ def _lumped(
     kind: _Kind,
     student: Tensor,
     teacher: TopKSignal,
-    policy: TailPolicy,
+    policy: UsedTail,
     temperature: float,
     blend: float,
 ) -> Divergence:
@@ -222,12 +223,12 @@ def _bucketed(
     log_q: Tensor,
     log_q_tail: Tensor,
     teacher: TopKSignal,
-    policy: TailPolicy,
+    policy: UsedTail,
     temperature: float,
     blend: float,
 ) -> tuple[Tensor, Tensor]:
     """The kept entries' part, and the tail's: a bucket, moved towards an estimate's chain rule."""
-    weight = {"bucket": 0.0, "blend": blend}.get(policy, 1.0)
+    weight = {"bucket": 0.0, "blend": blend, "blend_template": blend}.get(policy, 1.0)
     ids_PK = teacher.ids.long()
     log_p_kept, log_p_tail, estimate = teacher_parts(teacher, policy, temperature, weight > 0)
     head = _kept_sum(terms(log_q.gather(1, ids_PK), log_p_kept.to(log_q.dtype)), teacher)
@@ -255,6 +256,7 @@ def _bounds(
         log_q_mass=log_q_tail,
         log_p_mass=at_least_float32(teacher.log_tail).to(log_q.dtype),
         log_cap=log_p_kept.amin(dim=1),
+        log_floor=None if teacher.log_least is None else teacher.log_least.to(log_q.dtype),
     )
     lower = (head + least_tail(kind.terms, tail)).clamp(min=0)
     return lower, (head + kind.largest_tail(tail)).clamp(max=kind.most)

@@ -21,7 +21,7 @@ from student_train.divergence import DIVERGENCES, forward_kl
 from student_train.head_walk import HeadRows, RowLosses
 from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
-from student_train.objective import DivergenceName, ObjectiveConfig, TailPolicy
+from student_train.objective import DivergenceName, ObjectiveConfig, UsedTail
 from student_train.signals import DenseSignal, HiddenSignal, Signal
 from student_train.tail_policies import needs_sketch, resolve_tail
 from student_train.terms import supervised_rows
@@ -37,14 +37,14 @@ class LogitTerm:
     rows: Callable[[slice], RowLosses]
     reduce: Callable[[Float[Tensor, " N"]], Float[Tensor, ""]]
     """From the rows' values to the term; linear."""
-    tail: TailPolicy | None = None
+    tail: UsedTail | None = None
     """The policy that is really used on the teacher; None without one."""
     kept_mass: float = 1.0
 
     def row_weights(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """What each row's value weighs in the loss: the gradient of the weighted reduction."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             rows = torch.zeros(len(hidden), dtype=dtype, device=hidden.device, requires_grad=True)
             (weights,) = torch.autograd.grad(self.weight * self.reduce(rows), rows)
         return weights
@@ -92,6 +92,9 @@ def divergence_term(
     tail = resolve_tail(objective.tail, teacher, objective.temperature)
     direction = divergence or objective.divergence
     measure = DIVERGENCES[direction]
+    # Of old caches nothing bounds a reverse KL from above.
+    floor = isinstance(teacher, TopKSignal) and teacher.log_least is not None
+    bounded = direction != "reverse_kl" or floor
 
     def rows(chunk: slice) -> RowLosses:
         here = _rows(teacher, chunk)
@@ -113,7 +116,7 @@ def divergence_term(
                 f"{name}_lower_bound": found.lower,
                 f"{name}_student_tail_mass": found.student_tail_mass,
             }
-            if direction != "reverse_kl":  # which no record bounds from above
+            if bounded:
                 notes[f"{name}_upper_bound"] = found.upper
             return notes
 

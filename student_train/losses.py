@@ -33,7 +33,7 @@ from student_train.logit_terms import (
     supervised_term,
 )
 from student_train.matching import Assignment
-from student_train.objective import ObjectiveConfig, TailPolicy
+from student_train.objective import ObjectiveConfig, UsedTail
 from student_train.sample_states import SampleStates
 from student_train.signals import Signal, TeacherAssets, concatenate, teacher_response_at
 from student_train.terms import token_mean, vsd_loss
@@ -55,7 +55,7 @@ class LossTerms:
     total: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
     weights: dict[str, float]
-    tails: dict[str, TailPolicy]
+    tails: dict[str, UsedTail]
     assignments: tuple[Assignment | None, ...]
     diagnostics: dict[str, float]
 
@@ -110,7 +110,7 @@ def distillation_loss(
     compute(_vision_block(batch, matched))
     diagnostics = dict(pending.diagnostics)
     terms: dict[str, Tensor] = {}
-    tails: dict[str, TailPolicy] = {}
+    tails: dict[str, UsedTail] = {}
     totals: list[Tensor] = []
     if blocks:
         found = run.finish()

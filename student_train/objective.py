@@ -15,6 +15,9 @@ MatchScope = Literal["view", "global"]
 MatchSolver = Literal["scipy", "lapjvh"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise", "uniform", "mean_logit"]
 """The last two are for study: they mislead (tail_policies.py)."""
+UsedTail = TailPolicy | Literal["blend_template"]
+"""What a policy comes to on a signal: `blend_template` is `blend` with the cache's template of an
+average tail, where there is no sketch of the position's own."""
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 VladText = Literal["all", "instruction", "response"]
 EpicName = Literal[

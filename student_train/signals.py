@@ -23,6 +23,7 @@ from student_train.top_k_signal import SketchCode, TopKSignal, concatenate_top_k
 from teacher_cache.head import LmHead
 from teacher_cache.schema import TeacherOutput, TopKRecord
 from teacher_cache.sketch import SketchBasis
+from teacher_cache.tail_template import TailTemplate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +110,19 @@ Signal = DenseSignal | HiddenSignal | TopKSignal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherAssets:
-    """What a cache stores once: the head of tier `hidden`, the basis of tier `topk+sketch`."""
+    """What a cache stores once: the head of tier `hidden`, the basis of tier `topk+sketch`, and of
+    both top-k tiers the template of their tails, unless the cache is of an earlier day."""
 
     head: LmHead | None = None
     sketch: SketchBasis | None = None
+    template: TailTemplate | None = None
 
     def to(self, device: torch.device) -> "TeacherAssets":
         """The same assets on another device."""
         return TeacherAssets(
             head=None if self.head is None else _move_head(self.head, device),
             sketch=None if self.sketch is None else self.sketch.to(device),
+            template=None if self.template is None else self.template.to(device),
         )
 
 
@@ -138,7 +142,8 @@ def vision_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
             tail_shift=output.sketch.tail_shift,
             basis=assets.sketch,
         )
-    return _from_record(output.vision, sketch)
+    template = None if assets.template is None else assets.template.vision
+    return _from_record(output.vision, template, sketch)
 
 
 def response_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
@@ -147,7 +152,7 @@ def response_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
         return HiddenSignal(hidden=output.hidden.predicting, head=_require_head(assets))
     if output.response is None:
         raise ValueError("the cached sample was read without its part `response` (or `hidden`)")
-    return _from_record(output.response, None)
+    return _from_record(output.response, _response_template(assets))
 
 
 def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: float) -> Signal:
@@ -164,7 +169,7 @@ def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: fl
     if output.hidden is not None and output.hidden_grid is not None:
         return HiddenSignal(hidden=output.hidden_grid[ratio], head=_require_head(assets))
     assert output.response_grid is not None
-    return _from_record(output.response_grid[ratio], None)
+    return _from_record(output.response_grid[ratio], _response_template(assets))
 
 
 def grid_ratio(ratios: Iterable[float], wanted: float) -> float:
@@ -205,7 +210,13 @@ def _concatenated(signals: Sequence[Signal]) -> Signal:
     raise ValueError(f"cannot concatenate {len(signals)} signals of kinds {kinds} into one")
 
 
-def _from_record(record: TopKRecord, sketch: SketchCode | None) -> TopKSignal:
+def _response_template(assets: TeacherAssets) -> Tensor | None:
+    return None if assets.template is None else assets.template.response
+
+
+def _from_record(
+    record: TopKRecord, template: Tensor | None, sketch: SketchCode | None = None
+) -> TopKSignal:
     return TopKSignal(
         ids=record.ids,
         logits=record.logits,
@@ -213,7 +224,9 @@ def _from_record(record: TopKRecord, sketch: SketchCode | None) -> TopKSignal:
         log_tail=record.log_tail,
         vocab_size=record.vocab_size,
         num_kept=record.num_kept,
+        log_least=record.log_least,
         sketch=sketch,
+        template=template,
     )
 
 

@@ -1,11 +1,12 @@
 """Between which values a divergence lies whose teacher is known at its largest logits only.
 
 A top-k record fixes p on the kept entries, its mass tau outside them, and a cap for every entry
-there: none is larger than the smallest kept probability c. Over all tails that this allows, for
-every divergence of the form sum_v q_v f(p_v / q_v) with f convex,
+there: none is larger than the smallest kept probability c. Some also know a floor: none is smaller
+than m. Over all tails that this allows, for every divergence of the form sum_v q_v f(p_v / q_v)
+with f convex,
 
     least     p_v = min(c, a q_v), with a such that the sum is tau
-    largest   all mass where the student has least: entries of c there, 0 elsewhere
+    largest   all mass where the student has least: entries of c there, m (or 0) elsewhere
 
 The least is above that of one bucket (p_v = a q_v) wherever the student puts more on one entry of
 the tail than the teacher can. Entries that are not capped share one ratio, so that they count as
@@ -42,6 +43,8 @@ class Tail:
     log_p_mass: Float[Tensor, " P"]
     log_cap: Float[Tensor, " P"]
     """No entry of the teacher's is larger."""
+    log_floor: Float[Tensor, " P"] | None = None
+    """No entry of the teacher's is smaller; None where nothing is known."""
 
 
 @torch.no_grad()
@@ -66,12 +69,18 @@ def least_tail(terms: Terms, tail: Tail) -> Float[Tensor, " P"]:
     return (capped + rest[:, 0]).to(tail.log_q.dtype)
 
 
-def no_largest_tail(tail: Tail) -> Float[Tensor, " P"]:
-    """Infinity: a teacher may give next to nothing to what the student holds likely (reverse KL).
+@torch.no_grad()
+def largest_reverse_tail(tail: Tail) -> Float[Tensor, " P"]:
+    """Every entry at the floor (reverse KL): that is less than tau in all, but hardly matters.
 
-    Only a least logit would bound it from above; no record stores one.
+    The entries that would have the rest of it are those where the student has least. Without a
+    floor infinity: a teacher may give next to nothing to what the student holds likely.
     """
-    return torch.full_like(tail.log_q_mass, torch.inf)
+    if tail.log_floor is None:
+        return torch.full_like(tail.log_q_mass, torch.inf)
+    mass = tail.log_q_mass.exp()
+    surprise = (tail.log_q_outside.exp() * tail.log_q).sum(dim=1)
+    return torch.where(mass > 0, surprise - mass * tail.log_floor, 0.0)
 
 
 @torch.no_grad()

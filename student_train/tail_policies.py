@@ -1,7 +1,8 @@
 """What is assumed of a teacher's tail, where a record knows the largest logits alone.
 
     exact         nothing: refused unless every logit is known
-    blend         the chain rule with the sketch's tail, its unknown part weighted (needs a sketch)
+    blend         the chain rule with an estimated tail, its unknown part weighted: the position's
+                  sketch, or else the cache's template of an average tail (`blend_template`)
     bucket        the chain rule without that part: one outcome of mass tau
     renormalise   no tail at all: both sides are restricted to what is kept
     uniform       tau spread evenly                                           for study only
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.objective import TailPolicy
+from student_train.objective import TailPolicy, UsedTail
 from student_train.signals import Signal
 from student_train.top_k_signal import TopKSignal, at_least_float32
 
@@ -25,13 +26,14 @@ STUDY_TAILS: frozenset[TailPolicy] = frozenset({"uniform", "mean_logit"})
 """Policies whose gradient misleads under reverse KL."""
 
 
-def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -> TailPolicy:
+def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -> UsedTail:
     """The policy that is really used on a signal; the one place where a default changes.
 
-    Exact signals are `exact` whatever was asked. `blend` needs a sketch for the tail's shape;
-    without one it is `bucket`, because a uniform tail would point the gradient of the reverse KL
-    away from the teacher (cosine about -0.9 for a flat student, docs/method.md). So does
-    `uniform`, which like `mean_logit` is there for study and never chosen for anybody.
+    Exact signals are `exact` whatever was asked. `blend` needs a shape of the tail: the sketch's,
+    or the cache's template (`blend_template`). Without either it is `bucket`, because a uniform
+    tail would point the gradient of the reverse KL away from the teacher (cosine about -0.9 for a
+    flat student, docs/method.md). So does `uniform`, which like `mean_logit` is there for study and
+    never chosen for anybody.
     ValueError for `exact` on a signal that is not, for `mean_logit` without a sketch, and for a
     temperature that a lumped tail cannot follow or a policy for study does not know.
     """
@@ -61,17 +63,17 @@ def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -
             "top-k record without a sketch cannot recompute it; use temperature 1, "
             "tail=renormalise, or records `hidden` (`topk+sketch` sketches vision tokens only)"
         )
-    return "bucket"
+    return "blend_template" if policy == "blend" and signal.template is not None else "bucket"
 
 
-def needs_sketch(tail: TailPolicy, temperature: float) -> bool:
+def needs_sketch(tail: UsedTail, temperature: float) -> bool:
     """Whether all logits of the sketch are looked at under a policy that is really used."""
     return tail in ("blend", "mean_logit") or (tail == "bucket" and temperature != 1)
 
 
 @torch.no_grad()
 def teacher_parts(
-    teacher: TopKSignal, policy: TailPolicy, temperature: float, estimated: bool
+    teacher: TopKSignal, policy: UsedTail, temperature: float, estimated: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log p of the kept entries [P, K], of the whole tail [P], and of each of its entries.
 
@@ -87,7 +89,9 @@ def teacher_parts(
     return estimate.gather(1, ids_PK), log_tail, estimate if estimated else None
 
 
-def _tail_estimate(teacher: TopKSignal, policy: TailPolicy) -> Tensor:
+def _tail_estimate(teacher: TopKSignal, policy: UsedTail) -> Tensor:
+    if policy == "blend_template":
+        return teacher.templated_log_probs()
     if policy == "uniform":
         num_outside = teacher.vocab_size - teacher.counts
         return (at_least_float32(teacher.log_tail) - num_outside.log())[:, None]

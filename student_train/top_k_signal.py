@@ -66,7 +66,9 @@ class SketchCode:
 class TopKSignal:
     """The largest logits, their normaliser, the log mass of all others, perhaps a sketch.
 
-    Position i keeps `num_kept[i]` entries, or all K where that is None.
+    Position i keeps `num_kept[i]` entries, or all K where that is None. Where the cache has them,
+    `log_least` is a floor under the log-probability of every entry, and `template` the log shares
+    of an average tail, one for all positions.
     """
 
     ids: Int[Tensor, "N K"]
@@ -75,7 +77,9 @@ class TopKSignal:
     log_tail: Float[Tensor, " N"]
     vocab_size: int
     num_kept: Int[Tensor, " N"] | None = None
+    log_least: Float[Tensor, " N"] | None = None
     sketch: SketchCode | None = None
+    template: Float[Tensor, " V"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -155,6 +159,30 @@ class TopKSignal:
         kept = self.kept_log_probs()
         return outside.to(kept.dtype).scatter(1, self.ids.long(), kept)
 
+    def templated_log_probs(self) -> Float[Tensor, "N V"]:
+        """Log-probabilities outside the kept entries: the template, scaled to the true mass.
+
+        Those of kept entries mean nothing. ValueError without a template.
+        """
+        if self.template is None:
+            raise ValueError("this cache has no template of the tails; build it anew to have one")
+        template = at_least_float32(self.template)
+        log_mass = at_least_float32(self.log_tail) - self._log_outside(template)
+        return template + log_mass[:, None]
+
+    def _log_outside(self, template: Float[Tensor, " V"]) -> Float[Tensor, " N"]:
+        """Log of the template's share outside each position's kept entries."""
+        ids = self.ids.long()
+        kept = (template[ids].double() - template.double().logsumexp(dim=0)).exp()
+        mask = self.kept_mask
+        share = 1 - (kept if mask is None else kept.masked_fill(~mask, 0.0)).sum(dim=1)
+        log_share = share.clamp(min=0).log()
+        little = (share < 1e-6).nonzero()[:, 0]  # then subtraction has lost too much of it
+        if len(little):
+            rest = template.double().expand(len(little), -1).scatter(1, ids[little], -torch.inf)
+            log_share[little] = rest.logsumexp(dim=1) - template.double().logsumexp(dim=0)
+        return log_share.to(template.dtype)
+
     def decode(self) -> "TopKSignal":
         """The same with the sketch's logits at hand, N x V of them; itself without a sketch."""
         return self if self.sketch is None else replace(self, sketch=self.sketch.decode())
@@ -175,6 +203,7 @@ class TopKSignal:
             logsumexp=change(self.logsumexp),
             log_tail=change(self.log_tail),
             num_kept=None if self.num_kept is None else change(self.num_kept),
+            log_least=None if self.log_least is None else change(self.log_least),
             sketch=None if self.sketch is None else self.sketch.each(change),
         )
 
@@ -188,15 +217,18 @@ class TopKSignal:
 
 
 def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
-    """The positions of all signals, in order; they may differ in K, and all or none are sketched.
+    """The positions of all signals, in order; they may differ in K.
 
-    The basis of the first is kept. ValueError where only some have a sketch.
+    What belongs to the cache, such as a basis, is that of the first. ValueError where only some
+    have a sketch, or a floor.
     """
     codes = [signal.sketch for signal in signals if signal.sketch is not None]
-    if len(codes) not in (0, len(signals)):
-        raise ValueError(
-            f"cannot concatenate {len(signals)} top-k signals of which {len(codes)} have a sketch"
-        )
+    floors = [signal.log_least for signal in signals if signal.log_least is not None]
+    for found, what in ((codes, "a sketch"), (floors, "a least probability")):
+        if len(found) not in (0, len(signals)):
+            raise ValueError(
+                f"cannot concatenate {len(signals)} top-k signals of which {len(found)} have {what}"
+            )
     width = max(signal.ids.shape[1] for signal in signals)
     rectangular = all(
         signal.num_kept is None and signal.ids.shape[1] == width for signal in signals
@@ -216,7 +248,9 @@ def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
         log_tail=torch.cat([signal.log_tail for signal in signals]),
         vocab_size=signals[0].vocab_size,
         num_kept=None if rectangular else torch.cat([signal.counts for signal in signals]),
+        log_least=torch.cat(floors) if floors else None,
         sketch=_concatenate_codes(codes) if codes else None,
+        template=signals[0].template,
     )
 
 

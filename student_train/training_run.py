@@ -151,6 +151,7 @@ def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> 
     return TeacherAssets(
         head=reader.head() if "hidden" in parts else None,
         sketch=reader.sketch_basis() if "sketch" in parts else None,
+        template=None if "hidden" in parts else reader.tail_template(),
     )
 
 

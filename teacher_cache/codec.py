@@ -52,7 +52,7 @@ _SPAN_PLANES = ("views", "content_ids", "content_flags")
 
 
 def _top_k_names(prefix: str) -> tuple[str, ...]:
-    names = ("ids", "counts", "logits", "codes", "low", "high", "lse", "tail")
+    names = ("ids", "counts", "logits", "codes", "low", "high", "lse", "tail", "least")
     return tuple(f"{prefix}_{name}" for name in names)
 
 
@@ -144,6 +144,8 @@ def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozens
     absent = {"codes", "low", "high"} if exact_logits else {"logits"}
     if spec is None or spec.top_mass is None:
         absent.add("counts")
+    if spec is None or not spec.least_logits:
+        absent.add("least")
     without = {f"{prefix}_{name}" for prefix in ("v", "r", *GRID) for name in absent}
     int8_cosine = spec is not None and spec.affinity_dtype == "int8"
     without |= {"a_cosine"} if int8_cosine else {"a_codes", "a_low", "a_high"}
@@ -289,6 +291,8 @@ def _top_k_planes(record: TopKRecord, spec: CacheSpec | None) -> dict[str, Tenso
         planes["codes"], planes["low"], planes["high"] = to_scale(record.logits)
     else:
         planes["logits"] = record.logits
+    if record.log_least is not None and (spec is None or spec.least_logits):
+        planes["least"] = record.log_least
     if record.num_kept is not None:
         planes["counts"] = record.num_kept.to(torch.int32)
         for name in {"ids", "logits", "codes"} & planes.keys():
@@ -312,9 +316,11 @@ def _top_k_from(
     else:
         logits = rows("logits")
     ids, logsumexp, log_tail = rows("ids"), plane("lse"), plane("tail")
-    if ids.shape != logits.shape or not ids.shape[:1] == logsumexp.shape == log_tail.shape:
-        shapes = [list(each.shape) for each in (ids, logits, logsumexp, log_tail)]
-        raise ValueError(f"ids, logits, lse and tail have shapes {shapes}")
+    log_least = planes.get(f"{prefix}_least")
+    numbers = (logsumexp, log_tail, *([] if log_least is None else [log_least]))
+    if ids.shape != logits.shape or any(each.shape != ids.shape[:1] for each in numbers):
+        shapes = [list(each.shape) for each in (ids, logits, *numbers)]
+        raise ValueError(f"ids, logits, lse, tail and least have shapes {shapes}")
     return TopKRecord(
         ids=ids,
         logits=logits,
@@ -322,4 +328,5 @@ def _top_k_from(
         log_tail=log_tail,
         vocab_size=vocab_size,
         num_kept=counts,
+        log_least=log_least,
     )

@@ -17,6 +17,7 @@ from teacher_cache.folder import (
     open_shard,
     read_head,
     read_sketch,
+    read_template,
     require_plan,
     shard_keys,
     shard_name,
@@ -27,6 +28,7 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shard_format import EncodedRow, Shard, shard_format
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import LocalStore, Location, Store, open_store, sha256_file
+from teacher_cache.tail_template import TailTemplate
 from teacher_cache.writer import seal_cache, write_assets, write_plan
 
 Progress = Callable[[int, int], None]
@@ -68,6 +70,11 @@ class SealedCache:
         """The basis of the sketch, where there is one."""
         return None if self.spec.sketch_digest is None else read_sketch(self.store, self.spec)
 
+    @property
+    def template(self) -> TailTemplate | None:
+        """The template of the tails, where there is one."""
+        return None if self.spec.template_digest is None else read_template(self.store, self.spec)
+
     def kept(self, commit: ShardCommit) -> tuple[tuple[str, int], ...]:
         """(key, position in the source) of every row of a shard, in order."""
         positions = dict(self.plan.shards[commit.index])
@@ -93,11 +100,18 @@ def _place(store: Store) -> str:
     return str(store.folder.resolve()) if isinstance(store, LocalStore) else store.url
 
 
-def begin(out: Store, plan: Plan, *, head: LmHead | None, sketch: SketchBasis | None) -> None:
+def begin(
+    out: Store,
+    plan: Plan,
+    *,
+    head: LmHead | None,
+    sketch: SketchBasis | None,
+    template: TailTemplate | None = None,
+) -> None:
     """Write plan and assets; `CacheMismatchError` where `out` was begun with another plan."""
     out.require_writable()
     write_plan(out, plan)
-    write_assets(out, head=head, sketch=sketch)
+    write_assets(out, head=head, sketch=sketch, template=template)
 
 
 def derive(
@@ -107,6 +121,7 @@ def derive(
     *,
     head: LmHead | None,
     sketch: SketchBasis | None,
+    template: TailTemplate | None = None,
     progress: Progress = no_progress,
 ) -> Seal:
     """Write plan and assets, `make` every shard that is not committed yet, and seal.
@@ -114,7 +129,7 @@ def derive(
     `make` is given a shard number and commits that shard. Raises `CacheMismatchError` where `out`
     was begun with another plan.
     """
-    begin(out, plan, head=head, sketch=sketch)
+    begin(out, plan, head=head, sketch=sketch, template=template)
     done = committed(out)
     for index in range(len(plan.shards)):
         if index not in done:

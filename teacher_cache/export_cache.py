@@ -26,4 +26,12 @@ def export_cache(
         files = tuple(take_file(base, file, store, plan, index) for file in commit.files)
         commit_shard(store, plan, dataclasses.replace(commit, files=files))
 
-    return derive(store, plan, make, head=base.head, sketch=base.sketch, progress=progress)
+    return derive(
+        store,
+        plan,
+        make,
+        head=base.head,
+        sketch=base.sketch,
+        template=base.template,
+        progress=progress,
+    )

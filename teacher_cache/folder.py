@@ -3,7 +3,8 @@
     plan.json, SEALED.json              see manifest.py
     commits/<k>.json                    the record that makes shard k exist
     shards/<k>-<sha256>.<arrow|tar>     named by content: equal attempts meet, others never clash
-    head.safetensors, sketch.safetensors    the assets, checked against their digests in the spec
+    head.safetensors, sketch.safetensors, template.safetensors
+                                        the assets, checked against their digests in the spec
 
 Names that begin with a dot are private files of a running or a killed build and mean nothing.
 """
@@ -39,11 +40,13 @@ from teacher_cache.settings import ShardFormatName
 from teacher_cache.shard_format import EncodedRow, Shard, shard_format
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Store
+from teacher_cache.tail_template import TailTemplate
 
 PLAN_FILE = "plan.json"
 SEAL_FILE = "SEALED.json"
 HEAD_FILE = "head.safetensors"
 SKETCH_FILE = "sketch.safetensors"
+TEMPLATE_FILE = "template.safetensors"
 
 REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd command again"
 """What heals a damaged shard: every other shard stays."""
@@ -52,7 +55,7 @@ _ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same 
 _NUM_REQUESTS = 8
 """Files that are asked for at a time; object stores take their time for each."""
 
-A = TypeVar("A", LmHead, SketchBasis)
+A = TypeVar("A", LmHead, SketchBasis, TailTemplate)
 R = TypeVar("R", Plan, Seal, ShardCommit)
 
 
@@ -267,6 +270,11 @@ def read_head(cache: Store, spec: CacheSpec) -> LmHead:
 def read_sketch(cache: Store, spec: CacheSpec) -> SketchBasis:
     """The basis of a sketch-tier cache; its content is checked against the spec."""
     return _asset(cache, SKETCH_FILE, spec.sketch_digest, SketchBasis.from_tensors)
+
+
+def read_template(cache: Store, spec: CacheSpec) -> TailTemplate:
+    """The template of the tails; its content is checked against the spec."""
+    return _asset(cache, TEMPLATE_FILE, spec.template_digest, TailTemplate.from_tensors)
 
 
 def _asset(

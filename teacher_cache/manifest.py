@@ -96,6 +96,10 @@ class CacheSpec(Strict):
     record, that of the first; computed beside other samples its last bits may differ."""
     grid: GridSettings | None = field(default=None, metadata=ABSENT)
     """How the teacher dropped vision tokens for further response records; None: there are none."""
+    least_logits: bool = field(default=False, metadata=ABSENT)
+    """Whether top-k records have the log-probability of each position's least likely entry."""
+    template_digest: str | None = field(default=None, metadata=ABSENT)
+    """Content of the template of the tails; None for hidden, and for caches of an earlier day."""
 
     @property
     def ratios(self) -> tuple[float, ...]:

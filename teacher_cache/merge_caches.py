@@ -72,6 +72,7 @@ def merge_caches(
         lambda index: take_shard(store, plan, index, parts[index].cache, parts[index].commit),
         head=first.head,
         sketch=first.sketch,
+        template=first.template,
         progress=progress,
     )
 

@@ -17,6 +17,7 @@ from teacher_cache.folder import (
     open_shard,
     read_head,
     read_sketch,
+    read_template,
     require_same_plan,
     require_seal,
     require_shard_files,
@@ -37,6 +38,7 @@ from teacher_cache.shard_format import Shard
 from teacher_cache.sharding import shard_of
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Location, Store, open_store
+from teacher_cache.tail_template import TailTemplate
 
 _MAX_OPEN_SHARDS = 64
 
@@ -133,6 +135,10 @@ class CacheReader:
     def sketch_basis(self) -> SketchBasis:
         """The basis of the sketch records; its content is checked against the spec."""
         return read_sketch(self.cache, self.spec)
+
+    def tail_template(self) -> TailTemplate | None:
+        """The template of the tails, checked against the spec; None where the cache has none."""
+        return None if self.spec.template_digest is None else read_template(self.cache, self.spec)
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

@@ -45,7 +45,7 @@ class RecordSettings:
     `..._max_error` are promises: logits and cosines of eight bits are that close to the teacher's,
     states relative to their length; a sample that is not stops the build. `hidden_group` is the
     most channels that share an int8 scale (None: all of a token's). `grid` asks for the response
-    at further ratios.
+    at further ratios, `least_logits` for a floor under what a top-k record leaves out.
     """
 
     records: RecordKind
@@ -61,6 +61,7 @@ class RecordSettings:
     affinity_dtype: str = "float16"
     affinity_max_error: float = 0.002
     grid: GridSettings | None = None
+    least_logits: bool = True
 
     def __post_init__(self) -> None:
         known = (*DTYPES, "int8")
@@ -154,7 +155,10 @@ def _vision_record(
 
 
 def _top_k(states: Float[Tensor, "N D"], head: LmHead, settings: RecordSettings) -> TopKRecord:
-    return top_k_from_hidden(states, head, settings.top_k, settings.top_mass, settings.top_k_floor)
+    record = top_k_from_hidden(
+        states, head, settings.top_k, settings.top_mass, settings.top_k_floor
+    )
+    return record if settings.least_logits else dataclasses.replace(record, log_least=None)
 
 
 def _on_cpu(record: TopKRecord) -> TopKRecord:
@@ -165,4 +169,5 @@ def _on_cpu(record: TopKRecord) -> TopKRecord:
         log_tail=record.log_tail.cpu(),
         vocab_size=record.vocab_size,
         num_kept=None if record.num_kept is None else record.num_kept.cpu(),
+        log_least=None if record.log_least is None else record.log_least.cpu(),
     )

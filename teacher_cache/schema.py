@@ -188,6 +188,7 @@ class TopKRecord:
     Where positions keep different numbers of entries, `num_kept` says how many (1..K) and the
     rest of a row repeats its first entry: scattering by `ids` then writes what is there already,
     and only sums over entries have to leave the repetitions out (`kept_mask`). None: all K.
+    `log_least` is a floor under all V log-probabilities, the least of them rounded down; or None.
     """
 
     ids: Int[Tensor, "N K"]
@@ -196,6 +197,7 @@ class TopKRecord:
     log_tail: Float[Tensor, " N"]
     vocab_size: int
     num_kept: Int[Tensor, " N"] | None = None
+    log_least: Float[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         num_kept = self.ids.shape[1]
@@ -209,9 +211,8 @@ class TopKRecord:
         _require_finite("logsumexp", self.logsumexp)
         if self.num_kept is not None:
             self._require_padding(self.num_kept)
-        if num_kept < self.vocab_size:  # then no position keeps all of it
-            _require_finite("log_tail", self.log_tail)
-            return
+        if self.log_least is not None and not bool((self.log_least <= 0).all()):
+            raise ValueError("log_least: the log of a probability is at most 0, and no NaN")
         whole = self.counts == self.vocab_size
         _require_finite("log_tail", self.log_tail[~whole])
         if bool((self.log_tail[whole] != -torch.inf).any()):
@@ -325,9 +326,8 @@ class TeacherOutput:
         if self.affinity is not None:
             found.append(("affinity", tuple(self.affinity.cosine.shape), (num_text, num_vision)))
         if self.hidden is not None:
-            found.append(("vision states", len(self.hidden.vision), num_vision))
-            found.append(("text states", len(self.hidden.text), num_text))
-            found.append(("predicting states", len(self.hidden.predicting), num_response))
+            wanted = {"vision": num_vision, "text": num_text, "predicting": num_response}
+            found += [(f"{n} states", len(getattr(self.hidden, n)), c) for n, c in wanted.items()]
         for name, have, want in found:
             if have != want:
                 raise ValueError(f"{name}: found {have}, expected {want} from the token spans")

@@ -135,6 +135,7 @@ def subset_cache(
         lambda index: write_encoded_shard(store, plan, index, rehomed(rows_at(base, parts[index]))),
         head=base.head,
         sketch=base.sketch,
+        template=base.template,
         progress=lambda done, total: progress("shards", done, total),
     )
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from teacher_cache.calibration import Calibration
 from teacher_cache.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.head import LmHead
 from teacher_cache.identity import (
@@ -43,7 +44,8 @@ from teacher_cache.schema import (
     TeacherOutput,
 )
 from teacher_cache.settings import GridSettings, holds
-from teacher_cache.sketch import HiddenMoments, SketchBasis, basis_from_moments
+from teacher_cache.sketch import SketchBasis
+from teacher_cache.tail_template import TailTemplate
 from teacher_cache.tokens import SampleEncoder
 from teacher_cache.vision_sharing import VisionOwners, seen_by_vision
 
@@ -79,6 +81,8 @@ class Teacher:
         self.head = shared_head(model, processor.tokenizer)
         self.grid_passes: GridPasses | None = None
         self._sketch: SketchBasis | None = None
+        self.template: TailTemplate | None = None
+        """Template of the tails of top-k records: `calibrate` fits it, or that of a cache."""
         require_plain_head(model, processor.tokenizer)
 
     @classmethod
@@ -105,7 +109,7 @@ class Teacher:
 
     @property
     def sketch(self) -> SketchBasis | None:
-        """Basis of the sketch tier: fitted by `fit_sketch`, or set to the one a cache stores."""
+        """Basis of the sketch tier: fitted by `calibrate`, or set to the one a cache stores."""
         return self._sketch
 
     @sketch.setter
@@ -120,33 +124,33 @@ class Teacher:
             basis = basis.to(self.device)
         self._sketch = basis
 
-    def fit_sketch(
+    def calibrate(
         self,
         batches: Iterable[Sequence[Sample]],
-        rank: int,
+        settings: RecordSettings,
         num_tokens: int | None = None,
         progress: Callable[[int], None] | None = None,
-    ) -> SketchBasis:
-        """Fit the sketch's basis to the vision states of calibration samples, and keep it.
+    ) -> None:
+        """Fit what top-k records share, sketch and template, and keep it (calibration.py).
 
-        Takes batches until they have `num_tokens` vision tokens; None, or fewer in all: all of
-        them. Holds the states of one batch at a time; `progress` is told the tokens so far.
-        Samples that cannot be used are passed over here: `outputs` names them in their turn.
+        Takes batches until they have `num_tokens` vision tokens (response tokens where there are no
+        images); None, or fewer in all: all of them. Holds the states of one batch at a time;
+        `progress` is told the tokens so far. Samples that cannot be used are passed over here:
+        `outputs` names them in their turn.
         """
-        moments = HiddenMoments(self.head.weight.shape[1])
+        found = Calibration(self.head, settings)
         for samples in batches:
             items = [self._encode(sample) for sample in samples]
             encoded = [item for item in items if isinstance(item, EncodedSample)]
             for sample, (states, _) in zip(encoded, self._states(encoded), strict=True):
-                vision = states[sample.spans.vision]
-                if bool(torch.isfinite(vision).all()):
-                    moments.update(vision)
+                vision, predicting = states[sample.spans.vision], states[sample.spans.predicting]
+                if bool(vision.isfinite().all()) and bool(predicting.isfinite().all()):
+                    found.add(vision, predicting)
             if progress is not None:
-                progress(moments.count)
-            if num_tokens is not None and moments.count >= num_tokens:
+                progress(found.num_tokens)
+            if num_tokens is not None and found.num_tokens >= num_tokens:
                 break
-        self.sketch = basis = basis_from_moments(moments, self.head, rank)
-        return basis
+        self.sketch, self.template = found.sketch(), found.template()
 
     def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:
         """Last hidden states of a batch, after the final norm; no gradients."""
@@ -227,6 +231,8 @@ class Teacher:
             batch_size=batch_size,
             share_vision=share_vision,
             grid=settings.grid,
+            least_logits=top and settings.least_logits,
+            template_digest=self.template.digest if top and self.template is not None else None,
         )
 
     @cached_property
@@ -244,7 +250,7 @@ class Teacher:
                 f"{self.head.vocab_size} vocabulary rows; lower top_k"
             )
         if holds(settings.records, "sketch") and self.sketch is None:
-            raise ValueError("the topk+sketch tier needs a basis; call fit_sketch first")
+            raise ValueError("the topk+sketch tier needs a basis; calibrate first")
 
     def _encode(self, sample: Sample) -> EncodedSample | RejectedSample:
         try:

@@ -2,12 +2,13 @@
 
 Promise: entries descend, ties go to the smaller id, and the log of the left-out mass is computed
 from the left-out logits themselves (1 minus the kept mass loses everything when little is left).
+What the least likely entry has, a floor under all that were left out, is rounded down to 16 bits.
 All positions keep k entries, or each as few of its k largest as hold a given probability.
 Work is cut into chunks of rows, so that no logits tensor of more than
 `MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -51,6 +52,7 @@ def top_k_from_hidden(
         log_tail=torch.cat([record.log_tail for record in records]),
         vocab_size=head.vocab_size,
         num_kept=None if mass is None else torch.cat([record.counts for record in records]),
+        log_least=_joined([record.log_least for record in records]),
     )
 
 
@@ -90,7 +92,18 @@ def top_k_record(
         log_tail=tail,
         vocab_size=vocab_size,
         num_kept=num_kept,
+        log_least=_rounded_down(wide.amin(dim=1) - logsumexp),
     )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _rounded_down(log_probs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Float16 numbers that are no larger: half precision errs by one part in 2,048 at most."""
+    return (log_probs * (1 + 2**-10) - 2**-20).to(torch.float16)
 
 
 def _smallest_cut(

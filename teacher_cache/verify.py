@@ -22,6 +22,7 @@ from teacher_cache.folder import (
     read_commit,
     read_head,
     read_sketch,
+    read_template,
     require_same_plan,
     require_seal,
     require_shard_file,
@@ -131,5 +132,7 @@ def _asset_problems(cache: Store, seal: Seal) -> Iterator[str]:
             read_head(cache, seal.spec)
         if seal.spec.sketch_digest is not None:
             read_sketch(cache, seal.spec)
+        if seal.spec.template_digest is not None:
+            read_template(cache, seal.spec)
     except ShardCorruptError as error:
         yield str(error)

@@ -19,6 +19,7 @@ from teacher_cache.folder import (
     PLAN_FILE,
     SEAL_FILE,
     SKETCH_FILE,
+    TEMPLATE_FILE,
     commit_name,
     committed,
     kept_keys,
@@ -51,6 +52,7 @@ from teacher_cache.schema import CachedSample, RejectedSample
 from teacher_cache.shard_format import EncodedRow, shard_format
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Store, sha256_file
+from teacher_cache.tail_template import TailTemplate
 
 
 def write_plan(cache: Store, plan: Plan) -> Plan:
@@ -73,8 +75,13 @@ def write_plan(cache: Store, plan: Plan) -> Plan:
     return stored
 
 
-def write_assets(cache: Store, head: LmHead | None, sketch: SketchBasis | None) -> None:
-    """Store what the plan's spec refers to, LM head or sketch basis; replaces damaged files.
+def write_assets(
+    cache: Store,
+    head: LmHead | None,
+    sketch: SketchBasis | None,
+    template: TailTemplate | None = None,
+) -> None:
+    """Store what the plan's spec refers to: head, basis, template; replaces damaged files.
 
     Raises `CacheMismatchError` unless their digests are those of the spec.
     """
@@ -82,6 +89,7 @@ def write_assets(cache: Store, head: LmHead | None, sketch: SketchBasis | None) 
     for name, asset, digest in (
         (HEAD_FILE, head, spec.head_digest),
         (SKETCH_FILE, sketch, spec.sketch_digest),
+        (TEMPLATE_FILE, template, spec.template_digest),
     ):
         found = None if asset is None else asset.digest
         if found != digest:

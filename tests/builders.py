@@ -21,6 +21,7 @@ from teacher_cache.schema import CachedSample
 from teacher_cache.settings import ShardFormatName
 from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import Location, open_store
+from teacher_cache.tail_template import TailTemplate
 from teacher_cache.writer import committed, seal_cache, write_assets, write_plan, write_shard
 from tests.strategies import make_cached, make_plan
 
@@ -40,11 +41,12 @@ def build(
     spec: CacheSpec | None = None,
     head: LmHead | None = None,
     sketch: SketchBasis | None = None,
+    template: TailTemplate | None = None,
 ) -> Seal:
     """What a build does with rows that are there: plan, assets, missing shards, seal."""
     cache = open_store(location)
     plan: Plan = write_plan(cache, make_plan(shards, spec, form))
-    write_assets(cache, head, sketch)
+    write_assets(cache, head, sketch, template)
     for index, rows in enumerate(shards):
         if index not in committed(cache):
             write_shard(cache, plan, index, rows, [], 0.0)

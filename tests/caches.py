@@ -28,8 +28,8 @@ def build_cache(
 ) -> CacheReader:
     """A sealed cache of the samples, all of which the teacher must accept."""
     cache = open_store(location)
-    sketched = holds(settings.records, "sketch")
-    sketch = teacher.fit_sketch([samples], settings.sketch_rank) if sketched else None
+    if holds(settings.records, "topk"):
+        teacher.calibrate([samples], settings)
     keys = [(sample.key, position) for position, sample in enumerate(samples)]
     plan = write_plan(
         cache,
@@ -43,7 +43,10 @@ def build_cache(
             ),
         ),
     )
-    write_assets(cache, teacher.head if holds(settings.records, "hidden") else None, sketch)
+    head = teacher.head if holds(settings.records, "hidden") else None
+    sketch = teacher.sketch if holds(settings.records, "sketch") else None
+    template = teacher.template if holds(settings.records, "topk") else None
+    write_assets(cache, head, sketch, template)
     for index, shard in enumerate(plan.shards):
         members = [samples[position] for _, position in shard]
         outputs = teacher.outputs(members, settings)

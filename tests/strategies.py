@@ -151,6 +151,7 @@ def true_record(logits: Tensor, counts: Sequence[int]) -> TopKRecord:
         log_tail=log_tail,
         vocab_size=logits.shape[1],
         num_kept=num_kept,
+        log_least=((wide.amin(dim=1) - logsumexp) * 1.01).half(),  # somewhat below the least
     )
 
 
@@ -210,6 +211,21 @@ def make_output(
         response_grid=grid if ratios and response is not None else None,
         hidden_grid=states if ratios and hidden is not None else None,
     )
+
+
+def with_least(output: TeacherOutput, seed: int) -> TeacherOutput:
+    """The output with least probabilities in its top-k records, one of them beyond float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def floored(record: TopKRecord | None) -> TopKRecord | None:
+        if record is None:
+            return None
+        least = -30 * torch.rand(len(record.ids), generator=generator).to(torch.float16)
+        least[:1] = -torch.inf
+        return dataclasses.replace(record, log_least=least)
+
+    vision, response = floored(output.vision), floored(output.response)
+    return dataclasses.replace(output, vision=vision, response=response)
 
 
 def make_cached(number: int, records: RecordKind = "topk") -> CachedSample:

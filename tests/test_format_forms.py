@@ -17,7 +17,7 @@ from teacher_cache.settings import GridSettings
 from teacher_cache.shard_format import shard_format
 from teacher_cache.transforms import STAIRS
 from tests.builders import build
-from tests.strategies import VOCAB_SIZE, make_cached, make_output, make_spec
+from tests.strategies import VOCAB_SIZE, make_cached, make_output, make_spec, with_least
 from tests.test_format_docs import DOCS, run_alone
 
 MASS = {"top_k": VOCAB_SIZE, "top_mass": 0.9, "top_k_floor": 1}
@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "states": STATES,
     "grid": {**GRID, "hidden_dtype": "float32"},
     "grid-both": {**GRID, **MASS, **CODES, **STATES},
+    "least": {**MASS, "least_logits": True},
 }
 """Changes to a spec; the made-up numbers are wilder than a teacher's, so the bounds are wide."""
 
@@ -46,15 +47,14 @@ def form_cache(
     ratios = changes["grid"].ratios if "grid" in changes else ()
     records = "topk+hidden" if ratios else records
     shapes = [(((12, 12), (8, 8)), 9), (((1, 1),), 0), ((), 4)]
-    rows = [
-        CachedSample(
-            sample=make_cached(number).sample,
-            output=make_output(
-                records, number, views, num_text, 6, dtype, "top_mass" in changes, ratios
-            ),
+    rows: list[CachedSample] = []
+    for number, (views, num_text) in enumerate(shapes):
+        output = make_output(
+            records, number, views, num_text, 6, dtype, "top_mass" in changes, ratios
         )
-        for number, (views, num_text) in enumerate(shapes)
-    ]
+        if "least_logits" in changes:
+            output = with_least(output, number)
+        rows.append(CachedSample(sample=make_cached(number).sample, output=output))
     build(folder, [rows[:2], rows[2:]], "arrow", make_spec(records, **changes))
     return CacheReader.open(folder), sorted((folder / "shards").iterdir())
 
@@ -92,6 +92,8 @@ def test_the_second_script_gives_the_numbers_of_the_reader(
             expected[f"{prefix}_ids"] = record.ids
             expected[f"{prefix}_logits"] = record.logits
             expected[f"{prefix}_counts"] = record.counts.to(torch.int32)
+            if record.log_least is not None:
+                expected[f"{prefix}_least"] = record.log_least
         if output.affinity is not None:
             expected["a_cosine"] = output.affinity.cosine
         for name, values in expected.items():

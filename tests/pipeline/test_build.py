@@ -16,7 +16,6 @@ from teacher_cache.folder import read_seal
 from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.reader import CacheReader
 from teacher_cache.schema import Sample
-from teacher_cache.sketch import SketchBasis
 from teacher_cache.storage import open_store
 from teacher_cache.teacher import Teacher
 from tests.children import start
@@ -165,19 +164,17 @@ def test_the_sketch_is_fitted_to_images_from_all_over_the_source(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    fit = Teacher.fit_sketch
+    fit = Teacher.calibrate
 
-    def watch(
-        self: Teacher, batches: Iterable[Sequence[Sample]], rank: int, *more: Any
-    ) -> SketchBasis:
+    def watch(self: Teacher, batches: Iterable[Sequence[Sample]], *more: Any) -> None:
         def noted() -> Iterator[Sequence[Sample]]:
             for batch in batches:
                 seen.append([sample.source_id for sample in batch])
                 yield batch
 
-        return fit(self, noted(), rank, *more)
+        fit(self, noted(), *more)
 
-    monkeypatch.setattr(Teacher, "fit_sketch", watch)
+    monkeypatch.setattr(Teacher, "calibrate", watch)
     few = build(_into(config, "few", calibration_tokens=50))
     assert seen == [["tiny-0", "tiny-8"], ["tiny-4", "tiny-6"]]  # 48 tokens, 32
     seen.clear()
@@ -262,7 +259,8 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
         ({**HIDDEN, "affinity_dtype": "int8"}, "affinity_dtype would have no effect"),
         ({**HIDDEN, "sketch_rank": 8}, "sketch_rank would have no effect: records hidden have no"),
         ({"records": "topk", "sketch_rank": 8}, "sketch_rank would have no effect: records topk"),
-        ({"records": "topk", "calibration_tokens": 9}, "calibration_tokens would have no effect"),
+        ({**HIDDEN, "calibration_tokens": 9}, "calibration_tokens would have no effect"),
+        ({**HIDDEN, "least_logits": False}, "least_logits would have no effect"),
         ({"hidden_dtype": "int8"}, "hidden_dtype would have no effect"),
         ({"hidden_group": 32}, "hidden_group would have no effect: hidden states are not int8"),
         ({"top_k_floor": 2}, "top_k_floor would have no effect: top_mass is not set"),

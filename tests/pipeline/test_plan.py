@@ -59,7 +59,7 @@ def test_planes_have_the_bytes_that_are_planned(
         **changes,
     )
     if tier.records == "topk+sketch":
-        teacher.fit_sketch([samples], settings.sketch_rank)
+        teacher.calibrate([samples], settings)
     output = teacher.outputs([samples[number]], settings)[0]
     assert isinstance(output, TeacherOutput)
     varies = "top_mass" in changes and output.vision is not None and output.response is not None

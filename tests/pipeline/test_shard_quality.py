@@ -52,7 +52,7 @@ TOP_K, RANK, BLEND = 8, 6, 0.5
 @pytest.fixture(scope="module")
 def teacher(tiny_folder: TinyFolder) -> Teacher:
     teacher = Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
-    teacher.fit_sketch([tiny_samples(10)], RANK)
+    teacher.calibrate([tiny_samples(10)], _settings("topk+sketch"))
     return teacher
 
 
@@ -84,7 +84,7 @@ def _measured(
 def _gradient(student: Row, log_p: Row, log_tail: float | None, kept: Sequence[int]) -> list[float]:
     """q (a - L) of a row: a = log q - log p, and outside `kept` half bucket, half `log_p`.
 
-    `log_tail` None: every logit is known. `log_p` empty outside: bucket alone.
+    `log_tail` None: every logit is known.
     """
     log_q = log_softmax(student)
     outside = set(range(len(student))) - set(kept)
@@ -92,13 +92,9 @@ def _gradient(student: Row, log_p: Row, log_tail: float | None, kept: Sequence[i
         ratios = [q - p for q, p in zip(log_q, log_p, strict=True)]
     else:
         bucket = log_sum_exp([log_q[v] for v in outside]) - log_tail
-        blend = 0.0 if math.isnan(log_p[next(iter(outside))]) else BLEND
-        ratios = [
-            (1 - blend) * bucket + (blend * (log_q[v] - log_p[v]) if blend else 0.0)
-            if v in outside
-            else log_q[v] - log_p[v]
-            for v in range(len(student))
-        ]
+        ratios = [log_q[v] - log_p[v] for v in range(len(student))]
+        for v in outside:
+            ratios[v] = (1 - BLEND) * bucket + BLEND * ratios[v]
     value = sum(math.exp(q) * ratio for q, ratio in zip(log_q, ratios, strict=True))
     return [math.exp(q) * (ratio - value) for q, ratio in zip(log_q, ratios, strict=True)]
 
@@ -120,9 +116,8 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
     exact = linear(vision.tolist(), weight)
     student = linear(stand_in(vision, view).tolist(), weight)
     sketched = output.sketch is not None
-    if sketched:
+    if output.sketch is not None:
         assert teacher.sketch is not None
-        assert output.sketch is not None
         estimate = decode_logits(teacher.sketch, output.sketch).tolist()
         for row, logits in zip(estimate, exact, strict=True):
             for v in top_ids(logits, TOP_K):
@@ -130,7 +125,9 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
         true_cost = [[l1(s, t) for t in exact] for s in student]
         guess = [[l1(s, t) for t in estimate] for s in student]
     else:
-        estimate = [[math.nan] * len(row) for row in exact]
+        assert teacher.template is not None
+        assert teacher.template.vision is not None
+        estimate = [teacher.template.vision.tolist()] * len(exact)
         ours = [probabilities(s) for s in student]
         true_cost = [[l1(q, probabilities(t)) for t in exact] for q in ours]
         tails = [probabilities_with_uniform_tail(t, TOP_K) for t in exact]
@@ -146,7 +143,7 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
         true_rows.append(_gradient(student[i], log_p, None, kept))
         outside = [v for v in range(len(log_p)) if v not in kept]
         tail = log_sum_exp([log_p[v] for v in outside])
-        shape = log_sum_exp([estimate[j][v] for v in outside]) if sketched else math.nan
+        shape = log_sum_exp([estimate[j][v] for v in outside])
         for v in outside:
             log_p[v] = estimate[j][v] - shape + tail
         guessed.append(_gradient(student[i], log_p, tail, kept))

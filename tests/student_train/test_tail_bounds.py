@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -13,10 +14,14 @@ from torch import Tensor
 from student_train import tail_bounds
 from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.objective import TailPolicy
-from student_train.signals import DenseSignal, TopKSignal
+from student_train.signals import DenseSignal, TeacherAssets, TopKSignal, response_signal
 from student_train.tail_bounds import largest_entries
+from teacher_cache.codec import encode_planes, output_from_planes, output_planes
+from teacher_cache.frames import decode_frame
+from teacher_cache.schema import TeacherOutput
 from teacher_cache.topk import top_k_record
 from tests import references
+from tests.strategies import make_spec
 from tests.student_train.test_top_k_signal import normal, ragged, signal_of
 
 VOCAB = 12
@@ -36,6 +41,7 @@ def top_k(logits: Tensor, k: int) -> TopKSignal:
     teacher_scale=SCALES,
     most=st.sampled_from([1, 3, 32]),
     measure=st.sampled_from(MEASURES),
+    floored=st.booleans(),
 )
 def test_the_true_divergence_lies_between_the_bounds_and_these_beyond_the_bucket(
     seed: int,
@@ -44,19 +50,75 @@ def test_the_true_divergence_lies_between_the_bounds_and_these_beyond_the_bucket
     teacher_scale: float,
     most: int,
     measure: Callable[..., Divergence],
+    floored: bool,
 ) -> None:
     student = student_scale * normal(seed, 6, VOCAB)
     teacher = teacher_scale * normal(seed + 1, 6, VOCAB)
     true = measure(student, DenseSignal(logits=teacher)).value
+    signal = top_k(teacher, k)
+    signal = signal if floored else replace(signal, log_least=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail_bounds, "MOST_CAPPED", most)
-        found = measure(student, top_k(teacher, k), "bucket")
+        found = measure(student, signal, "bucket")
     slack = 1e-9 * (1 + true.abs())
     assert bool((found.value <= found.lower + slack).all())
     assert bool((found.lower <= true + slack).all())
     assert bool((true <= found.upper + slack).all())
-    assert bool(torch.isfinite(found.upper).all()) == (measure is not reverse_kl)
+    assert bool(torch.isfinite(found.upper).all()) == (floored or measure is not reverse_kl)
     assert measure is not jensen_shannon or bool((found.upper <= math.log(2)).all())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, VOCAB - 1),
+    scale=SCALES,
+    mass=st.sampled_from([None, 0.5, 0.95]),
+    lossy=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_bounds_hold_of_the_teacher_that_a_cache_was_made_with(
+    seed: int, k: int, scale: float, mass: float | None, lossy: bool, dtype: torch.dtype
+) -> None:
+    """Stored, read back and compared with the teacher's own logits, which a codec may round."""
+    teacher = (scale * normal(seed, 5, VOCAB)).to(dtype)
+    student = scale * normal(seed + 1, 5, VOCAB)
+    changes = {"logits_codec": "affine8" if lossy else "exact", "top_k": k, "top_mass": mass}
+    spec = make_spec("topk", vocab_size=VOCAB, least_logits=True, **changes)
+    record = top_k_record(teacher, k, mass)
+    output = TeacherOutput(
+        views=(),
+        content_ids=torch.zeros(5, dtype=torch.int64),
+        is_response=torch.ones(5, dtype=torch.bool),
+        after_image=torch.zeros(5, dtype=torch.bool),
+        response=record,
+    )
+    frames = encode_planes(output_planes(output, spec))
+    planes = {name: decode_frame(frame) for name, frame in frames.items()}
+    signal = response_signal(output_from_planes(planes, VOCAB, k), TeacherAssets())
+    assert isinstance(signal, TopKSignal)
+    true = reverse_kl(student, DenseSignal(logits=teacher)).value
+    found = reverse_kl(student, signal)
+    rounded = (signal.logits - record.logits[:, : signal.ids.shape[1]].float()).abs().max()
+    slack = 1e-5 * (1 + true.abs()) + float(rounded)
+    assert bool((found.lower - slack <= true).all())
+    assert bool((true <= found.upper + slack).all())
+    assert bool(torch.isfinite(found.upper).all())
+    assert lossy or float(rounded) == 0
+
+
+def test_the_upper_bound_is_the_value_of_a_tail_that_lies_at_the_floor_everywhere() -> None:
+    student, teacher = normal(1, 4, VOCAB), 2 * normal(2, 4, VOCAB)
+    signal = top_k(teacher, 3)
+    found = reverse_kl(student, signal).upper.tolist()
+    for row in range(4):
+        log_q = references.log_softmax(student[row].tolist())
+        log_p = references.log_softmax(teacher[row].tolist())
+        least = min(log_p)
+        kept = references.top_ids(teacher[row].tolist(), 3)
+        worst = [p if v in kept else least for v, p in enumerate(log_p)]
+        assert found[row] == pytest.approx(references.kl(log_q, worst), rel=2e-3)
+        assert found[row] >= references.kl(log_q, worst), "a floor is rounded down"
 
 
 @settings(deadline=None, max_examples=60)

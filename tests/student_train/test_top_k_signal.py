@@ -103,7 +103,7 @@ def test_divergences_and_their_gradients_are_those_of_each_position_alone(
         divergence(student[row, None], one, policy, temperature, 0.3)
         for row, one in enumerate(alone(signal))
     ]
-    bound = 1e-12 if dtype == torch.float64 and not sketched else 1e-6
+    bound = 1e-12 if dtype == torch.float64 and not sketched else 3e-6
     for field in fields(Divergence):
         expected = torch.cat([getattr(row, field.name) for row in rows])
         torch.testing.assert_close(getattr(found, field.name), expected, rtol=bound, atol=bound)

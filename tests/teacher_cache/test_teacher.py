@@ -28,12 +28,13 @@ from tests.tiny import FAMILIES, HEAD_ROWS, tiny_image, tiny_llava, tiny_samples
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
 TOP_K = 8
+SKETCHED = RecordSettings(records="topk+sketch", top_k=TOP_K, sketch_rank=16)
 
 
 @pytest.fixture(scope="module")
 def llava(tiny_folder: TinyFolder) -> Teacher:
     teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
-    teacher.fit_sketch([tiny_samples(5)], 16)
+    teacher.calibrate([tiny_samples(5)], SKETCHED)
     return teacher
 
 
@@ -158,10 +159,10 @@ def test_settings_that_cannot_work_are_refused(llava: Teacher, tiny_folder: Tiny
     with pytest.raises(ValueError, match="lower top_k"):
         llava.spec(too_many, batch_size=1)
     bare = Teacher.load(str(tiny_folder("llava")), device="cpu")
-    with pytest.raises(ValueError, match="call fit_sketch first"):
+    with pytest.raises(ValueError, match="calibrate first"):
         bare.outputs([], RecordSettings(records="topk+sketch", top_k=TOP_K))
     with pytest.raises(ValueError, match="needs vision tokens"):
-        bare.fit_sketch([[tiny_samples(3)[2], _bad_image()]], 4)
+        bare.calibrate([[tiny_samples(3)[2], _bad_image()]], SKETCHED)
 
 
 def test_a_basis_of_another_teacher_is_refused(llava: Teacher, tiny_folder: TinyFolder) -> None:
@@ -213,7 +214,7 @@ def test_two_loads_have_one_spec_that_survives_json(
     for _ in range(2):
         teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
         if tier == "topk+sketch":
-            teacher.fit_sketch([tiny_samples(2)], settings.sketch_rank)
+            teacher.calibrate([tiny_samples(2)], settings)
         specs.append(teacher.spec(settings, batch_size=3))
     assert specs[0] == specs[1]
     assert decode_json(CacheSpec, to_json(specs[0]), "spec.json") == specs[0]
@@ -245,13 +246,13 @@ def test_calibration_reads_vision_states_only_and_passes_bad_samples_over(
     llava: Teacher,
 ) -> None:
     samples = tiny_samples(4)
-    basis = llava.fit_sketch([[samples[0], _bad_image()], samples[2:], []], 16)
+    llava.calibrate([[samples[0], _bad_image()], samples[2:], []], SKETCHED)
+    basis = llava.sketch
+    assert basis is not None
     encoded: list[EncodedSample] = [llava.encoder.encode(samples[index]) for index in (0, 3)]
     states = [llava.hidden_states(collate([item], 0, "right"))[0] for item in encoded]
     vision = torch.cat([h[item.spans.vision] for h, item in zip(states, encoded, strict=True)])
     torch.testing.assert_close(basis.hidden_mean, vision.mean(dim=0), atol=1e-5, rtol=1e-4)
-    assert llava.sketch is not None
-    assert llava.sketch.digest == basis.digest
     assert basis.rank == 16
 
 
@@ -263,11 +264,35 @@ def test_calibration_takes_batches_until_it_has_enough_tokens(llava: Teacher) ->
             taken.append(number)
             yield [sample]
 
-    basis = llava.fit_sketch(batches(), 16, 20, told.append)  # 16 vision tokens an image
+    llava.calibrate(batches(), SKETCHED, 20, told.append)  # 16 vision tokens an image
     assert (taken, told) == ([0, 1], [16, 32])
-    assert llava.fit_sketch([[sample] for sample in samples[:2]], 16).digest == basis.digest
-    llava.fit_sketch(batches(), 16, 10_000, told.append)  # all there are
+    first = _fitted(llava)
+    llava.calibrate([[sample] for sample in samples[:2]], SKETCHED)
+    assert _fitted(llava) == first
+    llava.calibrate(batches(), SKETCHED, 10_000, told.append)  # all there are
     assert told[2:] == [16, 32, 32, 64, 80]
+
+
+def _fitted(teacher: Teacher) -> tuple[str, str]:
+    """Digests of what calibration leaves."""
+    assert teacher.sketch is not None
+    assert teacher.template is not None
+    return teacher.sketch.digest, teacher.template.digest
+
+
+def test_calibration_without_images_counts_response_tokens_and_knows_no_vision_tail(
+    tiny_folder: TinyFolder,
+) -> None:
+    teacher, told = Teacher.load(str(tiny_folder("llava")), device="cpu"), list[int]()
+    text = tiny_samples(3)[2]
+    teacher.calibrate([[text]], RecordSettings(records="topk", top_k=TOP_K), progress=told.append)
+    assert told == [int(teacher.encoder.encode(text).spans.is_response.sum())]
+    assert teacher.sketch is None
+    assert teacher.template is not None
+    assert teacher.template.vision is None
+    assert teacher.template.response is not None
+    teacher.calibrate([[text]], RecordSettings(records="topk", top_k=teacher.head.vocab_size))
+    assert teacher.template is None, "records of every logit leave no tail"
 
 
 def test_images_of_other_samples_are_not_seen(llava: Teacher) -> None:

@@ -33,7 +33,8 @@ DIFFERENT = {
 @pytest.fixture(scope="module")
 def llava(tiny_folder: TinyFolder) -> Teacher:
     teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
-    teacher.fit_sketch([[FIRST, *OTHERS]], 8)
+    settings = RecordSettings(records="topk+sketch", top_k=8, sketch_rank=8)
+    teacher.calibrate([[FIRST, *OTHERS]], settings)
     return teacher
 
 
