@@ -29,15 +29,15 @@ from torch.nn import functional
 
 from student_train.objective import DivergenceName, TailPolicy, UsedTail
 from student_train.signals import Signal
+from student_train.student_rows import DenseRows, StudentRows, Terms
 from student_train.tail_bounds import (
     Tail,
-    Terms,
     largest_forward_tail,
     largest_jsd_tail,
     largest_reverse_tail,
     least_tail,
 )
-from student_train.tail_policies import resolve_tail, teacher_parts
+from student_train.tail_policies import TeacherParts, resolve_tail, teacher_parts
 from student_train.top_k_signal import TopKSignal, at_least_float32
 
 
@@ -130,6 +130,7 @@ class _Kind(NamedTuple):
 _REVERSE = _Kind(_reverse_terms, largest_reverse_tail, math.inf)
 _FORWARD = _Kind(_forward_terms, largest_forward_tail, math.inf)
 _JSD = _Kind(_jsd_terms, largest_jsd_tail, math.log(2))
+_KINDS: dict[DivergenceName, _Kind] = {"reverse_kl": _REVERSE, "forward_kl": _FORWARD, "jsd": _JSD}
 
 
 def _divergence(
@@ -184,27 +185,59 @@ def _lumped(
     temperature: float,
     blend: float,
 ) -> Divergence:
-    """Value and bounds of rows that have a tail; the bounds do not depend on the policy."""
     renormalise = policy == "renormalise"
-    ids_PK = teacher.ids.long()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not renormalise):
-        log_q = functional.log_softmax(student / temperature, dim=1)
-        outside = log_q.scatter(1, ids_PK, -torch.inf)
-        log_q_tail = outside.logsumexp(dim=1)  # over the tail itself, never 1 - kept
+        rows = DenseRows(student / temperature, teacher.ids)
     if renormalise:
         head = _renormalised(kind.terms, student, teacher, temperature)
-        tail = torch.zeros_like(head)
-    else:
-        head, tail = _bucketed(kind.terms, log_q, log_q_tail, teacher, policy, temperature, blend)
+        return _with_bounds(kind, rows, teacher, head, torch.zeros_like(head), temperature)
+    weight = estimate_weight(policy, blend)
+    parts = teacher_parts(teacher, policy, temperature, weight > 0)
+    head, tail = _bucketed(kind.terms, rows, teacher, parts, weight)
+    return _with_bounds(kind, rows, teacher, head, tail, temperature)
+
+
+def lumped(
+    name: DivergenceName,
+    rows: StudentRows,
+    teacher: TopKSignal,
+    parts: TeacherParts,
+    weight: float,
+) -> Divergence:
+    """A divergence at temperature 1 where the student's rows are read already.
+
+    Every row has a tail. `parts` are what `teacher_parts` knows of the teacher, and `weight` how
+    much its estimate of the tail counts (`estimate_weight`).
+    """
+    kind = _KINDS[name]
+    head, tail = _bucketed(kind.terms, rows, teacher, parts, weight)
+    return _with_bounds(kind, rows, teacher, head, tail, 1.0)
+
+
+def estimate_weight(policy: UsedTail, blend: float) -> float:
+    """Of an estimated tail, beside a bucket of the same mass; 0 where none is looked at."""
+    return {"bucket": 0.0, "blend": blend, "blend_template": blend}.get(policy, 1.0)
+
+
+def _with_bounds(
+    kind: _Kind,
+    rows: StudentRows,
+    teacher: TopKSignal,
+    head: Tensor,
+    tail: Tensor,
+    temperature: float,
+) -> Divergence:
+    """Value and bounds of rows that have a tail; the bounds do not depend on the policy."""
     scale = temperature**2
-    lower, upper = torch.zeros_like(log_q_tail), torch.full_like(log_q_tail, kind.most * scale)
+    mass = rows.log_q_mass.detach().exp()
+    lower, upper = torch.zeros_like(mass), torch.full_like(mass, kind.most * scale)
     if temperature == 1:  # at others tau and the kept entries' shares are estimates
-        lower, upper = _bounds(kind, log_q.detach(), outside.detach(), log_q_tail.detach(), teacher)
+        lower, upper = _bounds(kind, rows, teacher)
     return Divergence(
         value=(head + tail) * scale,
         head=head * scale,
         tail=tail * scale,
-        student_tail_mass=log_q_tail.detach().exp(),
+        student_tail_mass=mass,
         lower=lower.detach(),
         upper=upper.detach(),
     )
@@ -219,44 +252,33 @@ def _renormalised(terms: Terms, student: Tensor, teacher: TopKSignal, temperatur
 
 
 def _bucketed(
-    terms: Terms,
-    log_q: Tensor,
-    log_q_tail: Tensor,
-    teacher: TopKSignal,
-    policy: UsedTail,
-    temperature: float,
-    blend: float,
+    terms: Terms, rows: StudentRows, teacher: TopKSignal, parts: TeacherParts, weight: float
 ) -> tuple[Tensor, Tensor]:
     """The kept entries' part, and the tail's: a bucket, moved towards an estimate's chain rule."""
-    weight = {"bucket": 0.0, "blend": blend, "blend_template": blend}.get(policy, 1.0)
-    ids_PK = teacher.ids.long()
-    log_p_kept, log_p_tail, estimate = teacher_parts(teacher, policy, temperature, weight > 0)
-    head = _kept_sum(terms(log_q.gather(1, ids_PK), log_p_kept.to(log_q.dtype)), teacher)
-    tail = terms(log_q_tail, log_p_tail.to(log_q.dtype))
+    log_p_kept, log_p_tail, estimate = parts
+    log_q_kept, log_q_mass = rows.log_q_kept, rows.log_q_mass
+    head = _kept_sum(terms(log_q_kept, log_p_kept.to(log_q_kept.dtype)), teacher)
+    tail = terms(log_q_mass, log_p_tail.to(log_q_mass.dtype))
     if estimate is not None:
-        outside = terms(log_q, estimate.to(log_q.dtype)).scatter(1, ids_PK, 0.0).sum(dim=1)
-        tail = tail + weight * (outside - tail)
+        tail = tail + weight * (rows.outside(terms, estimate.to(log_q_mass.dtype)) - tail)
     return head, tail
 
 
 @torch.no_grad()
-def _bounds(
-    kind: _Kind, log_q: Tensor, outside: Tensor, log_q_tail: Tensor, teacher: TopKSignal
-) -> tuple[Tensor, Tensor]:
+def _bounds(kind: _Kind, rows: StudentRows, teacher: TopKSignal) -> tuple[Tensor, Tensor]:
     """Of the true divergence at temperature 1, from the kept entries, tau and the least of these.
 
     Merging outcomes never raises a divergence (data processing inequality), and no entry of the
     tail is larger than any that was kept.
     """
-    log_p_kept = teacher.kept_log_probs().to(log_q.dtype)
-    head = _kept_sum(kind.terms(log_q.gather(1, teacher.ids.long()), log_p_kept), teacher)
+    dtype = rows.log_q_mass.dtype
+    log_p_kept = teacher.kept_log_probs().to(dtype)
+    head = _kept_sum(kind.terms(rows.log_q_kept, log_p_kept), teacher)
     tail = Tail(
-        log_q=log_q,
-        log_q_outside=outside,
-        log_q_mass=log_q_tail,
-        log_p_mass=at_least_float32(teacher.log_tail).to(log_q.dtype),
+        student=rows,
+        log_p_mass=at_least_float32(teacher.log_tail).to(dtype),
         log_cap=log_p_kept.amin(dim=1),
-        log_floor=None if teacher.log_least is None else teacher.log_least.to(log_q.dtype),
+        log_floor=None if teacher.log_least is None else teacher.log_least.to(dtype),
     )
     lower = (head + least_tail(kind.terms, tail)).clamp(min=0)
     return lower, (head + kind.largest_tail(tail)).clamp(max=kind.most)

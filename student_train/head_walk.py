@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.head_gradient import nothing
+from student_train.kernels import use_kernels
 from student_train.linear_head import LinearHead, compute_dtype
 from student_train.top_k_signal import at_least_float32
 
@@ -38,6 +39,11 @@ RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
 
 Logits are float32 or wider and not to be edited. What a row gets follows from its own logits.
 """
+InPlaceLosses = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+"""From a chunk's logits [n, W], as the head gives them, and weights [n] by name to named values.
+
+If there are weights, logits become the gradient of the weighted sum.
+"""
 Kept = dict[int, Tensor]
 """G of chunks of one block, by their first row."""
 
@@ -53,6 +59,8 @@ class HeadRows:
     losses: Callable[[slice], RowLosses]
     """Given a chunk, which are so many rows of the block, whatever computes values in the chunk."""
     weights: Mapping[str, Float[Tensor, " N"]]
+    in_place: Callable[[slice], InPlaceLosses] | None = None
+    """The same by kernels, where there are any for these losses."""
 
 
 def even_slices(num_rows: int, most: int) -> Iterator[slice]:
@@ -132,6 +140,7 @@ class Walk:
         # float16 cannot hold the gradients of 150,000 probabilities; bfloat16 can.
         product = head.weight.to(_wide(dtype)) if dtype == torch.float16 else weight_WD
         pieces: list[dict[str, Tensor]] = []
+        in_place = block.in_place if head.softcap is None and use_kernels(product) else None
         known, keeping = kept or {}, Kept()
         with torch.autocast(head.weight.device.type, enabled=False):
             for chunk in even_slices(len(block.hidden), CHUNK_ROWS):
@@ -142,7 +151,10 @@ class Walk:
                     logits, times = logits.to(product.dtype), None
                     wanted = self._keeps(len(hidden_nD)) if self.late else with_gradient
                     here = {name: w[chunk] for name, w in weights.items()} if wanted else {}
-                    pieces += _losses(block.losses(chunk), logits, head.softcap, here)
+                    if in_place is not None:
+                        pieces.append(in_place(chunk)(logits, here))
+                    else:
+                        pieces += _losses(block.losses(chunk), logits, head.softcap, here)
                     if here and self.late:
                         keeping[chunk.start] = logits
                     if not here or self.late:

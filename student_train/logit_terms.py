@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from student_train.divergence import DIVERGENCES, forward_kl
-from student_train.head_walk import HeadRows, RowLosses
+from student_train.divergence import DIVERGENCES, Divergence, estimate_weight, forward_kl, lumped
+from student_train.head_walk import HeadRows, InPlaceLosses, RowLosses
 from student_train.linear_head import LogitsOf, without_gradient
 from student_train.metrics import kept_mass
 from student_train.objective import DivergenceName, ObjectiveConfig, UsedTail
+from student_train.read_rows import Reading, losses_in_place
 from student_train.signals import DenseSignal, HiddenSignal, Signal
-from student_train.tail_policies import needs_sketch, resolve_tail
+from student_train.tail_policies import needs_sketch, resolve_tail, teacher_parts
 from student_train.terms import supervised_rows
 from student_train.top_k_signal import TopKSignal
 
@@ -40,6 +41,8 @@ class LogitTerm:
     tail: UsedTail | None = None
     """The policy that is really used on the teacher; None without one."""
     kept_mass: float = 1.0
+    reading: Callable[[slice], Reading] | None = None
+    """The same for kernels; None where there are none for it."""
 
     def row_weights(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """What each row's value weighs in the loss: the gradient of the weighted reduction."""
@@ -74,7 +77,12 @@ def supervised_term(
         labels = response_ids[chunk]
         return lambda logits, part: {"supervised": supervised_rows(logits, labels[part])}
 
-    return LogitTerm(name="supervised", weight=weight, rows=rows, reduce=reduce)
+    def reading(chunk: slice) -> Reading:
+        return Reading(
+            labels=response_ids[chunk], values=lambda rows: {"supervised": rows.cross_entropy()}
+        )
+
+    return LogitTerm(name="supervised", weight=weight, rows=rows, reduce=reduce, reading=reading)
 
 
 def divergence_term(
@@ -96,34 +104,53 @@ def divergence_term(
     floor = isinstance(teacher, TopKSignal) and teacher.log_least is not None
     bounded = direction != "reverse_kl" or floor
 
-    def rows(chunk: slice) -> RowLosses:
+    def notes(found: Divergence) -> dict[str, Tensor]:
+        if tail == "exact":
+            return {name: found.value}
+        values = {
+            name: found.value,
+            f"{name}_tail_part": found.tail,
+            f"{name}_lower_bound": found.lower,
+            f"{name}_student_tail_mass": found.student_tail_mass,
+        }
+        return values | ({f"{name}_upper_bound": found.upper} if bounded else {})
+
+    def known(chunk: slice) -> Signal:
         here = _rows(teacher, chunk)
         # Heads and sketches multiply best by many rows at once.
         if isinstance(here, HiddenSignal):
-            here = DenseSignal(logits=here.dense_logits())
-        elif isinstance(here, TopKSignal) and needs_sketch(tail, objective.temperature):
-            here = here.decode()
+            return DenseSignal(logits=here.dense_logits())
+        if isinstance(here, TopKSignal) and needs_sketch(tail, objective.temperature):
+            return here.decode()
+        return here
 
-        def losses(logits: Tensor, part: slice) -> dict[str, Tensor]:
-            found = measure(
-                logits, _rows(here, part), objective.tail, objective.temperature, objective.blend
-            )
-            if tail == "exact":
-                return {name: found.value}
-            notes = {
-                name: found.value,
-                f"{name}_tail_part": found.tail,
-                f"{name}_lower_bound": found.lower,
-                f"{name}_student_tail_mass": found.student_tail_mass,
-            }
-            if bounded:
-                notes[f"{name}_upper_bound"] = found.upper
-            return notes
+    def rows(chunk: slice) -> RowLosses:
+        here = known(chunk)
+        settings = objective.tail, objective.temperature, objective.blend
+        return lambda logits, part: notes(measure(logits, _rows(here, part), *settings))
 
-        return losses
+    def reading(chunk: slice) -> Reading:
+        here = known(chunk)
+        assert isinstance(here, TopKSignal)
+        weight = estimate_weight(tail, objective.blend)
+        parts = teacher_parts(here, tail, 1.0, weight > 0)
+        return Reading(
+            teacher=here,
+            estimate=parts[2],
+            values=lambda rows: notes(lumped(direction, rows, here, parts, weight)),
+        )
 
+    estimated = tail in ("blend", "blend_template") and direction == "reverse_kl"
+    has_tail = isinstance(teacher, TopKSignal) and teacher.ids.shape[1] < teacher.vocab_size
+    readable = has_tail and objective.temperature == 1 and (tail == "bucket" or estimated)
     return LogitTerm(
-        name=name, weight=weight, rows=rows, reduce=reduce, tail=tail, kept_mass=kept_mass(teacher)
+        name=name,
+        weight=weight,
+        rows=rows,
+        reduce=reduce,
+        tail=tail,
+        kept_mass=kept_mass(teacher),
+        reading=reading if readable else None,
     )
 
 
@@ -169,7 +196,20 @@ def head_rows(hidden: Float[Tensor, "N D"], terms: Sequence[LogitTerm]) -> HeadR
         return values
 
     weights = {term.name: term.row_weights(hidden) for term in terms}
-    return HeadRows(hidden=hidden, losses=losses, weights=weights)
+    return HeadRows(hidden=hidden, losses=losses, weights=weights, in_place=_in_place(terms))
+
+
+def _in_place(terms: Sequence[LogitTerm]) -> Callable[[slice], InPlaceLosses] | None:
+    """Kernels read rows for any number of terms of which one at most has a teacher."""
+    each = [term.reading for term in terms if term.reading is not None]
+    if len(each) < len(terms) or sum(term.tail is not None for term in terms) > 1:
+        return None
+
+    def losses(chunk: slice) -> InPlaceLosses:
+        readings = [reading(chunk) for reading in each]
+        return lambda logits, weights: losses_in_place(logits, readings, weights)
+
+    return losses
 
 
 def _rows(signal: Signal, rows: slice) -> Signal:

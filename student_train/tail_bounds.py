@@ -15,31 +15,24 @@ over the vocabulary. Dimensions as in schema.py.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from student_train.student_rows import StudentRows, Terms
+
 MOST_CAPPED = 32
 """The caps of so many entries are made use of, those that the student holds likeliest. A bound that
 leaves out some caps is a bound still, only lower."""
-_BLOCKS = 64
-
-Terms = Callable[[Tensor, Tensor], Tensor]
-"""From (log q, log p) to the summands of a divergence, entry by entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
     """What is known of both sides outside the kept entries."""
 
-    log_q: Float[Tensor, "P V"]
-    """The student's log-probabilities, those of the kept entries too."""
-    log_q_outside: Float[Tensor, "P V"]
-    """The same with minus infinity at the kept entries."""
-    log_q_mass: Float[Tensor, " P"]
+    student: StudentRows
     log_p_mass: Float[Tensor, " P"]
     log_cap: Float[Tensor, " P"]
     """No entry of the teacher's is larger."""
@@ -50,12 +43,14 @@ class Tail:
 @torch.no_grad()
 def least_tail(terms: Terms, tail: Tail) -> Float[Tensor, " P"]:
     """The tail's summands in sum, for the tail of the teacher under which they are least."""
-    log_q_mass, log_p_mass = tail.log_q_mass.double()[:, None], tail.log_p_mass.double()[:, None]
+    dtype = tail.student.log_q_mass.dtype
+    log_q_mass = tail.student.log_q_mass.double()[:, None]
+    log_p_mass = tail.log_p_mass.double()[:, None]
     log_cap = torch.minimum(tail.log_cap.double()[:, None], log_p_mass)
-    log_q = largest_entries(tail.log_q_outside, MOST_CAPPED).double()
+    log_q = tail.student.largest(MOST_CAPPED).double()
     # What is left beside the j largest is found by subtraction: never take it for less than
     # rounding may have made it.
-    slack = 8 * torch.finfo(tail.log_q.dtype).eps
+    slack = 8 * torch.finfo(dtype).eps
     share_q = (log_q - log_q_mass).exp().cumsum(dim=1)
     num = torch.arange(1, log_q.shape[1] + 1, device=log_q.device)
     share_p = (log_cap - log_p_mass).exp() * num
@@ -66,7 +61,7 @@ def least_tail(terms: Terms, tail: Tail) -> Float[Tensor, " P"]:
     num_capped = over.long().cumprod(dim=1).sum(dim=1, keepdim=True)
     capped = terms(log_q, log_cap).masked_fill(num > num_capped, 0.0).sum(dim=1)
     rest = terms(log_q_rest.gather(1, num_capped), log_p_rest.gather(1, num_capped))
-    return (capped + rest[:, 0]).to(tail.log_q.dtype)
+    return (capped + rest[:, 0]).to(dtype)
 
 
 @torch.no_grad()
@@ -77,38 +72,22 @@ def largest_reverse_tail(tail: Tail) -> Float[Tensor, " P"]:
     floor infinity: a teacher may give next to nothing to what the student holds likely.
     """
     if tail.log_floor is None:
-        return torch.full_like(tail.log_q_mass, torch.inf)
-    mass = tail.log_q_mass.exp()
-    surprise = (tail.log_q_outside.exp() * tail.log_q).sum(dim=1)
-    return torch.where(mass > 0, surprise - mass * tail.log_floor, 0.0)
+        return torch.full_like(tail.log_p_mass, torch.inf)
+    mass = tail.student.log_q_mass.exp()
+    return torch.where(mass > 0, tail.student.surprise() - mass * tail.log_floor, 0.0)
 
 
 @torch.no_grad()
 def largest_forward_tail(tail: Tail) -> Float[Tensor, " P"]:
     """At most all of tau, in entries of c, where the student holds least likely (forward KL)."""
     log_cap = torch.minimum(tail.log_cap, tail.log_p_mass)
-    return tail.log_p_mass.exp() * (log_cap - tail.log_q.amin(dim=1))
+    return tail.log_p_mass.exp() * (log_cap - tail.student.least())
 
 
 @torch.no_grad()
 def largest_jsd_tail(tail: Tail) -> Float[Tensor, " P"]:
     """Both sides' mass on different entries (Jensen-Shannon divergence)."""
-    return 0.5 * math.log(2) * (tail.log_q_mass.exp() + tail.log_p_mass.exp())
-
-
-def largest_entries(values: Float[Tensor, "P V"], most: int) -> Float[Tensor, "P C"]:
-    """The largest entries of each row, descending, at most so many; sorts few.
-
-    They lie in the blocks with the largest maxima, which one fast pass finds.
-    """
-    num_strides = values.shape[1] // _BLOCKS
-    if num_strides <= most:
-        return values.topk(min(most, values.shape[1]), dim=1).values
-    cut = num_strides * _BLOCKS
-    blocks = values[:, :cut].unflatten(1, (_BLOCKS, num_strides))
-    best = blocks.amax(dim=1).topk(most, dim=1).indices
-    found = blocks.gather(2, best[:, None, :].expand(-1, _BLOCKS, -1)).flatten(1)
-    return torch.cat([found, values[:, cut:]], dim=1).topk(most, dim=1).values
+    return 0.5 * math.log(2) * (tail.student.log_q_mass.exp() + tail.log_p_mass.exp())
 
 
 def _with(first: Tensor, others: Tensor) -> Tensor:

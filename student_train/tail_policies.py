@@ -26,6 +26,13 @@ STUDY_TAILS: frozenset[TailPolicy] = frozenset({"uniform", "mean_logit"})
 """Policies whose gradient misleads under reverse KL."""
 
 
+TeacherParts = tuple[Tensor, Tensor, Tensor | None]
+"""Log p of the kept entries [P, K], of the whole tail [P], and of each of its entries.
+
+The last is [P, V], or [P, 1] where all are alike, or None where nobody asked.
+"""
+
+
 def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -> UsedTail:
     """The policy that is really used on a signal; the one place where a default changes.
 
@@ -74,11 +81,8 @@ def needs_sketch(tail: UsedTail, temperature: float) -> bool:
 @torch.no_grad()
 def teacher_parts(
     teacher: TopKSignal, policy: UsedTail, temperature: float, estimated: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log p of the kept entries [P, K], of the whole tail [P], and of each of its entries.
-
-    The last is [P, V], or [P, 1] where all are alike, or None where nobody asked.
-    """
+) -> TeacherParts:
+    """What a policy that is really used knows of the teacher, and perhaps estimates."""
     if temperature == 1:
         log_tail = at_least_float32(teacher.log_tail)
         estimate = _tail_estimate(teacher, policy) if estimated else None

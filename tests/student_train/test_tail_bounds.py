@@ -15,7 +15,7 @@ from student_train import tail_bounds
 from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.objective import TailPolicy
 from student_train.signals import DenseSignal, TeacherAssets, TopKSignal, response_signal
-from student_train.tail_bounds import largest_entries
+from student_train.student_rows import largest_entries
 from teacher_cache.codec import encode_planes, output_from_planes, output_planes
 from teacher_cache.frames import decode_frame
 from teacher_cache.schema import TeacherOutput
