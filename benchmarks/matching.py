@@ -31,8 +31,8 @@ from student_train.assignment import solve_assignment
 from student_train.certificate import certified_pairs
 from student_train.cost import cost_error, cost_matrix
 from student_train.l1 import l1_distances
-from student_train.metrics import hubness, separability
 from student_train.objective import MatchingConfig, MatchMetric
+from student_train.separability import hubness, separability
 from student_train.signals import Signal
 
 Grids = tuple[tuple[int, int], tuple[int, int]]

@@ -18,11 +18,11 @@ and m teacher tokens, p = min(n, m).
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, repeat
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,10 +31,11 @@ from torch import Tensor
 
 from student_train.assignment import solve_assignment
 from student_train.certificate import certified_pairs
-from student_train.cost import CostError, Costs, cost_error, pair_costs, problems_at_once
+from student_train.cost import CostError, cost_error, pair_costs, problems_at_once
 from student_train.linear_head import LogitsOf
 from student_train.objective import MatchingConfig, MatchSolver
 from student_train.problems import Problem, Problems, VisionTokens, find_problems, rows_of
+from student_train.separability import hubness, separability
 from student_train.signals import Signal
 from teacher_cache.schema import ViewGrid
 
@@ -44,16 +45,14 @@ work, beside which handing it over takes nothing."""
 
 
 class SolvedProblem(NamedTuple):
-    """One assignment problem and its solution, by its own rows and columns; costs on their device.
-
-    `mean_logits` is what `Costs` says of its student tokens; None where states were compared.
-    """
+    """One assignment problem and its solution, by its own rows and columns; all on the CPU."""
 
     cost: Float[Tensor, "n m"]
     rows: Int[Tensor, " p"]
     columns: Int[Tensor, " p"]
     total_cost: float
-    mean_logits: Float[Tensor, " n"] | None
+    separability: float
+    hubness: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +74,7 @@ class Assignment:
     @property
     def num_pairs(self) -> int:
         """Matched pairs."""
-        return len(self.student)
+        return self.student.shape[0]
 
     @property
     def mean_cost(self) -> float:
@@ -91,29 +90,35 @@ class Assignment:
 
 
 class Matching(NamedTuple):
-    """The assignments of a micro-batch, and the teachers' rows of all pairs, sample by sample."""
+    """The assignments of a micro-batch, and what is known of its samples together."""
 
     samples: list[Assignment]
     teacher_rows: Int[Tensor, " P"]
+    """Of all pairs, sample by sample, among the rows of all teachers."""
+    mean_logits: Float[Tensor, " N"] | None
+    """What `Costs` says of the student tokens, in any order; None where states were compared."""
+
+
+class _Task(NamedTuple):
+    """Some problems of one shape: what a thread needs to solve them."""
+
+    numbers: list[int]
+    cost: Float[Tensor, "B n m"]
+    copied: torch.cuda.Event | None
+    """After which the costs are there; None: they are."""
+    errors: Sequence[CostError | None]
+    student_rows: Int[Tensor, "B n"]
+    teacher_rows: Int[Tensor, "B m"]
+    solver: MatchSolver
 
 
 class _Solution(NamedTuple):
-    """Of some problems of one shape, in their own rows and columns; all on the CPU."""
+    """The solved problems by their numbers, and the rows of all their pairs; on the CPU."""
 
-    rows: Int[Tensor, "B p"]
-    columns: Int[Tensor, "B p"]
-    totals: list[float]
-    certified: Bool[Tensor, "B p"] | None
-
-
-class _Group(NamedTuple):
-    """Problems of one shape, by their numbers, whose costs were computed together."""
-
-    numbers: list[int]
-    student_rows: Int[Tensor, "B n"]
-    teacher_rows: Int[Tensor, "B m"]
-    costs: Costs
-    solutions: list[Future[_Solution]]
+    problems: dict[int, SolvedProblem]
+    students: Int[Tensor, " P"]
+    teachers: Int[Tensor, " P"]
+    certified: Bool[Tensor, " P"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,74 +127,47 @@ class PendingMatching:
 
     device: torch.device
     problems: Problems = field(repr=False)
-    groups: list[_Group] = field(repr=False)
+    solutions: list[Future[_Solution]] = field(repr=False)
+    mean_logits: Float[Tensor, " N"] | None = field(repr=False)
 
     def result(self) -> Matching:
         """The matchings; ValueError where costs are not finite. May be asked more than once."""
-        students, teachers = ([torch.empty(0, dtype=torch.int64)] for _ in range(2))
-        proofs: list[Tensor] = []
-        solved: dict[int, SolvedProblem] = {}
-        for group in self.groups:
-            found = [solution.result() for solution in group.solutions]
-            rows_Bp = torch.cat([each.rows for each in found])
-            columns_Bp = torch.cat([each.columns for each in found])
-            students.append(group.student_rows.gather(1, rows_Bp).flatten())
-            teachers.append(group.teacher_rows.gather(1, columns_Bp).flatten())
-            proofs += [each.certified.flatten() for each in found if each.certified is not None]
-            cost_Bnm, mean_Bn = group.costs
-            parts = zip(
-                cost_Bnm.unbind(),
-                rows_Bp.unbind(),
-                columns_Bp.unbind(),
-                (total for each in found for total in each.totals),
-                repeat(None) if mean_Bn is None else mean_Bn.unbind(),
-                strict=False,  # one of them may be endless
-            )
-            solved.update(zip(group.numbers, map(SolvedProblem._make, parts), strict=True))
-        order_P = torch.cat(students).argsort()
-        return self._by_sample(
-            solved,
-            torch.cat(students)[order_P],
-            torch.cat(teachers)[order_P],
-            torch.cat(proofs)[order_P] if proofs else None,
-        )
-
-    def _by_sample(
-        self,
-        solved: Mapping[int, SolvedProblem],
-        student_P: Tensor,
-        teacher_P: Tensor,
-        certified_P: Tensor | None,
-    ) -> Matching:
-        """Cut what was found, in the order of the student's rows, into samples."""
-        every, num_student, num_teacher = self.problems
-        own: list[list[SolvedProblem]] = [[] for _ in num_student]
-        for number, problem in enumerate(every):
-            own[problem.sample].append(solved[number])
-        num_pairs = [sum(len(each.rows) for each in problems) for problems in own]
-        sample_P = torch.arange(len(own)).repeat_interleave(torch.tensor(num_pairs))
+        found = [solution.result() for solution in self.solutions]
+        none = torch.empty(0, dtype=torch.int64)
+        student_P = torch.cat([none, *(each.students for each in found)])
+        teacher_P = torch.cat([none, *(each.teachers for each in found)])
+        proofs = [each.certified for each in found if each.certified is not None]
+        order_P = student_P.argsort()
+        solved = {number: each for part in found for number, each in part.problems.items()}
+        of_sample: list[list[SolvedProblem]] = [[] for _ in self.problems.num_student]
+        for number, problem in enumerate(self.problems.every):
+            of_sample[problem.sample].append(solved[number])
+        num_pairs = [sum(each.rows.shape[0] for each in problems) for problems in of_sample]
+        sample_P = torch.arange(len(num_pairs)).repeat_interleave(torch.tensor(num_pairs))
 
         def of_each(rows_P: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-            """Rows as the samples count them, each from its own first."""
+            """Rows in order, as each sample counts its own."""
             first_S = torch.tensor([0, *accumulate(sizes)])
-            return (rows_P - first_S[sample_P]).to(self.device).split(num_pairs)
+            return (rows_P[order_P] - first_S[sample_P]).to(self.device).split(num_pairs)
 
-        students, teachers = of_each(student_P, num_student), of_each(teacher_P, num_teacher)
-        none = [None] * len(own)
-        proofs = none if certified_P is None else certified_P.to(self.device).split(num_pairs)
+        students = of_each(student_P, self.problems.num_student)
+        teachers = of_each(teacher_P, self.problems.num_teacher)
+        certified: Sequence[Tensor | None] = [None] * len(num_pairs)
+        if proofs:
+            certified = torch.cat(proofs)[order_P].to(self.device).split(num_pairs)
         samples = [
             Assignment(
-                student=students[number],
-                teacher=teachers[number],
-                num_student=num_student[number],
-                num_teacher=num_teacher[number],
+                student=students[sample],
+                teacher=teachers[sample],
+                num_student=self.problems.num_student[sample],
+                num_teacher=self.problems.num_teacher[sample],
                 total_cost=sum(problem.total_cost for problem in problems),
                 problems=tuple(problems),
-                certified=proofs[number],
+                certified=certified[sample],
             )
-            for number, problems in enumerate(own)
+            for sample, problems in enumerate(of_sample)
         ]
-        return Matching(samples, teacher_P.to(self.device))
+        return Matching(samples, teacher_P[order_P].to(self.device), self.mean_logits)
 
 
 def match_tokens(
@@ -234,22 +212,37 @@ def start_matching(
     assert sum(problems.num_student) == len(student_hidden)
     assert sum(problems.num_teacher) == teacher.num_rows
     logits = student_logits
-    groups: list[_Group] = []
+    means: list[Tensor] = []
+    solutions: list[Future[_Solution]] = []
     for numbers in _alike(problems.every, teacher, config):
         alike = [problems.every[number] for number in numbers]
         own = rows_of([span for problem in alike for span in problem.student])
         theirs = rows_of([span for problem in alike for span in problem.teacher])
-        costs = pair_costs(
+        signal = teacher.rows(theirs)
+        cost, mean_logits = pair_costs(
             student_hidden[own],
             logits[own] if isinstance(logits, Tensor) else logits,
-            teacher.rows(theirs),
+            signal,
             config,
             len(alike),
         )
-        solutions = _start_solving(costs.cost, teacher.rows(theirs), config)
-        rows = (_numbered(own).view(len(alike), -1), _numbered(theirs).view(len(alike), -1))
-        groups.append(_Group(numbers, *rows, costs, solutions))
-    return PendingMatching(device=student_hidden.device, problems=problems, groups=groups)
+        if mean_logits is not None:
+            means.append(mean_logits.flatten())
+        task = _Task(
+            numbers,
+            *_to_host(cost),
+            _errors(signal, config, cost),
+            _numbered(own).view(len(alike), -1),
+            _numbered(theirs).view(len(alike), -1),
+            config.solver,
+        )
+        solutions += [_solvers().submit(_solve, part) for part in _parts(task)]
+    return PendingMatching(
+        device=student_hidden.device,
+        problems=problems,
+        solutions=solutions,
+        mean_logits=torch.cat(means) if means else None,
+    )
 
 
 def _alike(
@@ -268,23 +261,29 @@ def _numbered(rows: slice | Tensor) -> Tensor:
     return rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop)
 
 
-def _start_solving(
-    cost: Tensor, teacher: Signal, config: MatchingConfig
-) -> list[Future[_Solution]]:
-    """Hand problems to the threads: many small ones at a time, large ones each alone."""
-    on_host, copied = _to_host(cost)
-    errors: Sequence[CostError | None] = [None] * len(cost)
-    if config.certify:
-        error = cost_error(teacher, config, cost.dtype)
-        absolute = error.absolute.view(len(cost), -1)
-        errors = [CostError(relative=error.relative, absolute=each) for each in absolute]
-    size = max(1, _SOLVED_AT_ONCE // max(1, cost[0].numel()))
-    return [
-        _solvers().submit(
-            _solve, on_host[start : start + size], copied, errors[start:], config.solver
+def _errors(
+    teacher: Signal, config: MatchingConfig, cost: Float[Tensor, "B n m"]
+) -> Sequence[CostError | None]:
+    """The bounds of each problem's costs, where pairs are to be certified."""
+    if not config.certify:
+        return [None] * len(cost)
+    error = cost_error(teacher, config, cost.dtype)
+    absolute = error.absolute.view(len(cost), -1)
+    return [CostError(relative=error.relative, absolute=each) for each in absolute]
+
+
+def _parts(task: _Task) -> Iterator[_Task]:
+    """Many small problems at a time, large ones each alone."""
+    size = max(1, _SOLVED_AT_ONCE // task.cost[0].numel())
+    for start in range(0, len(task.numbers), size):
+        part = slice(start, start + size)
+        yield task._replace(
+            numbers=task.numbers[part],
+            cost=task.cost[part],
+            errors=task.errors[part],
+            student_rows=task.student_rows[part],
+            teacher_rows=task.teacher_rows[part],
         )
-        for start in range(0, len(cost), size)
-    ]
 
 
 @cache
@@ -304,20 +303,32 @@ def _to_host(cost: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return on_host, copied
 
 
-def _solve(
-    cost_Bnm: Tensor,
-    copied: torch.cuda.Event | None,
-    errors: Sequence[CostError | None],
-    solver: MatchSolver,
-) -> _Solution:
-    if copied is not None:
-        copied.synchronize()
-    rows, columns = zip(*(solve_assignment(cost, solver) for cost in cost_Bnm), strict=True)
-    totals: list[float] = []
-    proofs: list[Tensor] = []
-    for cost, error, own, theirs in zip(cost_Bnm, errors, rows, columns, strict=False):
-        totals.append(float(cost[own, theirs].sum(dtype=torch.float64)))
-        if error is not None:
-            proofs.append(certified_pairs(cost, error.of(cost), own, theirs))
-    certified = torch.stack(proofs) if proofs else None
-    return _Solution(torch.stack(rows), torch.stack(columns), totals, certified)
+@torch.no_grad()
+def _solve(task: _Task) -> _Solution:
+    if task.copied is not None:
+        task.copied.synchronize()
+    found = [solve_assignment(cost, task.solver) for cost in task.cost]
+    rows_Bp, columns_Bp = (torch.stack(side) for side in zip(*found, strict=True))
+    which_B1 = torch.arange(len(found))[:, None]
+    paired_Bp = task.cost[which_B1, rows_Bp, columns_Bp]
+    parts = zip(
+        task.cost.unbind(),
+        rows_Bp.unbind(),
+        columns_Bp.unbind(),
+        paired_Bp.sum(dim=1, dtype=torch.float64).tolist(),
+        separability(task.cost).tolist(),
+        hubness(task.cost).tolist(),
+        strict=True,
+    )
+    solved = dict(zip(task.numbers, map(SolvedProblem._make, parts), strict=True))
+    proofs = [
+        certified_pairs(problem.cost, error.of(problem.cost), problem.rows, problem.columns)
+        for problem, error in zip(solved.values(), task.errors, strict=True)
+        if error is not None
+    ]
+    return _Solution(
+        solved,
+        task.student_rows.gather(1, rows_Bp).flatten(),
+        task.teacher_rows.gather(1, columns_Bp).flatten(),
+        torch.cat(proofs) if proofs else None,
+    )

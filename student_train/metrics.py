@@ -4,7 +4,7 @@ Promise: detached Python floats, computed without gradient (`term_gradient_norms
 asks autograd and leaves every `.grad` alone). Dimensions as in schema.py.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from student_train.matching import Assignment
+from student_train.separability import LEAST_SEPARABILITY
 from student_train.signals import Signal
 from student_train.top_k_signal import TopKSignal, at_least_float32
-
-LEAST_SEPARABILITY = 0.1
-"""Below this a matching says little of which token is like which (measured: docs/method.md)."""
-
-_STACKED = 2**20
-"""Most costs that are looked at together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,62 +38,20 @@ class AssignmentStats:
     certified: float | None = None
 
 
-@torch.no_grad()
-def separability(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
-    """Standard deviation of the interaction over that of the costs; 1 where these are constant."""
-    wide = cost.to(torch.float64)
-    by_row = wide.mean(dim=-1, keepdim=True)
-    interaction = wide - by_row
-    by_column = interaction.mean(dim=-2, keepdim=True)
-    interaction -= by_column
-    # The three parts are orthogonal, so that their mean squares add up to that of the whole.
-    apart = interaction.square_().mean(dim=(-2, -1))
-    by_row -= by_row.mean(dim=-2, keepdim=True)
-    spread = apart + by_row.square_().mean(dim=(-2, -1)) + by_column.square_().mean(dim=(-2, -1))
-    return torch.where(spread > 0, apart / spread, 1.0).sqrt()
-
-
-@torch.no_grad()
-def hubness(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
-    """Number of distinct row minima over the number of rows."""
-    nearest = cost.argmin(dim=-1)
-    is_nearest = torch.zeros_like(cost[..., 0, :]).scatter_(-1, nearest, 1.0)
-    return is_nearest.sum(dim=-1, dtype=torch.float64) / cost.shape[-2]
-
-
 def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     """Averages over every problem of every assignment; all 0 where nothing was matched."""
-    costs = [problem.cost for assignment in assignments for problem in assignment.problems]
+    problems = [problem for assignment in assignments for problem in assignment.problems]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
-    total_cost = sum(assignment.total_cost for assignment in assignments)
+    # Of one token nothing interacts, and nothing is arbitrary.
+    several = [problem.separability for problem in problems if min(problem.cost.shape) > 1]
     proofs = [each.certified for each in assignments if each.certified is not None]
-    separable: list[float] = []
-    several: list[float] = []
-    hubs: list[float] = []
-    for stack in _stacked(costs):
-        found = separability(stack).tolist()
-        separable += found
-        if min(stack.shape[1:]) > 1:  # of one token nothing interacts, and nothing is arbitrary
-            several += found
-        hubs += hubness(stack).tolist()
     return AssignmentStats(
-        mean_cost=total_cost / max(1, num_pairs),
-        separability=_mean(separable),
+        mean_cost=sum(problem.total_cost for problem in problems) / max(1, num_pairs),
+        separability=_mean(problem.separability for problem in problems),
         arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several),
-        hubness=_mean(hubs),
+        hubness=_mean(problem.hubness for problem in problems),
         certified=float(torch.cat(proofs).double().mean()) if proofs and num_pairs else None,
     )
-
-
-def _stacked(costs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Problems of one shape together: a micro-batch has many small ones."""
-    by_shape: dict[torch.Size, list[Tensor]] = {}
-    for cost in costs:
-        by_shape.setdefault(cost.shape, []).append(cost)
-    for shape, alike in by_shape.items():
-        most = max(1, _STACKED // shape.numel())
-        for start in range(0, len(alike), most):
-            yield torch.stack(alike[start : start + most])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +71,7 @@ def matching_quality(chosen: Assignment, exact: Assignment) -> MatchingQuality:
     excess = random_excess = 0.0
     num_equal = num_pairs = 0
     for found, best in zip(chosen.problems, exact.problems, strict=True):
-        cost = best.cost.to("cpu", torch.float64)
+        cost = best.cost.to(torch.float64)
         least = float(cost[best.rows, best.columns].sum())
         excess += float(cost[found.rows, found.columns].sum()) - least
         random_excess += float(cost.mean()) * len(best.rows) - least

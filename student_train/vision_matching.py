@@ -21,16 +21,12 @@ import torch
 from torch import Tensor
 
 from student_train.linear_head import LogitsOf
-from student_train.matching import Assignment, PendingMatching, start_matching
-from student_train.metrics import (
-    LEAST_SEPARABILITY,
-    assignment_stats,
-    matching_quality,
-    row_mean_spread,
-)
+from student_train.matching import Assignment, Matching, PendingMatching, start_matching
+from student_train.metrics import assignment_stats, matching_quality, row_mean_spread
 from student_train.objective import MatchMetric, ObjectiveConfig
 from student_train.problems import VisionTokens
 from student_train.sample_states import SampleStates
+from student_train.separability import LEAST_SEPARABILITY
 from student_train.signals import Signal, TeacherAssets, concatenate, vision_signal
 from teacher_cache.schema import TeacherOutput
 
@@ -86,11 +82,11 @@ class PendingBatch:
         """One entry for each sample; ValueError where costs are not finite."""
         if self.started is None:
             return [None] * len(self.samples)
-        pairs, teacher_rows = self.started.pairs.result()
-        self._describe(pairs, self.started)
-        teachers = self.started.teacher.rows(teacher_rows)
+        matching = self.started.pairs.result()
+        self._describe(matching, self.started)
+        teachers = self.started.teacher.rows(matching.teacher_rows)
         found: list[Matched | None] = []
-        rest, start = iter(pairs), 0
+        rest, start = iter(matching.samples), 0
         for sample in self.samples:
             if sample is None:
                 found.append(None)
@@ -101,23 +97,23 @@ class PendingBatch:
             start = place.stop
         return found
 
-    def _describe(self, pairs: Sequence[Assignment], started: _Started) -> None:
-        stats = assignment_stats(pairs)
+    def _describe(self, matching: Matching, started: _Started) -> None:
+        stats = assignment_stats(matching.samples)
         self.diagnostics["match_mean_cost"] = stats.mean_cost
         self.diagnostics["match_separability"] = stats.separability
         self.diagnostics["match_arbitrary"] = stats.arbitrary
         self.diagnostics["match_hubness"] = stats.hubness
         if stats.certified is not None:
             self.diagnostics["match_certified"] = stats.certified
-        problems = [problem for each in pairs for problem in each.problems]
-        means = [each.mean_logits for each in problems if each.mean_logits is not None]
-        if means:
-            self.diagnostics["student_row_mean_spread"] = row_mean_spread(torch.cat(means)[:, None])
+        if matching.mean_logits is not None:
+            spread = row_mean_spread(matching.mean_logits[:, None])
+            self.diagnostics["student_row_mean_spread"] = spread
         if stats.arbitrary >= 0.5:
             _warn_of_arbitrary(self.metric)
         if started.exact is not None:
-            quality = matching_quality(pairs[0], started.exact.result().samples[0])
-            first = started.teacher.rows(slice(pairs[0].num_teacher))
+            chosen, exact = matching.samples[0], started.exact.result().samples[0]
+            quality = matching_quality(chosen, exact)
+            first = started.teacher.rows(slice(chosen.num_teacher))
             of = "match" if first.exact else "match_sketch"
             self.diagnostics[f"{of}_regret"] = quality.regret
             self.diagnostics[f"{of}_agreement"] = quality.agreement

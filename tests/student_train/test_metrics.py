@@ -7,13 +7,12 @@ from torch import nn
 from student_train.matching import match_tokens
 from student_train.metrics import (
     assignment_stats,
-    hubness,
     kept_mass,
     row_mean_spread,
-    separability,
     term_gradient_norms,
 )
 from student_train.objective import MatchingConfig
+from student_train.separability import hubness, separability
 from student_train.signals import DenseSignal, TeacherAssets, vision_signal
 from teacher_cache.schema import ViewGrid
 from tests.batches import ONE_IMAGE, random_batch

@@ -51,7 +51,7 @@ def test_it_gives_the_bits_of_waiting_whatever_becomes_of_the_inputs() -> None:
     pending = start_matching(tokens, student[:, :1], student, signal, CERTIFY_ALL)
     student.zero_()
     teacher.zero_()
-    for (found,), _ in (pending.result(), pending.result()):
+    for (found,), _, _ in (pending.result(), pending.result()):
         assert torch.equal(found.student, plain.student)
         assert torch.equal(found.teacher, plain.teacher)
         assert found.total_cost == plain.total_cost
