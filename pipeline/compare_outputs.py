@@ -123,10 +123,18 @@ def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Differen
     # -inf where everything is kept; one entry more, by a hair of mass, is a tail of less.
     same = (left.log_tail == right.log_tail) | (left.counts != right.counts)
     tail = Spread.of((left.log_tail - right.log_tail).masked_fill(same, 0.0))
-    return {
+    found = {
         f"{part} {name}": Difference(apart=apart, scale=scale, dtype=dtype)
         for name, apart in (("logits", entries), ("logsumexp", normaliser), ("log tail", tail))
     }
+    if left.log_least is not None and right.log_least is not None:
+        ours, theirs = left.log_least.double(), right.log_least.double()
+        found[f"{part} least"] = Difference(
+            apart=Spread.of((ours - theirs).masked_fill(ours == theirs, 0.0)),
+            scale=Spread.of(ours[ours.isfinite()]),
+            dtype=left.log_least.dtype,
+        )
+    return found
 
 
 def _entries(left: TopKRecord, right: TopKRecord) -> Float[Tensor, " entries"]:

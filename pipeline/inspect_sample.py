@@ -148,8 +148,17 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
             "median": round(tails[len(tails) // 2], 5),
             "largest": round(tails[-1], 5),
         },
+        **_least(record),
         "first_position_ids": record.ids[0, : record.counts[0]][:8].tolist(),
     }
+
+
+def _least(record: TopKRecord) -> dict[str, Any]:
+    """The smallest probabilities, as logarithms; nothing where the record has none."""
+    if record.log_least is None:
+        return {}
+    least = sorted(record.log_least.tolist())
+    return {"least_log_probability": {"median": least[len(least) // 2], "smallest": least[0]}}
 
 
 def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:

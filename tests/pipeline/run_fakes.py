@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.predictions import Prediction, append_predictions
 from student_train.checkpoint import FinishedRun, RunIdentity
-from student_train.objective import DivergenceName, ObjectiveName, TailPolicy, preset
+from student_train.objective import DivergenceName, ObjectiveName, UsedTail, preset
 from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings, TrainRecipe
 from student_train.stages import CompressionSettings
@@ -43,7 +43,7 @@ def fake_run(
     learning_rate: float = 1e-3,
     cache: Path | None = None,
     divergence: DivergenceName = "reverse_kl",
-    tails: Mapping[str, TailPolicy] | None = None,
+    tails: Mapping[str, UsedTail] | None = None,
     progression: ProgressionConfig | None = None,
 ) -> Path:
     """A finished training of 40 steps; `tails` are those of its divergences, exact elsewhere."""

@@ -1,6 +1,7 @@
 """Promises of pipeline/compare_outputs.py: distances by id, and ties that fall the other way."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from pipeline.compare_outputs import Spread, differences, replaced_ids
 from teacher_cache.schema import TeacherOutput, TopKRecord
 from teacher_cache.topk import top_k_record
-from tests.strategies import TIERS, make_cached
+from tests.strategies import TIERS, make_cached, with_least
 
 
 def _output(record: TopKRecord) -> TeacherOutput:
@@ -30,6 +31,7 @@ def _record(logits: Tensor, k: int) -> TeacherOutput:
 def test_an_output_is_no_distance_from_itself(records: str) -> None:
     for number in range(3):
         output = make_cached(number, records).output  # pyright: ignore[reportArgumentType]
+        output = with_least(output, number)  # -inf among them
         found = differences(output, output)
         assert found
         assert all(item.apart == Spread(rms=0.0, largest=0.0) for item in found.values())
@@ -72,6 +74,15 @@ def test_a_tie_that_falls_the_other_way_is_no_difference() -> None:
     flipped = dataclasses.replace(top_k_record(left, 2), ids=torch.tensor([[0, 2]]).int())
     assert differences(ours, _output(flipped))["response logits"].apart.largest == 0
     assert differences(ours, theirs)["response logits"].apart.largest == 2
+
+
+def test_least_probabilities_take_part() -> None:
+    left, right = torch.zeros(2, 9), torch.zeros(2, 9)
+    right[1, 8] = -4.0
+    found = differences(_record(left, 3), _record(right, 3))["response least"]
+    log_sum_exp = math.log(8 + math.exp(-4))
+    assert found.apart.largest == pytest.approx(4 + log_sum_exp - math.log(9), rel=3e-3)
+    assert found.dtype == torch.float16
 
 
 def test_other_tokens_and_other_parts_are_refused() -> None:

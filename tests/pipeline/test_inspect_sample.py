@@ -18,7 +18,7 @@ from teacher_cache.teacher import Teacher
 from tests.builders import build
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
-from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_output, make_spec
+from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_output, make_spec, with_least
 from tests.tiny import tiny_samples
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
@@ -56,6 +56,21 @@ def test_a_sample_shows_every_record_of_its_tier_and_no_other(
     assert (
         names == {"topk": top_k, "topk+sketch": {*top_k, "sketch"}, "hidden": {"hidden"}}[records]
     )
+
+
+def test_least_probabilities_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    cached = make_cached(0)
+    least = replace(cached, output=with_least(cached.output, 0))
+    build(tmp_path, [[least]], spec=make_spec("topk", least_logits=True))
+    shown = describe_sample(CacheReader.open(tmp_path), cached.sample.key)["vision_top_k"]
+    record = least.output.vision
+    assert record is not None
+    assert record.log_least is not None
+    assert shown["least_log_probability"]["smallest"] == -math.inf
+    assert shown["least_log_probability"]["median"] in record.log_least.tolist()
+    build(tmp_path / "without", [[cached]])
+    without = describe_sample(CacheReader.open(tmp_path / "without"), cached.sample.key)
+    assert "least_log_probability" not in without["vision_top_k"]
 
 
 def test_numbers_of_a_record_are_those_that_are_stored(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.comparison import compare, group_runs, measured_as
 from pipeline.config import ReportConfig
 from pipeline.report import write_report
 from pipeline.run_folders import collect
-from student_train.objective import ObjectiveName, TailPolicy
+from student_train.objective import ObjectiveName, UsedTail
 from teacher_cache.quality import SampledLoss, ShardQuality, TailMass
 from tests.pipeline.run_fakes import (
     fake_cache,
@@ -269,11 +269,13 @@ def test_a_repeated_run_is_no_further_seed(tmp_path: Path) -> None:
 def test_divergences_that_do_not_compare_are_not_drawn_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tails: dict[str, TailPolicy] = {"vsd": "blend", "rld": "bucket"}
+    tails: dict[str, UsedTail] = {"vsd": "blend", "rld": "bucket"}
+    shaped: dict[str, UsedTail] = {"vsd": "blend", "rld": "blend_template"}
     folders = [
         fake_run(tmp_path / "exact", "emkd", 0),
         fake_run(tmp_path / "sketched", "emkd", 0, learning_rate=2e-3, tails=tails),
         fake_run(tmp_path / "jsd", "emkd", 0, learning_rate=3e-3, divergence="jsd"),
+        fake_run(tmp_path / "shaped", "emkd", 0, learning_rate=4e-3, tails=shaped),
     ]
     found = collect(folders).runs
     measures = {run.name: (measured_as(run, "vsd"), measured_as(run, "rld")) for run in found}
@@ -281,6 +283,7 @@ def test_divergences_that_do_not_compare_are_not_drawn_together(
         "exact": ("reverse kl, exact", "reverse kl, exact"),
         "sketched": ("reverse kl, blend 0.5", "reverse kl, bucket"),
         "jsd": ("jsd, exact", "jsd, exact"),
+        "shaped": ("reverse kl, blend 0.5", "reverse kl, blend_template 0.5"),
     }
     assert measured_as(found[0], "vlad") is None
     drawn: list[dict[str, dict[str, Any]]] = []
@@ -290,10 +293,11 @@ def test_divergences_that_do_not_compare_are_not_drawn_together(
     by_term = {title.partition("\n")[0]: 0 for title in panels}
     for title, groups in panels.items():
         by_term[title.partition("\n")[0]] += 1
-        assert len(groups) == (1 if "\n" in title else 3), title
+        both = "VSD" in title and "blend" in title
+        assert len(groups) == (4 if "\n" not in title else 2 if both else 1), title
     assert by_term == {
         "supervised": 1,
-        "RLD (response)": 3,
+        "RLD (response)": 4,
         "VSD (vision)": 3,
         "VLAD (affinity)": 1,
     }
