@@ -1,111 +1,154 @@
 """What each tail policy makes of a divergence: its gradient and value beside the exact ones.
 
-    python -m benchmarks.tails [--vocab 151936] [--json PATH]
+    python -m benchmarks.tails [--vocab 151936] [--top-k 64] [--text] [--json PATH]
 
-Gradients are those by the student's states, cosine with the exact gradient, mean over 48 matched
+Gradients are those by the student's states, cosine with the exact gradient, mean over matched
 pairs; values are shares of the exact value. `far` is a student as made up, `near` one whose logits
-are 0.3 its own and 0.7 its teacher's, `early` one of almost flat logits (its own times 0.35). K is
-64, the sketch's rank 128. The last lines are the bounds that a record gives whatever the policy.
-Models and images are made up (benchmarks/vision_field.py). About a minute at V = 32,064.
+are 0.3 its own and 0.7 its teacher's, `early` one of almost flat logits (its own times 0.35). The
+sketch's rank is 128; the template is fitted to other images. The last lines are the bounds that a
+record gives whatever the policy. Models and images are made up (benchmarks/vision_field.py); with
+--text they are word statistics of real text (benchmarks/text_model.py), which have no sketch. About
+a minute at V = 32,064.
 """
 
 import argparse
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.vision_field import Models, Problem
+from benchmarks.text_model import TextProblem
+from benchmarks.vision_field import NUM_IMAGES, Models, Problem, field
 from student_train.assignment import solve_assignment
 from student_train.cost import cost_matrix
 from student_train.divergence import DIVERGENCES
 from student_train.objective import DivergenceName, MatchingConfig, TailPolicy
-from student_train.signals import HiddenSignal
+from student_train.signals import DenseSignal, HiddenSignal
 from student_train.tail_policies import STUDY_TAILS
 from student_train.top_k_signal import TopKSignal
+from teacher_cache.tail_template import MeanTail
 
-NUM_PAIRS, AT_ONCE, TOP_K, RANK = 48, 8, 64, 128
+NUM_PAIRS, AT_ONCE, RANK = 48, 8, 128
 POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)[1:]
+TEMPLATE = "blend, template"
 
 
-def students(problem: Problem) -> tuple[dict[str, Tensor], TopKSignal, HiddenSignal]:
-    """Three students' logits [P, V] and what faces them, by records and wholly known."""
+class Case(NamedTuple):
+    """Students' logits [P, V] by name, and the teacher as each line of the table knows it."""
+
+    students: dict[str, Tensor]
+    records: dict[str, TopKSignal]
+    exact: HiddenSignal | DenseSignal
+    head: Tensor
+    """Of the student, [V, D]."""
+
+
+def made_up(vocab_size: int, top_k: int) -> Case:
+    """Matched vision tokens of an image, by a record with a sketch and by one with a template."""
+    models = Models.make(vocab_size, RANK)
+    problem = Problem.make(models, (12, 12), (24, 24), (top_k,), (RANK,))
     own, record = problem.student_logits, problem.sketches[RANK]
-    config = MatchingConfig()
-    rows, columns = solve_assignment(cost_matrix(own[:, :1], own, record, config))
+    rows, columns = solve_assignment(cost_matrix(own[:, :1], own, record, MatchingConfig()))
     chosen = torch.linspace(0, len(rows) - 1, NUM_PAIRS).long()
     far, teacher = own[rows[chosen]], problem.hidden.rows(columns[chosen])
-    near = 0.3 * far + 0.7 * teacher.dense_logits()
-    return {"far": far, "near": near, "early": 0.35 * far}, record.rows(columns[chosen]), teacher
+    tails = MeanTail(vocab_size)
+    for seed in range(100, 100 + NUM_IMAGES):  # the images that the sketch is fitted to
+        tails.update(field(models.axes, 27, 27, seed)[::4], models.teacher_head, top_k)
+    record = record.rows(columns[chosen])
+    bare = replace(record, sketch=None, template=tails.log_shares)
+    records = {"blend": record, TEMPLATE: bare}
+    records |= {policy: record for policy in POLICIES if policy != "blend"}
+    return Case(
+        _students(far, teacher.dense_logits()), records, teacher, models.student_head.weight
+    )
 
 
-def compare(
-    student: Tensor,
-    record: TopKSignal,
-    exact: HiddenSignal,
-    head: Tensor,
-    name: DivergenceName,
-) -> dict[str, tuple[float, float]]:
-    """By policy: cosine of gradients, share of the value; the bounds as shares alone."""
+def of_text(top_k: int) -> Case:
+    """Held-out words, by records without a sketch."""
+    problem = TextProblem.make(top_k)
+    lines = (TEMPLATE, "bucket", "renormalise", "uniform")
+    records: dict[str, TopKSignal] = dict.fromkeys(lines, problem.record)
+    students = _students(problem.student_logits, problem.teacher.logits)
+    return Case(students, records, problem.teacher, problem.head.weight)
+
+
+def _students(far: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    return {"far": far, "near": 0.3 * far + 0.7 * teacher, "early": 0.35 * far}
+
+
+def compare(student: Tensor, case: Case, name: DivergenceName) -> dict[str, tuple[float, float]]:
+    """By line: cosine of gradients, share of the value; the bounds as shares alone."""
     measure = DIVERGENCES[name]
-    cosines: dict[str, list[Tensor]] = {policy: [] for policy in POLICIES}
-    values: dict[str, list[Tensor]] = {name: [] for name in ("true", "lower", "upper", *POLICIES)}
+    cosines: dict[str, list[Tensor]] = {line: [] for line in case.records}
+    lines = ("true", *case.records, "lower", "upper")
+    values: dict[str, list[Tensor]] = {line: [] for line in lines}
     for rows in torch.arange(len(student)).split(AT_ONCE):
         logits = student[rows].clone().requires_grad_()
-        found = {"true": measure(logits, exact.rows(rows), "exact", 1.0, 0.5)}
-        for policy in POLICIES:
-            found[policy] = measure(logits, record.rows(rows), policy, 1.0, 0.5)
+        found = {"true": measure(logits, case.exact.rows(rows), "exact", 1.0, 0.5)}
+        for line, record in case.records.items():
+            policy = _policy(line)
+            found[line] = measure(logits, record.rows(rows), policy, 1.0, 0.5)
         values["lower"].append(found["bucket"].lower)
         values["upper"].append(found["bucket"].upper)
         by_states: dict[str, Tensor] = {}
-        for label, divergence in found.items():
+        for line, divergence in found.items():
             (gradient,) = torch.autograd.grad(divergence.value.sum(), logits)
-            by_states[label] = gradient @ head
-            values[label].append(divergence.value.detach())
-        for policy in POLICIES:
-            pair = by_states[policy], by_states["true"]
-            cosines[policy].append(functional.cosine_similarity(*pair, dim=1))
+            by_states[line] = gradient @ case.head
+            values[line].append(divergence.value.detach())
+        for line in case.records:
+            pair = by_states[line], by_states["true"]
+            cosines[line].append(functional.cosine_similarity(*pair, dim=1))
     true = float(torch.cat(values.pop("true")).sum())
     nothing = torch.tensor([torch.nan])
     return {
-        label: (
-            float(torch.cat(cosines.get(label, [nothing])).mean()),
+        line: (
+            float(torch.cat(cosines.get(line, [nothing])).mean()),
             float(torch.cat(parts).sum()) / true,
         )
-        for label, parts in values.items()
+        for line, parts in values.items()
     }
+
+
+def _policy(line: str) -> TailPolicy:
+    return next(policy for policy in POLICIES if line.startswith(policy))
 
 
 def _cell(cosine: float, share: float) -> str:
     return f"{'' if math.isnan(cosine) else format(cosine, '.3f'):>8}{share:8.2f}"
 
 
+def _print(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    print(f"{'':24}" + "".join(f"{label:>16}" for label in found))
+    for line in next(iter(found.values())):
+        note = " (for study)" if line in STUDY_TAILS else ""
+        note = " bound" if line in ("lower", "upper") else note
+        cells = "".join(_cell(*found[student][line]) for student in found)
+        print(f"{line + note:24}{cells}", flush=True)
+
+
 def main() -> None:
     """Print the tables; with --json also write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vocab", type=int, default=32_064)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--text", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    models = Models.make(options.vocab, RANK)
-    problem = Problem.make(models, (12, 12), (24, 24), (TOP_K,), (RANK,))
-    logits, record, exact = students(problem)
+    case = of_text(options.top_k) if options.text else made_up(options.vocab, options.top_k)
+    tail = float(case.records["bucket"].log_tail.exp().mean())
+    print(f"V = {case.exact.vocab_size}, K = {options.top_k}, mean tail mass {tail:.4f}")
     report: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for name in get_args(DivergenceName):
-        head = models.student_head.weight
-        found = {label: compare(own, record, exact, head, name) for label, own in logits.items()}
-        print(f"\n{name}, V = {options.vocab}: cosine of gradients, share of the exact value")
-        print(f"{'':24}" + "".join(f"{label:>16}" for label in found))
-        for line in (*POLICIES, "lower", "upper"):
-            note = " (for study)" if line in STUDY_TAILS else ""
-            note = " bound" if line in ("lower", "upper") else note
-            cells = "".join(_cell(*found[student][line]) for student in found)
-            print(f"{line + note:24}{cells}", flush=True)
-        report[name] = found
+        report[name] = {own: compare(each, case, name) for own, each in case.students.items()}
+        print(f"\n{name}: cosine of gradients, share of the exact value")
+        _print(report[name])
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
