@@ -56,11 +56,18 @@ def finish(*children: BaseProcess) -> list[int | None]:
 
 def kill_in_mid_run(log: Path, lines: int, work: Callable[..., object], *arguments: object) -> None:
     """Begin `work(*arguments)` in a child and kill it once `log` has so many lines."""
-    child = start(work, *arguments)
-    while child.is_alive() and not (log.exists() and len(log.read_text().splitlines()) >= lines):
+    kill_once_logged(log, lines, start(work, *arguments))
+
+
+def kill_once_logged(log: Path, lines: int, *children: BaseProcess) -> None:
+    """Kill children once `log` has so many lines, or the first of them has ended."""
+    while children[0].is_alive() and not (
+        log.exists() and len(log.read_text().splitlines()) >= lines
+    ):
         time.sleep(0.002)
-    child.kill()
-    child.join()
+    for child in children:
+        child.kill()
+        child.join()
 
 
 def _run(

@@ -7,7 +7,6 @@ and again one rank runs the vision tower and the projector and the other does no
 import os
 import random
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from student_train.checkpoint import CHECKPOINT_FILE
 from student_train.objective import ObjectiveConfig, preset
 from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings
@@ -28,7 +28,8 @@ from student_train.trainer import student_loss
 from teacher_cache.reader import CacheReader
 from teacher_cache.tokens import SampleEncoder
 from tests.caches import student_loader
-from tests.children import finish, start_ranks
+from tests.children import finish, kill_once_logged, start_ranks
+from tests.conftest import TinyFolder
 from tests.epic import save_deep, train_vanilla, train_vanilla_on_one_thread
 from tests.runs import (
     SETTINGS,
@@ -43,6 +44,7 @@ from tests.runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE = replace(SETTINGS, micro_batch_size=1)
+EVERY_STEP = replace(ONE, log_steps=1)
 VSD_ALONE = ObjectiveConfig(supervised_weight=0.0, rld_weight=0.0, vlad_weight=0.0)
 CASES = {
     "emkd, all parts": replace(
@@ -78,9 +80,8 @@ def assert_nearly_same_run(run: Path, other: Path) -> None:
 def straight(reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded run that nothing has disturbed."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    assert (
-        finish(*start_ranks(2, train_on_one_thread, run, reader, vanilla, sharded(ONE))) == [0] * 2
-    )
+    arguments = (run, reader, vanilla, sharded(EVERY_STEP))
+    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
     return run
 
 
@@ -117,6 +118,18 @@ def test_two_sharded_workers_compute_what_one_computes(
     arguments = (tmp_path / "two", reader, vanilla, sharded(settings))
     assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
     assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_tied_head_gets_the_gradients_of_both_its_uses(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    tied, settings = tiny_folder("llava_next"), replace(ONE, max_steps=3)
+    reader = tiny_cache(tmp_path / "cache", tied)
+    train(tmp_path / "one", reader, tied, settings)
+    arguments = (tmp_path / "two", reader, tied, sharded(settings))
+    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
+    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+    assert "lm_head.weight" not in weights(tmp_path / "two" / "final")
 
 
 def test_epic_runs_its_second_pass_on_all_ranks_or_none(tmp_path: Path) -> None:
@@ -156,31 +169,15 @@ def test_the_logged_gradient_norms_are_those_of_the_mean_over_the_ranks(
         assert line[f"gradient/{name}"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_killed_and_run_again_ends_with_the_same_bits(
+def test_killed_and_run_again_it_goes_on_and_ends_with_the_same_bits(
     straight: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    run, every_step = tmp_path / "run", replace(sharded(ONE), log_steps=1)
-    work = (train_on_one_thread, run, reader, vanilla)
-    children = start_ranks(2, *work, every_step)
-    log, num_lines = run / "metrics.jsonl", random.Random(os.getpid()).randint(1, 6)
-    while children[0].is_alive() and not (
-        log.exists() and len(log.read_text().splitlines()) >= num_lines
-    ):
-        time.sleep(0.002)
-    for child in children:
-        child.kill()
-        child.join()
-    assert finish(*start_ranks(2, *work, every_step)) == [0, 0]
-    mine, theirs = weights(run / "final"), weights(straight / "final")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def test_resumed_from_a_checkpoint_it_is_the_same_run(
-    straight: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
-) -> None:
-    run = begun(tmp_path / "run", straight)
-    arguments = (run, reader, vanilla, sharded(ONE))
-    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
+    run = tmp_path / "run"
+    work = (train_on_one_thread, run, reader, vanilla, sharded(EVERY_STEP))
+    log, num_lines = run / "metrics.jsonl", random.Random(os.getpid()).randint(4, 6)
+    kill_once_logged(log, num_lines, *start_ranks(2, *work))
+    assert (run / "checkpoint-3" / CHECKPOINT_FILE).exists()
+    assert finish(*start_ranks(2, *work)) == [0, 0]
     assert_same_run(run, straight)
 
 
@@ -188,13 +185,13 @@ def test_sharded_and_unsharded_runs_go_on_from_each_other(
     straight: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
-    train(whole, reader, vanilla, ONE)
+    train(whole, reader, vanilla, EVERY_STEP)
     assert_same_files(straight, whole)
     resumed = begun(tmp_path / "unsharded", straight)
-    train(resumed, reader, vanilla, ONE)
+    train(resumed, reader, vanilla, EVERY_STEP)
     assert_nearly_same_run(resumed, whole)
     resumed = begun(tmp_path / "sharded", whole)
-    arguments = (resumed, reader, vanilla, sharded(ONE))
+    arguments = (resumed, reader, vanilla, sharded(EVERY_STEP))
     assert finish(*start_ranks(4, train_on_one_thread, *arguments)) == [0] * 4
     assert_nearly_same_run(resumed, whole)
 
