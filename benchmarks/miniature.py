@@ -67,7 +67,7 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
         plan=BatchPlan(batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    assets = TeacherAssets(sketch=reader.sketch_basis())
+    assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
 
     def step(batch: StudentBatch) -> None:
         student_loss(model, batch, settings, assets).total.backward()

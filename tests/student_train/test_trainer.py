@@ -139,7 +139,7 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
         seed=settings.seed,
         plan=BatchPlan(batch_size=4, micro_batch_size=micro),
     )
-    assets = TeacherAssets(sketch=reader.sketch_basis())
+    assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
     batches = islice(stream, 4 // micro)
     totals = [student_loss(model, batch, settings, assets).total for batch in batches]
     mean = torch.stack(totals).mean()
@@ -149,6 +149,11 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
     (line,) = lines(tmp_path / "run")
     assert line["loss"] == pytest.approx(float(mean.detach()), rel=1e-6)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert line["diagnostic/vsd_tail_is_blend"] == 1.0
+    assert line["diagnostic/rld_tail_is_blend_template"] == 1.0
+    for term in ("rld", "vsd"):
+        lower, upper = (line[f"diagnostic/{term}_{side}_bound"] for side in ("lower", "upper"))
+        assert 0 <= lower < upper < float("inf")
 
 
 def test_mixed_precision_and_checkpointing_train(
