@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from student_train.settings import TrainerSettings
 from student_train.step_plan import plan_step
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
-from tests.children import finish, kill_in_mid_run, start
+from tests.children import finish, kill_in_mid_run, start, start_ranks
 from tests.epic import fixed, save_deep, train_vanilla, train_vanilla_on_one_thread
 from tests.runs import SETTINGS, assert_same_run, lines, tiny_cache, weights
 
@@ -114,19 +113,8 @@ def test_two_workers_drop_the_same_tokens_as_one(
     """DistributedDataParallel; one sample a micro-batch, so that only the means differ."""
     settings = replace(epic(progression=fixed("random")), max_steps=3, micro_batch_size=1)
     train_vanilla(tmp_path / "one", reader, vanilla, settings)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = (tmp_path / "two", reader, vanilla, settings)
-    workers = [
-        start(
-            train_vanilla_on_one_thread,
-            *arguments,
-            environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
+    workers = start_ranks(2, train_vanilla_on_one_thread, *arguments)
     assert finish(*workers) == [0, 0]
     for line, wanted in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
         for name in ("loss", "term/kd", "diagnostic/vision_tokens_kept"):

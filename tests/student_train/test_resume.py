@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from student_train.checkpoint import CHECKPOINT_FILE
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
-from tests.children import finish, kill_in_mid_run, start
+from tests.children import finish, kill_in_mid_run, start, start_ranks
 from tests.runs import (
     SETTINGS,
     assert_same_run,
@@ -43,21 +42,7 @@ def test_two_workers_compute_what_one_computes_and_one_goes_on_from_them(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        start(
-            train_on_one_thread,
-            run,
-            reader,
-            vanilla,
-            SETTINGS,
-            environment={**shared, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]
+    workers = start_ranks(2, train_on_one_thread, run, reader, vanilla, SETTINGS)
     assert finish(*workers) == [0, 0]
     for _ in range(2):
         mine, theirs = weights(run / "final"), weights(undisturbed / "final")
