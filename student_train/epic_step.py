@@ -5,8 +5,8 @@
 
 One set of weights: the teacher is the student as it is now. Promise: what the losses get is the
 same as from two whole passes (a decoder without dropout); where nothing is dropped there is no
-second pass, for both are the same. What was recorded for it is gone when this returns. Dimensions
-as in schema.py.
+second pass, for both are the same, unless the model is sharded and other ranks may drop. What was
+recorded for it is gone when this returns. Dimensions as in schema.py.
 """
 
 from collections.abc import Sequence
