@@ -66,7 +66,7 @@ def read_rows(
     outside = tl.where(in_tail, z, -float("inf"))
     most = tl.max(outside, axis=0)
     some = most > -float("inf")
-    shares = tl.where(in_tail, tl.exp(z - tl.where(some, most, 0.0)), 0.0)
+    shares = tl.exp(outside - tl.where(some, most, 0.0))
     total = tl.sum(shares, axis=0)
     safe = tl.where(some, total, 1.0)
     place = found + row * tl.num_programs(0) + block
@@ -75,7 +75,7 @@ def read_rows(
     extra = tl.where(in_extra, z, -float("inf"))
     most_extra = tl.max(extra, axis=0)
     any_extra = most_extra > -float("inf")
-    sum_extra = tl.sum(tl.where(in_extra, tl.exp(z - tl.where(any_extra, most_extra, 0.0)), 0.0))
+    sum_extra = tl.sum(tl.exp(extra - tl.where(any_extra, most_extra, 0.0)), axis=0)
     tl.store(place + plane, most_extra + tl.log(tl.where(any_extra, sum_extra, 1.0)))
     tl.store(place + 2 * plane, tl.sum(shares * z, axis=0) / safe)
     if ESTIMATED:
