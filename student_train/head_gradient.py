@@ -31,7 +31,7 @@ def gradient_that_waits(weight: Tensor) -> Tensor | None:
 def gradient_to_add_to(weight: Tensor) -> Tensor | None:
     """The same in a backward pass, if it is one that adds to this weight's `.grad`; else None."""
     found = gradient_that_waits(weight) if weight.requires_grad else None
-    return found if found is not None and _is_added_to(weight) else None
+    return found if found is not None and is_added_to(weight) else None
 
 
 def nothing(like: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def nothing(like: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(places, like.new_empty(0), like.shape, check_invariants=False)
 
 
-def _is_added_to(weight: Tensor) -> bool:
-    """Whether the running backward pass ends in this leaf's `.grad`."""
+def is_added_to(weight: Tensor) -> bool:
+    """Whether the backward pass that runs adds to this leaf's `.grad`."""
     node = get_gradient_edge(weight).node
     try:
         return torch._C._will_engine_execute_node(node)  # pyright: ignore[reportPrivateUsage]

@@ -2,10 +2,10 @@
 
     logits = hidden W^T + b,   soft-capped:  c tanh(logits / c)
 
-A plain linear layer is its weight and bias, whole; one that FSDP2 has sharded is gathered, and
-its gradient is averaged over the ranks as FSDP2 would. Anything else (LoRA, quantised, hooked or
-any other function) stays a function, which `head_loss` calls chunk by chunk instead.
-Refuses a weight that is not all there: DeepSpeed ZeRO-3 and FSDP1 leave a piece behind, or none.
+A plain linear layer is its weight and bias, whole; one that FSDP2 or DeepSpeed ZeRO-3 has sharded
+is gathered, and its gradient is averaged over the ranks as these would. Anything else (LoRA,
+quantised, hooked or any other function) stays a function, which `head_loss` calls chunk by chunk.
+Refuses a weight that is not all there otherwise: FSDP1 leaves a piece behind, or none.
 Dimensions as in schema.py, W >= V the student's own vocabulary rows.
 """
 
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
+from student_train import zero3
 from student_train.top_k_signal import at_least_float32
 
 LogitsOf = Callable[[Tensor], Tensor]
@@ -63,14 +64,14 @@ def compute_dtype(head: LinearHead) -> torch.dtype:
 def as_linear(head: LogitsOf) -> LinearHead | None:
     """The head as data where it is a plain linear layer, gathered if need be; None otherwise.
 
-    Under FSDP2 every rank must call this equally often: gathering waits for all of them.
+    Sharded, every rank must call this equally often: gathering waits for all of them.
     ValueError for weights that are sharded in a way that cannot be gathered here.
     """
     if isinstance(head, LinearHead):
         return head
     if not isinstance(head, nn.Module):
         return None
-    sharded = isinstance(head, FSDPModule)
+    sharded = isinstance(head, FSDPModule) or any(map(zero3.is_in_pieces, head.parameters()))
     if not _is_plain(head, sharded):
         _require_whole(head)
         return None
@@ -80,9 +81,9 @@ def as_linear(head: LogitsOf) -> LinearHead | None:
     if weight.shape != (linear.out_features, linear.in_features):
         raise ValueError(
             f"the LM head's weight has shape {tuple(weight.shape)} here, expected "
-            f"{(linear.out_features, linear.in_features)}: it is sharded (DeepSpeed ZeRO-3, FSDP1) "
-            "and cannot be gathered; train with DistributedDataParallel, DeepSpeed ZeRO stage 1 "
-            "or 2, or FSDP2 (fully_shard)"
+            f"{(linear.out_features, linear.in_features)}: it is part of a flat one (FSDP1) and "
+            "cannot be gathered here; train with FSDP2 (fully_shard), to which PyTorch advises "
+            "to migrate, with DeepSpeed ZeRO or with DistributedDataParallel"
         )
     return LinearHead(weight=weight, bias=None if bias is None else _gathered(bias))
 
@@ -122,16 +123,18 @@ def without_gradient(head: LogitsOf) -> LogitsOf:
 def _is_plain(module: nn.Module, sharded: bool) -> bool:
     """Whether calling the module does nothing but `nn.Linear.forward`.
 
-    LoRA, quantised and parametrised layers are classes of their own; FSDP2's class is a plain
-    layer whose hooks gather the weight, which we do ourselves. Offloading replaces `forward`.
+    LoRA, quantised and parametrised layers are classes of their own; the hooks of a
+    sharded plain layer gather the weight, which we do ourselves. Offloading replaces `forward`.
     """
-    own_class = type(module).__mro__[2] if sharded else type(module)
+    own_class = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
     hooked = module._forward_hooks or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
     return own_class is nn.Linear and "forward" not in vars(module) and (sharded or not hooked)
 
 
 def _gathered(parameter: Tensor) -> Tensor:
     """A sharded parameter whole, such that its gradient becomes the mean over the ranks."""
+    if zero3.is_in_pieces(parameter):
+        return zero3.gathered(parameter)
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
@@ -143,7 +146,9 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 def _require_whole(module: nn.Module) -> None:
-    if any(isinstance(p, DTensor) or not p.numel() for p in module.parameters()):
+    parameters = list(module.parameters())
+    sharded = any(isinstance(p, DTensor) or zero3.is_in_pieces(p) for p in parameters)
+    if sharded or not all(p.numel() for p in parameters):
         raise ValueError(
             f"the LM head is a {type(module).__name__} whose weights are sharded; only a plain "
             "linear head can be gathered: leave the adapter off the head (LoRA: target_modules "
