@@ -109,7 +109,14 @@ def test_a_lossy_cache_is_held_to_what_it_would_store(
     false = build_cache(tmp_path / "false", other, tiny_samples(5), settings, samples_per_shard=3)
     rows = [false.read(index, false.parts) for index in range(len(false))]
     head = own.head if settings.records == "hidden" else None
-    build(tmp_path / "forged", [rows[:3], rows[3:]], spec=reader.spec, head=head, sketch=own.sketch)
+    build(
+        tmp_path / "forged",
+        [rows[:3], rows[3:]],
+        spec=reader.spec,
+        head=head,
+        sketch=own.sketch,
+        template=reader.tail_template(),
+    )
     report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
     assert len({problem.split(":")[0] for problem in report.problems}) == 5
 
@@ -134,6 +141,7 @@ def _forged(tmp_path: Path, model: Path, records: RecordKind) -> TeacherReport:
         spec=own.spec,
         head=own.head() if hidden else None,
         sketch=own.sketch_basis() if sketched else None,
+        template=own.tail_template(),
     )
     return verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
 
@@ -161,7 +169,8 @@ def test_one_sample_with_anothers_records_is_named(tmp_path: Path, tiny_folder: 
     )
     output = dataclasses.replace(rows[0].output, response=shifted)
     rows[0] = dataclasses.replace(rows[0], output=output)
-    build(tmp_path / "forged", [rows[:3], rows[3:]], spec=own.spec)
+    template = own.tail_template()
+    build(tmp_path / "forged", [rows[:3], rows[3:]], spec=own.spec, template=template)
     report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
     assert len(report.problems) == 1
     assert rows[0].sample.key in report.problems[0]
