@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from teacher_cache.schema import SketchRecord
-from teacher_cache.sketch import SketchBasis, decode_logits
+from teacher_cache.sketch import SketchBasis, decode_codes
 
 _COLUMNS_AT_ONCE = 8192
 
@@ -27,7 +26,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchCode:
-    """A `SketchRecord` together with the basis that decodes it."""
+    """A `SketchRecord` (schema.py) together with the basis that decodes it."""
 
     codes: Int8[Tensor, "N S"]
     scale: Float[Tensor, " N"]
@@ -40,16 +39,18 @@ class SketchCode:
         """The same with all N x V logits at hand, for few positions that are asked in turns."""
         known = self.scale.new_empty(len(self.codes), self.basis.vocab_size, dtype=torch.float32)
         every = torch.arange(self.basis.vocab_size, device=known.device)
-        for ids in every.split(_COLUMNS_AT_ONCE):  # the directions are widened block by block
-            known[:, ids[0] : ids[-1] + 1] = self.logits(ids)
+        # The directions are widened block by block.
+        for columns, ids in zip(
+            known.split(_COLUMNS_AT_ONCE, dim=1), every.split(_COLUMNS_AT_ONCE), strict=True
+        ):
+            columns.copy_(self.logits(ids))
         return replace(self, decoded=known)
 
     def logits(self, ids: Int[Tensor, " C"] | None = None) -> Float[Tensor, "N columns"]:
         """Approximate raw logits at the vocabulary rows `ids`, or at all of them."""
         if self.decoded is not None:
             return self.decoded if ids is None else self.decoded[:, ids]
-        record = SketchRecord(codes=self.codes, scale=self.scale, tail_shift=self.tail_shift)
-        return decode_logits(self.basis, record, ids)
+        return decode_codes(self.basis, self.codes, self.scale, ids)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "SketchCode":
         """Apply `change` (an index, a device move) to every tensor with one row per position."""

@@ -165,7 +165,7 @@ def encode_sketch(
     has_tail = top_k.counts < top_k.vocab_size
     if bool(has_tail.any()):
         for rows in row_chunks(len(hidden), basis.vocab_size):
-            decoded = _decode(basis, codes[rows], scale[rows])
+            decoded = decode_codes(basis, codes[rows], scale[rows])
             outside = decoded.scatter(1, top_k.ids[rows].long(), -torch.inf).logsumexp(dim=1)
             shift[rows] = (top_k.log_tail[rows] - outside).to(torch.float32)
     return SketchRecord(codes=codes, scale=scale, tail_shift=shift.where(has_tail, 0.0))
@@ -175,12 +175,16 @@ def decode_logits(
     basis: SketchBasis, record: SketchRecord, ids: Int[Tensor, " K"] | None = None
 ) -> Float[Tensor, "M columns"]:
     """Approximate raw logits [M, V], or [M, K] at the vocabulary rows `ids`; float32."""
-    return _decode(basis, record.codes, record.scale, ids)
+    return decode_codes(basis, record.codes, record.scale, ids)
 
 
-def _decode(
-    basis: SketchBasis, codes: Num[Tensor, "M S"], scale: Tensor, ids: Tensor | None = None
-) -> Tensor:
+def decode_codes(
+    basis: SketchBasis,
+    codes: Num[Tensor, "M S"],
+    scale: Float[Tensor, " M"],
+    ids: Int[Tensor, " K"] | None = None,
+) -> Float[Tensor, "M columns"]:
+    """The same of a record's parts, on any device: nothing is checked, so nothing waits for it."""
     directions = basis.directions if ids is None else basis.directions[ids]
     mean = basis.mean_logits if ids is None else basis.mean_logits[ids]
     values = codes.to(torch.float32) * scale[:, None]
