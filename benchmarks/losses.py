@@ -1,6 +1,6 @@
 """Head and losses: time and peak memory of six ways from states to gradients, on one thread.
 
-    python -m benchmarks.losses [--vocab 32064] [--large] [--divergence jsd] [--json PATH]
+    python -m benchmarks.losses [--vocab 32064] [--rows 1152 --teacher top-64] [--large]
 
 A is autograd over all logits at once (dense log-softmax), B `torch.utils.checkpoint` on chunks of
 64 rows, C the way of public fused kernels in plain torch (as many chunks as the vocabulary is
@@ -10,7 +10,9 @@ made-up teacher with the rest in one bucket, from its logits or its states, and 
 E and F are what others take instead, by autograd over all logits: forward KL of what is kept,
 renormalised, and the squared error of logits.
 
-Without --large some teachers, and B and C only where they end soon: some 3 minutes. Memory is what
+A head is frozen, trained, or trained and in a `later` micro-batch of a step: its weight holds a
+gradient, to which each way adds. Without --large some cells (or those of --rows and --teacher), and
+B and C only where they end soon: some 4 minutes. Memory is what
 a pass adds to the resident set at its peak (VmHWM after a reset), in a forked child in which glibc
 returns every block that is freed (M_MMAP_THRESHOLD): that is what lives at once, as on a GPU,
 gradients included. Time is processor time, best of some rounds in turns. Needs Linux; 8 GiB for
@@ -45,6 +47,7 @@ from teacher_cache.head import LmHead
 WIDTH = 896
 VOCABS, ROWS = (32_064, 151_936), (144, 576, 1_152)
 TEACHERS = ("top-16", "top-64", "top-256", "dense", "hidden")
+HEADS = ("frozen", "trained", "later")
 
 
 class Cell(NamedTuple):
@@ -53,8 +56,8 @@ class Cell(NamedTuple):
     vocab_size: int
     num_rows: int
     teacher: str
-    trained: bool
-    """Whether the student's head is."""
+    head: str
+    """One of HEADS."""
 
 
 class Problem(NamedTuple):
@@ -73,20 +76,21 @@ class Problem(NamedTuple):
         return torch.stack(parts).sum()
 
 
-def cells(vocabs: list[int], large: bool) -> Iterator[Cell]:
-    """All lines, or those that take some 3 minutes together."""
-    for vocab_size in vocabs:
-        for num_rows in ROWS:
-            for teacher in TEACHERS:
-                for trained in (False, True):
-                    cell = Cell(vocab_size, num_rows, teacher, trained)
-                    if large or _is_quick(cell):
+def cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """The lines that are asked for, or those that take some 4 minutes together."""
+    chosen = options.large or options.rows or options.teacher
+    for vocab_size in options.vocab:
+        for num_rows in options.rows or ROWS:
+            for teacher in options.teacher or TEACHERS:
+                for head in HEADS:
+                    cell = Cell(vocab_size, num_rows, teacher, head)
+                    if chosen or _is_quick(cell):
                         yield cell
 
 
 def _is_quick(cell: Cell) -> bool:
     if cell.vocab_size < 100_000 and cell.num_rows == 144:
-        return not cell.trained or cell.teacher == "top-64"
+        return cell.head == "frozen" or cell.teacher == "top-64"
     most_rows = 144 if cell.vocab_size > 100_000 else 1_152
     return cell.teacher == "top-64" and cell.num_rows == most_rows
 
@@ -99,7 +103,10 @@ def make_problem(cell: Cell, divergence: DivergenceName = "reverse_kl") -> Probl
         return torch.randn(*shape, generator=generator)
 
     num_rows, vocab_size = cell.num_rows, cell.vocab_size
-    weight = normal(vocab_size, WIDTH).mul_(4 / WIDTH**0.5).requires_grad_(cell.trained)
+    weight = normal(vocab_size, WIDTH).mul_(4 / WIDTH**0.5)
+    weight.requires_grad_(cell.head != "frozen")
+    if cell.head == "later":
+        weight.grad = torch.empty_like(weight).zero_()  # written, and so resident
     hidden = normal(num_rows, WIDTH).requires_grad_()
     teacher: Signal
     if cell.teacher.startswith("top-"):
@@ -164,7 +171,9 @@ def chunked(problem: Problem) -> Tensor:
         if by_weight is not None:
             by_weight += found[1]
         loss += part.detach()
-    hidden.grad, weight.grad = by_hidden, by_weight
+    hidden.grad = by_hidden
+    if by_weight is not None:
+        weight.grad = by_weight if weight.grad is None else weight.grad.add_(by_weight)
     return loss
 
 
@@ -278,9 +287,11 @@ def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, 
     best: dict[str, float] = {}
     losses: dict[str, float] = {}
     norms: dict[str, float] = {}
+    waiting = problem.head.weight.grad
     for _ in range(rounds):
         for name in names:
-            problem.hidden.grad = problem.head.weight.grad = None
+            problem.hidden.grad = None
+            problem.head.weight.grad = None if waiting is None else waiting.zero_()
             start = time.process_time()
             loss = WAYS[name](problem)
             seconds = time.process_time() - start
@@ -297,8 +308,7 @@ def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, 
 
 def print_line(cell: Cell, *columns: dict[str, float]) -> None:
     """A's figure and the ratios of the others to it."""
-    head = "trained" if cell.trained else "frozen"
-    print(f"{cell.vocab_size:7} {cell.num_rows:5} {cell.teacher:7} {head:7}", end="")
+    print(f"{cell.vocab_size:7} {cell.num_rows:5} {cell.teacher:7} {cell.head:7}", end="")
     for values in columns:
         first = values["A naive"]
         ratios = [f"{values[n] / first:6.3f}" if n in values else "     -" for n in WAYS]
@@ -310,6 +320,8 @@ def main() -> None:
     """Print the table; with --json also write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABS))
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--teacher", nargs="+", choices=TEACHERS)
     parser.add_argument("--large", action="store_true", help="every teacher, shape and way")
     parser.add_argument("--divergence", default="reverse_kl")
     parser.add_argument("--json", type=Path)
@@ -319,14 +331,11 @@ def main() -> None:
     columns = "B C D E F over A"
     print(f"vocab   rows teacher head    | A in s, then {columns} | A in MiB, then {columns}")
     lines: list[dict[str, object]] = []
-    for cell in cells(options.vocab, options.large):
+    for cell in cells(options):
         names = ways_of(cell, options.large)
-        small = make_problem(Cell(1_000, 8, cell.teacher, cell.trained), options.divergence)
+        small = make_problem(cell._replace(vocab_size=1_000, num_rows=8), options.divergence)
         problem = make_problem(cell, options.divergence)
-        memory = {
-            name: peak_mib(partial(WAYS[name], problem), partial(WAYS[name], small))
-            for name in names
-        }
+        memory = {n: peak_mib(partial(WAYS[n], problem), partial(WAYS[n], small)) for n in names}
         rounds = 2 if cell.num_rows < 500 else 1
         seconds = in_child(partial(measure_times, problem, names, rounds))
         lines.append({**cell._asdict(), "seconds": seconds, "peak_mib": memory})
