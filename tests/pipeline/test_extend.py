@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.build import build
 from pipeline.extend import extend_samples
 from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import RecordExtender, extend_records, joined
 from pipeline.verify_teacher import verify_teacher
+from teacher_cache.calibration import Calibration
 from teacher_cache.codec import output_planes
 from teacher_cache.manifest import CacheMismatchError
 from teacher_cache.reader import CacheReader
@@ -78,6 +80,33 @@ def test_new_samples_are_coded_by_the_sketch_of_the_old(
     assert (len(more), more.spec) == (12, base.spec)
     at_once = CacheReader.open(built(tmp_path, model, "topk+sketch", 12))
     assert at_once.spec.sketch_digest != base.spec.sketch_digest  # it is fitted to all of a source
+
+
+def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
+    tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_folder("llava")
+    config = dataclasses.replace(build_config(tmp_path, model, "topk", 6), least_logits=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "template", lambda _: None)
+        build(config)
+    base = CacheReader.open(config.out)
+    assert (base.spec.template_digest, base.spec.least_logits) == (None, False)
+    more_samples(tmp_path, model, tmp_path / "more", "topk")
+    more = _sound(tmp_path / "more", model)
+    assert (len(more), more.spec) == (12, base.spec)
+    sketch = ExtendConfig(
+        cache=config.out,
+        out=str(tmp_path / "sketch"),
+        teacher=str(model),
+        records="topk+sketch",
+        sketch_rank=4,
+        device="cpu",
+    )
+    extend_records(sketch)
+    spec = _sound(tmp_path / "sketch", model).spec
+    assert spec.sketch_digest is not None
+    assert (spec.template_digest, spec.least_logits) == (None, False)
 
 
 @pytest.mark.parametrize(
