@@ -10,6 +10,7 @@ from torch import Tensor
 
 from student_train import head_walk
 from student_train.fused_head import HeadLoss, head_loss
+from student_train.kernels import SWITCH
 from student_train.linear_head import LinearHead
 from student_train.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
 from student_train.objective import DivergenceName, ObjectiveConfig
@@ -81,16 +82,17 @@ def terms_of(
 ) -> list[LogitTerm]:
     labels = torch.arange(teacher.num_rows) * 37 % vocab_size
     if isinstance(teacher, TopKSignal):  # one label is kept, and one fills its row
+        labels = labels.to(teacher.ids.device)
         labels[0] = teacher.ids[0, 0]
     divergence = divergence_term("rld", 0.7, teacher, objective, token_mean)
     return [*([supervised_term(0.3, labels, token_mean)] * supervised), divergence]
 
 
 def there_and_back(
-    terms: list[LogitTerm], vocab_size: int, dtype: torch.dtype
+    terms: list[LogitTerm], vocab_size: int, dtype: torch.dtype, device: str
 ) -> tuple[HeadLoss, Tensor, Tensor]:
-    hidden = normal(1, ROWS, WIDTH).to(dtype).requires_grad_()
-    weight = normal(2, vocab_size, WIDTH).to(dtype).requires_grad_()
+    hidden = normal(1, ROWS, WIDTH).to(device, dtype).requires_grad_()
+    weight = normal(2, vocab_size, WIDTH).to(device, dtype).requires_grad_()
     found = head_loss(LinearHead(weight=weight), [head_rows(hidden, terms)])
     found.total.backward()
     assert hidden.grad is not None
@@ -98,13 +100,17 @@ def there_and_back(
     return found, hidden.grad, weight.grad
 
 
-def assert_alike(terms: list[LogitTerm], vocab_size: int, dtype: torch.dtype) -> None:
+def assert_alike(
+    terms: list[LogitTerm], vocab_size: int, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """By kernels as by torch, each of which rounds on its own."""
-    expected, *gradients = there_and_back(terms, vocab_size, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "0")
+        expected, *gradients = there_and_back(terms, vocab_size, dtype, device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_walk, "use_kernels", lambda rows: True)
         patch.setattr(head_walk, "_losses", None)  # nothing goes torch's way
-        found, *others = there_and_back(terms, vocab_size, dtype)
+        found, *others = there_and_back(terms, vocab_size, dtype, device)
     assert found.values[0].keys() == expected.values[0].keys()
     for name, values in expected.values[0].items():
         close = torch.allclose(found.values[0][name], values, rtol=1e-5, atol=2e-5)
@@ -121,6 +127,15 @@ def test_buckets_are_torchs(direction: DivergenceName, varying: bool, dtype: tor
     teacher = teacher_of(3, ROWS, 300, 16, varying=varying)
     objective = ObjectiveConfig(divergence=direction)
     assert_alike(terms_of(teacher, 311, objective), 311, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buckets_on_a_gpu_are_torchs(direction: DivergenceName, dtype: torch.dtype) -> None:
+    teacher = teacher_of(3, ROWS, 9000, 64, varying=True).to(torch.device("cuda"))
+    terms = terms_of(teacher, 9001, ObjectiveConfig(divergence=direction))
+    assert_alike(terms, 9001, dtype, "cuda")
 
 
 @pytest.mark.parametrize("top_k", [16, 64, 256])
