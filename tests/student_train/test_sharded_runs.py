@@ -157,7 +157,7 @@ def test_the_logged_gradient_norms_are_those_of_the_mean_over_the_ranks(
     assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
     model, processor = student_loader(vanilla)()
     set_trainable(model, settings.train_parts)
-    assets = TeacherAssets(sketch=reader.sketch_basis())
+    assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
     pair = next(zip(*map(iter, both_streams(reader, model, processor)), strict=True))
     each = [student_loss(model, batch, settings, assets).terms for batch in pair]
     (line,) = lines(tmp_path / "two")
