@@ -77,7 +77,7 @@ class ShardBuilder(Protocol):
 class CacheBuilder:
     """One worker of the build: holds the teacher and the source, plans, and builds shards.
 
-    A plain class: `jobs.build_cache` makes Ray actors of it, tests call it as it is.
+    A plain class: `jobs.shard_workers` makes Ray actors of it, tests call it as it is.
     """
 
     def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
