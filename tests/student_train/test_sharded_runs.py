@@ -85,6 +85,14 @@ def straight(reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPa
     return run
 
 
+@pytest.fixture(scope="module")
+def whole(reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, unsharded."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(run, reader, vanilla, EVERY_STEP)
+    return run
+
+
 def both_streams(reader: CacheReader, model: Any, processor: Any) -> list[TrainingStream]:
     """What each of the two ranks reads."""
     return [
@@ -181,16 +189,19 @@ def test_killed_and_run_again_it_goes_on_and_ends_with_the_same_bits(
     assert_same_run(run, straight)
 
 
-def test_sharded_and_unsharded_runs_go_on_from_each_other(
-    straight: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
+def test_an_unsharded_run_goes_on_from_a_sharded_ones_files(
+    straight: Path, whole: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    train(whole, reader, vanilla, EVERY_STEP)
     assert_same_files(straight, whole)
-    resumed = begun(tmp_path / "unsharded", straight)
+    resumed = begun(tmp_path / "run", straight)
     train(resumed, reader, vanilla, EVERY_STEP)
     assert_nearly_same_run(resumed, whole)
-    resumed = begun(tmp_path / "sharded", whole)
+
+
+def test_a_sharded_run_goes_on_from_an_unsharded_ones_with_any_number_of_workers(
+    whole: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    resumed = begun(tmp_path / "run", whole)
     arguments = (resumed, reader, vanilla, sharded(EVERY_STEP))
     assert finish(*start_ranks(4, train_on_one_thread, *arguments)) == [0] * 4
     assert_nearly_same_run(resumed, whole)
