@@ -19,7 +19,6 @@ memory is what a call adds to the resident set at its peak. Needs Linux, and 6 G
 import argparse
 import ctypes
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -152,11 +151,13 @@ def measure_baselines(student: Tensor, teacher: Tensor) -> dict[str, Line]:
     return {"raw bcast": broadcast, "raw cdist": cdist}
 
 
-def measure_cell(problems: Iterable[Problem], more: bool, rounds: int) -> dict[str, Line]:
-    """Every line of one shape: times of the first problem, quality of all."""
+def measure_cell(
+    problems: Iterable[Problem], more: bool, rounds: int, num_threads: int
+) -> dict[str, Line]:
+    """Every line of one shape: times of the first problem, quality of all, of others in threads."""
     found: dict[str, Line] = {}
     for number, problem in enumerate(problems):
-        torch.set_num_threads(1 if not number else os.cpu_count() or 1)
+        torch.set_num_threads(num_threads if number else 1)
         student, teacher = problem.student_logits, problem.hidden.dense_logits()
         if not number:
             found |= measure_baselines(student, teacher)
@@ -273,7 +274,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12, help="whose quality is averaged")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    num_threads = torch.get_num_threads()
     cells = DEFAULT_CELLS + OTHER_CELLS * options.all + LARGE_CELLS * options.large
     if options.goals:
         cells = [(GOAL_VOCAB, GOAL)]
@@ -291,7 +292,8 @@ def main() -> None:
             )
             shape = grids[0][0] * grids[0][1], grids[1][0] * grids[1][1]
             print(f"\nV = {vocab_size}, N x M = {shape[0]} x {shape[1]}, width {WIDTH}")
-            found = measure_cell(problems, options.all, rounds=1 if options.quick else 3)
+            rounds = 1 if options.quick else 3
+            found = measure_cell(problems, options.all, rounds, num_threads)
             print_table(found)
             lines = {name: vars(line) for name, line in found.items()}
             report.append({"vocab_size": vocab_size, "shape": shape, "costs": lines})
