@@ -6,12 +6,13 @@ By default a step of the demo's EM-KD student (miniature.py). With `--large` for
 backward pass of a language model of 24 layers and width 896 with random weights, V = 151,936, one
 sample of 144 student and 729 teacher tokens and 104 tokens of text; its vision tower is left out.
 
-`costs` are computed by the training thread, `solving` is the assignments' own time, `asking` what
-the training thread does with the matchings once it asks for them, diagnostics included, `blocked`
-how long it waits for them. In threads solving goes on beside the response's pass through the head;
-inline the same calls are made one after the other, among the costs. Visible is what the training
-thread spends of its processor time on costs and asking; solving and being blocked are wall time,
-which only an idle machine tells. Medians over steps.
+`starting` and `asking` are what the training thread does before the response's pass through the
+head and once it asks for the matchings, diagnostics included; `costs` is the time of the thread
+that computes them and `solving` the assignments' own, both beside that pass; `blocked` is how long
+the training thread waits for them. Inline the same calls are made one after the other, costs and
+solving while starting. Visible is what the training thread spends of its processor time on starting
+and asking. Solving, being blocked and `wall`, a whole step, are wall time, which only an idle
+machine tells. Medians over steps.
 """
 
 import argparse
@@ -55,11 +56,13 @@ class Inline(Executor):
 class Clock:
     """Seconds of each step, by what they went to."""
 
+    starting: list[float] = field(default_factory=list[float])
     costs: list[float] = field(default_factory=list[float])
     solving: list[float] = field(default_factory=list[float])
     asking: list[float] = field(default_factory=list[float])
     blocked: list[float] = field(default_factory=list[float])
     steps: list[float] = field(default_factory=list[float])
+    wall: list[float] = field(default_factory=list[float])
 
     def watch(self, work: Callable[..., Any], busy: str | None, wall: str | None) -> Any:
         """`work`, whose processor time and whose other time are added to the current step's."""
@@ -78,13 +81,13 @@ class Clock:
 
     def line(self) -> str:
         """Medians in ms, and the visible share."""
-        costs, solving, asking, blocked, steps = (
-            1e3 * statistics.median(each[WARM_UP:])
-            for each in (self.costs, self.solving, self.asking, self.blocked, self.steps)
+        starting, costs, solving, asking, blocked, steps, wall = (
+            1e3 * statistics.median(each[WARM_UP:]) for each in vars(self).values()
         )
         return (
-            f"step {steps:8.1f} ms   costs {costs:6.2f}   asking {asking:6.2f}   visible "
-            f"{(costs + asking) / steps:6.2%}   solving {solving:6.2f}   blocked {blocked:6.2f}"
+            f"step {steps:8.1f} ms   starting {starting:6.2f}   asking {asking:6.2f}   visible "
+            f"{(starting + asking) / steps:6.2%}   costs {costs:6.2f}   solving {solving:6.2f}   "
+            f"blocked {blocked:6.2f}   wall {wall:8.1f}"
         )
 
 
@@ -92,18 +95,22 @@ def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
     """Steps in threads and inline, in turns."""
     solve, result = matching.solve_assignment, vision_matching.PendingBatch.result
     start, solvers = vision_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
+    compute, cost_thread = vision_matching.start_matching, vision_matching._cost_thread  # pyright: ignore[reportPrivateUsage]
     clocks = {"threads": Clock(), "inline": Clock()}
     for _ in range(num_steps + WARM_UP):
         for way, clock in clocks.items():
             for each in vars(clock).values():
                 each.append(0.0)
             matching.solve_assignment = clock.watch(solve, None, "solving")
-            losses.start_batch_matching = clock.watch(start, "costs", None)
+            losses.start_batch_matching = clock.watch(start, "starting", None)
+            vision_matching.start_matching = clock.watch(compute, "costs", None)
             vision_matching.PendingBatch.result = clock.watch(result, "asking", "blocked")
             matching._solvers = Inline if way == "inline" else solvers  # pyright: ignore
-            begin = time.thread_time()
+            vision_matching._cost_thread = Inline if way == "inline" else cost_thread  # pyright: ignore
+            start_s, begin = time.perf_counter(), time.thread_time()
             step()
             clock.steps[-1] = time.thread_time() - begin
+            clock.wall[-1] = time.perf_counter() - start_s
     return clocks
 
 

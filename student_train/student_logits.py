@@ -21,7 +21,7 @@ from student_train.linear_head import LinearHead, LogitsOf
 from teacher_cache.topk import row_chunks
 
 
-def _autocast_here(device: torch.device) -> torch.autocast:
+def autocast_here(device: torch.device) -> torch.autocast:
     """What is set now. Its cache stays off: it would keep casts that were made without gradient."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -47,7 +47,7 @@ class StudentLogits:
             hidden=hidden,
             source=source,
             vocab_size=vocab_size,
-            autocast=_autocast_here(hidden.device),
+            autocast=autocast_here(hidden.device),
         )
         if isinstance(source, Tensor):
             found.require(source.shape[1])

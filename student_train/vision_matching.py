@@ -6,21 +6,22 @@
 
 Promise: of the student's vision logits no more exist at a time than the costs of one problem, or of
 a few mebibytes of small ones, look at, and none afterwards; no gradient; the pairs do not depend on
-when they are asked for. A matching
-that is close to arbitrary is said so, once, in the program's log. Refuses what `matching.py` and
-`cost.py` refuse. Dimensions as in schema.py.
+when they are asked for. On a CPU costs have a thread of their own: until `result`, states and head
+must stay as they are. A matching that is close to arbitrary is said so, once, in the program's log.
+Refuses what `matching.py` and `cost.py` refuse. Dimensions as in schema.py.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from student_train.linear_head import LogitsOf
+from student_train.linear_head import LinearHead, LogitsOf
 from student_train.matching import Assignment, Matching, PendingMatching, start_matching
 from student_train.metrics import assignment_stats, matching_quality, row_mean_spread
 from student_train.objective import MatchMetric, ObjectiveConfig
@@ -28,6 +29,7 @@ from student_train.problems import VisionTokens
 from student_train.sample_states import SampleStates
 from student_train.separability import LEAST_SEPARABILITY
 from student_train.signals import Signal, TeacherAssets, concatenate, vision_signal
+from student_train.student_logits import autocast_here
 from teacher_cache.schema import TeacherOutput
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class _Started(NamedTuple):
 
     teacher: Signal
     """At the vision positions of all of them."""
-    pairs: PendingMatching
-    exact: PendingMatching | None
+    pairs: Future[PendingMatching]
+    exact: Future[PendingMatching] | None
     """The first of them, by all of V."""
 
 
@@ -82,7 +84,7 @@ class PendingBatch:
         """One entry for each sample; ValueError where costs are not finite."""
         if self.started is None:
             return [None] * len(self.samples)
-        matching = self.started.pairs.result()
+        matching = self.started.pairs.result().result()
         self._describe(matching, self.started)
         teachers = self.started.teacher.rows(matching.teacher_rows)
         found: list[Matched | None] = []
@@ -111,7 +113,7 @@ class PendingBatch:
         if stats.arbitrary >= 0.5:
             _warn_of_arbitrary(self.metric)
         if started.exact is not None:
-            chosen, exact = matching.samples[0], started.exact.result().samples[0]
+            chosen, exact = matching.samples[0], started.exact.result().result().samples[0]
             quality = matching_quality(chosen, exact)
             first = started.teacher.rows(slice(chosen.num_teacher))
             of = "match" if first.exact else "match_sketch"
@@ -127,13 +129,13 @@ def start_batch_matching(
     assets: TeacherAssets,
     check: bool = False,
 ) -> PendingBatch:
-    """Compute the costs of all samples, and let threads solve the assignments.
+    """Let threads compute the costs of all samples and solve the assignments.
 
     Nothing is matched where no term of the objective needs it. With `check`, the first sample with
     an image is matched a second time, by costs summed over all V that its record knows or, of a
     sketch, estimates (diagnostics `match_regret`, `match_agreement`, or `match_sketch_...`).
-    ValueError where a record cannot serve the metric and where the two sides do not show the same
-    views.
+    ValueError, here or with the result, where a record cannot serve the metric and where the two
+    sides do not show the same views.
     """
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):
@@ -147,15 +149,45 @@ def start_batch_matching(
         signals = [vision_signal(output, assets) for _, output in present]
         teacher = concatenate(signals).to(hidden.device)
         tokens = [VisionTokens(state.views, output.views, state.kept) for state, output in present]
-        pairs = start_matching(tokens, hidden, head, teacher, objective.matching)
+        start = _starter(hidden, head)
+        pairs = start(tokens, hidden, head, teacher, objective.matching)
         exact = None
         if check:
             whole = replace(objective.matching, num_shared_ids=None, certify=False)
             first = teacher.rows(slice(signals[0].num_rows))
             own = hidden[: len(present[0][0].vision)]
-            exact = start_matching(tokens[:1], own, head, first, whole)
+            exact = start(tokens[:1], own, head, first, whole)
         pending.started = _Started(teacher, pairs, exact)
     return pending
+
+
+def _starter(hidden: Tensor, head: LogitsOf) -> Callable[..., Future[PendingMatching]]:
+    """`start_matching`, in a thread of its own where costs would keep this one busy.
+
+    A GPU computes them by itself; a head that is some function may not be called by two threads.
+    """
+
+    def here(*arguments: Any) -> Future[PendingMatching]:
+        done: Future[PendingMatching] = Future()
+        done.set_result(start_matching(*arguments))
+        return done
+
+    def apart(*arguments: Any) -> Future[PendingMatching]:
+        autocast = autocast_here(hidden.device)  # which is each thread's own
+
+        def work() -> PendingMatching:
+            with autocast:
+                return start_matching(*arguments)
+
+        return _cost_thread().submit(work)
+
+    return apart if hidden.device.type == "cpu" and isinstance(head, LinearHead) else here
+
+
+@cache
+def _cost_thread() -> ThreadPoolExecutor:
+    """Not one of those that solve: it must never wait for them, nor they for it."""
+    return ThreadPoolExecutor(1, thread_name_prefix="matching-costs")
 
 
 def _lost_all(state: SampleStates) -> bool:

@@ -1,9 +1,10 @@
 """A micro-batch's matchings: what is logged of them, checks against all of V, dropped tokens."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from student_train import vision_matching
 from student_train.assignment import solve_assignment
 from student_train.linear_head import LinearHead
-from student_train.matching import Assignment, match_tokens
+from student_train.matching import Assignment, PendingMatching, match_tokens
 from student_train.metrics import matching_quality
 from student_train.objective import MatchingConfig, MatchMetric, MatchScope, ObjectiveConfig, preset
 from student_train.settings import TrainerSettings
@@ -248,3 +249,49 @@ def test_a_transposed_problem_has_the_transposed_solution_and_inputs_stay(
     assert found.problems[0].cost.dtype == torch.promote_types(dtype, torch.float32)
     for now, then in zip((states, hidden, weight), before, strict=True):
         assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_costs_are_the_same_in_their_own_thread_and_in_the_callers(
+    metric: MatchMetric, autocast: torch.dtype | None
+) -> None:
+    shapes = [TEXT_ONLY, TWO_IMAGES, ONE_IMAGE]
+    batch = random_batch(3, shapes, student_width=6, dtype=torch.float32)
+    outputs, assets = batch.outputs("hidden"), batch.assets("hidden")
+    objective = ObjectiveConfig(matching=MatchingConfig(metric=metric))
+    threads: list[str] = []
+    start = vision_matching.start_matching
+
+    def watched(*arguments: Any) -> PendingMatching:
+        threads.append(threading.current_thread().name)
+        return start(*arguments)
+
+    def costs() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            head = LinearHead(weight=batch.student_head.weight.detach())
+            pending = start_batch_matching(batch.states, outputs, head, objective, assets)
+        found = [sample for sample in pending.result() if sample is not None]
+        return [problem.cost for sample in found for problem in sample.pairs.problems]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision_matching, "start_matching", watched)
+        apart = costs()
+        patch.setattr(vision_matching, "LinearHead", type("NoHead", (), {}))
+        here = costs()
+    assert [name.startswith("matching-costs") for name in threads] == [True, False]
+    assert all(torch.equal(*pair) for pair in zip(apart, here, strict=True))
+    rounded = autocast is not None and not metric.startswith("hidden")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
+        assert rounded != all(torch.equal(*pair) for pair in zip(apart, costs(), strict=True))
+
+
+def test_what_costs_refuse_in_their_thread_comes_with_the_result() -> None:
+    batch = random_batch(3, [ONE_IMAGE])
+    head = LinearHead(weight=batch.student_head.weight.detach())
+    objective = ObjectiveConfig(matching=MatchingConfig(metric="hidden_cosine"))
+    outputs, assets = batch.outputs("topk"), batch.assets("topk")
+    pending = start_batch_matching(batch.states, outputs, head, objective, assets)
+    with pytest.raises(ValueError, match="needs the teacher's states"):
+        pending.result()
