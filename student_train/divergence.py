@@ -45,15 +45,18 @@ from student_train.top_k_signal import TopKSignal, at_least_float32
 class Divergence:
     """One value per row in nats, times the temperature squared, and what it is made of.
 
-    `value = head + tail`. `lower` and `upper` bound the true divergence from the full teacher
-    distribution (not `value`), whatever the policy: tail_bounds.py. Where the record tells nothing,
-    as of its tail at temperatures other than 1, they are 0 and infinity (ln 2 for the JSD); the
-    reverse KL has a finite `upper` only where the record has `log_least`, or every logit is known.
+    `value = head + bucket + tail`: the kept entries, all others as one outcome, and what the policy
+    adds to that for a tail whose shape it estimates (0 under `bucket`). `lower` and `upper` bound
+    the true divergence from the full teacher distribution (not `value`), whatever the policy:
+    tail_bounds.py. Where the record tells nothing, as of its tail at temperatures other than 1,
+    they are 0 and infinity (ln 2 for the JSD); the reverse KL has a finite `upper` only where the
+    record has `log_least`, or every logit is known.
     `student_tail_mass` is the student's probability outside the kept entries.
     """
 
     value: Float[Tensor, " P"]
     head: Float[Tensor, " P"]
+    bucket: Float[Tensor, " P"]
     tail: Float[Tensor, " P"]
     student_tail_mass: Float[Tensor, " P"]
     lower: Float[Tensor, " P"]
@@ -173,7 +176,13 @@ def _exact(kind: _Kind, student: Tensor, teacher: Tensor, temperature: float) ->
     zero = torch.zeros_like(value)
     bound = value.detach()
     return Divergence(
-        value=value, head=value, tail=zero, student_tail_mass=zero, lower=bound, upper=bound
+        value=value,
+        head=value,
+        bucket=zero,
+        tail=zero,
+        student_tail_mass=zero,
+        lower=bound,
+        upper=bound,
     )
 
 
@@ -190,11 +199,12 @@ def _lumped(
         rows = DenseRows(student / temperature, teacher.ids)
     if renormalise:
         head = _renormalised(kind.terms, student, teacher, temperature)
-        return _with_bounds(kind, rows, teacher, head, torch.zeros_like(head), temperature)
+        nothing = torch.zeros_like(head)
+        return _with_bounds(kind, rows, teacher, (head, nothing, nothing), temperature)
     weight = estimate_weight(policy, blend)
     parts = teacher_parts(teacher, policy, temperature, weight > 0)
-    head, tail = _bucketed(kind.terms, rows, teacher, parts, weight)
-    return _with_bounds(kind, rows, teacher, head, tail, temperature)
+    values = _bucketed(kind.terms, rows, teacher, parts, weight)
+    return _with_bounds(kind, rows, teacher, values, temperature)
 
 
 def lumped(
@@ -210,8 +220,8 @@ def lumped(
     much its estimate of the tail counts (`estimate_weight`).
     """
     kind = _KINDS[name]
-    head, tail = _bucketed(kind.terms, rows, teacher, parts, weight)
-    return _with_bounds(kind, rows, teacher, head, tail, 1.0)
+    values = _bucketed(kind.terms, rows, teacher, parts, weight)
+    return _with_bounds(kind, rows, teacher, values, 1.0)
 
 
 def estimate_weight(policy: UsedTail, blend: float) -> float:
@@ -223,20 +233,21 @@ def _with_bounds(
     kind: _Kind,
     rows: StudentRows,
     teacher: TopKSignal,
-    head: Tensor,
-    tail: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
     temperature: float,
 ) -> Divergence:
     """Value and bounds of rows that have a tail; the bounds do not depend on the policy."""
     scale = temperature**2
+    head, bucket, tail = (part * scale for part in parts)
     mass = rows.log_q_mass.detach().exp()
     lower, upper = torch.zeros_like(mass), torch.full_like(mass, kind.most * scale)
     if temperature == 1:  # at others tau and the kept entries' shares are estimates
         lower, upper = _bounds(kind, rows, teacher)
     return Divergence(
-        value=(head + tail) * scale,
-        head=head * scale,
-        tail=tail * scale,
+        value=head + (bucket + tail),
+        head=head,
+        bucket=bucket,
+        tail=tail,
         student_tail_mass=mass,
         lower=lower.detach(),
         upper=upper.detach(),
@@ -253,15 +264,16 @@ def _renormalised(terms: Terms, student: Tensor, teacher: TopKSignal, temperatur
 
 def _bucketed(
     terms: Terms, rows: StudentRows, teacher: TopKSignal, parts: TeacherParts, weight: float
-) -> tuple[Tensor, Tensor]:
-    """The kept entries' part, and the tail's: a bucket, moved towards an estimate's chain rule."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept entries' part, the bucket's, and how far that moves to an estimate's chain rule."""
     log_p_kept, log_p_tail, estimate = parts
     log_q_kept, log_q_mass = rows.log_q_kept, rows.log_q_mass
     head = _kept_sum(terms(log_q_kept, log_p_kept.to(log_q_kept.dtype)), teacher)
-    tail = terms(log_q_mass, log_p_tail.to(log_q_mass.dtype))
-    if estimate is not None:
-        tail = tail + weight * (rows.outside(terms, estimate.to(log_q_mass.dtype)) - tail)
-    return head, tail
+    bucket = terms(log_q_mass, log_p_tail.to(log_q_mass.dtype))
+    if estimate is None:
+        return head, bucket, torch.zeros_like(bucket)
+    outside = rows.outside(terms, estimate.to(log_q_mass.dtype))
+    return head, bucket, weight * (outside - bucket)
 
 
 @torch.no_grad()

@@ -109,6 +109,8 @@ def divergence_term(
             return {name: found.value}
         values = {
             name: found.value,
+            f"{name}_head_part": found.head,
+            f"{name}_bucket_part": found.bucket,
             f"{name}_tail_part": found.tail,
             f"{name}_lower_bound": found.lower,
             f"{name}_student_tail_mass": found.student_tail_mass,

@@ -115,7 +115,7 @@ def test_the_bucket_is_a_lower_bound_of_the_dense_divergence(
     ]
     found = reverse_kl(student, top_k_signal(teacher, k), "bucket")
     assert found.value.tolist() == pytest.approx(expected, rel=1e-8, abs=1e-8)
-    torch.testing.assert_close(found.head + found.tail, found.value)
+    torch.testing.assert_close(found.head + found.bucket + found.tail, found.value)
 
 
 @pytest.mark.parametrize("policy", get_args(TailPolicy))

@@ -330,9 +330,13 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
         "match_hubness",
         "student_row_mean_spread",
     }
-    sketched = loss(batch, EMKD, "topk+sketch").diagnostics
+    sketched_loss = loss(batch, EMKD, "topk+sketch")
+    sketched = sketched_loss.diagnostics
     for name in ("rld", "vsd"):
-        for part in ("tail_part", "lower_bound", "student_tail_mass", "teacher_kept_mass"):
+        parts = [sketched[f"{name}_{part}_part"] for part in ("head", "bucket", "tail")]
+        if name == "rld":  # the others are means over samples, the log is over rows
+            assert sum(parts) == pytest.approx(sketched_loss.terms[name].item())
+        for part in ("lower_bound", "student_tail_mass", "teacher_kept_mass"):
             assert f"{name}_{part}" in sketched
         assert math.isfinite(sketched[f"{name}_upper_bound"])
     assert sketched["vsd_tail_is_blend"] == sketched["rld_tail_is_bucket"] == 1.0
