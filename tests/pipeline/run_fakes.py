@@ -155,6 +155,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
     fields |= {"sketch_rank": None, "top_mass": None, "top_k_floor": None, "hidden_group": None}
     fields |= {"logits_max_error": None, "hidden_max_error": None, "affinity_max_error": None}
     fields |= {"logits_codec": None, "affinity_dtype": None, "grid": None}
+    fields |= {"least_logits": False, "template_digest": None}
     fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
     fields |= {"share_vision": True}
     if quality is not None:
