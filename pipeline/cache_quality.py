@@ -95,7 +95,8 @@ def render_quality(quality: CacheQuality, num_shards: int = 10) -> str:
     sampled = quality.mean.sampled
     lines = [f"What {quality.tier.name} keeps of the teacher:", table(_HEADER, rows)]
     if len(known) > num_shards:
-        lines.append(f"Shown are the worst of {len(known)} shards.")
+        which = "is the worst" if num_shards == 1 else "are the worst"
+        lines.append(f"Shown {which} of {len(known)} shards.")
     if len(known) < len(quality.shards):
         lines.append(f"{len(quality.shards) - len(known)} shards were not measured.")
     if sampled is not None:

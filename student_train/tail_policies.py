@@ -97,8 +97,9 @@ def _tail_estimate(teacher: TopKSignal, policy: UsedTail) -> Tensor:
     if policy == "blend_template":
         return teacher.templated_log_probs()
     if policy == "uniform":
-        num_outside = teacher.vocab_size - teacher.counts
-        return (at_least_float32(teacher.log_tail) - num_outside.log())[:, None]
+        log_tail = at_least_float32(teacher.log_tail)
+        num_outside = (teacher.vocab_size - teacher.counts).to(log_tail.dtype)
+        return (log_tail - num_outside.log())[:, None]
     if policy == "mean_logit":
         return (teacher.mean_tail_logit() - teacher.logsumexp)[:, None]
     return teacher.estimated_log_probs()
