@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import wait_for_everyone
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from student_train.checkpoint import (
@@ -96,6 +97,8 @@ def train_student(
 
     model, processor = load()
     set_trainable(model, settings.train_parts)
+    if "language_model" not in settings.train_parts:
+        _differentiate_text(model)
     _require_vocabulary(model, reader)
     if settings.progression is not None:
         require_progression(model, settings.progression, num_steps)
@@ -172,6 +175,20 @@ def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
             f"teacher at layer {grid.layer}, whose grid cannot teach it; leave it out, or drop at "
             f"layer {grid.layer} or before"
         )
+
+
+def _differentiate_text(model: PreTrainedModel) -> None:
+    """Give text embeddings a gradient that nobody uses, where none of their weights is trained.
+
+    Else the loss of a micro-batch without images would depend on nothing that is trained, which
+    `backward` refuses; and where the model is sharded, ranks have to go back through it together.
+    """
+
+    def require_gradient(_module: nn.Module, _inputs: object, embedded: Tensor) -> None:
+        if torch.is_grad_enabled():
+            embedded.requires_grad_()
+
+    model.get_input_embeddings().register_forward_hook(require_gradient)
 
 
 def _require_vocabulary(model: PreTrainedModel, reader: CacheReader) -> None:

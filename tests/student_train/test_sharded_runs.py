@@ -53,6 +53,7 @@ CASES = {
     "rld, clipped, no projector": replace(
         ONE, objective=preset("rld"), max_grad_norm=0.1, train_parts=("language_model",)
     ),
+    "projector alone, some micro-batches without images": replace(ONE, train_parts=("projector",)),
     "vsd, whose head only samples with images ask": replace(ONE, objective=VSD_ALONE),
     "supervised, bfloat16, checkpointing": replace(
         ONE, objective=preset("supervised"), dtype="bfloat16", gradient_checkpointing=True

@@ -220,3 +220,14 @@ def test_identity_names_everything_that_shapes_the_weights() -> None:
         "cache", "teacher", "student", "num_steps", "recipe",
     }  # fmt: skip
     assert replace(SETTINGS, max_steps=None, epochs=2.5).num_steps(10) == 7
+
+
+def test_micro_batches_without_images_do_not_stop_a_projector_that_is_trained_alone(
+    reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    alone = replace(SETTINGS, train_parts=("projector",), micro_batch_size=1, grad_norm_steps=1)
+    train(tmp_path / "run", reader, vanilla, alone)
+    before = student_loader(vanilla)()[0].state_dict()
+    after = weights(tmp_path / "run" / "final")
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if name.startswith("model.multi_modal")}
