@@ -111,6 +111,7 @@ def pair_costs(
     The rows of both sides are those of the problems, one after another; `problems_at_once` says how
     many of them to take. Autocast reaches the head only.
     """
+    require_comparable(student_hidden, teacher, config)
     plain = torch.autocast(student_hidden.device.type, enabled=False)
     if config.metric in ("hidden_cosine", "hidden_l2"):
         with plain:
@@ -121,12 +122,6 @@ def pair_costs(
     with plain:
         if config.metric == "prob_l1":
             return _probability_l1(student, teacher, num_problems)
-        if _is_bare(teacher):
-            raise ValueError(
-                f"matching by {config.metric} needs logits outside the top {teacher.least_kept}, "
-                "which this cache does not hold: build it with records `topk+sketch` or `hidden`, "
-                "or match by prob_l1"
-            )
         if config.metric == "raw_l2":
             return _logit_l2(student, teacher, num_problems)
         return _logit_l1(student, teacher, config, num_problems)
@@ -172,6 +167,31 @@ def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> C
         "certified: match by prob_l1 on records without a sketch or, with records `hidden`, by "
         "raw_l1 with num_shared_ids=None; or set certify=False"
     )
+
+
+def require_comparable(
+    student_hidden: Float[Tensor, "N D"], teacher: Signal, config: MatchingConfig
+) -> None:
+    """ValueError, with the remedy, where the teacher's record cannot serve the metric."""
+    metric = config.metric
+    if metric in ("raw_l1", "centred_l1", "raw_l2") and _is_bare(teacher):
+        raise ValueError(
+            f"matching by {metric} needs logits outside the top {teacher.least_kept}, which this "
+            "cache does not hold: build it with records `topk+sketch` or `hidden`, or match by "
+            "prob_l1"
+        )
+    if metric not in ("hidden_cosine", "hidden_l2"):
+        return
+    if not isinstance(teacher, HiddenSignal):
+        raise ValueError(
+            f"matching by {metric} needs the teacher's states: build the cache with records "
+            "`hidden`, or match by raw_l1"
+        )
+    if student_hidden.shape[1] != teacher.hidden.shape[1]:
+        raise ValueError(
+            f"matching by {metric} needs equal widths, found student {student_hidden.shape[1]} and "
+            f"teacher {teacher.hidden.shape[1]}; match by raw_l1, which compares logits"
+        )
 
 
 def _is_bare(teacher: Signal) -> TypeGuard[TopKSignal]:
@@ -239,20 +259,10 @@ def _state_distances(
     student: Tensor, teacher: Signal, config: MatchingConfig, num_problems: int
 ) -> Tensor:
     """Cosine or Euclidean distances of final hidden states."""
-    metric = config.metric
-    if not isinstance(teacher, HiddenSignal):
-        raise ValueError(
-            f"matching by {metric} needs the teacher's states: build the cache with records "
-            "`hidden`, or match by raw_l1"
-        )
-    if student.shape[1] != teacher.hidden.shape[1]:
-        raise ValueError(
-            f"matching by {metric} needs equal widths, found student {student.shape[1]} and "
-            f"teacher {teacher.hidden.shape[1]}; match by raw_l1, which compares logits"
-        )
+    assert isinstance(teacher, HiddenSignal)
     own = _apart(at_least_float32(student), num_problems)
     theirs = _apart(teacher.hidden.to(own.dtype), num_problems)
-    if metric == "hidden_l2":
+    if config.metric == "hidden_l2":
         return torch.cdist(own, theirs, compute_mode="donot_use_mm_for_euclid_dist")
     return 1 - functional.normalize(own, dim=2) @ functional.normalize(theirs, dim=2).mT
 

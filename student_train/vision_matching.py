@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from student_train.cost import require_comparable
 from student_train.linear_head import LinearHead, LogitsOf
 from student_train.matching import Assignment, Matching, PendingMatching, start_matching
 from student_train.metrics import assignment_stats, matching_quality, row_mean_spread
@@ -134,8 +135,8 @@ def start_batch_matching(
     Nothing is matched where no term of the objective needs it. With `check`, the first sample with
     an image is matched a second time, by costs summed over all V that its record knows or, of a
     sketch, estimates (diagnostics `match_regret`, `match_agreement`, or `match_sketch_...`).
-    ValueError, here or with the result, where a record cannot serve the metric and where the two
-    sides do not show the same views.
+    ValueError where a record cannot serve the metric and, here or with the result, for all else
+    that matching refuses.
     """
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):
@@ -149,6 +150,7 @@ def start_batch_matching(
         signals = [vision_signal(output, assets) for _, output in present]
         teacher = concatenate(signals).to(hidden.device)
         tokens = [VisionTokens(state.views, output.views, state.kept) for state, output in present]
+        require_comparable(hidden, teacher, objective.matching)
         start = _starter(hidden, head)
         pairs = start(tokens, hidden, head, teacher, objective.matching)
         exact = None

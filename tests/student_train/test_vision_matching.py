@@ -290,8 +290,8 @@ def test_costs_are_the_same_in_their_own_thread_and_in_the_callers(
 def test_what_costs_refuse_in_their_thread_comes_with_the_result() -> None:
     batch = random_batch(3, [ONE_IMAGE])
     head = LinearHead(weight=batch.student_head.weight.detach())
-    objective = ObjectiveConfig(matching=MatchingConfig(metric="hidden_cosine"))
-    outputs, assets = batch.outputs("topk"), batch.assets("topk")
+    objective = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=3, certify=True))
+    outputs, assets = batch.outputs("hidden"), batch.assets("hidden")
     pending = start_batch_matching(batch.states, outputs, head, objective, assets)
-    with pytest.raises(ValueError, match="needs the teacher's states"):
+    with pytest.raises(ValueError, match="no bound is known for the error of raw_l1"):
         pending.result()
