@@ -26,7 +26,7 @@ from benchmarks.codec import print_table
 from benchmarks.containers import ROWS_PER_SHARD, Container, containers, fields
 from benchmarks.first_sample import first_sample
 from benchmarks.made_up import make_samples
-from teacher_cache.schema import CachedSample
+from teacher_cache.schema.teacher_output import CachedSample
 
 COLUMNS = (
     *("container", "KB/sample (of raw)", "write MB/s", "first epoch samples/s", "again"),

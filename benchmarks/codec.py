@@ -23,12 +23,12 @@ import torch
 import zstandard
 from torch import Tensor
 
-from teacher_cache import frames
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.codec import encode_plane
-from teacher_cache.frames import decode_frame, encode_frame
-from teacher_cache.topk import top_k_record
-from teacher_cache.transforms import DICTIONARY, PLAIN, PLANES, RANKS
+from teacher_cache.codec import frames
+from teacher_cache.codec.columns import encode_plane
+from teacher_cache.codec.frames import decode_frame, encode_frame
+from teacher_cache.codec.transforms import DICTIONARY, PLAIN, PLANES, RANKS
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.top_k import top_k_record
 
 VOCAB_SIZE, NUM_USED = 151_936, 24_576
 GRID, CELL, WIDTH = 24, 4, 32

@@ -29,11 +29,13 @@ from benchmarks.codec import (
     seconds,
     states,
 )
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.codec import encode_planes, output_from_planes, output_planes
-from teacher_cache.frames import decode_frame
-from teacher_cache.head import LmHead
-from teacher_cache.schema import (
+from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
+from teacher_cache.codec.frames import decode_frame
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import decode_logits, encode_sketch, fit_basis
+from teacher_cache.records.top_k import top_k_from_hidden, top_k_record
+from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     HiddenRecord,
     SketchRecord,
@@ -41,8 +43,6 @@ from teacher_cache.schema import (
     TopKRecord,
     ViewGrid,
 )
-from teacher_cache.sketch import decode_logits, encode_sketch, fit_basis
-from teacher_cache.topk import top_k_from_hidden, top_k_record
 from tests.strategies import make_spec
 
 TOP_K = (16, 32, 64, 128)

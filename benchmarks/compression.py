@@ -24,8 +24,8 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from student_train.compression import compress
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema import TokenSpans, ViewGrid
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
 
 SIDE, PATCH = 24, 4
 NUM_VISION = SIDE * SIDE

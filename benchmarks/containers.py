@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.made_up import PARTS, build_cache, tensors
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import ShardFormatName
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
 
 Fields = dict[str, bytes]
 Arrays = dict[str, npt.NDArray[Any]]

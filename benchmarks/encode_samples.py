@@ -27,11 +27,17 @@ from pipeline.config import DigitsConfig, SourceConfig
 from pipeline.demo_model import build_processor, build_tokenizer
 from pipeline.digits import IMAGE_PIXELS, PATCH_PIXELS, write_digits
 from pipeline.sources import open_source
-from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
-from teacher_cache.rendering import locate, to_turns
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, TokenSpans, make_sample
-from teacher_cache.tokens import SampleEncoder
-from teacher_cache.views import ImageInputs, layout_images
+from teacher_cache.models.chat_rendering import locate, to_turns
+from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.models.view_geometry import ImageInputs, layout_images
+from teacher_cache.schema.teacher_output import (
+    IMAGE_PLACEHOLDER,
+    Message,
+    Sample,
+    TokenSpans,
+    make_sample,
+)
 
 NUM_TURNS = 5
 PHOTO_SIZE = (640, 480)

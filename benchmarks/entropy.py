@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.codec import print_table
 from benchmarks.made_up import make_samples, tensors
-from teacher_cache.codec import encode_plane
-from teacher_cache.schema import CachedSample
+from teacher_cache.codec.columns import encode_plane
+from teacher_cache.schema.teacher_output import CachedSample
 
 COLUMNS = (
     "records",

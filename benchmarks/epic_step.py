@@ -37,8 +37,8 @@ from student_train.objective import ObjectiveName, preset
 from student_train.progression import ProgressionConfig
 from student_train.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.student import final_hidden, output_head
-from teacher_cache.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema import TeacherOutput, TokenSpans, ViewGrid
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema.teacher_output import TeacherOutput, TokenSpans, ViewGrid
 
 IMAGE_ID = 3
 QUESTION, ANSWER = 40, 64

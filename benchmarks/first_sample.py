@@ -23,7 +23,7 @@ import torch
 from benchmarks.codec import print_table
 from benchmarks.containers import MDS_SHARD_BYTES, ROWS_PER_SHARD, Container, Mds, Ours, fields
 from benchmarks.made_up import make_samples
-from teacher_cache.schema import CachedSample
+from teacher_cache.schema.teacher_output import CachedSample
 
 OUR_DEFAULT_ROWS = 256
 COLUMNS = ("records", "container", "samples a shard", "wall ms", "processor ms")

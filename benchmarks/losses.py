@@ -42,7 +42,7 @@ from student_train.objective import DivergenceName, ObjectiveConfig
 from student_train.signals import DenseSignal, HiddenSignal, Signal
 from student_train.terms import supervised_rows, token_mean
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.head import LmHead
+from teacher_cache.records.lm_head import LmHead
 
 WIDTH = 896
 VOCABS, ROWS = (32_064, 151_936), (144, 576, 1_152)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.codec import Part
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import (
+from teacher_cache.codec.columns import Part
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import (
     IMAGE_PLACEHOLDER,
     AffinityRecord,
     CachedSample,
@@ -28,7 +29,6 @@ from teacher_cache.schema import (
     ViewGrid,
     make_sample,
 )
-from teacher_cache.settings import ShardFormatName
 from tests.builders import build
 from tests.strategies import make_spec
 

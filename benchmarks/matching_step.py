@@ -36,8 +36,13 @@ from student_train.losses import distillation_loss
 from student_train.objective import preset
 from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
-from teacher_cache.schema import AffinityRecord, SketchRecord, TeacherOutput, ViewGrid
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.teacher_output import (
+    AffinityRecord,
+    SketchRecord,
+    TeacherOutput,
+    ViewGrid,
+)
 
 WARM_UP = 1
 

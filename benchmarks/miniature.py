@@ -20,9 +20,9 @@ from student_train.signals import TeacherAssets
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.student import set_trainable, student_from_vanilla
 from student_train.trainer import student_loss
-from teacher_cache.records import RecordSettings
-from teacher_cache.teacher import Teacher
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 
 SKETCH_RANK = 32

@@ -22,7 +22,7 @@ from student_train.objective import DivergenceName, ObjectiveConfig
 from student_train.tail_policies import teacher_parts
 from student_train.terms import token_mean
 from student_train.top_k_signal import SketchCode, TopKSignal
-from teacher_cache.sketch import SketchBasis
+from teacher_cache.records.sketch import SketchBasis
 
 TOP_K, CHUNK_ROWS = 64, 144
 L1_SHAPES = ((144, 576), (196, 729), (576, 2880))

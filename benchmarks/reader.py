@@ -31,9 +31,9 @@ from benchmarks.first_sample import FirstSample, compare_first
 from benchmarks.made_up import PARTS, VOCAB_SIZE, build_cache, make_samples
 from benchmarks.token_by_token import pack, unpack
 from student_train.read_ahead import read_ahead
-from teacher_cache.frames import decode_frame, encode_frame
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
+from teacher_cache.codec.frames import decode_frame, encode_frame
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.teacher_output import CachedSample
 
 VISION_PLANES = ("v_ids", "v_logits", "v_lse", "v_tail")
 

@@ -38,10 +38,15 @@ from student_train.losses import distillation_loss
 from student_train.objective import ObjectiveConfig
 from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.schema import AffinityRecord, HiddenRecord, TeacherOutput, ViewGrid
-from teacher_cache.sketch import encode_sketch
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.sketch import encode_sketch
+from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.teacher_output import (
+    AffinityRecord,
+    HiddenRecord,
+    TeacherOutput,
+    ViewGrid,
+)
 
 VOCABS = (32_064, 151_936)
 GRIDS = (((12, 12), (24, 24)), ((14, 14), (27, 27)))

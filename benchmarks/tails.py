@@ -32,7 +32,7 @@ from student_train.objective import DivergenceName, MatchingConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal
 from student_train.tail_policies import STUDY_TAILS
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.tail_template import MeanTail
+from teacher_cache.records.tail_template import MeanTail
 
 NUM_PAIRS, AT_ONCE, RANK = 48, 8, 128
 POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)[1:]

@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor
 
 from student_train.signals import DenseSignal, TopKSignal
-from teacher_cache.head import LmHead
-from teacher_cache.tail_template import MeanTail
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.tail_template import MeanTail
+from teacher_cache.records.top_k import top_k_record
 
 VOCAB_SIZE, WIDTH, NUM_FILES = 8192, 256, 200
 NUM_CALIBRATED, NUM_MEASURED = 2000, 200

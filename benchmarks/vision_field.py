@@ -17,9 +17,9 @@ from torch.nn import functional
 from student_train.linear_head import LinearHead
 from student_train.signals import HiddenSignal, TopKSignal
 from student_train.top_k_signal import SketchCode
-from teacher_cache.head import LmHead
-from teacher_cache.sketch import SketchBasis, encode_sketch, fit_basis
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis, encode_sketch, fit_basis
+from teacher_cache.records.top_k import top_k_from_hidden
 
 WIDTH, NUM_CLUSTERS, NUM_IMAGES = 512, 3000, 8
 SPREAD, NOISE, SHARPNESS = 0.4, 0.35, 2.8

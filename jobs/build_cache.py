@@ -16,9 +16,9 @@ from pipeline.config import BuildConfig
 from pipeline.extend import CacheExtender, extend_samples
 from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import RecordExtender, extend_records
-from teacher_cache.derive import SealedCache, open_apart
-from teacher_cache.manifest import Seal
-from teacher_cache.storage import open_store
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.storage.store import open_store
 
 
 def run_build(config: BuildConfig, options: RayOptions) -> Seal:

@@ -38,7 +38,7 @@ class Verify:
     def __call__(self) -> int:
         """Verify, and print what was found."""
         from jobs.progress import Bars
-        from teacher_cache.verify import verify_cache
+        from teacher_cache.folder.verify import verify_cache
 
         with Bars() as bars:
             report = verify_cache(self.cache, partial(bars.update, "verify"), self.workers)
@@ -46,7 +46,7 @@ class Verify:
             lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
             if self.teacher is not None and not problems:
                 from pipeline.verify_teacher import render_teacher, verify_teacher
-                from teacher_cache.reader import CacheReader
+                from teacher_cache.folder.reader import CacheReader
 
                 again = verify_teacher(
                     CacheReader.open(self.cache),
@@ -87,7 +87,7 @@ class Inspect:
         """Print the description; draw the picture."""
         from pipeline.cache_quality import complaint, render_quality, summarise
         from pipeline.inspect_cache import describe_cache, render
-        from teacher_cache.reader import CacheReader
+        from teacher_cache.folder.reader import CacheReader
 
         reader, quality = CacheReader.open(self.cache), None
         if self.sample is None:
@@ -128,7 +128,7 @@ class Gc:
 
     def __call__(self) -> int:
         """Remove, and list what was removed."""
-        from teacher_cache.garbage import collect_garbage
+        from teacher_cache.folder.garbage import collect_garbage
 
         report = collect_garbage(self.cache, self.grace_hours, self.dry_run)
         if self.json:

@@ -23,7 +23,7 @@ import yaml
 
 from jobs import commands, flags
 from jobs.commands import Submit
-from teacher_cache.decode import decode_json, decode_mapping
+from teacher_cache.schema.strict_json import decode_json, decode_mapping
 
 _FRAME = " |+\u2502\u256d\u256e\u2570\u256f"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -38,8 +38,8 @@ from pipeline.config import DigitsConfig, ReportConfig, TrainConfig
 from pipeline.report import write_report
 from student_train.checkpoint import FINAL_FOLDER
 from student_train.objective import ObjectiveName
-from teacher_cache.manifest import Seal
-from teacher_cache.storage import write_atomic
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.storage.store import write_atomic
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")
 NUM_PICTURES = 4

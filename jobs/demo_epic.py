@@ -43,8 +43,8 @@ from pipeline.evaluate import METRICS_FILE
 from pipeline.report import write_report
 from student_train.checkpoint import FINAL_FOLDER
 from student_train.objective import ObjectiveName
-from teacher_cache.manifest import Seal
-from teacher_cache.storage import write_atomic
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.storage.store import write_atomic
 
 LANGUAGE_STEPS = 400
 """Of the teacher: looking up the row before reading it takes a few more than naming cells."""

@@ -25,8 +25,8 @@ from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
 from pipeline.train import train
 from student_train.checkpoint import finished_run
 from student_train.run_log import logged_step
-from teacher_cache.manifest import Seal
-from teacher_cache.storage import write_atomic
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.storage.store import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import tyro
 from jobs.options import RayOptions
 from jobs.progress import say
 from pipeline.extend_config import ExtendConfig
-from teacher_cache.settings import ShardFormatName
+from teacher_cache.schema.options import ShardFormatName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Subset:
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
         from jobs.progress import Bars
-        from teacher_cache.subset_cache import Selection, subset_cache
+        from teacher_cache.derive.subset import Selection, subset_cache
 
         keys = None if self.keys is None else _read_keys(self.keys)
         names = [field.name for field in dataclasses.fields(Selection) if field.name != "keys"]
@@ -82,7 +82,7 @@ class Export:
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
         from jobs.progress import Bars
-        from teacher_cache.export_cache import export_cache
+        from teacher_cache.derive.export import export_cache
 
         with Bars() as bars:
             seal = export_cache(self.cache, self.out, self.format, partial(bars.update, "shards"))
@@ -109,7 +109,7 @@ class Merge:
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
         from jobs.progress import Bars
-        from teacher_cache.merge_caches import merge_caches
+        from teacher_cache.derive.merge import merge_caches
 
         with Bars() as bars:
             seal = merge_caches(

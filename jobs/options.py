@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from teacher_cache.decode import Strict
+from teacher_cache.schema.strict_json import Strict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

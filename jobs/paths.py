@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TypeVar
 
-from teacher_cache.decode import decode_json
-from teacher_cache.storage import is_url
+from teacher_cache.schema.strict_json import decode_json
+from teacher_cache.storage.store import is_url
 
 Config = TypeVar("Config")
 

@@ -21,9 +21,9 @@ from jobs.options import RayOptions
 from jobs.progress import Bars
 from jobs.ray_pool import ActorPool, WorkerLostError, get, worker_resources
 from pipeline.build import Progress, missing_shards
-from teacher_cache.manifest import Plan, Seal
-from teacher_cache.storage import Store
-from teacher_cache.writer import seal_cache
+from teacher_cache.folder.writer import seal_cache
+from teacher_cache.schema.manifest import Plan, Seal
+from teacher_cache.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

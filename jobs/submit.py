@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.options import RayOptions
-from teacher_cache.fingerprint import digest_json
+from teacher_cache.schema.fingerprint import digest_json
 
 
 def entrypoint(stage: str, settings: str, flags: Sequence[str]) -> str:

@@ -25,8 +25,8 @@ from pipeline.config import TrainConfig
 from pipeline.train import train
 from student_train.checkpoint import FINAL_FOLDER
 from student_train.run_log import logged_step
-from teacher_cache.decode import decode_json
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.strict_json import decode_json
 
 
 def run_train(config: TrainConfig, options: RayOptions) -> Path:

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from pipeline.config import BuildConfig
-from teacher_cache.folder import committed
-from teacher_cache.storage import open_store
+from teacher_cache.folder.layout import committed
+from teacher_cache.storage.store import open_store
 
 SETTINGS_FILE = "build.json"
 

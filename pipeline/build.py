@@ -23,7 +23,7 @@ from pipeline.config import BuildConfig
 from pipeline.response_grid import require_compressor, with_grid
 from pipeline.shard_quality import measure_shard
 from pipeline.sources import SampleSource, ScannedSample, open_source, scan
-from teacher_cache.folder import (
+from teacher_cache.folder.layout import (
     committed,
     read_commit,
     read_plan,
@@ -32,22 +32,22 @@ from teacher_cache.folder import (
     read_template,
     require_plan,
 )
-from teacher_cache.manifest import Plan, Seal, ShardCommit
-from teacher_cache.records import RecordSettings
-from teacher_cache.rows import content_key
-from teacher_cache.schema import (
+from teacher_cache.folder.shard_plan import group_shards, spread_order
+from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.teacher_output import (
     CachedSample,
     RejectedSample,
     Sample,
     SampleError,
     TeacherOutput,
 )
-from teacher_cache.settings import holds
-from teacher_cache.sharding import group_shards, spread_order
-from teacher_cache.storage import Store, open_store
-from teacher_cache.teacher import Teacher
-from teacher_cache.vision_sharing import VisionOwners
-from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.shards.rows import content_key
+from teacher_cache.storage.store import Store, open_store
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from pipeline.pilot_report import (
     recommend,
 )
 from pipeline.plan import SampleShape, Tier, TierSize, asset_bytes, plane_bytes, table
-from teacher_cache.manifest import Seal
-from teacher_cache.quality import (
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.shard_quality import (
     SampledLoss,
     ShardQuality,
     TailMass,
     measured_records,
     rounded,
 )
-from teacher_cache.settings import holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher_cache.codec import parts_in
-from teacher_cache.schema import SketchRecord, TeacherOutput, TopKRecord
+from teacher_cache.codec.columns import parts_in
+from teacher_cache.schema.teacher_output import SketchRecord, TeacherOutput, TopKRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.run_folders import RunFolder
-from teacher_cache.fingerprint import digest_json
+from teacher_cache.schema.fingerprint import digest_json
 
 BASELINE = "supervised"
 NUM_RESAMPLES = 2000

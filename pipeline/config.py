@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from student_train.settings import TrainerSettings
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.decode import Strict
-from teacher_cache.settings import (
+from teacher_cache.schema.options import (
     AffinityDtype,
     GridSettings,
     HiddenDtype,
@@ -23,6 +22,7 @@ from teacher_cache.settings import (
     holds,
     require_cut,
 )
+from teacher_cache.schema.strict_json import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DigitQuestions = Literal["cells", "rows"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from teacher_cache.schema import (
+from teacher_cache.schema.teacher_output import (
     IMAGE_PLACEHOLDER,
     Message,
     Role,

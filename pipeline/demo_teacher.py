@@ -32,8 +32,8 @@ from pipeline.config import SourceConfig
 from pipeline.demo_model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.sources import open_source
-from teacher_cache.rendering import to_turns
-from teacher_cache.schema import Sample
+from teacher_cache.models.chat_rendering import to_turns
+from teacher_cache.schema.teacher_output import Sample
 
 Progress = Callable[[int, int], None]
 

@@ -39,20 +39,20 @@ from pipeline.predictions import (
 from pipeline.sources import SampleSource, open_source, scan
 from student_train.stages import CompressionSettings
 from student_train.student import load_student
-from teacher_cache.collate import EncodedSample
-from teacher_cache.decode import Strict, decode_json
-from teacher_cache.fingerprint import digest_json
-from teacher_cache.identity import (
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.checkpoint import resolve_device
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.models.digests import (
     chat_template_digest,
     image_processor_digest,
     tokenizer_digest,
     weights_digest,
 )
-from teacher_cache.manifest import require_equal
-from teacher_cache.pretrained import resolve_device
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import SampleError
-from teacher_cache.storage import create_exclusive, write_atomic
+from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.teacher_output import SampleError
+from teacher_cache.storage.store import create_exclusive, write_atomic
 
 logger = logging.getLogger(__name__)
 

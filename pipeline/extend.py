@@ -16,11 +16,11 @@ from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend_config import ExtendConfig
 from pipeline.sources import scan
 from pipeline.teacher_identity import require_same_teacher
-from teacher_cache.derive import SealedCache, begin, open_apart
-from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
-from teacher_cache.merge_caches import take_shard
-from teacher_cache.settings import holds
-from teacher_cache.sharding import group_shards
+from teacher_cache.derive.merge import take_shard
+from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart
+from teacher_cache.folder.shard_plan import group_shards
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
+from teacher_cache.schema.options import holds
 
 
 class CacheExtender(CacheBuilder):

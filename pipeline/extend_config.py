@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import refuse_changed
-from teacher_cache.decode import Strict
-from teacher_cache.settings import AffinityDtype, HiddenDtype, LogitsCodec, RecordKind
+from teacher_cache.schema.options import AffinityDtype, HiddenDtype, LogitsCodec, RecordKind
+from teacher_cache.schema.strict_json import Strict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

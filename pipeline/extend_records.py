@@ -21,9 +21,9 @@ from pipeline.config import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.extend_config import RECORD_SETTINGS, ExtendConfig
 from pipeline.shard_quality import measure_shard
 from pipeline.teacher_identity import load_as, record_settings, require_same_teacher
-from teacher_cache.codec import planes_of
-from teacher_cache.derive import SealedCache, begin, open_apart, take_file
-from teacher_cache.folder import (
+from teacher_cache.codec.columns import planes_of
+from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart, take_file
+from teacher_cache.folder.layout import (
     SKETCH_FILE,
     TEMPLATE_FILE,
     read_commit,
@@ -32,17 +32,17 @@ from teacher_cache.folder import (
     read_template,
     shard_keys,
 )
-from teacher_cache.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.records import RecordSettings
-from teacher_cache.rows import encode_rows, tier_parts
-from teacher_cache.schema import CachedSample, Sample, TeacherOutput
-from teacher_cache.settings import RecordKind, holds
-from teacher_cache.shard_format import EncodedRow
-from teacher_cache.sharding import spread_order
-from teacher_cache.storage import Store
-from teacher_cache.teacher import Teacher
-from teacher_cache.vision_sharing import VisionOwners
-from teacher_cache.writer import commit_shard, write_shard_file
+from teacher_cache.folder.shard_plan import spread_order
+from teacher_cache.folder.writer import commit_shard, write_shard_file
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
+from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.shards.rows import encode_rows, tier_parts
+from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.storage.store import Store
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners
 
 _PIECES = ("topk", "sketch", "hidden")
 """What records are made of, in the order of their names."""

@@ -18,9 +18,9 @@ from transformers import GenerationConfig
 from student_train.compression import compress
 from student_train.decoder import decoder_of, require_compressible
 from student_train.stages import CompressionSettings
-from teacher_cache.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema import Sample
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.teacher_output import Sample
 
 
 def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:

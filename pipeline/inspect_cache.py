@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pipeline.cache_quality import summarise
 from pipeline.compare_outputs import top_k_by_name
-from teacher_cache.codec import PART_PLANES, Part
-from teacher_cache.folder import open_shard, require_plan
-from teacher_cache.quality import quantile
-from teacher_cache.reader import CacheReader
+from teacher_cache.codec.columns import PART_PLANES, Part
+from teacher_cache.folder.layout import open_shard, require_plan
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.shard_quality import quantile
 
 MAX_WORD = 20
 """Characters of a word that may stand in a list of one line."""

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.inspect_sample import find_sample
-from teacher_cache.codec import Part
-from teacher_cache.head import LmHead
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, TeacherOutput
-from teacher_cache.topk import row_chunks
+from teacher_cache.codec.columns import Part
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.top_k import row_chunks
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 
 MAX_VIEWS = 8
 """Views of one image that are drawn."""

@@ -14,12 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from teacher_cache.head import LmHead
-from teacher_cache.identity import vocabulary_digest
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, TeacherOutput, TopKRecord, ViewGrid
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.digests import vocabulary_digest
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord, ViewGrid
 
 NUM_VISION_SHOWN = 6
 """Vision tokens, evenly spread over the sample, whose first words are shown."""

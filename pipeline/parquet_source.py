@@ -16,7 +16,7 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from pipeline.conversations import TURN_COLUMNS, build_sample, entry_id
-from teacher_cache.schema import Sample, SampleError
+from teacher_cache.schema.teacher_output import Sample, SampleError
 
 IMAGE_COLUMNS = ("image", "images")
 

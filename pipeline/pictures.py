@@ -22,13 +22,13 @@ from student_train.matching import Assignment, match_tokens
 from student_train.objective import MatchingConfig
 from student_train.signals import Signal, TeacherAssets, TopKSignal, vision_signal
 from student_train.student import final_hidden, output_head
-from teacher_cache.codec import Part
-from teacher_cache.collate import collate
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, ViewGrid
-from teacher_cache.settings import tier_to_learn_from
-from teacher_cache.storage import Location
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.codec.columns import Part
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.collate import collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.options import tier_to_learn_from
+from teacher_cache.schema.teacher_output import CachedSample, ViewGrid
+from teacher_cache.storage.store import Location
 
 PICTURES_FILE = "pictures.json"
 MAX_PIXELS = 512

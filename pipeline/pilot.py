@@ -23,15 +23,15 @@ from pipeline.sources import open_source
 from pipeline.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
 from student_train.metrics import row_mean_spread
 from student_train.signals import DenseSignal, Signal, TeacherAssets, vision_signal
-from teacher_cache.collate import EncodedSample, collate
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.records import RecordSettings, make_output
-from teacher_cache.schema import CachedSample, Sample, SampleError, TeacherOutput
-from teacher_cache.settings import RecordKind
-from teacher_cache.sketch import HiddenMoments, basis_from_moments
-from teacher_cache.tail_template import MeanTail, TailTemplate
-from teacher_cache.teacher import Teacher
-from teacher_cache.vision_sharing import seen_by_vision
+from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.sketch import HiddenMoments, basis_from_moments
+from teacher_cache.records.tail_template import MeanTail, TailTemplate
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.teacher_output import CachedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import seen_by_vision
 
 SAMPLES_PER_SHARD = 256
 """As a build has it unless told otherwise."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.plan_config import PlanConfig
-from teacher_cache.settings import AffinityDtype, LogitsCodec, RecordKind
+from teacher_cache.schema.options import AffinityDtype, LogitsCodec, RecordKind
 
 PAPER_SAMPLES = 779_000
 """Samples of EM-KD's second phase."""
@@ -95,7 +95,7 @@ class SampleShape:
 
 
 def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
-    """Bytes of each plane of one sample, before compression (names: teacher_cache/codec.py)."""
+    """Bytes of each plane of one sample, before compression (names: codec/columns.py)."""
     planes = {
         "views": 4 * 4 * shape.num_views,
         "content_ids": 8 * shape.num_content,

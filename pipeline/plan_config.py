@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Dtype, at_least_one, refuse_changed
-from teacher_cache.decode import Strict
-from teacher_cache.settings import AffinityDtype, LogitsCodec, require_ratios
+from teacher_cache.schema.options import AffinityDtype, LogitsCodec, require_ratios
+from teacher_cache.schema.strict_json import Strict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

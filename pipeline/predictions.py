@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pipeline.config import ScoreName
 from pipeline.scores import SCORES
-from teacher_cache.decode import Strict, decode_json
-from teacher_cache.storage import write_atomic
+from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.storage.store import write_atomic
 
 PREDICTIONS_FILE = "predictions.jsonl"
 

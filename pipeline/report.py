@@ -31,7 +31,7 @@ from pipeline.comparison import (
 from pipeline.config import ReportConfig
 from pipeline.figures import COLOURS, Curve, MatchingPicture, draw_curves, lay_out_matching
 from pipeline.run_folders import CacheFolder, Collection, RunFolder, collect
-from teacher_cache.storage import write_atomic
+from teacher_cache.storage.store import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

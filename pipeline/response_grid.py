@@ -17,9 +17,9 @@ from student_train.compressors import find_compressor
 from student_train.decoder import decoder_of, require_compressible
 from student_train.shared_prefix import record_entry, rerun
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.collate import ModelBatch
-from teacher_cache.settings import GridSettings
-from teacher_cache.teacher import PredictingStates, Teacher
+from teacher_cache.models.collate import ModelBatch
+from teacher_cache.schema.options import GridSettings
+from teacher_cache.teacher.teacher import PredictingStates, Teacher
 
 
 def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:

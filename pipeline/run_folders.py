@@ -19,10 +19,10 @@ from pipeline.scores import SCORES
 from student_train.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
 from student_train.run_log import METRICS_FILE
 from student_train.stages import CompressionSettings
-from teacher_cache.decode import decode_json, decode_mapping
-from teacher_cache.folder import SEAL_FILE, read_seal
-from teacher_cache.manifest import Seal
-from teacher_cache.storage import open_store
+from teacher_cache.folder.layout import SEAL_FILE, read_seal
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.strict_json import decode_json, decode_mapping
+from teacher_cache.storage.store import open_store
 
 CONFIG_FILE = "config.json"
 """The settings that `emkd train` was given; says where the cache is."""

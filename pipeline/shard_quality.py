@@ -17,10 +17,13 @@ from torch import Tensor
 from pipeline.teacher_identity import record_settings
 from pipeline.tier_loss import TierSums, compare, logit_energy
 from student_train.signals import HiddenSignal, Signal, TeacherAssets, vision_signal
-from teacher_cache.codec import output_from_planes, output_planes
-from teacher_cache.collate import EncodedSample, collate
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.quality import (
+from teacher_cache.codec.columns import output_from_planes, output_planes
+from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.make_records import make_output
+from teacher_cache.records.top_k import row_chunks
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.shard_quality import (
     MatchName,
     SampledLoss,
     ShardQuality,
@@ -28,11 +31,8 @@ from teacher_cache.quality import (
     measured_records,
     rounded,
 )
-from teacher_cache.records import make_output
-from teacher_cache.schema import CachedSample, Sample, TopKRecord
-from teacher_cache.settings import holds
-from teacher_cache.teacher import Teacher
-from teacher_cache.topk import row_chunks
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TopKRecord
+from teacher_cache.teacher.teacher import Teacher
 
 _TIER = "records"
 

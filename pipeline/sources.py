@@ -19,7 +19,7 @@ from pipeline.config import SourceConfig
 from pipeline.conversations import build_sample, entry_id
 from pipeline.parquet_source import ParquetSource
 from pipeline.tar_source import TarSource
-from teacher_cache.schema import RejectedSample, Sample, SampleError
+from teacher_cache.schema.teacher_output import RejectedSample, Sample, SampleError
 
 
 @runtime_checkable

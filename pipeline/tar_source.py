@@ -18,7 +18,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.conversations import build_sample, entry_id
-from teacher_cache.schema import Sample, SampleError
+from teacher_cache.schema.teacher_output import Sample, SampleError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -7,9 +7,9 @@ every field of the spec that says who the teacher is, is compared; what is store
 import dataclasses
 
 from pipeline.response_grid import with_grid
-from teacher_cache.manifest import CacheMismatchError, CacheSpec, differences
-from teacher_cache.records import RecordSettings
-from teacher_cache.teacher import Teacher
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import CacheMismatchError, CacheSpec, differences
+from teacher_cache.teacher.teacher import Teacher
 
 TEACHER_FIELDS = (
     "vocab_size",

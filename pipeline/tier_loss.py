@@ -23,16 +23,16 @@ from student_train.cost import cost_matrix
 from student_train.divergence import reverse_kl
 from student_train.objective import MatchingConfig
 from student_train.signals import Signal, TopKSignal
-from teacher_cache.arrow_shard import ArrowFormat
-from teacher_cache.codec import VISION_PLANES, output_planes, planes_of
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import CacheSpec, to_json
-from teacher_cache.quality import MatchName
-from teacher_cache.rows import encode_row, tier_parts
-from teacher_cache.schema import CachedSample, ViewGrid
-from teacher_cache.shard_format import EncodedRow
-from teacher_cache.sketch import SketchBasis
-from teacher_cache.topk import row_chunks
+from teacher_cache.codec.columns import VISION_PLANES, output_planes, planes_of
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.top_k import row_chunks
+from teacher_cache.schema.manifest import CacheSpec, to_json
+from teacher_cache.schema.shard_quality import MatchName
+from teacher_cache.schema.teacher_output import CachedSample, ViewGrid
+from teacher_cache.shards.arrow import ArrowFormat
+from teacher_cache.shards.rows import encode_row, tier_parts
+from teacher_cache.shards.shard import EncodedRow
 
 
 @dataclass(slots=True)

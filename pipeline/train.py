@@ -19,12 +19,12 @@ from student_train.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.student import student_from_vanilla, vanilla_student
 from student_train.trainer import Progress, Report
 from student_train.training_run import train_student
-from teacher_cache.fingerprint import digest_json
-from teacher_cache.identity import vocabulary_digest
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.pretrained import load_config
-from teacher_cache.reader import CacheReader
-from teacher_cache.storage import sha256_file, write_atomic
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.checkpoint import load_config
+from teacher_cache.models.digests import vocabulary_digest
+from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.storage.store import sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 

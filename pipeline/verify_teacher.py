@@ -22,13 +22,13 @@ import torch
 from pipeline.build import Progress, no_progress
 from pipeline.compare_outputs import Difference, Spread, differences, replaced_ids, top_k_by_name
 from pipeline.teacher_identity import load_as, other_teacher, record_settings
-from teacher_cache.folder import require_plan
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import DTYPES, RecordSettings
-from teacher_cache.rows import decode_row, encode_row
-from teacher_cache.schema import CachedSample, Sample, TeacherOutput
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.layout import require_plan
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import DTYPES, RecordSettings
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.shards.rows import decode_row, encode_row
+from teacher_cache.teacher.teacher import Teacher
 
 FACTOR = 4.0
 """Times the control, and times eps, that a stored number may be off."""

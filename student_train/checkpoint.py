@@ -20,9 +20,9 @@ from pathlib import Path
 
 from student_train.settings import TrainerSettings, TrainRecipe
 from student_train.stream import StreamState
-from teacher_cache.decode import Strict, decode_json
-from teacher_cache.manifest import require_equal
-from teacher_cache.storage import create_exclusive, sync_file, sync_folder, write_atomic
+from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.storage.store import create_exclusive, sync_file, sync_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 

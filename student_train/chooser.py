@@ -16,7 +16,7 @@ from student_train.evidence import LayerView
 from student_train.stages import CompressionSettings, Stage
 from student_train.token_layout import TokenLayout
 from student_train.turns import turns_of
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 
 Embeddings = tuple[Float[Tensor, "_ _ d"], Float[Tensor, "_ _ d"]]
 """Cosines and sines of the whole batch as a decoder makes them: of each row, or one for all."""

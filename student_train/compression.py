@@ -30,7 +30,7 @@ from student_train.decoder import decoder_of, require_compressible
 from student_train.evidence import AttentionRecorder, LayerView
 from student_train.stages import CompressionSettings, Stage
 from student_train.token_layout import TokenLayout, layout_of
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from student_train.signals import HiddenSignal, Signal
 from student_train.sparse_l1 import sparse_probability_l1
 from student_train.student_logits import StudentLogits
 from student_train.top_k_signal import TopKSignal, at_least_float32
-from teacher_cache.topk import row_chunks
+from teacher_cache.records.top_k import row_chunks
 
 _SHARED_IDS_SEED = 20251121
 _COLUMNS_AT_ONCE = 8192

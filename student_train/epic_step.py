@@ -24,7 +24,7 @@ from student_train.shared_prefix import record_entry, rerun
 from student_train.step_plan import StepPlan
 from student_train.student import final_hidden
 from student_train.token_layout import TokenLayout, layout_of
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ from student_train.signals import Signal, TeacherAssets, concatenate, teacher_re
 from student_train.terms import token_mean, vsd_loss
 from student_train.vision_matching import Matched, start_batch_matching
 from student_train.vlad import batch_vlad
-from teacher_cache.schema import TeacherOutput
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ from student_train.objective import MatchingConfig, MatchSolver
 from student_train.problems import Problem, Problems, VisionTokens, find_problems, rows_of
 from student_train.separability import hubness, separability
 from student_train.signals import Signal
-from teacher_cache.schema import ViewGrid
+from teacher_cache.schema.teacher_output import ViewGrid
 
 _SOLVED_AT_ONCE = 2**16
 """Most costs whose problems one thread solves in one go, a single problem apart: a millisecond's

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from student_train.schedules import ScheduleName
-from teacher_cache.decode import Strict
+from teacher_cache.schema.strict_json import Strict
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from student_train.schedules import Schedule, ScheduleName, SchedulePreset, fixed, preset
 from student_train.stages import TextSource
-from teacher_cache.decode import Strict
+from teacher_cache.schema.strict_json import Strict
 
 ProgressionPreset = SchedulePreset | Literal["fixed"]
 

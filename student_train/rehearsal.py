@@ -14,9 +14,15 @@ from student_train.divergence import reverse_kl
 from student_train.matching import match_tokens
 from student_train.objective import ObjectiveConfig
 from student_train.signals import Signal, TeacherAssets, response_signal, vision_signal
-from teacher_cache.manifest import CacheSpec
-from teacher_cache.schema import HiddenRecord, SketchRecord, TeacherOutput, TopKRecord, ViewGrid
-from teacher_cache.settings import TierName, tier_to_learn_from
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import TierName, tier_to_learn_from
+from teacher_cache.schema.teacher_output import (
+    HiddenRecord,
+    SketchRecord,
+    TeacherOutput,
+    TopKRecord,
+    ViewGrid,
+)
 
 
 def require_served(

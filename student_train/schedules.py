@@ -16,7 +16,7 @@ outside [0, 1) and layers that the model does not have. `emkd --help` reads this
 from dataclasses import dataclass
 from typing import Literal
 
-from teacher_cache.decode import Strict
+from teacher_cache.schema.strict_json import Strict
 
 SchedulePreset = Literal["paper_notes", "released_code"]
 ScheduleName = Literal["tcd", "lcd", "icd"]

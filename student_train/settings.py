@@ -11,8 +11,8 @@ from typing import Literal
 
 from student_train.objective import ObjectiveConfig
 from student_train.progression import ProgressionConfig
-from teacher_cache.decode import Strict
-from teacher_cache.settings import TierName
+from teacher_cache.schema.options import TierName
+from teacher_cache.schema.strict_json import Strict
 
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 TrainPart = Literal["vision_tower", "projector", "language_model"]

@@ -26,7 +26,7 @@ from student_train.sharding import (
     whole_weights,
 )
 from student_train.trainer import EmkdTrainer
-from teacher_cache.pretrained import load_model
+from teacher_cache.models.checkpoint import load_model
 
 _OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 """How transformers calls them."""

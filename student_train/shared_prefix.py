@@ -24,7 +24,7 @@ from student_train.decoder import decoder_of
 from student_train.evidence import AttentionRecorder
 from student_train.stages import CompressionSettings
 from student_train.token_layout import TokenLayout
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 
 
 class LayerEntry:

@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.top_k_signal import SketchCode, TopKSignal, concatenate_top_k
-from teacher_cache.head import LmHead
-from teacher_cache.schema import TeacherOutput, TopKRecord
-from teacher_cache.sketch import SketchBasis
-from teacher_cache.tail_template import TailTemplate
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

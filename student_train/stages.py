@@ -9,8 +9,8 @@ forward pass. Imports nothing heavy: `emkd --help` reads this.
 from dataclasses import dataclass
 from itertools import pairwise
 
-from teacher_cache.decode import Strict
-from teacher_cache.settings import TextSource
+from teacher_cache.schema.options import TextSource
+from teacher_cache.schema.strict_json import Strict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

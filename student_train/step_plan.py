@@ -19,7 +19,7 @@ from student_train.progression import ProgressionConfig
 from student_train.schedules import Difficulty
 from student_train.signals import grid_ratio
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.settings import GridSettings
+from teacher_cache.schema.options import GridSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

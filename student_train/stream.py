@@ -19,14 +19,14 @@ import torch
 
 from student_train.objective import MatchScope, ObjectiveConfig
 from student_train.read_ahead import read_ahead
-from teacher_cache.codec import Part
-from teacher_cache.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.decode import Strict
-from teacher_cache.manifest import require_equal
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import Sample, SampleError, TeacherOutput
-from teacher_cache.settings import GridSettings, TierName, tier_to_learn_from
-from teacher_cache.sharding import SampleOrder, micro_batches, owned_positions
+from teacher_cache.codec.columns import Part
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.shard_plan import SampleOrder, micro_batches, owned_positions
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.options import GridSettings, TierName, tier_to_learn_from
+from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.teacher_output import Sample, SampleError, TeacherOutput
 
 Encoder = Callable[[Sample], EncodedSample]
 

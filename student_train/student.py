@@ -36,8 +36,8 @@ from student_train.student_llava_next import (
     AvgPoolLlavaNextConfig,
     AvgPoolLlavaNextForConditionalGeneration,
 )
-from teacher_cache.pretrained import load_config, load_model
-from teacher_cache.views import require_supported
+from teacher_cache.models.checkpoint import load_config, load_model
+from teacher_cache.models.view_geometry import require_supported
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 
 PADDING = -1
 """Stands for a position in columns that hold no token."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from teacher_cache.sketch import SketchBasis, decode_codes
+from teacher_cache.records.sketch import SketchBasis, decode_codes
 
 _COLUMNS_AT_ONCE = 8192
 

@@ -48,7 +48,7 @@ from student_train.signals import TeacherAssets
 from student_train.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.stream import StudentBatch, TrainingStream
 from student_train.student import output_head
-from teacher_cache.pretrained import load_model
+from teacher_cache.models.checkpoint import load_model
 
 logger = logging.getLogger(__name__)
 

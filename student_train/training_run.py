@@ -35,9 +35,9 @@ from student_train.step_plan import require_progression
 from student_train.stream import BatchPlan, TrainingStream, parts_needed
 from student_train.student import output_head, set_trainable
 from student_train.trainer import EmkdTrainer, Progress, Report, training_arguments
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import TierName, tier_to_learn_from
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.options import TierName, tier_to_learn_from
 
 logger = logging.getLogger(__name__)
 

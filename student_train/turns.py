@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from student_train.stages import TextSource
-from teacher_cache.collate import EncodedSample
+from teacher_cache.models.collate import EncodedSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

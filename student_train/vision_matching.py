@@ -31,7 +31,7 @@ from student_train.sample_states import SampleStates
 from student_train.separability import LEAST_SEPARABILITY
 from student_train.signals import Signal, TeacherAssets, concatenate, vision_signal
 from student_train.student_logits import autocast_here
-from teacher_cache.schema import TeacherOutput
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from student_train.objective import ObjectiveConfig, VladText
 from student_train.signals import HiddenSignal
 from student_train.terms import vlad_means
 from student_train.vision_matching import Matched
-from teacher_cache.affinity import cosine_affinity
+from teacher_cache.records.affinity import cosine_affinity
 
 MOST_ENTRIES = 2**22
 """16 MiB in float32, of which a handful exist: more than a usual micro-batch has."""

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from student_train.sample_states import SampleStates
 from student_train.signals import TeacherAssets
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.head import LmHead
-from teacher_cache.schema import (
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import encode_sketch, fit_basis
+from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     HiddenRecord,
     TeacherOutput,
     ViewGrid,
 )
-from teacher_cache.sketch import encode_sketch, fit_basis
-from teacher_cache.topk import top_k_from_hidden
 from tests.references import ReferenceSample, ReferenceSide
 
 RecordForm = Literal["hidden", "topk", "topk+sketch"]

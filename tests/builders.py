@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import CacheSpec, Plan, Seal
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.sketch import SketchBasis
-from teacher_cache.storage import Location, open_store
-from teacher_cache.tail_template import TailTemplate
-from teacher_cache.writer import committed, seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.folder.writer import committed, seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.storage.store import Location, open_store
 from tests.strategies import make_cached, make_plan
 
 NUM_SHARDS, ROWS_PER_SHARD = 3, 2

@@ -7,14 +7,14 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from student_train.student import student_from_vanilla
-from teacher_cache.manifest import Plan
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import CachedSample, Sample, TeacherOutput
-from teacher_cache.settings import ShardFormatName, holds
-from teacher_cache.storage import Location, open_store
-from teacher_cache.teacher import Teacher
-from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import Plan
+from teacher_cache.schema.options import ShardFormatName, holds
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.storage.store import Location, open_store
+from teacher_cache.teacher.teacher import Teacher
 
 
 def build_cache(

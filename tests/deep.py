@@ -16,10 +16,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from teacher_cache.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.pretrained import load_model
-from teacher_cache.schema import Sample
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.checkpoint import load_model
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.teacher_output import Sample
 from tests.tiny import tiny_samples
 
 NUM_LAYERS = 4

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 
-from teacher_cache.derive import SealedCache
-from teacher_cache.export_cache import export_cache
-from teacher_cache.folder import read_rows
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import Seal
-from teacher_cache.merge_caches import merge_caches
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.shard_format import EncodedRow
-from teacher_cache.storage import Location
-from teacher_cache.subset_cache import Selection, subset_cache
+from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.derive.sealed_cache import SealedCache
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.folder.layout import read_rows
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.storage.store import Location
 from tests.builders import build, exit_status, forked, published
 from tests.faults import Watch, points_of
 from tests.strategies import VOCAB_SIZE, WIDTH, asked_again, make_cached, make_spec

@@ -18,9 +18,9 @@ from student_train.step_plan import StepPlan, plan_step
 from student_train.stream import StudentBatch
 from student_train.student import final_hidden, output_head, vanilla_student
 from student_train.training_run import train_student
-from teacher_cache.collate import EncodedSample, ModelBatch
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import TeacherOutput
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.collate import EncodedSample, ModelBatch
+from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.deep import NUM_LAYERS, batch_of, deep_model
 from tests.tiny import FAMILIES
 

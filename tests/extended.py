@@ -18,9 +18,9 @@ from pipeline.config import BuildConfig, SourceConfig
 from pipeline.extend import extend_samples
 from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import extend_records
-from teacher_cache.manifest import Seal
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample
-from teacher_cache.settings import RecordKind, holds
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.builders import exit_status, forked
 from tests.faults import Watch, points_of
 from tests.llava_json import write_llava_json

@@ -24,14 +24,14 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache import storage
-from teacher_cache.arrow_shard import ArrowFormat
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import IncompleteCacheError
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import Location
-from teacher_cache.wds_shard import WebDatasetFormat
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.manifest import IncompleteCacheError
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.shards.arrow import ArrowFormat
+from teacher_cache.shards.webdataset import WebDatasetFormat
+from teacher_cache.storage import store
+from teacher_cache.storage.store import Location
 from tests.builders import build, exit_status, forked, published
 from tests.strategies import VOCAB_SIZE, WIDTH, make_cached, make_spec
 
@@ -101,17 +101,17 @@ class Watch:
     @contextmanager
     def __call__(self) -> Generator[None]:
         """Let every step pass by here."""
-        steps = {name: getattr(storage, name) for name in storage.STEPS}
+        steps = {name: getattr(store, name) for name in store.STEPS}
         formats: dict[Any, Any] = {form: form.write for form in (ArrowFormat, WebDatasetFormat)}
         try:
             for name, work in steps.items():
-                setattr(storage, name, self.step(name, work))
+                setattr(store, name, self.step(name, work))
             for form, write in formats.items():
                 form.write = self.write(write)
             yield
         finally:
             for name, work in steps.items():
-                setattr(storage, name, work)
+                setattr(store, name, work)
             for form, write in formats.items():
                 form.write = write
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from student_train.checkpoint import FinishedRun
 from student_train.settings import TrainerSettings
 from student_train.training_run import train_student
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache, student_loader
 from tests.tiny import tiny_samples
 

@@ -13,10 +13,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.codec import output_planes, parts_in
-from teacher_cache.fingerprint import tensor_bytes
-from teacher_cache.manifest import LAYOUT_VERSION, CacheSpec, Plan
-from teacher_cache.schema import (
+from teacher_cache.codec.columns import output_planes, parts_in
+from teacher_cache.schema.fingerprint import tensor_bytes
+from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec, Plan
+from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
+from teacher_cache.schema.teacher_output import (
     IMAGE_PLACEHOLDER,
     AffinityRecord,
     CachedSample,
@@ -29,7 +30,6 @@ from teacher_cache.schema import (
     ViewGrid,
     make_sample,
 )
-from teacher_cache.settings import RecordKind, ShardFormatName, holds
 
 BEARTYPE_DRAWS = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strat")
 """Mark of the tests that use these strategies: beartype picks the item of a tuple that it checks

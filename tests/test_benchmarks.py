@@ -10,7 +10,7 @@ import torch
 from benchmarks.containers import Container, containers, decode, fields
 from benchmarks.made_up import PARTS, VOCAB_SIZE, make_samples, tensors
 from benchmarks.token_by_token import pack, unpack
-from teacher_cache.schema import CachedSample
+from teacher_cache.schema.teacher_output import CachedSample
 from tests.strategies import assert_same_bits
 
 K = 32

@@ -18,9 +18,9 @@ from pipeline.inspect_cache import describe_cache
 from pipeline.report import write_report
 from pipeline.train import train
 from student_train.objective import ObjectiveName, preset
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import RecordKind, ShardFormatName, holds
-from teacher_cache.verify import verify_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
 from tests.tiny import tiny_samples

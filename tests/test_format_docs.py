@@ -21,14 +21,14 @@ import torch
 import xxhash
 import zstandard
 
-from teacher_cache.codec import PART_PLANES, TIER_PARTS, output_planes
-from teacher_cache.frames import DTYPES
-from teacher_cache.manifest import LAYOUT_VERSION
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import RecordKind, ShardFormatName
-from teacher_cache.shard_format import shard_format
-from teacher_cache.transforms import STAIRS, TRANSFORMS
+from teacher_cache.codec.columns import PART_PLANES, TIER_PARTS, output_planes
+from teacher_cache.codec.frames import DTYPES
+from teacher_cache.codec.transforms import STAIRS, TRANSFORMS
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import LAYOUT_VERSION
+from teacher_cache.schema.options import RecordKind, ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.shard import shard_format
 from tests.builders import build
 from tests.strategies import TIERS, asked_again, make_cached, make_output, make_spec
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import zstandard
 
-from teacher_cache.codec import output_planes, state_planes, top_k_records
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import GridSettings
-from teacher_cache.shard_format import shard_format
-from teacher_cache.transforms import STAIRS
+from teacher_cache.codec.columns import output_planes, state_planes, top_k_records
+from teacher_cache.codec.transforms import STAIRS
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.options import GridSettings
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.shard import shard_format
 from tests.builders import build
 from tests.strategies import VOCAB_SIZE, make_cached, make_output, make_spec, with_least
 from tests.test_format_docs import DOCS, run_alone

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teacher_cache.export_cache import export_cache
-from teacher_cache.manifest import LAYOUT_VERSION
-from teacher_cache.reader import CacheReader
-from teacher_cache.verify import verify_cache
+from teacher_cache.derive.export import export_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.manifest import LAYOUT_VERSION
 from tests.builders import build
 from tests.strategies import asked_again, make_cached, make_spec
 from tests.test_format_forms import FORMS, form_cache

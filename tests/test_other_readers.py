@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.codec import output_planes
-from teacher_cache.frames import decode_frame
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.codec.frames import decode_frame
 from tests.test_format_docs import DOCS, read, run_alone, small_cache
 
 DUCKDB = """

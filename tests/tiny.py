@@ -41,7 +41,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.tiny_processors import (
     StillInternVLProcessor,
     StillOnevisionProcessor,

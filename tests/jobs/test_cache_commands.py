@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
-from teacher_cache.records import RecordSettings
-from teacher_cache.teacher import Teacher
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_llava, tiny_samples

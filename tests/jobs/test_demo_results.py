@@ -9,8 +9,8 @@ from jobs.demo import results
 from pipeline import recipes
 from pipeline.config import TrainConfig
 from student_train.objective import ObjectiveName
-from teacher_cache.folder import read_seal
-from teacher_cache.storage import open_store
+from teacher_cache.folder.layout import read_seal
+from teacher_cache.storage.store import open_store
 from tests.pipeline.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run, write_json
 
 

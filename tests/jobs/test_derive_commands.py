@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
 from tests.builders import published
 from tests.conftest import TinyFolder
 from tests.derived import base_cache

@@ -17,7 +17,7 @@ from pipeline.build import build
 from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
 from pipeline.extend_config import ExtendConfig
 from pipeline.train import train
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.tiny import tiny_samples

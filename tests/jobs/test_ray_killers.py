@@ -15,8 +15,8 @@ from jobs.options import RayOptions
 from jobs.ray_pool import WorkerLostError, ray_session
 from pipeline.build import CacheBuilder
 from pipeline.config import BuildConfig, SourceConfig
-from teacher_cache.reader import CacheReader
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
 from tests.tiny import tiny_samples

@@ -15,7 +15,7 @@ from jobs.build_cache import run_build
 from jobs.options import RayOptions
 from pipeline.build import CacheBuilder, build
 from pipeline.config import BuildConfig, SourceConfig
-from teacher_cache.manifest import ShardCommit
+from teacher_cache.schema.manifest import ShardCommit
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.tiny import tiny_samples

@@ -17,7 +17,7 @@ from student_train.objective import DivergenceName, ObjectiveName, UsedTail, pre
 from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings, TrainRecipe
 from student_train.stages import CompressionSettings
-from teacher_cache.manifest import (
+from teacher_cache.schema.manifest import (
     LAYOUT_VERSION,
     CacheSpec,
     Seal,
@@ -25,7 +25,7 @@ from teacher_cache.manifest import (
     ShardFile,
     record_bytes,
 )
-from teacher_cache.quality import ShardQuality
+from teacher_cache.schema.shard_quality import ShardQuality
 
 CACHE = "c0ffee" * 10 + "abcd"
 

@@ -11,13 +11,13 @@ import pytest
 
 from pipeline.build import CacheBuilder, build, missing_shards
 from pipeline.config import BuildConfig, SourceConfig
-from teacher_cache.error_gate import CodecError
-from teacher_cache.folder import read_seal
-from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import Sample
-from teacher_cache.storage import open_store
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.error_bounds import CodecError
+from teacher_cache.folder.layout import read_seal
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError
+from teacher_cache.schema.teacher_output import Sample
+from teacher_cache.storage.store import open_store
+from teacher_cache.teacher.teacher import Teacher
 from tests.children import start
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json

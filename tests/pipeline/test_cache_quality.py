@@ -10,11 +10,11 @@ import pytest
 from jobs.cli import main
 from pipeline.cache_quality import complaint, is_unknown, render_quality, summarise
 from pipeline.config import BuildConfig, SourceConfig
-from teacher_cache.folder import read_seal
-from teacher_cache.manifest import Seal
-from teacher_cache.quality import SampledLoss, ShardQuality, TailMass
-from teacher_cache.settings import RecordKind
-from teacher_cache.storage import open_store
+from teacher_cache.folder.layout import read_seal
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
+from teacher_cache.storage.store import open_store
 from tests.builders import build, make_shards
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json

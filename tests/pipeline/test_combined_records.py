@@ -11,11 +11,11 @@ from student_train.rehearsal import require_served
 from student_train.signals import HiddenSignal, TeacherAssets, vision_signal
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.codec import output_planes
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import RecordKind, TierName
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind, TierName
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.strategies import assert_same_bits

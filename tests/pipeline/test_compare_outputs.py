@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.compare_outputs import Spread, differences, replaced_ids
-from teacher_cache.schema import TeacherOutput, TopKRecord
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.top_k import top_k_record
+from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 from tests.strategies import TIERS, make_cached, with_least
 
 

@@ -29,7 +29,7 @@ from pipeline.demo_teacher import (
 )
 from pipeline.digits import CELL_NAMES, PATCHES_SIDE, write_digits
 from pipeline.sources import open_source
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.sample_encoder import SampleEncoder
 
 TINY = TeacherSettings(
     vision_steps=3, vision_batch_size=8, language_steps=3, language_batch_size=8, seed=1

@@ -15,7 +15,7 @@ from pipeline.digits import write_digits
 from pipeline.evaluate import evaluate
 from pipeline.train import train
 from student_train.objective import ObjectiveName
-from teacher_cache.decode import decode_json
+from teacher_cache.schema.strict_json import decode_json
 
 ARMS: tuple[tuple[ObjectiveName, bool], ...] = (
     ("epic-tcd", True),

@@ -17,10 +17,10 @@ from pipeline.evaluate import evaluate
 from pipeline.generation import Generator
 from pipeline.predictions import Prediction, append_predictions, drop_torn_line, read_predictions
 from student_train.student import student_from_vanilla
-from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError
-from teacher_cache.schema import Sample, SampleError
-from teacher_cache.settings import holds
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.teacher_output import Sample, SampleError
 from tests.tiny import tiny_samples
 
 TinyFolder = Callable[[str], Path]

@@ -13,7 +13,7 @@ from pipeline.evaluate import evaluate
 from pipeline.predictions import read_predictions
 from student_train.compressors import num_kept
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.manifest import CacheMismatchError
+from teacher_cache.schema.manifest import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.deep import deep_model
 from tests.llava_json import write_llava_json

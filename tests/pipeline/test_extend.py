@@ -16,13 +16,13 @@ from pipeline.extend import extend_samples
 from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import RecordExtender, extend_records, joined
 from pipeline.verify_teacher import verify_teacher
-from teacher_cache.calibration import Calibration
-from teacher_cache.codec import output_planes
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import RecordKind
-from teacher_cache.subset_cache import Selection, subset_cache
-from teacher_cache.verify import verify_cache
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.records.calibration import Calibration
+from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.options import RecordKind
 from tests.builders import published
 from tests.conftest import TinyFolder
 from tests.extended import build_config, built, more_records, more_samples, samples_to_cache

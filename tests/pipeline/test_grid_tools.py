@@ -15,10 +15,10 @@ from pipeline.extend_records import extend_records
 from pipeline.inspect_cache import describe_cache
 from pipeline.inspect_sample import describe_sample
 from pipeline.verify_teacher import render_teacher, verify_teacher
-from teacher_cache.codec import output_planes
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import RecordKind
-from teacher_cache.verify import verify_cache
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.options import RecordKind
 from tests.builders import build as build_of
 from tests.conftest import TinyFolder
 from tests.extended import build_config

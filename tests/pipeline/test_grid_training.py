@@ -16,10 +16,10 @@ from student_train.step_plan import StepPlan, plan_step
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.student import final_hidden, output_head
 from student_train.trainer import student_loss
-from teacher_cache.collate import ModelBatch
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import GridSettings, TierName
-from teacher_cache.teacher import Teacher
+from teacher_cache.models.collate import ModelBatch
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import GridSettings, TierName
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.deep import NUM_LAYERS, deep_model

@@ -11,12 +11,12 @@ import yaml
 
 from pipeline.inspect_cache import describe_cache, render
 from pipeline.inspect_sample import describe_sample
-from teacher_cache.codec import PART_PLANES
-from teacher_cache.folder import SEAL_FILE
-from teacher_cache.manifest import IncompleteCacheError, ShardCorruptError
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, Message, Sample, make_sample
-from teacher_cache.settings import RecordKind, ShardFormatName
+from teacher_cache.codec.columns import PART_PLANES
+from teacher_cache.folder.layout import SEAL_FILE
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import IncompleteCacheError, ShardCorruptError
+from teacher_cache.schema.options import RecordKind, ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample, Message, Sample, make_sample
 from tests.builders import build
 from tests.derived import base_cache, rows_of
 from tests.strategies import asked_again, make_cached, make_output, make_spec

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from pipeline.inspect_picture import draw_sample, token_values
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipeline.inspect_sample import describe_sample, load_tokenizer
-from teacher_cache.head import LmHead
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.teacher.teacher import Teacher
 from tests.builders import build
 from tests.caches import build_cache
 from tests.conftest import TinyFolder

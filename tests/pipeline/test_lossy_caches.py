@@ -8,12 +8,12 @@ import torch
 
 from student_train.divergence import reverse_kl
 from student_train.signals import TeacherAssets, vision_signal
-from teacher_cache.codec import TIER_PARTS
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import TeacherOutput
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.columns import TIER_PARTS
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.teacher_output import TeacherOutput
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples

@@ -13,7 +13,7 @@ from pipeline.pilot import run_pilot
 from pipeline.pilot_report import PilotReport, TierMeasure, recommend, render_pilot
 from pipeline.plan import Tier, TierSize
 from pipeline.plan_config import PlanConfig
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
 from tests.tiny import ask, tiny_samples

@@ -11,11 +11,11 @@ import pytest
 from pipeline.plan import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
 from pipeline.plan_config import PlanConfig
 from pipeline.response_grid import with_grid
-from teacher_cache.codec import output_planes
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import TeacherOutput
-from teacher_cache.settings import GridSettings
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import GridSettings
+from teacher_cache.schema.teacher_output import TeacherOutput
+from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples
 

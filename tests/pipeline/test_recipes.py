@@ -17,7 +17,7 @@ from pipeline.evaluate import evaluate
 from pipeline.train import train
 from student_train.objective import ObjectiveName
 from student_train.student import load_student
-from teacher_cache.decode import decode_json
+from teacher_cache.schema.strict_json import decode_json
 
 NUM_SAMPLES = 32
 OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")

@@ -14,8 +14,8 @@ from jobs.paths import absolute
 from pipeline.build import build
 from pipeline.config import BuildConfig, SourceConfig, TrainConfig
 from pipeline.train import train
-from teacher_cache.reader import CacheReader
-from teacher_cache.storage import open_store
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.storage.store import open_store
 from tests.children import finish, start
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json

@@ -16,7 +16,7 @@ from pipeline.config import ReportConfig
 from pipeline.report import write_report
 from pipeline.run_folders import collect
 from student_train.objective import ObjectiveName, UsedTail
-from teacher_cache.quality import SampledLoss, ShardQuality, TailMass
+from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
 from tests.pipeline.run_fakes import (
     fake_cache,
     fake_evaluation,

@@ -15,14 +15,14 @@ from pipeline.config import BuildConfig, SourceConfig
 from pipeline.response_grid import compression_at, with_grid
 from student_train.compression import compress
 from student_train.compressors import COMPRESSORS, Compressor, Evidence
-from teacher_cache.collate import collate
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import Sample, TeacherOutput
-from teacher_cache.settings import GridSettings, RecordKind
-from teacher_cache.storage import open_store
-from teacher_cache.teacher import Teacher
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.collate import collate
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.options import GridSettings, RecordKind
+from teacher_cache.schema.teacher_output import Sample, TeacherOutput
+from teacher_cache.storage.store import open_store
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.deep import deep_model

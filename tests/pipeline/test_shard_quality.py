@@ -15,20 +15,20 @@ from pipeline.extend_config import ExtendConfig
 from pipeline.extend_records import extend_records
 from pipeline.shard_quality import measure_shard, sampled_rows
 from pipeline.tier_loss import stand_in
-from teacher_cache.collate import collate
-from teacher_cache.export_cache import export_cache
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import Seal
-from teacher_cache.merge_caches import merge_caches
-from teacher_cache.quality import SampledLoss, ShardQuality
-from teacher_cache.records import RecordSettings, make_output
-from teacher_cache.schema import CachedSample, Sample, TeacherOutput
-from teacher_cache.settings import RecordKind, holds
-from teacher_cache.sketch import decode_logits
-from teacher_cache.storage import open_store
-from teacher_cache.subset_cache import Selection, subset_cache
-from teacher_cache.teacher import Teacher
-from teacher_cache.vision_sharing import VisionOwners
+from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.models.collate import collate
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.sketch import decode_logits
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.storage.store import open_store
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.references import (
@@ -337,7 +337,7 @@ def test_no_more_logits_than_allowed_are_held(
         most = max(most, found.numel())
         return found
 
-    monkeypatch.setattr("teacher_cache.topk.MAX_LOGITS", 3 * teacher.head.vocab_size)
+    monkeypatch.setattr("teacher_cache.records.top_k.MAX_LOGITS", 3 * teacher.head.vocab_size)
     rows, spec = _rows(teacher, tiny_samples(4), settings), teacher.spec(settings, batch_size=1)
     monkeypatch.setattr(type(teacher.head), "logits", watch)
     cut = measure_shard(teacher, rows, spec, 2)

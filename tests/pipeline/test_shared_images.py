@@ -9,13 +9,13 @@ import torch
 from pipeline.build import CacheBuilder, build, missing_shards
 from pipeline.config import BuildConfig, SourceConfig
 from pipeline.verify_teacher import verify_teacher
-from teacher_cache.codec import VISION_PLANES, encode_plane, output_planes
-from teacher_cache.folder import require_plan
-from teacher_cache.manifest import CacheMismatchError, Seal, ShardCorruptError
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.storage import open_store
-from teacher_cache.verify import verify_cache
+from teacher_cache.codec.columns import VISION_PLANES, encode_plane, output_planes
+from teacher_cache.folder.layout import require_plan
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.manifest import CacheMismatchError, Seal, ShardCorruptError
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.storage.store import open_store
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.strategies import assert_same_bits

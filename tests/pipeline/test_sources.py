@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.config import SourceConfig
 from pipeline.sources import SampleSource, open_source, scan
-from teacher_cache.schema import Message, Sample, SampleError, sample_key
+from teacher_cache.schema.teacher_output import Message, Sample, SampleError, sample_key
 
 
 def _image(seed: int, kind: str = "PNG") -> bytes:

@@ -13,12 +13,16 @@ from pipeline import recipes
 from pipeline.config import TrainConfig
 from pipeline.train import CONFIG_FILE, student_identity, train
 from student_train.student import PART_PREFIXES, Part
-from teacher_cache.codec import encode_plane, output_planes
-from teacher_cache.decode import decode_json
-from teacher_cache.folder import SEAL_FILE
-from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError, ShardCorruptError
-from teacher_cache.reader import CacheReader
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.columns import encode_plane, output_planes
+from teacher_cache.folder.layout import SEAL_FILE
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import (
+    CacheMismatchError,
+    IncompleteCacheError,
+    ShardCorruptError,
+)
+from teacher_cache.schema.strict_json import decode_json
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import student_loader
 from tests.conftest import TinyFolder
 from tests.runs import tiny_cache, weights

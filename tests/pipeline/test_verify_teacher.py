@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.teacher_identity import record_settings
 from pipeline.verify_teacher import TeacherReport, render_teacher, verify_teacher
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import Teacher
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.teacher.teacher import Teacher
 from tests.builders import build
 from tests.caches import build_cache
 from tests.conftest import TinyFolder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.runs import tiny_cache, train
 

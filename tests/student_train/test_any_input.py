@@ -19,8 +19,8 @@ from student_train.divergence import Divergence, forward_kl, jensen_shannon, rev
 from student_train.losses import LossTerms, distillation_loss
 from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, Signal
-from teacher_cache.head import LmHead
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.top_k import top_k_record
 from tests.batches import ONE_IMAGE, TEXT_ONLY, TILES, RandomBatch, RecordForm, random_batch
 from tests.student_train.test_top_k_signal import normal, signal_of
 

@@ -23,13 +23,13 @@ from student_train.student import final_hidden, output_head
 from student_train.terms import supervised_rows, token_mean, vlad_means, vsd_loss
 from student_train.token_layout import layout_of
 from student_train.vlad import padded
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.collate import ModelBatch, collate
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import RecordKind, ShardFormatName
-from teacher_cache.teacher import Teacher
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.collate import ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind, ShardFormatName
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache, student_loader
 from tests.tiny import tiny_llava, tiny_llava_next, tiny_samples
 

@@ -21,9 +21,9 @@ from student_train.stages import CompressionSettings, Stage
 from student_train.student import final_hidden
 from student_train.token_layout import layout_of
 from student_train.turns import turns_of
-from teacher_cache.collate import EncodedSample
-from teacher_cache.schema import Message, Sample, TokenSpans, ViewGrid, make_sample
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.teacher_output import Message, Sample, TokenSpans, ViewGrid, make_sample
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode
 from tests.epic_references import (

@@ -11,7 +11,7 @@ from student_train.compression import compress
 from student_train.decoder import decoder_of
 from student_train.stages import CompressionSettings, Stage
 from student_train.student import final_hidden
-from teacher_cache.collate import EncodedSample
+from teacher_cache.models.collate import EncodedSample
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode
 

@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 from pipeline.generation import Generator
 from student_train.compression import compress
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.collate import ModelBatch, collate
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.collate import ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode
 from tests.tiny import tiny_samples

@@ -14,8 +14,8 @@ from student_train.certificate import certified_pairs
 from student_train.cost import cost_error, cost_matrix
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal, Signal, TeacherAssets, TopKSignal, response_signal
-from teacher_cache.schema import TeacherOutput
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.top_k import top_k_record
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 PROBABILITIES = MatchingConfig(metric="prob_l1")
 LOGITS = MatchingConfig(num_shared_ids=None)

@@ -14,9 +14,9 @@ from student_train.divergence import Divergence, forward_kl, jensen_shannon, rev
 from student_train.objective import TailPolicy
 from student_train.signals import DenseSignal, HiddenSignal, SketchCode, TopKSignal
 from student_train.tail_policies import resolve_tail
-from teacher_cache.head import LmHead
-from teacher_cache.sketch import SketchBasis, encode_sketch, fit_basis
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis, encode_sketch, fit_basis
+from teacher_cache.records.top_k import top_k_record
 from tests import references
 
 VOCAB = 9

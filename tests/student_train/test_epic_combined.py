@@ -17,11 +17,11 @@ from student_train.signals import TeacherAssets
 from student_train.stream import BatchPlan, StudentBatch, TrainingStream, parts_needed
 from student_train.student import final_hidden, output_head
 from student_train.trainer import student_loss
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.settings import GridSettings
-from teacher_cache.teacher import Teacher
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import GridSettings
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.deep import deep_model
 from tests.epic import fixed, gradients, plan, save_deep, train_vanilla

@@ -18,7 +18,7 @@ from student_train.signals import TeacherAssets
 from student_train.step_plan import StepPlan
 from student_train.student import output_head, student_from_vanilla
 from student_train.trainer import student_loss
-from teacher_cache.schema import Message, Sample, make_sample
+from teacher_cache.schema.teacher_output import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.deep import deep_model, encode
 from tests.epic import fixed, gradients, plan, settings, student_batch, two_passes

@@ -13,8 +13,8 @@ from student_train.objective import ObjectiveName, preset
 from student_train.progression import ProgressionConfig
 from student_train.settings import TrainerSettings
 from student_train.step_plan import plan_step
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import CacheMismatchError
 from tests.children import finish, kill_in_mid_run, start, start_ranks
 from tests.epic import fixed, save_deep, train_vanilla, train_vanilla_on_one_thread
 from tests.runs import SETTINGS, assert_same_run, lines, tiny_cache, weights

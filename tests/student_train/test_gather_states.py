@@ -9,7 +9,7 @@ from student_train.losses import distillation_loss
 from student_train.objective import MatchingConfig, ObjectiveConfig
 from student_train.sample_states import SampleStates, gather_states
 from student_train.token_layout import TokenLayout
-from teacher_cache.schema import TokenSpans
+from teacher_cache.schema.teacher_output import TokenSpans
 from tests.batches import random_batch
 
 EMKD = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=None))

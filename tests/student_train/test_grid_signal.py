@@ -14,8 +14,8 @@ from student_train.signals import (
     response_signal,
     teacher_response_at,
 )
-from teacher_cache.head import LmHead
-from teacher_cache.schema import TeacherOutput
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.strategies import VOCAB_SIZE, WIDTH, make_output
 
 RATIOS = (0.25, 0.5, 0.75)

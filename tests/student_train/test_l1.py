@@ -10,7 +10,7 @@ from student_train.cost import cost_matrix
 from student_train.l1 import l1_distances, l1_rounding
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import DenseSignal, HiddenSignal
-from teacher_cache.head import LmHead
+from teacher_cache.records.lm_head import LmHead
 from tests import references
 
 

@@ -13,7 +13,7 @@ from student_train.cost import cost_error, cost_matrix
 from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal, HiddenSignal, Signal, TeacherAssets, vision_signal
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.head import LmHead
+from teacher_cache.records.lm_head import LmHead
 from tests.batches import ONE_IMAGE, TWO_IMAGES, random_batch
 
 VOCAB = 11

@@ -10,7 +10,7 @@ from torch import Tensor
 from student_train.losses import LossTerms, distillation_loss
 from student_train.objective import MatchingConfig, ObjectiveConfig, VladText, preset
 from student_train.signals import TeacherAssets, vision_signal
-from teacher_cache.schema import TeacherOutput
+from teacher_cache.schema.teacher_output import TeacherOutput
 from tests import references
 from tests.batches import (
     EQUAL_GRIDS,

@@ -12,8 +12,8 @@ from student_train.cost import cost_matrix, shared_ids
 from student_train.matching import Assignment, match_tokens
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import DenseSignal, HiddenSignal, Signal, TeacherAssets, vision_signal
-from teacher_cache.head import LmHead
-from teacher_cache.schema import ViewGrid
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.teacher_output import ViewGrid
 from tests import references
 from tests.batches import ONE_IMAGE, random_batch
 

@@ -14,7 +14,7 @@ from student_train.metrics import (
 from student_train.objective import MatchingConfig
 from student_train.separability import hubness, separability
 from student_train.signals import DenseSignal, TeacherAssets, vision_signal
-from teacher_cache.schema import ViewGrid
+from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import ONE_IMAGE, random_batch
 
 

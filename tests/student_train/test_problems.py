@@ -15,7 +15,7 @@ from student_train.matching import Assignment, match_tokens, start_matching
 from student_train.objective import MatchingConfig, MatchMetric, MatchScope
 from student_train.problems import VisionTokens, find_problems, rows_of
 from student_train.signals import DenseSignal, Signal, concatenate, vision_signal
-from teacher_cache.schema import ViewGrid
+from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import RandomBatch, RecordForm, Shape, View, random_batch
 
 VOCAB, WIDTH = 11, 6

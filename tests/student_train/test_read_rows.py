@@ -18,7 +18,7 @@ from student_train.signals import DenseSignal, Signal
 from student_train.student_rows import DenseRows
 from student_train.terms import token_mean
 from student_train.top_k_signal import SketchCode, TopKSignal
-from teacher_cache.sketch import SketchBasis
+from teacher_cache.records.sketch import SketchBasis
 
 pytest.importorskip("triton")
 from student_train import kernels_rows

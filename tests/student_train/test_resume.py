@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from student_train.checkpoint import CHECKPOINT_FILE
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.reader import CacheReader
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.manifest import CacheMismatchError
 from tests.children import finish, kill_in_mid_run, start, start_ranks
 from tests.runs import (
     SETTINGS,

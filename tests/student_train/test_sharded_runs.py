@@ -25,8 +25,8 @@ from student_train.signals import TeacherAssets
 from student_train.stream import BatchPlan, TrainingStream
 from student_train.student import set_trainable
 from student_train.trainer import student_loss
-from teacher_cache.reader import CacheReader
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.caches import student_loader
 from tests.children import finish, kill_once_logged, start_ranks
 from tests.conftest import TinyFolder

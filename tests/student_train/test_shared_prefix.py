@@ -10,7 +10,7 @@ from student_train.compression import compress
 from student_train.shared_prefix import record_entry, rerun
 from student_train.stages import CompressionSettings, Stage
 from student_train.student import final_hidden
-from teacher_cache.collate import ModelBatch
+from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode
 

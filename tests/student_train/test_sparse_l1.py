@@ -14,7 +14,7 @@ from student_train.objective import MatchingConfig
 from student_train.signals import DenseSignal
 from student_train.sparse_l1 import sparse_probability_l1
 from student_train.top_k_signal import TopKSignal, at_least_float32
-from teacher_cache.schema import TopKRecord
+from teacher_cache.schema.teacher_output import TopKRecord
 from tests.strategies import true_record
 
 VOCAB = 40

@@ -3,7 +3,7 @@
 import pytest
 
 from student_train.stages import CompressionSettings, Stage
-from teacher_cache.decode import DecodeError, decode_json
+from teacher_cache.schema.strict_json import DecodeError, decode_json
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

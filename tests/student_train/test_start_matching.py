@@ -16,8 +16,8 @@ from student_train.objective import MatchingConfig
 from student_train.problems import VisionTokens
 from student_train.signals import DenseSignal, HiddenSignal, TeacherAssets, vision_signal
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.head import LmHead
-from teacher_cache.schema import ViewGrid
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.teacher_output import ViewGrid
 from tests import references
 from tests.batches import ONE_IMAGE, random_batch
 

@@ -12,7 +12,7 @@ from student_train.progression import ProgressionConfig
 from student_train.schedules import PAPER_NOTES
 from student_train.stages import CompressionSettings, Stage
 from student_train.step_plan import StepPlan, num_layers_of, plan_step, require_progression
-from teacher_cache.settings import GridSettings
+from teacher_cache.schema.options import GridSettings
 from tests.conftest import TinyFolder
 from tests.deep import deep_model
 from tests.epic import fixed

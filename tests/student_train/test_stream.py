@@ -21,15 +21,21 @@ from student_train.stream import (
     check_against_teacher,
     parts_needed,
 )
-from teacher_cache import rows
-from teacher_cache.codec import planes_of
-from teacher_cache.collate import EncodedSample
-from teacher_cache.frames import decode_frame
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.reader import CacheReader
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import Sample, SampleError, TeacherOutput, TokenSpans, ViewGrid
-from teacher_cache.teacher import Teacher
+from teacher_cache.codec.columns import planes_of
+from teacher_cache.codec.frames import decode_frame
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.teacher_output import (
+    Sample,
+    SampleError,
+    TeacherOutput,
+    TokenSpans,
+    ViewGrid,
+)
+from teacher_cache.shards import rows
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_samples

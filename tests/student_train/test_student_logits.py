@@ -15,7 +15,7 @@ from student_train.linear_head import LinearHead, LogitsOf
 from student_train.objective import MatchingConfig, MatchMetric
 from student_train.signals import HiddenSignal, Signal, TeacherAssets, vision_signal
 from student_train.student_logits import StudentLogits
-from teacher_cache.head import LmHead
+from teacher_cache.records.lm_head import LmHead
 from tests.batches import ONE_IMAGE, RecordForm, random_batch
 
 VOCAB, WIDTH = 11, 5

@@ -16,10 +16,10 @@ from student_train.divergence import Divergence, forward_kl, jensen_shannon, rev
 from student_train.objective import TailPolicy
 from student_train.signals import DenseSignal, TeacherAssets, TopKSignal, response_signal
 from student_train.student_rows import largest_entries
-from teacher_cache.codec import encode_planes, output_from_planes, output_planes
-from teacher_cache.frames import decode_frame
-from teacher_cache.schema import TeacherOutput
-from teacher_cache.topk import top_k_record
+from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
+from teacher_cache.codec.frames import decode_frame
+from teacher_cache.records.top_k import top_k_record
+from teacher_cache.schema.teacher_output import TeacherOutput
 from tests import references
 from tests.strategies import make_spec
 from tests.student_train.test_top_k_signal import normal, ragged, signal_of

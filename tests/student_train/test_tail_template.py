@@ -16,8 +16,8 @@ from student_train.objective import MatchingConfig, preset
 from student_train.signals import DenseSignal, TeacherAssets, concatenate
 from student_train.tail_policies import resolve_tail
 from student_train.top_k_signal import TopKSignal
-from teacher_cache.tail_template import TailTemplate
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.records.top_k import top_k_record
 from tests import references
 from tests.batches import ONE_IMAGE, random_batch
 from tests.strategies import true_record

@@ -20,10 +20,10 @@ from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig
 from student_train.signals import DenseSignal, Signal, concatenate
 from student_train.tail_policies import resolve_tail
 from student_train.top_k_signal import SketchCode, TopKSignal
-from teacher_cache.head import LmHead
-from teacher_cache.schema import TeacherOutput, TopKRecord
-from teacher_cache.sketch import encode_sketch, fit_basis
-from teacher_cache.topk import top_k_record
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import encode_sketch, fit_basis
+from teacher_cache.records.top_k import top_k_record
+from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 from tests import references
 from tests.batches import SHAPES, RandomBatch, random_batch
 from tests.strategies import BEARTYPE_DRAWS, ragged_top_k_records, true_record

@@ -19,10 +19,10 @@ from student_train.stream import BatchPlan, TrainingStream
 from student_train.student import set_trainable
 from student_train.trainer import student_loss
 from student_train.training_run import train_student
-from teacher_cache.manifest import CacheMismatchError
-from teacher_cache.reader import CacheReader
-from teacher_cache.teacher import Teacher
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.teacher.teacher import Teacher
 from tests.caches import student_loader
 from tests.runs import SETTINGS, lines, tiny_cache, train, weights
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from student_train.turns import Turn, turns_of
-from teacher_cache.collate import EncodedSample
-from teacher_cache.schema import TokenSpans, ViewGrid
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
 
 # <bos> V V u u <ctl> r r | u V V V u <ctl> r r
 VISION = [[1, 2], [9, 10, 11]]

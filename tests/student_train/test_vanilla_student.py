@@ -21,7 +21,7 @@ from student_train.student import (
     student_from_vanilla,
     vanilla_student,
 )
-from teacher_cache.pretrained import load_model
+from teacher_cache.models.checkpoint import load_model
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, encode
 from tests.epic import fixed, save_deep, train_vanilla

@@ -21,8 +21,8 @@ from student_train.objective import MatchingConfig, MatchMetric, MatchScope, Obj
 from student_train.settings import TrainerSettings
 from student_train.signals import DenseSignal, HiddenSignal
 from student_train.vision_matching import start_batch_matching
-from teacher_cache.head import LmHead
-from teacher_cache.schema import ViewGrid
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, RandomBatch, RecordForm, random_batch
 
 VOCAB = 11

@@ -15,9 +15,9 @@ from student_train.objective import MatchingConfig, ObjectiveConfig, VladText
 from student_train.signals import HiddenSignal, vision_signal
 from student_train.vision_matching import Matched, start_batch_matching
 from student_train.vlad import batch_vlad, padded
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.quantize import from_scale, to_scale
-from teacher_cache.schema import AffinityRecord
+from teacher_cache.codec.quantize import from_scale, to_scale
+from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.schema.teacher_output import AffinityRecord
 from tests import references
 from tests.batches import (
     NO_TEXT_AFTER_IMAGE,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from teacher_cache.affinity import cosine_affinity
+from teacher_cache.records.affinity import cosine_affinity
 
 
 def test_affinity_is_the_cosine_of_every_pair() -> None:

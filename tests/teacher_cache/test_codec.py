@@ -10,8 +10,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache import frames
-from teacher_cache.codec import (
+from teacher_cache.codec import frames
+from teacher_cache.codec.columns import (
     TIER_PARTS,
     Part,
     encode_plane,
@@ -20,10 +20,10 @@ from teacher_cache.codec import (
     parts_in,
     planes_of,
 )
-from teacher_cache.frames import DTYPES, decode_frame, encode_frame
-from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.settings import RecordKind
-from teacher_cache.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform, stairs
+from teacher_cache.codec.frames import DTYPES, decode_frame, encode_frame
+from teacher_cache.codec.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform, stairs
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.options import RecordKind
 from tests.strategies import (
     BEARTYPE_DRAWS,
     TIERS,

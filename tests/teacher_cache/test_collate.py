@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.collate import EncodedSample, collate
-from teacher_cache.schema import TokenSpans
+from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.schema.teacher_output import TokenSpans
 
 PAD = 9
 

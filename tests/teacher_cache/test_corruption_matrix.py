@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.head import LmHead
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.verify import verify_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
 from tests.builders import build
 from tests.strategies import VOCAB_SIZE, WIDTH, assert_same, make_cached, make_spec
 from tests.teacher_cache.test_fault_matrix import FORMATS, IN_MEMORY

@@ -12,15 +12,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.derive import SealedCache
-from teacher_cache.export_cache import export_cache
-from teacher_cache.manifest import CacheMismatchError, IncompleteCacheError, ShardCorruptError
-from teacher_cache.merge_caches import merge_caches
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import LocalStore
-from teacher_cache.subset_cache import Selection, subset_cache
-from teacher_cache.verify import verify_cache
+from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.derive.sealed_cache import SealedCache
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.manifest import (
+    CacheMismatchError,
+    IncompleteCacheError,
+    ShardCorruptError,
+)
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, published
 from tests.derived import TOOLS, base_cache, content_of, rows_of
 from tests.s3_server import BUCKET, S3Server

@@ -17,9 +17,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from teacher_cache import object_store
-from teacher_cache.object_store import ObjectStore
-from teacher_cache.settings import ShardFormatName
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage import object_store
+from teacher_cache.storage.object_store import ObjectStore
 from tests.faults import require_refused_or_whole, small_build
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from teacher_cache.garbage import collect_garbage
-from teacher_cache.manifest import IncompleteCacheError
-from teacher_cache.storage import LocalStore
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import write_plan
+from teacher_cache.folder.garbage import collect_garbage
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.folder.writer import write_plan
+from teacher_cache.schema.manifest import IncompleteCacheError
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, make_shards, published
 from tests.strategies import make_plan
 

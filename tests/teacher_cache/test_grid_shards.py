@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.codec import encode_plane, encode_planes, output_planes, planes_of
-from teacher_cache.error_gate import CodecError, require_within_bounds
-from teacher_cache.export_cache import export_cache
-from teacher_cache.garbage import collect_garbage
-from teacher_cache.manifest import CacheSpec, ShardCorruptError
-from teacher_cache.merge_caches import merge_caches
-from teacher_cache.reader import CacheReader
-from teacher_cache.rows import decode_row, encode_row, read_sample, tier_parts
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import GridSettings, RecordKind, ShardFormatName
-from teacher_cache.shard_format import shard_format
-from teacher_cache.subset_cache import Selection, subset_cache
-from teacher_cache.verify import verify_cache
+from teacher_cache.codec.columns import encode_plane, encode_planes, output_planes, planes_of
+from teacher_cache.codec.error_bounds import CodecError, require_within_bounds
+from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.folder.garbage import collect_garbage
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.options import GridSettings, RecordKind, ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.rows import decode_row, encode_row, read_sample, tier_parts
+from teacher_cache.shards.shard import shard_format
 from tests.builders import build
 from tests.strategies import (
     FLOATS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from teacher_cache.identity import (
+from teacher_cache.models.digests import (
     chat_template_digest,
     config_digest,
     image_processor_digest,

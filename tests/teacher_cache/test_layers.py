@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.folder import open_shard, read_rows, shard_name
-from teacher_cache.manifest import Plan, ShardCommit, ShardCorruptError, ShardFile
-from teacher_cache.reader import CacheReader
-from teacher_cache.rows import encode_row
-from teacher_cache.schema import CachedSample, RejectedSample
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.shard_format import EncodedRow
-from teacher_cache.storage import LocalStore
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import (
+from teacher_cache.folder.layout import open_shard, read_rows, shard_name
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.folder.writer import (
     commit_shard,
     seal_cache,
     write_encoded_shard,
@@ -23,6 +17,12 @@ from teacher_cache.writer import (
     write_shard,
     write_shard_file,
 )
+from teacher_cache.schema.manifest import Plan, ShardCommit, ShardCorruptError, ShardFile
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample, RejectedSample
+from teacher_cache.shards.rows import encode_row
+from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, make_shards, published
 from tests.strategies import assert_same, make_plan, make_spec
 

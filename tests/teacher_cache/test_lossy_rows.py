@@ -11,12 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.codec import TIER_PARTS, encode_plane, encode_planes, output_planes, planes_of
-from teacher_cache.error_gate import CodecError
-from teacher_cache.manifest import CacheSpec, ShardCorruptError
-from teacher_cache.rows import decode_row, encode_row, read_sample
-from teacher_cache.schema import CachedSample, TeacherOutput, TopKRecord
-from teacher_cache.shard_format import shard_format
+from teacher_cache.codec.columns import (
+    TIER_PARTS,
+    encode_plane,
+    encode_planes,
+    output_planes,
+    planes_of,
+)
+from teacher_cache.codec.error_bounds import CodecError
+from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
+from teacher_cache.shards.rows import decode_row, encode_row, read_sample
+from teacher_cache.shards.shard import shard_format
 from tests.strategies import (
     BEARTYPE_DRAWS,
     VOCAB_SIZE,

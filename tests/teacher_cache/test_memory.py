@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.reader import CacheReader
-from teacher_cache.schema import CachedSample, make_sample
-from teacher_cache.storage import open_store
-from teacher_cache.writer import seal_cache, write_plan, write_shard
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.writer import seal_cache, write_plan, write_shard
+from teacher_cache.schema.teacher_output import CachedSample, make_sample
+from teacher_cache.storage.store import open_store
 from tests.strategies import make_cached, make_plan
 
 ROWS_PER_SHARD, IMAGE_BYTES = 8, 500_000

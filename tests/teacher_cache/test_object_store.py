@@ -16,16 +16,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from jobs.cli import main
-from teacher_cache import object_store
-from teacher_cache.folder import read_seal
-from teacher_cache.garbage import collect_garbage
-from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.object_store import ObjectStore
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import LocalStore, Store, open_store
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import write_plan, write_shard
+from teacher_cache.folder.garbage import collect_garbage
+from teacher_cache.folder.layout import read_seal
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.folder.writer import write_plan, write_shard
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage import object_store
+from teacher_cache.storage.object_store import ObjectStore
+from teacher_cache.storage.store import LocalStore, Store, open_store
 from tests.builders import build, exit_status, forked, make_shards, published
 from tests.s3_server import BUCKET, NOT_FOUND, SLOW_DOWN, S3Server, at_first
 from tests.strategies import assert_same, make_plan

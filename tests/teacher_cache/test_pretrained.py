@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from student_train.student import load_student, student_from_vanilla
-from teacher_cache.pretrained import load_config, load_model, resolve_device
-from teacher_cache.teacher import Teacher
+from teacher_cache.models.checkpoint import load_config, load_model, resolve_device
+from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 
 LOADERS: tuple[Callable[[str], object], ...] = (Teacher.load, load_student, student_from_vanilla)

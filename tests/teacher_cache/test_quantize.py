@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from teacher_cache.affinity import cosine_affinity
-from teacher_cache.quantize import (
+from teacher_cache.codec.quantize import (
     from_int8,
     from_scale,
     largest_error,
@@ -18,6 +17,7 @@ from teacher_cache.quantize import (
     to_int8,
     to_scale,
 )
+from teacher_cache.records.affinity import cosine_affinity
 from tests.strategies import FLOATS
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.ragged import flatten, lengths_by_rank, unflatten
+from teacher_cache.codec.ragged import flatten, lengths_by_rank, unflatten
 
 
 def _plain(rows: list[list[int]]) -> list[int]:

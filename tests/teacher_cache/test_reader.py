@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.codec import Part, parts_in
-from teacher_cache.decode import DecodeError
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import (
+from teacher_cache.codec.columns import Part, parts_in
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.writer import write_plan, write_shard
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.schema.manifest import (
     LAYOUT_VERSION,
     CacheMismatchError,
     IncompleteCacheError,
     ShardCorruptError,
 )
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.sketch import SketchBasis
-from teacher_cache.storage import LocalStore
-from teacher_cache.writer import write_plan, write_shard
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.strict_json import DecodeError
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, edit_record, make_shards
 from tests.strategies import assert_same, make_cached, make_plan, make_spec
 
@@ -86,7 +86,7 @@ def test_threads_and_copies_in_other_processes_read_the_same(cache: Path) -> Non
 def test_more_shards_than_stay_open_are_no_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher_cache.reader._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("teacher_cache.folder.reader._MAX_OPEN_SHARDS", 1)
     build(tmp_path, make_shards())
     reader = CacheReader.open(tmp_path)
     for index in (0, 5, 1, 4, 2, 3):

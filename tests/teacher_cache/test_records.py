@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.head import LmHead
-from teacher_cache.records import RecordSettings, make_output
-from teacher_cache.schema import TokenSpans, ViewGrid
-from teacher_cache.settings import RecordKind
-from teacher_cache.sketch import decode_logits, fit_basis
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.sketch import decode_logits, fit_basis
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
 
 LENGTH, WIDTH, VOCAB, KEPT = 14, 6, 19, 4
 

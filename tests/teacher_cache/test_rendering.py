@@ -5,8 +5,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from teacher_cache.rendering import Render, Skeletons, Turn, locate, to_turns
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, make_sample
+from teacher_cache.models.chat_rendering import Render, Skeletons, Turn, locate, to_turns
+from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, make_sample
 from tests.tiny_processors import template
 
 CHATML = template("<image>")

@@ -1,9 +1,9 @@
-"""Promises of teacher_cache/settings.py: which tiers a cache's records can be learned from."""
+"""Promises of schema/options.py: which tiers a cache's records can be learned from."""
 
 import pytest
 
-from teacher_cache.codec import TIER_PARTS
-from teacher_cache.settings import TierName, holds, tier_to_learn_from
+from teacher_cache.codec.columns import TIER_PARTS
+from teacher_cache.schema.options import TierName, holds, tier_to_learn_from
 
 TIERS: tuple[TierName, ...] = ("topk", "topk+sketch", "hidden")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.sharding import (
+from teacher_cache.folder.shard_plan import (
     SampleOrder,
     group_shards,
     micro_batches,

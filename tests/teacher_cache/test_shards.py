@@ -11,8 +11,8 @@ import pytest
 import zstandard
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.shard_format import EncodedRow, shard_format
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.shards.shard import EncodedRow, shard_format
 from tests.shard_contract import METADATA, ShardContract
 from tests.strategies import BEARTYPE_DRAWS, make_cached
 

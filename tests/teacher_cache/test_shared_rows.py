@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codec import TIER_PARTS, VISION_PLANES, planes_of
-from teacher_cache.layered_shard import LayeredShard
-from teacher_cache.manifest import ShardCorruptError
-from teacher_cache.rows import encode_row, encode_rows, read_sample
-from teacher_cache.schema import CachedSample
-from teacher_cache.settings import RecordKind, ShardFormatName
-from teacher_cache.shard_format import EncodedRow, Shard, shard_format
+from teacher_cache.codec.columns import TIER_PARTS, VISION_PLANES, planes_of
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.options import RecordKind, ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.layered import LayeredShard
+from teacher_cache.shards.rows import encode_row, encode_rows, read_sample
+from teacher_cache.shards.shard import EncodedRow, Shard, shard_format
 from tests.hostile import rebound, rewrite_arrow, rewrite_tar
 from tests.strategies import (
     BEARTYPE_DRAWS,

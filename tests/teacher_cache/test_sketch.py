@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.head import LmHead
-from teacher_cache.sketch import (
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import (
     HiddenMoments,
     SketchBasis,
     basis_from_moments,
@@ -13,7 +13,7 @@ from teacher_cache.sketch import (
     encode_sketch,
     fit_basis,
 )
-from teacher_cache.topk import top_k_from_hidden
+from teacher_cache.records.top_k import top_k_from_hidden
 from tests.strategies import true_record
 
 NUM_STATES, WIDTH, VOCAB = 200, 24, 61

@@ -19,16 +19,16 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from teacher_cache.derive import SealedCache, derive
-from teacher_cache.export_cache import export_cache
-from teacher_cache.manifest import IncompleteCacheError, Plan
-from teacher_cache.merge_caches import OnDuplicate, merge_caches, take_shard
-from teacher_cache.reader import CacheReader
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import open_store
-from teacher_cache.subset_cache import Selection, subset_cache
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import write_shard
+from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import OnDuplicate, merge_caches, take_shard
+from teacher_cache.derive.sealed_cache import SealedCache, derive
+from teacher_cache.derive.subset import Selection, subset_cache
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.folder.writer import write_shard
+from teacher_cache.schema.manifest import IncompleteCacheError, Plan
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage.store import open_store
 from tests.builders import build
 from tests.faults import Watch
 from tests.strategies import assert_same, make_cached, make_spec

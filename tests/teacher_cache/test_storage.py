@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache import storage
-from teacher_cache.storage import (
+from teacher_cache.storage import store as storage
+from teacher_cache.storage.store import (
     LocalStore,
     create_exclusive,
     make_folder,

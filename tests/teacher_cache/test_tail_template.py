@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache import topk
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import CacheMismatchError, ShardCorruptError
-from teacher_cache.merge_caches import merge_caches
-from teacher_cache.reader import CacheReader
-from teacher_cache.tail_template import MeanTail, TailTemplate
-from teacher_cache.verify import verify_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.records import top_k
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.tail_template import MeanTail, TailTemplate
+from teacher_cache.schema.manifest import CacheMismatchError, ShardCorruptError
 from tests import references
 from tests.builders import build
 from tests.strategies import make_cached, make_spec
@@ -54,7 +54,7 @@ def test_shares_are_those_of_the_loops(k: int, mass: float | None) -> None:
 def test_pieces_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = LmHead(weight=normal(3, VOCAB, WIDTH)), normal(4, 30, WIDTH)
     whole = mean_tail(hidden, head, 3)
-    monkeypatch.setattr(topk, "MAX_LOGITS", 4 * VOCAB)
+    monkeypatch.setattr(top_k, "MAX_LOGITS", 4 * VOCAB)
     pieces = MeanTail(VOCAB)
     for part in (hidden[:1], hidden[1:1], hidden[1:23], hidden[23:]):
         pieces.update(part, head, 3)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from teacher_cache.collate import EncodedSample, collate
-from teacher_cache.decode import decode_json
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import CacheSpec, to_json
-from teacher_cache.schema import (
+from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.manifest import CacheSpec, to_json
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.strict_json import decode_json
+from teacher_cache.schema.teacher_output import (
     IMAGE_PLACEHOLDER,
     Message,
     RejectedSample,
@@ -21,8 +22,7 @@ from teacher_cache.schema import (
     TeacherOutput,
     make_sample,
 )
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import RecordSettings, Teacher, shared_head
+from teacher_cache.teacher.teacher import RecordSettings, Teacher, shared_head
 from tests.conftest import TinyFolder
 from tests.tiny import FAMILIES, HEAD_ROWS, tiny_image, tiny_llava, tiny_samples
 

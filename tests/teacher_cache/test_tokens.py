@@ -12,10 +12,16 @@ from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoConfig, AutoProcessor
 
-from teacher_cache.collate import SEQUENCE_KEYS, EncodedSample
-from teacher_cache.rendering import to_turns
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, SampleError, make_sample
-from teacher_cache.tokens import SampleEncoder
+from teacher_cache.models.chat_rendering import to_turns
+from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.teacher_output import (
+    IMAGE_PLACEHOLDER,
+    Message,
+    Sample,
+    SampleError,
+    make_sample,
+)
 from tests.conftest import TinyFolder
 from tests.tiny import FAMILIES, tiny_image, tiny_samples
 

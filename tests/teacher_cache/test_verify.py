@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import IncompleteCacheError
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import LocalStore
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import write_plan
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.folder.writer import write_plan
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.manifest import IncompleteCacheError
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, edit_record, make_shards
 from tests.strategies import make_plan, make_spec
 

@@ -15,9 +15,9 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from teacher_cache.schema import IMAGE_PLACEHOLDER, Message, Sample, make_sample
-from teacher_cache.tokens import SampleEncoder
-from teacher_cache.views import Block, ImageInputs, layout_images, register_geometry
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.models.view_geometry import Block, ImageInputs, layout_images, register_geometry
+from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.tiny import tiny_image, tiny_llava, tiny_llava_next
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.codec import VISION_PLANES, output_planes
-from teacher_cache.records import RecordSettings
-from teacher_cache.schema import Sample, TeacherOutput
-from teacher_cache.settings import RecordKind
-from teacher_cache.teacher import Teacher
-from teacher_cache.vision_sharing import VisionOwners, seen_by_vision
+from teacher_cache.codec.columns import VISION_PLANES, output_planes
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.teacher_output import Sample, TeacherOutput
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
 from tests.conftest import TinyFolder
 from tests.strategies import TIERS, assert_same_bits
 from tests.tiny import FAMILIES, ask

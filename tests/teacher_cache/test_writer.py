@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.folder import committed, read_plan, read_seal
-from teacher_cache.head import LmHead
-from teacher_cache.manifest import (
+from teacher_cache.folder.layout import committed, read_plan, read_seal
+from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.manifest import (
     CacheMismatchError,
     IncompleteCacheError,
     ShardCorruptError,
 )
-from teacher_cache.schema import RejectedSample
-from teacher_cache.settings import ShardFormatName
-from teacher_cache.storage import LocalStore
-from teacher_cache.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import RejectedSample
+from teacher_cache.storage.store import LocalStore
 from tests.builders import build, make_shards, published
 from tests.strategies import make_cached, make_output, make_plan, make_spec
 

@@ -1,0 +1,1 @@
+"""Turns a record into named columns, and columns into checked frames."""

@@ -1,0 +1,1 @@
+"""Makes caches from caches."""

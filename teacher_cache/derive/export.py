@@ -1,0 +1,44 @@
+"""A cache in the other shard format: the same rows, keys, order and identity.
+
+Every file is written anew, frame for frame, with the metadata it had, so that exporting back gives
+the bytes of the files that were exported first. Layers of a shard stay layers.
+"""
+
+import dataclasses
+
+from teacher_cache.derive.sealed_cache import (
+    Progress,
+    SealedCache,
+    derive,
+    no_progress,
+    open_apart,
+    take_file,
+)
+from teacher_cache.folder.writer import commit_shard
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage.store import Location
+
+
+def export_cache(
+    location: Location, out: Location, form: ShardFormatName, progress: Progress = no_progress
+) -> Seal:
+    """Write a sealed cache in a format; where it has that format already, its files are copied."""
+    base = SealedCache.open(location)
+    store = open_apart(out, [base])
+    plan = dataclasses.replace(base.plan, format=form)
+
+    def make(index: int) -> None:
+        commit = base.seal.shards[index]
+        files = tuple(take_file(base, file, store, plan, index) for file in commit.files)
+        commit_shard(store, plan, dataclasses.replace(commit, files=files))
+
+    return derive(
+        store,
+        plan,
+        make,
+        head=base.head,
+        sketch=base.sketch,
+        template=base.template,
+        progress=progress,
+    )

@@ -1,0 +1,116 @@
+"""One cache of several: the shards of each in turn, as they are.
+
+Promises: shards keep their files, linked or copied unopened where the format agrees, translated
+frame by frame where it does not. Refuses caches whose specs differ, with a table of the fields, and
+samples that are in several of them, unless the first is to be taken: then only the shards with
+later occurrences are written anew, without those.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from teacher_cache.derive.sealed_cache import (
+    Progress,
+    SealedCache,
+    derive,
+    no_progress,
+    open_apart,
+    rehomed,
+    take_file,
+)
+from teacher_cache.folder.layout import read_rows
+from teacher_cache.folder.writer import commit_shard, write_encoded_shard
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit, require_equal
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.storage.store import Location, Store
+
+OnDuplicate = Literal["refuse", "first"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One shard of one input, and those of its rows that are kept."""
+
+    cache: SealedCache
+    commit: ShardCommit
+    kept: tuple[tuple[str, int], ...]
+
+
+def merge_caches(
+    locations: Sequence[Location],
+    out: Location,
+    *,
+    on_duplicate: OnDuplicate = "refuse",
+    form: ShardFormatName | None = None,
+    progress: Progress = no_progress,
+) -> Seal:
+    """Join sealed caches of one spec; the format is that of the first unless given.
+
+    Raises `CacheMismatchError` for other specs, ValueError for samples that are there twice.
+    """
+    if len(locations) < 2:
+        raise ValueError(f"found {len(locations)} caches to merge, expected at least two")
+    caches = [SealedCache.open(location) for location in locations]
+    first = caches[0]
+    for cache in caches[1:]:
+        what = f"{cache.store} cannot be merged with {first.store}: its spec"
+        require_equal(cache.spec, first.spec, what, "Only caches of one teacher and one recipe.")
+    parts = _parts(caches, on_duplicate)
+    plan = Plan(
+        spec=first.spec,
+        format=form or first.seal.format,
+        source=" + ".join(cache.seal.source for cache in caches),
+        shards=tuple(part.kept for part in parts),
+        rejected=tuple(rejected for cache in caches for rejected in cache.seal.rejected),
+    )
+    store = open_apart(out, caches)
+    return derive(
+        store,
+        plan,
+        lambda index: take_shard(store, plan, index, parts[index].cache, parts[index].commit),
+        head=first.head,
+        sketch=first.sketch,
+        template=first.template,
+        progress=progress,
+    )
+
+
+def take_shard(
+    out: Store, plan: Plan, index: int, cache: SealedCache, commit: ShardCommit
+) -> ShardCommit:
+    """Make a shard of another cache, or the rows of it that are planned, shard `index` of `out`."""
+    keys = {key for key, _ in plan.shards[index]}
+    if len(keys) < commit.num_rows:
+        rows = (row for row in read_rows(cache.store, cache.plan, commit) if row.key in keys)
+        return write_encoded_shard(out, plan, index, rehomed(rows), seconds=commit.seconds)
+    files = tuple(take_file(cache, file, out, plan, index) for file in commit.files)
+    whole = dataclasses.replace(commit, index=index, files=files, rejected=())
+    return commit_shard(out, plan, whole)
+
+
+def _parts(caches: Sequence[SealedCache], on_duplicate: OnDuplicate) -> list[_Part]:
+    """The shards of all caches in turn, less the rows that an earlier cache has."""
+    seen: set[str] = set()
+    repeated: list[str] = []
+    parts: list[_Part] = []
+    for cache in caches:
+        for commit in cache.seal.shards:
+            rows = cache.kept(commit)
+            repeated += [key for key, _ in rows if key in seen]
+            kept = tuple(place for place in rows if place[0] not in seen)
+            if kept:
+                parts.append(_Part(cache=cache, commit=commit, kept=kept))
+        seen.update(key for commit in cache.seal.shards for key, _ in cache.kept(commit))
+    if repeated and on_duplicate == "refuse":
+        raise ValueError(
+            f"{len(repeated)} samples are in several of the caches: {_some(repeated)}; take the "
+            "first of each by --on-duplicate first, or leave them out by emkd subset"
+        )
+    return parts
+
+
+def _some(keys: Collection[str]) -> str:
+    shown = sorted(keys)[:10]
+    return ", ".join(shown) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")

@@ -1,0 +1,164 @@
+"""A cache of some rows of another: by key, by a share of them, by how many tokens they have.
+
+Promises: the rows that were chosen and no others, in the order of the base, with their frames as
+they were; a record that was shared with a row that stays behind is stored by the first row that
+shares it. Refuses keys that the base does not have and choices that leave nothing.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from teacher_cache.derive.sealed_cache import (
+    Progress,
+    SealedCache,
+    derive,
+    no_progress,
+    open_apart,
+    rehomed,
+)
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.shard_plan import shard_of
+from teacher_cache.folder.writer import write_encoded_shard
+from teacher_cache.schema.manifest import Plan, Seal, ShardCorruptError
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.strict_json import Strict
+from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.storage.store import Location
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Selection(Strict):
+    """Which rows: those that pass everything that is given; a share is drawn of what is left."""
+
+    keys: tuple[str, ...] | None = None
+    fraction: float | None = None
+    seed: int = 0
+    min_vision_tokens: int | None = None
+    max_vision_tokens: int | None = None
+    min_response_tokens: int | None = None
+    max_response_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}, expected more than 0, at most 1")
+
+    @property
+    def described(self) -> str:
+        """What was asked for, as flags."""
+        asked = dataclasses.asdict(self)
+        asked["keys"] = None if self.keys is None else f"({len(self.keys)} keys)"
+        asked["seed"] = None if self.fraction is None else self.seed
+        flags = [(name.replace("_", "-"), value) for name, value in asked.items()]
+        return " ".join(f"--{name} {value}" for name, value in flags if value is not None)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether rows have to be looked at to choose them."""
+        return any(
+            getattr(self, f"{side}_{what}_tokens") is not None
+            for side in ("min", "max")
+            for what in ("vision", "response")
+        )
+
+    def admits(self, num_vision: int, num_response: int) -> bool:
+        """Whether a row with so many tokens passes."""
+        return (
+            (self.min_vision_tokens or 0) <= num_vision
+            and (self.min_response_tokens or 0) <= num_response
+            and (self.max_vision_tokens is None or num_vision <= self.max_vision_tokens)
+            and (self.max_response_tokens is None or num_response <= self.max_response_tokens)
+        )
+
+
+def choose(
+    reader: CacheReader, selection: Selection, progress: Progress = no_progress
+) -> list[int]:
+    """Numbers of the chosen rows, ascending; `progress` counts rows.
+
+    ValueError for unknown keys, and where nothing is left.
+    """
+    chosen = list(range(len(reader)))
+    if selection.keys is not None:
+        wanted = set(selection.keys)
+        unknown = sorted(wanted - set(reader.keys))
+        if unknown:
+            raise ValueError(
+                f"{reader.cache} has no samples {', '.join(unknown[:5])} ({len(unknown)} of "
+                f"{len(wanted)} keys); give keys as emkd inspect shows them"
+            )
+        chosen = [index for index in chosen if reader.keys[index] in wanted]
+    if selection.counts_tokens:
+        chosen = [index for index in chosen if _admitted(reader, index, selection, progress)]
+    if selection.fraction is not None:
+        count = round(selection.fraction * len(chosen))
+        chosen = sorted(random.Random(selection.seed).sample(chosen, count))
+    if not chosen:
+        raise ValueError(
+            f"{reader.cache}: none of {len(reader)} samples passes {selection.described}; choose "
+            "more widely (emkd inspect shows the counts of the cache)"
+        )
+    return chosen
+
+
+def _admitted(reader: CacheReader, index: int, selection: Selection, progress: Progress) -> bool:
+    output = reader.read(index, ()).output
+    progress(index + 1, len(reader))
+    num_vision = sum(view.num_tokens for view in output.views)
+    return selection.admits(num_vision, int(output.is_response.sum()))
+
+
+def subset_cache(
+    location: Location,
+    out: Location,
+    selection: Selection,
+    *,
+    form: ShardFormatName | None = None,
+    samples_per_shard: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+) -> Seal:
+    """Write the chosen rows of a sealed cache as a cache of their own.
+
+    Format and size of the shards are those of the base unless given.
+    """
+    if samples_per_shard is not None and samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
+    base = SealedCache.open(location)
+    chosen = choose(base.reader, selection, lambda done, total: progress("choose", done, total))
+    size = samples_per_shard or max(base.reader.shard_sizes)
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    positions = [place for commit in base.seal.shards for place in base.kept(commit)]
+    plan = Plan(
+        spec=base.spec,
+        format=form or base.seal.format,
+        source=f"{len(chosen)} samples of {base.seal.fingerprint[:12]} ({base.seal.source})",
+        shards=tuple(tuple(positions[index] for index in part) for part in parts),
+    )
+    store = open_apart(out, [base])
+    return derive(
+        store,
+        plan,
+        lambda index: write_encoded_shard(store, plan, index, rehomed(rows_at(base, parts[index]))),
+        head=base.head,
+        sketch=base.sketch,
+        template=base.template,
+        progress=lambda done, total: progress("shards", done, total),
+    )
+
+
+def rows_at(base: SealedCache, rows: Sequence[int]) -> Iterator[EncodedRow]:
+    """Rows of a cache by their numbers over all shards, ascending; every byte has been checked."""
+    starts = [0, *accumulate(commit.num_rows for commit in base.seal.shards)]
+    number, shard, keys = -1, None, ()
+    planes: set[str] = set()
+    for row in rows:
+        if shard_of(starts, row) != number or shard is None:
+            number = shard_of(starts, row)
+            commit = base.seal.shards[number]
+            planes = {name for file in commit.files for name in file.planes}
+            shard, keys = base.open_shard(number), base.kept(commit)
+        found, (key, _) = shard.read(row - starts[number], planes), keys[row - starts[number]]
+        if found.key != key:
+            raise ShardCorruptError(f"{shard.path}: found sample {found.key}, planned is {key}")
+        yield found

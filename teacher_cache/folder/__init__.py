@@ -1,0 +1,1 @@
+"""A cache folder: its layout, writing, reading, verifying and clearing it."""

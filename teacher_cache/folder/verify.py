@@ -1,0 +1,138 @@
+"""Reads a whole cache and lists everything that is wrong with it.
+
+Checks, shard by shard: presence and size, SHA-256 of the whole file, identity, keys against the
+plan, every image and message against its key, every plane's checksum, shape and finiteness; then
+the assets. A problem does not stop the search: the report names each one. Uses the reader's own
+functions, so that what passes here can be read. Refuses a cache that is not sealed.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from teacher_cache.folder.layout import (
+    REMEDY,
+    commit_name,
+    open_files,
+    read_commit,
+    read_head,
+    read_sketch,
+    read_template,
+    require_same_plan,
+    require_seal,
+    require_shard_file,
+    shard_keys,
+)
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit, ShardCorruptError
+from teacher_cache.shards.rows import read_sample, tier_parts
+from teacher_cache.storage.store import Location, Store, open_store, sha256_file
+
+NUM_THREADS = 8
+"""Shards that are looked at at a time, at most; of a remote cache, that many are on this disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was looked at and what is wrong with it; a sound cache has no problems."""
+
+    shards: int
+    samples: int
+    problems: tuple[str, ...]
+
+
+def verify_cache(
+    location: Location,
+    progress: Callable[[int, int], None] | None = None,
+    num_threads: int | None = None,
+) -> VerifyReport:
+    """Check every byte of a sealed cache; `progress` is called with (samples done, in all).
+
+    `num_threads` look at one shard each; by default `NUM_THREADS`, or as many as there are CPUs.
+    The report is in the order of the shards, whatever the number of threads.
+    Raises `IncompleteCacheError` for a cache without a seal and `CacheMismatchError` where seal
+    and plan are of different caches; every other finding is in the report.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}, expected at least 1")
+    cache = open_store(location)
+    seal = require_seal(cache)
+    plan = require_same_plan(cache, seal)
+    lock, done = threading.Lock(), count(1)
+
+    def check(commit: ShardCommit) -> list[str]:
+        problems: list[str] = []
+        for problem in _shard_problems(cache, plan, commit):
+            if problem is not None:
+                problems.append(problem)
+            elif progress is not None:
+                with lock:
+                    progress(next(done), seal.num_samples)
+        return problems
+
+    # Fetching, hashing and decompression leave the interpreter to other threads.
+    with ThreadPoolExecutor(num_threads or min(NUM_THREADS, os.cpu_count() or 1)) as pool:
+        problems = list(chain.from_iterable(pool.map(check, seal.shards)))
+    problems += _asset_problems(cache, seal)
+    return VerifyReport(shards=len(seal.shards), samples=seal.num_samples, problems=tuple(problems))
+
+
+def _shard_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
+    """Everything that is wrong with a shard, and None for each row, looked at or lost."""
+    num_seen = 0
+    with ExitStack() as stack:
+        paths: list[Path] = []
+        for file in commit.files:
+            try:
+                require_shard_file(cache, file)
+                path = stack.enter_context(cache.fetched(file.file))
+                sha256 = sha256_file(path)
+            except (ShardCorruptError, OSError) as error:
+                yield str(error)
+                continue
+            paths.append(path)
+            if sha256 != file.sha256:
+                yield (
+                    f"{cache.where(file.file)}: SHA-256 is {sha256}, {file.sha256} was committed; "
+                    f"{REMEDY}"
+                )
+        if len(paths) == len(commit.files):
+            for problem in _row_problems(plan, commit, paths):
+                num_seen += problem is None
+                yield problem
+    yield from [None] * (commit.num_rows - num_seen)
+    try:
+        if read_commit(cache, commit.index) != commit:
+            yield f"{cache.where(commit_name(commit.index))} is not the record that was sealed"
+    except ValueError as error:
+        yield str(error)
+
+
+def _row_problems(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Iterator[str | None]:
+    try:
+        shard = open_files(plan, commit, paths)
+    except ShardCorruptError as error:
+        yield str(error)
+        return
+    for row, key in enumerate(shard_keys(plan, commit)):
+        try:
+            read_sample(shard, row, key, tier_parts(plan.spec), plan.spec)
+        except ShardCorruptError as error:
+            yield str(error)
+        yield None
+
+
+def _asset_problems(cache: Store, seal: Seal) -> Iterator[str]:
+    try:
+        if seal.spec.head_digest is not None:
+            read_head(cache, seal.spec)
+        if seal.spec.sketch_digest is not None:
+            read_sketch(cache, seal.spec)
+        if seal.spec.template_digest is not None:
+            read_template(cache, seal.spec)
+    except ShardCorruptError as error:
+        yield str(error)

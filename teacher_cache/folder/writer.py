@@ -1,0 +1,307 @@
+"""Writes a cache: plan, assets, shards, seal. Nothing is ever half there, whatever is killed when.
+
+A shard is encoded into a private file, read back, published under the name of its content, and
+made to exist by the exclusive creation of commits/<k>.json: the first of several builders wins,
+the others take over its record. SEALED.json is created last. Resuming is running again. Equal
+rows give equal bytes; only `seconds` in a commit record tells two builds apart. Refuses rows that
+are not those of the plan, and plans other than the one that is there.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teacher_cache.codec.columns import output_from_planes, planes_of
+from teacher_cache.codec.frames import decode_frame
+from teacher_cache.folder.layout import (
+    HEAD_FILE,
+    PLAN_FILE,
+    SEAL_FILE,
+    SKETCH_FILE,
+    TEMPLATE_FILE,
+    commit_name,
+    committed,
+    kept_keys,
+    open_shard,
+    read_seal,
+    require_plan,
+    require_shard_files,
+    sealed_fingerprint,
+    shard_keys,
+    shard_metadata,
+    shard_name,
+)
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.manifest import (
+    CacheMismatchError,
+    IncompleteCacheError,
+    Plan,
+    Seal,
+    ShardCommit,
+    ShardCorruptError,
+    ShardFile,
+    read_record,
+    record_bytes,
+    require_equal,
+)
+from teacher_cache.schema.shard_quality import ShardQuality
+from teacher_cache.schema.teacher_output import CachedSample, RejectedSample
+from teacher_cache.shards.rows import encode_rows, tier_parts
+from teacher_cache.shards.shard import EncodedRow, shard_format
+from teacher_cache.storage.store import Store, sha256_file
+
+
+def write_plan(cache: Store, plan: Plan) -> Plan:
+    """Create plan.json, or check that the plan that is there is this one.
+
+    Raises `CacheMismatchError` with the differing fields: another spec, format or other samples.
+    """
+    counts = Counter(key for shard in plan.shards for key, _ in shard)
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(f"a plan names each key once; repeated: {repeated[:5]}")
+    cache.create_exclusive(PLAN_FILE, record_bytes(plan))
+    stored = require_plan(cache)
+    require_equal(
+        stored,
+        plan,
+        f"{cache} was begun with another plan, which",
+        "Give what it was begun with (settings, teacher, source, caches), or another --out folder.",
+    )
+    return stored
+
+
+def write_assets(
+    cache: Store,
+    head: LmHead | None,
+    sketch: SketchBasis | None,
+    template: TailTemplate | None = None,
+) -> None:
+    """Store what the plan's spec refers to: head, basis, template; replaces damaged files.
+
+    Raises `CacheMismatchError` unless their digests are those of the spec.
+    """
+    spec = require_plan(cache).spec
+    for name, asset, digest in (
+        (HEAD_FILE, head, spec.head_digest),
+        (SKETCH_FILE, sketch, spec.sketch_digest),
+        (TEMPLATE_FILE, template, spec.template_digest),
+    ):
+        found = None if asset is None else asset.digest
+        if found != digest:
+            raise CacheMismatchError(
+                f"{cache.where(name)}: content {found}, the spec says {digest}"
+            )
+        if asset is not None:
+            with cache.attempt(name) as attempt:
+                save_file(_contiguous(asset.tensors()), attempt)
+                cache.publish(attempt, name)
+
+
+def write_shard(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Sequence[CachedSample],
+    rejected: Sequence[RejectedSample],
+    seconds: float,
+    quality: ShardQuality | None = None,
+) -> ShardCommit:
+    """Write, check and commit shard `index`; returns its record, or that of whoever was first.
+
+    `rows` and `rejected` together are the shard's samples in the order of the plan.
+    """
+    encoded = encode_rows(rows, plan.spec)
+    return write_encoded_shard(cache, plan, index, encoded, rejected, seconds, quality)
+
+
+def write_encoded_shard(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    rejected: Sequence[RejectedSample] = (),
+    seconds: float = 0.0,
+    quality: ShardQuality | None = None,
+) -> ShardCommit:
+    """`write_shard` of rows that are encoded already, as `read_rows` gives them, one at a time."""
+    counts = Counter[str]()
+    planes = planes_of(tier_parts(plan.spec), plan.spec)
+    file = write_shard_file(cache, plan, index, _counted(rows, counts), planes, rejected)
+    commit = ShardCommit(
+        index=index,
+        files=(file,),
+        num_rows=counts["rows"],
+        num_vision_tokens=counts["vision_tokens"],
+        num_response_tokens=counts["response_tokens"],
+        num_with_images=counts["with_images"],
+        num_vision_records=counts["vision_records"],
+        num_stored_vision_tokens=counts["stored_vision_tokens"],
+        rejected=tuple(rejected),
+        seconds=seconds,
+        quality=quality,
+    )
+    return commit_shard(cache, plan, commit)
+
+
+def write_shard_file(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    planes: Collection[str],
+    rejected: Sequence[RejectedSample] = (),
+) -> ShardFile:
+    """Write, read back and publish one file of shard `index`: no part of the cache as yet.
+
+    Its rows are the shard's samples, less those rejected, in the order of the plan, each with
+    exactly the planes named. A layer's rows are those of the first file without the images.
+    """
+    form, keys = shard_format(plan.format), _wanted_keys(plan, index, rejected)
+    with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
+        checked = _in_order(rows, keys, index)
+        form.write(attempt, checked, planes, shard_metadata(plan, index))
+        shard = form.open(attempt)
+        if tuple(shard.read(row, planes).key for row in range(shard.num_rows)) != keys:
+            raise ShardCorruptError(f"{attempt}: what was written does not read back")
+        sha256 = sha256_file(attempt)
+        file = ShardFile(
+            file=shard_name(index, sha256, plan.format),
+            num_bytes=attempt.stat().st_size,
+            sha256=sha256,
+            cache=plan.fingerprint,
+            index=index,
+            planes=tuple(sorted(planes)),
+        )
+        cache.publish(attempt, file.file)
+    return file
+
+
+def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
+    """Make shard `commit.index` exist; returns its record, or that of whoever was first.
+
+    The files are there already: written by `write_shard_file`, or copied (`Store.copy_from`) from
+    another cache under their `shard_name`, in which case `ShardFile.cache` and `.index` still say
+    where they were written. Raises ValueError unless files and counts are those of the plan's spec
+    and keys, `ShardCorruptError` for a file that is not there in its full size.
+    """
+    keys = _wanted_keys(plan, commit.index, commit.rejected)
+    if commit.num_rows != len(keys):
+        raise ValueError(
+            f"shard {commit.index}: {commit.num_rows} rows and {len(commit.rejected)} rejected "
+            f"samples are not the {len(plan.shards[commit.index])} samples of the plan"
+        )
+    found = sorted(name for file in commit.files for name in file.planes)
+    wanted = sorted(planes_of(tier_parts(plan.spec), plan.spec))
+    if found != wanted:
+        raise ValueError(f"shard {commit.index}: its files hold planes {found}, not {wanted}")
+    require_shard_files(cache, [commit])
+    name = commit_name(commit.index)
+    if cache.create_exclusive(name, record_bytes(commit)):
+        return commit
+    # Files that are not the winner's stay unreferenced until `emkd gc` is run: whether a record
+    # names them cannot be known in the moment of deleting them.
+    return read_record(ShardCommit, cache.read(name), cache.where(name))
+
+
+def seal_cache(cache: Store) -> Seal:
+    """Seal a cache whose shards are all committed, after checking them against the plan.
+
+    Raises `IncompleteCacheError` while shards are missing, `ShardCorruptError` for a shard that is
+    not there in its full size or, where looking costs nothing (on a disk), whose rows are not those
+    of the plan. Sealing again returns the seal that is there.
+    """
+    plan, commits = require_plan(cache), committed(cache)
+    sealed = read_seal(cache)
+    if sealed is not None:
+        remedy = "Delete SEALED.json and run the same emkd command again."
+        require_equal(sealed.plan, plan.fingerprint, f"{cache}: the seal's plan", remedy)
+        return sealed
+    unplanned = sorted(index for index in commits if index >= len(plan.shards))
+    if unplanned:
+        raise CacheMismatchError(
+            f"{cache}: shards {unplanned} are committed, the plan has {len(plan.shards)}; "
+            "the folder is a mixture of two caches, build into a new one"
+        )
+    missing = [index for index in range(len(plan.shards)) if index not in commits]
+    if missing:
+        raise IncompleteCacheError(
+            f"{cache}: {len(commits)} of {len(plan.shards)} shards are committed; "
+            f"missing: {missing[:10]}; run the same emkd command again"
+        )
+    require_shard_files(cache, commits.values())
+    for commit in commits.values() if cache.in_place else ():
+        shard = open_shard(cache, plan, commit)
+        if shard.keys != shard_keys(plan, commit):
+            raise ShardCorruptError(f"{shard.path}: its rows are not those of the plan")
+    shards = tuple(commits[index] for index in range(len(plan.shards)))
+    seal = Seal(
+        fingerprint=sealed_fingerprint(plan, shards),
+        plan=plan.fingerprint,
+        spec=plan.spec,
+        format=plan.format,
+        source=plan.source,
+        shards=shards,
+        rejected=plan.rejected + tuple(r for c in commits.values() for r in c.rejected),
+    )
+    if not seal.num_samples:
+        raise ValueError(
+            f"{cache}: every sample was rejected, a cache of none is of no use: {seal.rejected[:3]}"
+        )
+    cache.create_exclusive(SEAL_FILE, record_bytes(seal))
+    return seal
+
+
+def _wanted_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> tuple[str, ...]:
+    """Keys of the rows of a shard; ValueError for rejected samples that are not of that shard."""
+    if not 0 <= index < len(plan.shards):
+        raise ValueError(f"shard {index}: the plan has {len(plan.shards)} shards")
+    keys = kept_keys(plan, index, rejected)
+    if len(keys) + len(rejected) != len(plan.shards[index]):
+        raise ValueError(
+            f"shard {index}: some of the {len(rejected)} rejected samples are not among the "
+            f"{len(plan.shards[index])} samples of the plan"
+        )
+    return keys
+
+
+def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> Iterator[EncodedRow]:
+    """The rows as they come; ValueError as soon as they are not those that the plan names."""
+    number = -1
+    for number, row in enumerate(rows):
+        if number >= len(keys) or row.key != keys[number]:
+            planned = keys[number] if number < len(keys) else "no more"
+            raise ValueError(
+                f"shard {index}: its rows are not the samples of the plan in its order: "
+                f"row {number} is {row.key}, planned is {planned}"
+            )
+        yield row
+    if number + 1 != len(keys):
+        raise ValueError(
+            f"shard {index}: its {number + 1} rows are not the samples of the plan, "
+            f"{len(keys)} of which were not rejected"
+        )
+
+
+def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[EncodedRow]:
+    """The rows as they come; adds up what a commit record counts."""
+    spans = planes_of(())
+    for row in rows:
+        output = output_from_planes({name: decode_frame(row.planes[name]) for name in spans}, 1)
+        num_vision = sum(view.num_tokens for view in output.views)
+        counts["rows"] += 1
+        counts["vision_tokens"] += num_vision
+        counts["with_images"] += num_vision > 0
+        if row.shared_from is None:
+            counts["vision_records"] += num_vision > 0
+            counts["stored_vision_tokens"] += num_vision
+        counts["response_tokens"] += int(output.is_response.sum())
+        yield row
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.detach().cpu().contiguous() for name, values in tensors.items()}

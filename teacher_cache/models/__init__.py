@@ -1,0 +1,1 @@
+"""What transformers gives: checkpoints, chat templates, token positions, view geometry, batches."""

@@ -1,0 +1,1 @@
+"""Turns the teacher's final states into records."""

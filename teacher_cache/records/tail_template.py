@@ -1,0 +1,93 @@
+"""The template of a cache's tails: one shape, over all V rows, for what top-k records leave out.
+
+A record knows the mass tau outside its K entries, not how it is spread. Over calibration positions
+the template is the mean of
+
+    min(p_v, c, tau) / tau        c the smallest kept probability
+
+the share of the tail that entry v has; of a kept entry, the most that it could have had. So every
+entry has some, and those that are often likely have most. Of all fixed shapes about the one with
+the least mean KL(tail || shape); the mean *logit* is worse for flat students (docs/method.md).
+Apart for vision positions and for those that predict the response. Sums run in float64, chunk by
+chunk, so equal input gives an equal digest. Dimensions as in schema.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.top_k import row_chunks, top_k_record
+from teacher_cache.schema.fingerprint import digest_tensors
+from teacher_cache.schema.teacher_output import TopKRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailTemplate:
+    """Log shares of an average tail, which sum to 1; None where no position had one."""
+
+    vision: Float[Tensor, " V"] | None = None
+    response: Float[Tensor, " V"] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        known = {"vision": self.vision, "response": self.response}
+        return {name: values for name, values in known.items() if values is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TailTemplate":
+        """The inverse of `tensors`."""
+        return cls(vision=tensors.get("vision"), response=tensors.get("response"))
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the template."""
+        return digest_tensors(self.tensors().items())
+
+    def to(self, device: torch.device) -> "TailTemplate":
+        """The same template on another device."""
+        moved = {name: values.to(device) for name, values in self.tensors().items()}
+        return TailTemplate.from_tensors(moved)
+
+
+class MeanTail:
+    """Adds up the tails of positions, batch by batch, in float64 on the CPU."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.count = 0
+        """Positions so far that have a tail."""
+        self._shares = torch.zeros(vocab_size, dtype=torch.float64)
+
+    def update(
+        self,
+        hidden: Float[Tensor, "N D"],
+        head: LmHead,
+        k: int,
+        mass: float | None = None,
+        floor: int = 1,
+    ) -> None:
+        """Add the tails of states whose records keep what `k`, `mass` and `floor` say (topk.py)."""
+        for rows in row_chunks(len(hidden), head.vocab_size):
+            logits = head.logits(hidden[rows])
+            self._add(logits, top_k_record(logits, k, mass, floor))
+
+    def _add(self, logits: Tensor, record: TopKRecord) -> None:
+        has_tail = record.log_tail.isfinite()
+        normaliser, log_tail = record.logsumexp[has_tail, None], record.log_tail[has_tail, None]
+        log_p = logits[has_tail].to(normaliser.dtype) - normaliser
+        smallest = record.logits[has_tail].amin(dim=1, keepdim=True).to(normaliser.dtype)
+        most = torch.minimum(smallest - normaliser, log_tail)
+        shares = (torch.minimum(log_p, most) - log_tail).exp()
+        self._shares += shares.sum(dim=0, dtype=torch.float64).cpu()
+        self.count += int(has_tail.sum())
+
+    @property
+    def log_shares(self) -> Float[Tensor, " V"] | None:
+        """Of the mean tail, in float32; None where no position had one."""
+        if not self.count:
+            return None
+        shares = self._shares.clamp(min=torch.finfo(torch.float32).tiny)
+        return (shares / shares.sum()).log().to(torch.float32)

@@ -1,0 +1,1 @@
+"""Types, errors and strict JSON that everything else speaks; no transformers."""

@@ -1,0 +1,1 @@
+"""Rows in files, in several formats behind one interface."""

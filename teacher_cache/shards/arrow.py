@@ -1,0 +1,139 @@
+"""Shards as Arrow IPC files: memory-mapped, one record batch per row, one column per plane.
+
+Columns: key, source_id, messages (JSON), checks (JSON), shared_from: string; shared_row: int32;
+images: list<large_binary>; and for every plane a large_binary with one zstd frame. Nothing outside
+the frames is compressed and no extension type is used, so pyarrow and zstandard alone can read a
+shard. One batch per row lets the writer stream, keeps a row's pages together, and touches a plane's
+pages only when it is read. What another row stores is empty; its key and number say where it is.
+"""
+
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.shards.arrow_layout import Block, batch_blocks, require_plain
+from teacher_cache.shards.shard import EncodedRow, Shard, ShardFormat, StoredRow, stored_rows
+
+_TEXTS = ("key", "source_id", "messages", "checks", "shared_from")
+_NO_ROW = -1
+
+
+class ArrowFormat(ShardFormat):
+    """Arrow IPC file format; see `ShardFormat`."""
+
+    suffix = ".arrow"
+
+    def write(
+        self,
+        path: Path,
+        rows: Iterable[EncodedRow],
+        planes: Collection[str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Write a new file at `path`, row after row; each row has exactly the planes named."""
+        schema = _schema(sorted(planes), metadata)
+        with path.open("xb") as file, pa.ipc.new_file(file, schema) as writer:
+            for stored in stored_rows(rows, planes):
+                row, owner = stored.row, _NO_ROW if stored.owner is None else stored.owner
+                texts = (row.key, row.source_id, row.messages, stored.checks, row.shared_from or "")
+                frames = [row.planes.get(name, b"") for name in sorted(planes)]
+                values = [*texts, owner, list(row.images), *frames]
+                arrays = [
+                    pa.array([value], field.type)
+                    for value, field in zip(values, schema, strict=True)
+                ]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+    def open(self, path: Path) -> "ArrowShard":
+        """Map a file into memory; raises `ShardCorruptError` for what is not an Arrow file."""
+        try:
+            data = pa.memory_map(str(path)).read_buffer()
+            octets = memoryview(data).cast("B")
+            blocks = batch_blocks(octets)
+            reader = pa.ipc.open_file(data)
+            stored: dict[bytes, bytes] = reader.schema.metadata or {}
+            metadata = {name.decode(): value.decode() for name, value in stored.items()}
+            names: list[str] = reader.schema.names
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ShardCorruptError(f"{path} is not an intact Arrow file: {error}") from error
+        if not reader.schema.equals(_schema(names[len(_TEXTS) + 2 :], {})):
+            raise ShardCorruptError(f"{path} is not a shard: it has columns {reader.schema}")
+        if reader.num_record_batches != len(blocks):
+            raise ShardCorruptError(f"{path}: its footer speaks of {len(blocks)} batches")
+        return ArrowShard(path, metadata, reader, octets, blocks)
+
+
+def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
+    types = {name: pa.string() for name in _TEXTS}
+    types["shared_row"] = pa.int32()
+    types["images"] = pa.list_(pa.large_binary())
+    types.update((name, pa.large_binary()) for name in planes)
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
+    return pa.schema(fields, metadata=dict(sorted(metadata.items())))
+
+
+class ArrowShard(Shard):
+    """A memory-mapped Arrow file."""
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        reader: Any,
+        data: memoryview,
+        blocks: Sequence[Block],
+    ) -> None:
+        super().__init__(path, metadata, len(blocks))
+        self._reader, self._data, self._blocks = reader, data, blocks
+        self._lock = threading.Lock()
+
+    def _batch(self, row: int) -> Any:
+        require_plain(self._data, self._blocks[row])
+        try:
+            with self._lock:
+                batch = self._reader.get_batch(row)
+            # Damaged offsets would read outside the buffers; the check looks at offsets and texts.
+            batch.validate(full=True)
+        except pa.ArrowException as error:
+            raise ValueError(str(error)) from error
+        if batch.num_rows != 1:
+            raise ValueError(f"expected one row, found {batch.num_rows}")
+        return batch
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the frames of each plane, and of `images`; only offsets are looked at."""
+        names: list[str] = self._reader.schema.names[len(_TEXTS) + 2 :]
+        found = dict.fromkeys(("images", *names), 0)
+        for row in range(self.num_rows):
+            try:
+                batch = self._batch(row)
+            except (ValueError, OSError) as error:
+                raise ShardCorruptError(f"{self.path}: row {row}: {error}") from error
+            for name in names:
+                found[name] += batch.column(name)[0].as_buffer().size
+            found["images"] += sum(
+                image.as_buffer().size for image in batch.column("images").flatten()
+            )
+        return found
+
+    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
+        names = [*_TEXTS, "shared_row", "images", *planes]
+        (stored,) = self._batch(row).select(names).to_pylist()  # in one call: half the time
+        if None in stored.values():
+            raise ValueError("expected values, found nulls")
+        encoded = EncodedRow(
+            key=stored["key"],
+            source_id=stored["source_id"],
+            messages=stored["messages"],
+            images=tuple(stored["images"]),
+            planes={name: stored[name] for name in planes if stored[name]},
+            shared_from=stored["shared_from"] or None,
+        )
+        owner = stored["shared_row"]
+        return StoredRow(
+            row=encoded, checks=stored["checks"], owner=None if owner == _NO_ROW else owner
+        )

@@ -1,0 +1,74 @@
+"""A shard whose planes lie in several files: samples with some planes in one, others in layers.
+
+Promises: a row is one sample in every layer that is asked for it (key, source id and messages are
+compared before a number is returned); each layer's bytes pass that layer's own checks; layers that
+are not asked for a plane are not touched. Refuses layers of other lengths and other keys.
+"""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.shards.shard import EncodedRow, Shard, StoredRow
+
+
+class LayeredShard(Shard):
+    """Several open shards with the same rows, read as one; the first holds the images."""
+
+    def __init__(self, layers: Sequence[Shard], planes: Sequence[Collection[str]]) -> None:
+        """`planes[n]` are the names of the planes that are read from `layers[n]`."""
+        base = layers[0]
+        super().__init__(base.path, base.metadata, base.num_rows)
+        self._base = base
+        self._further = list(zip(layers[1:], map(frozenset, planes[1:]), strict=True))
+        for layer, _ in self._further:
+            if layer.num_rows != base.num_rows:
+                raise ShardCorruptError(
+                    f"{layer.path} has {layer.num_rows} rows, {base.path} has {base.num_rows}: "
+                    "they are not layers of one shard"
+                )
+
+    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
+        return self._base._fetch(row, planes)
+
+    def read(self, row: int, planes: Collection[str]) -> EncodedRow:
+        """Row `row` with the given planes only; every byte returned has been checked."""
+        wanted = [(layer, names.intersection(planes)) for layer, names in self._further]
+        elsewhere = frozenset[str]().union(*(names for _, names in wanted))
+        found = self._base.read(row, set(planes) - elsewhere)
+        frames = dict(found.planes)
+        for layer, names in wanted:
+            if names:
+                frames.update(self._same_row(layer, row, names, found).planes)
+        return dataclasses.replace(found, planes=frames)
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the frames of each plane, and of `images`, in the layer that has them."""
+        found = self._base.stored_bytes()
+        for layer, names in self._further:
+            sizes = layer.stored_bytes()
+            found.update({name: sizes.get(name, 0) for name in names})
+        return found
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of all rows, in order, which are those of every layer."""
+        keys: list[str] = []
+        for row in range(self.num_rows):
+            found = self._base.read(row, ())
+            for layer, _ in self._further:
+                self._same_row(layer, row, (), found)
+            keys.append(found.key)
+        return tuple(keys)
+
+    def _same_row(
+        self, layer: Shard, row: int, planes: Collection[str], base: EncodedRow
+    ) -> EncodedRow:
+        found = layer.read(row, planes)
+        for name in ("key", "source_id", "messages", "shared_from"):
+            if getattr(found, name) != getattr(base, name):
+                raise ShardCorruptError(
+                    f"{layer.path}: row {row} is sample {found.key}, {self.path} has {base.key} "
+                    f"there, with another {name}"
+                )
+        return found

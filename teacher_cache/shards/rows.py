@@ -1,0 +1,189 @@
+"""A cached sample as an encoded row, and back: the one place where content meets its bytes.
+
+Promises: what is decoded equals what was encoded, to the bit, unless the spec has lossy codecs:
+then it is within the bounds that the spec states, or is refused at writing (error_gate.py). The
+sample's content has been checked against its key; whatever does not add up is a
+`ShardCorruptError`. Parts not asked for are not decompressed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from teacher_cache.codec.columns import (
+    TIER_PARTS,
+    VISION_PLANES,
+    Part,
+    encode_planes,
+    output_from_planes,
+    output_planes,
+    parts_in,
+    planes_of,
+    top_k_records,
+)
+from teacher_cache.codec.error_bounds import require_within_bounds
+from teacher_cache.codec.frames import decode_frame
+from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.teacher_output import (
+    CachedSample,
+    Message,
+    Sample,
+    TeacherOutput,
+    TopKRecord,
+    sample_key,
+)
+from teacher_cache.shards.shard import EncodedRow, Shard
+
+
+def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[EncodedRow]:
+    """Encode the samples of a shard in order; a vision record that several share is encoded once.
+
+    ValueError as of `encode_row`, and where a sample shares a record that is not that of an earlier
+    sample with one of its own.
+    """
+    shared = {each.output.shared_from for each in cached}
+    owners: dict[str | None, tuple[dict[str, Tensor], EncodedRow]] = {}
+    for each in cached:
+        planes = _vision_planes(each.output, spec)
+        ready: dict[str, bytes] = {}
+        if each.output.shared_from is not None:
+            theirs, row = owners.get(each.output.shared_from, ({}, None))
+            if row is None or not all(torch.equal(planes[name], theirs[name]) for name in planes):
+                raise ValueError(
+                    f"sample {each.sample.key} shares the vision record of "
+                    f"{each.output.shared_from}, which is no earlier sample with that record"
+                )
+            ready = {name: row.planes[name] for name in planes}
+        row = encode_row(each, spec, ready)
+        if row.shared_from is None and row.key in shared:
+            owners[row.key] = (planes, row)
+        yield row
+
+
+def encode_row(
+    cached: CachedSample, spec: CacheSpec, ready: Mapping[str, bytes] | None = None
+) -> EncodedRow:
+    """Encode one sample; ValueError where its records are not those that the spec promises.
+
+    `ready` has frames of planes that were encoded before.
+    """
+    sample, output = cached.sample, cached.output
+    _require_tier(cached, spec)
+    turns = [{"role": message.role, "text": message.text} for message in sample.messages]
+    frames = dict(ready or {})
+    planes = output_planes(output, spec)
+    require_within_bounds(f"{sample.key} ({sample.source_id})", output, planes, spec)
+    frames |= encode_planes(planes, ready or ())
+    return EncodedRow(
+        key=sample.key,
+        source_id=sample.source_id,
+        messages=json.dumps(turns),
+        images=sample.images,
+        planes=frames,
+        shared_from=output.shared_from,
+    )
+
+
+def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
+    """Decode a row with the planes it was read with; raises `ShardCorruptError`."""
+    try:
+        turns = json.loads(row.messages)
+        messages = tuple(Message(role=turn["role"], text=turn["text"]) for turn in turns)
+        if sample_key(row.images, messages) != content_key(row.key):
+            raise ShardCorruptError("images and messages are not those that the key names")
+        sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
+        planes = {name: decode_frame(frame) for name, frame in row.planes.items()}
+        output = output_from_planes(planes, spec.vocab_size, spec.top_k, spec.ratios)
+        if row.shared_from is not None:
+            output = dataclasses.replace(output, shared_from=row.shared_from)
+        return CachedSample(sample=sample, output=output)
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        # The last two: planes of shapes that do not go together, JSON that is nested too deep.
+        raise ShardCorruptError(f"sample {row.key}: {error}") from error
+
+
+def read_sample(
+    shard: Shard, row: int, key: str, parts: Collection[Part], spec: CacheSpec
+) -> CachedSample:
+    """Read and decode one row of a shard, which must be the sample `key` of the plan.
+
+    Raises `ShardCorruptError` naming file and sample.
+    """
+    encoded = shard.read(row, planes_of(parts, spec))
+    try:
+        if encoded.key != key:
+            raise ShardCorruptError(f"row {row} holds sample {encoded.key}, the plan has {key}")
+        return decode_row(encoded, spec)
+    except ShardCorruptError as error:
+        raise ShardCorruptError(f"{shard.path}: {error}") from error
+
+
+def content_key(key: str) -> str:
+    """The content digest in a key: repeated samples carry -1, -2, ... after it."""
+    return key.split("-")[0]
+
+
+def tier_parts(spec: CacheSpec) -> frozenset[Part]:
+    """The parts that every row of a cache holds."""
+    parts = set(TIER_PARTS[spec.records])
+    if spec.grid is not None and holds(spec.records, "topk"):
+        parts.add("response_grid")
+    if spec.grid is not None and holds(spec.records, "hidden"):
+        parts.add("hidden_grid")
+    return frozenset(parts)
+
+
+def require_parts(parts: Collection[Part], spec: CacheSpec) -> None:
+    """Raise ValueError for parts that a cache does not hold."""
+    missing = set(parts) - tier_parts(spec)
+    if missing:
+        raise ValueError(
+            f"the cache holds {', '.join(sorted(tier_parts(spec)))} (records {spec.records}), "
+            f"asked for {', '.join(sorted(missing))}; build a cache with other records"
+        )
+
+
+def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
+    found, wanted = parts_in(cached.output), tier_parts(spec)
+    if found != wanted:
+        raise ValueError(
+            f"sample {cached.sample.key}: the teacher gave {sorted(found)}, "
+            f"a cache of {spec.records} holds {sorted(wanted)}"
+        )
+    for grid in (cached.output.response_grid, cached.output.hidden_grid):
+        if grid is not None and tuple(sorted(grid)) != spec.ratios:
+            raise ValueError(
+                f"sample {cached.sample.key}: the teacher gave ratios {sorted(grid)}, the cache "
+                f"has {spec.ratios}"
+            )
+    for record in top_k_records(cached.output).values():
+        if record.vocab_size != spec.vocab_size:
+            raise ValueError(
+                f"sample {cached.sample.key}: records over {record.vocab_size} vocabulary rows, "
+                f"the cache is over {spec.vocab_size}"
+            )
+        _require_kept(cached.sample.key, record, spec)
+
+
+def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
+    if (record.num_kept is None) != (spec.top_mass is None):
+        found = "all K" if record.num_kept is None else "different numbers of"
+        raise ValueError(
+            f"sample {key}: positions keep {found} entries, the cache has top_mass {spec.top_mass}"
+        )
+    if record.num_kept is None or spec.top_k is None or not len(record.num_kept):
+        return
+    if int(record.num_kept.max()) > spec.top_k:
+        raise ValueError(
+            f"sample {key}: a position keeps {int(record.num_kept.max())} entries, the cache has "
+            f"top_k {spec.top_k}"
+        )
+
+
+def _vision_planes(output: TeacherOutput, spec: CacheSpec) -> dict[str, Tensor]:
+    planes = output_planes(output, spec)
+    return {name: planes[name] for name in VISION_PLANES & planes.keys()}

@@ -1,0 +1,1 @@
+"""Files that are whole or absent, on a disk or in an object store."""

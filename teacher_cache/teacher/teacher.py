@@ -1,0 +1,348 @@
+"""The teacher's forward pass: samples in, records out. One route for every model family.
+
+Promise: hidden states come from the backbone after its final norm, logits from the LM head at the
+needed rows only, in eval mode, without gradients and with right padding. The same batch gives the
+same bits; beside other samples a sample's last bits may differ in some families, since kernels
+sum in another order at other sizes, which is why the batch size is part of the cache's spec.
+A sample that cannot be used comes back as a `RejectedSample`; a model whose logits are not
+simply head(hidden) (scaled or soft-capped heads), or a top-k larger than the vocabulary, is
+refused at once.
+
+The shared vocabulary: heads are padded to round numbers of rows that no token has, by different
+amounts within one model family. Rows are cut to the ids that the tokenizer can emit, so that
+teacher and student normalise over the same support.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from teacher_cache.models.checkpoint import load_model, resolve_device
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.models.digests import (
+    chat_template_digest,
+    config_digest,
+    image_processor_digest,
+    tokenizer_digest,
+    vocabulary_digest,
+    weights_digest,
+)
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.calibration import Calibration
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.make_records import DTYPES, RecordSettings, make_output
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
+from teacher_cache.schema.options import GridSettings, holds
+from teacher_cache.schema.teacher_output import (
+    CachedSample,
+    RejectedSample,
+    Sample,
+    SampleError,
+    TeacherOutput,
+)
+from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
+
+logger = logging.getLogger(__name__)
+
+
+PredictingStates = Mapping[float, Float[Tensor, "R D"]]
+"""By ratio, a sample's final hidden states that predict its response tokens."""
+
+
+class GridPasses(Protocol):
+    """Runs a batch once as it is and once more for each ratio of vision tokens that are dropped."""
+
+    def __call__(
+        self, grid: GridSettings, batch: ModelBatch, whole: Callable[[], Tensor]
+    ) -> tuple[Float[Tensor, "B L D"], Sequence[PredictingStates]]:
+        """What `whole` gives, the pass over the batch, and each sample's states at every ratio."""
+        ...
+
+
+class Teacher:
+    """A model and its processor, on the model's device, ready to give records.
+
+    `head` is the LM head cut to the shared vocabulary, `encoder` turns samples into model inputs.
+    `grid_passes` must be set where records of a grid are asked for (pipeline/response_grid.py):
+    what drops tokens inside a model belongs to students.
+    """
+
+    def __init__(self, model: Any, processor: Any, system_prompt: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.encoder = SampleEncoder(processor, model.config, system_prompt)
+        self.device: torch.device = model.device
+        self.head = shared_head(model, processor.tokenizer)
+        self.grid_passes: GridPasses | None = None
+        self._sketch: SketchBasis | None = None
+        self.template: TailTemplate | None = None
+        """Template of the tails of top-k records: `calibrate` fits it, or that of a cache."""
+        require_plain_head(model, processor.tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        attention: str = "sdpa",
+        system_prompt: str | None = None,
+    ) -> "Teacher":
+        """Load an image-text-to-text model and its processor from a folder or a hub id.
+
+        `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available.
+        Code that a checkpoint brings along is not run. ValueError for what cannot be loaded whole.
+        """
+        place = resolve_device(device)
+        loaded: Any = load_model(path, None if dtype is None else DTYPES[dtype], attention)
+        model, processor = loaded
+        teacher = cls(model.to(place), processor, system_prompt)
+        logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)
+        return teacher
+
+    @property
+    def sketch(self) -> SketchBasis | None:
+        """Basis of the sketch tier: fitted by `calibrate`, or set to the one a cache stores."""
+        return self._sketch
+
+    @sketch.setter
+    def sketch(self, basis: SketchBasis | None) -> None:
+        if basis is not None:
+            found = (basis.vocab_size, len(basis.hidden_mean))
+            if found != tuple(self.head.weight.shape):
+                raise ValueError(
+                    f"the sketch's basis has {found[0]} vocabulary rows and width {found[1]}, "
+                    f"this teacher's head {tuple(self.head.weight.shape)}; refit it"
+                )
+            basis = basis.to(self.device)
+        self._sketch = basis
+
+    def calibrate(
+        self,
+        batches: Iterable[Sequence[Sample]],
+        settings: RecordSettings,
+        num_tokens: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fit what top-k records share, sketch and template, and keep it (calibration.py).
+
+        Takes batches until they have `num_tokens` vision tokens (response tokens where there are no
+        images); None, or fewer in all: all of them. Holds the states of one batch at a time;
+        `progress` is told the tokens so far. Samples that cannot be used are passed over here:
+        `outputs` names them in their turn.
+        """
+        found = Calibration(self.head, settings)
+        for samples in batches:
+            items = [self._encode(sample) for sample in samples]
+            encoded = [item for item in items if isinstance(item, EncodedSample)]
+            for sample, (states, _) in zip(encoded, self._states(encoded), strict=True):
+                vision, predicting = states[sample.spans.vision], states[sample.spans.predicting]
+                if bool(vision.isfinite().all()) and bool(predicting.isfinite().all()):
+                    found.add(vision, predicting)
+            if progress is not None:
+                progress(found.num_tokens)
+            if num_tokens is not None and found.num_tokens >= num_tokens:
+                break
+        self.sketch, self.template = found.sketch(), found.template()
+
+    def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:
+        """Last hidden states of a batch, after the final norm; no gradients."""
+        inputs = {
+            name: values.to(self.model.dtype) if values.is_floating_point() else values
+            for name, values in batch.to(self.device).inputs.items()
+        }
+        with torch.no_grad():
+            return self.model.model(**inputs, use_cache=False).last_hidden_state
+
+    def outputs(
+        self,
+        samples: Sequence[Sample],
+        settings: RecordSettings,
+        owners: VisionOwners | None = None,
+    ) -> list[TeacherOutput | RejectedSample]:
+        """Records of samples, in their order; they go through the model as one batch.
+
+        Samples that are the same up to their last vision token as one of the `owners` have its
+        vision record; others become owners themselves. None: each has its own.
+
+        ValueError where the settings themselves cannot work: `top_k` beyond the vocabulary, a
+        sketch without a basis, a grid without passes.
+        """
+        self._require(settings)
+        items = [self._encode(sample) for sample in samples]
+        encoded = [item for item in items if isinstance(item, EncodedSample)]
+        rest = iter(self._states(encoded, settings.grid))
+        return [
+            self._record(sample, item, *next(rest), settings, owners)
+            if isinstance(item, EncodedSample)
+            else item
+            for sample, item in zip(samples, items, strict=True)
+        ]
+
+    def spec(
+        self, settings: RecordSettings, *, batch_size: int, share_vision: bool = False
+    ) -> CacheSpec:
+        """Everything that the stored numbers depend on, as digests and settings."""
+        self._require(settings)
+        hidden, top = holds(settings.records, "hidden"), holds(settings.records, "topk")
+        basis = self.sketch if holds(settings.records, "sketch") else None
+        processor = self.encoder.processor
+        width = self.head.weight.shape[1]
+        varies = top and settings.top_mass is not None
+        codes = top and settings.logits_codec == "affine8"
+        scaled = top and settings.affinity_dtype == "int8"
+        grouped = hidden and settings.hidden_dtype == "int8"
+        return CacheSpec(
+            layout_version=LAYOUT_VERSION,
+            records=settings.records,
+            top_k=settings.top_k if top else None,
+            top_mass=settings.top_mass if top else None,
+            top_k_floor=settings.top_k_floor if varies else None,
+            sketch_rank=None if basis is None else basis.rank,
+            sketch_digest=None if basis is None else basis.digest,
+            head_digest=self.head.digest if hidden else None,
+            vocab_size=self.head.vocab_size,
+            hidden_size=width,
+            logits_dtype=_name(self.head.weight.dtype),
+            logits_codec=settings.logits_codec if top else None,
+            logits_max_error=settings.logits_max_error if codes else None,
+            hidden_dtype=settings.hidden_dtype if hidden else None,
+            hidden_group=min(settings.hidden_group or width, width) if grouped else None,
+            hidden_max_error=settings.hidden_max_error if grouped else None,
+            affinity_dtype=settings.affinity_dtype if top else None,
+            affinity_max_error=settings.affinity_max_error if scaled else None,
+            teacher_class=type(self.model).__name__,
+            teacher_weights=self._weights_digest,
+            teacher_config=config_digest(self.model.config),
+            compute_dtype=_name(self.model.dtype),
+            attention=self.model.config._attn_implementation,
+            tokenizer=tokenizer_digest(processor.tokenizer),
+            vocabulary=vocabulary_digest(processor.tokenizer, self.head.vocab_size),
+            chat_template=chat_template_digest(processor),
+            image_processor=image_processor_digest(processor),
+            system_prompt=self.encoder.system_prompt,
+            batch_size=batch_size,
+            share_vision=share_vision,
+            grid=settings.grid,
+            least_logits=top and settings.least_logits,
+            template_digest=self.template.digest if top and self.template is not None else None,
+        )
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        return weights_digest(self.model)
+
+    def _require(self, settings: RecordSettings) -> None:
+        if settings.grid is not None and self.grid_passes is None:
+            raise ValueError("a grid needs passes that drop vision tokens; set grid_passes first")
+        if not holds(settings.records, "topk"):
+            return
+        if not 1 <= settings.top_k <= self.head.vocab_size:
+            raise ValueError(
+                f"top_k is {settings.top_k}, but the teacher and its tokenizer share "
+                f"{self.head.vocab_size} vocabulary rows; lower top_k"
+            )
+        if holds(settings.records, "sketch") and self.sketch is None:
+            raise ValueError("the topk+sketch tier needs a basis; calibrate first")
+
+    def _encode(self, sample: Sample) -> EncodedSample | RejectedSample:
+        try:
+            return self.encoder.encode(sample)
+        except SampleError as error:
+            return RejectedSample(key=sample.key, source_id=sample.source_id, reason=error.reason)
+
+    def _states(
+        self, encoded: Sequence[EncodedSample], grid: GridSettings | None = None
+    ) -> list[tuple[Tensor, PredictingStates | None]]:
+        """States [L, D] of each sample (padding behind), of one forward pass over all of them.
+
+        With a grid also its predicting states at every ratio.
+        """
+        if not encoded:
+            return []
+        batch = collate(encoded, self.encoder.pad_token_id, "right")
+        if grid is None or self.grid_passes is None:
+            return [(states, None) for states in self.hidden_states(batch)]
+        whole, at_ratios = self.grid_passes(grid, batch, partial(self.hidden_states, batch))
+        return list(zip(whole, at_ratios, strict=True))
+
+    def _record(
+        self,
+        sample: Sample,
+        encoded: EncodedSample,
+        states: Tensor,
+        grid: PredictingStates | None,
+        settings: RecordSettings,
+        owners: VisionOwners | None,
+    ) -> TeacherOutput | RejectedSample:
+        seen = None if owners is None else seen_by_vision(sample, encoded)
+        owner = None if owners is None or seen is None else owners.get(seen)
+        try:
+            output = make_output(
+                encoded.spans, states, self.head, settings, self.sketch, owner, grid
+            )
+        except ValueError as error:
+            return RejectedSample(
+                key=sample.key, source_id=sample.source_id, reason=f"the teacher's output: {error}"
+            )
+        if owners is not None and seen is not None:
+            owners.setdefault(seen, CachedSample(sample=sample, output=output))
+        return output
+
+
+def shared_head(model: Any, tokenizer: Any) -> LmHead:
+    """The model's LM head, cut to the rows that its tokenizer has ids for."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has {type(head).__name__} for an LM head, expected one "
+            "linear layer; its logits cannot be rebuilt from hidden states"
+        )
+    num_rows = min(len(head.weight), 1 + max(tokenizer.get_vocab().values()))
+    bias: Any = head.bias  # declared a Parameter, None where the layer has no bias
+    return LmHead(
+        weight=head.weight.detach()[:num_rows],
+        bias=None if bias is None else bias.detach()[:num_rows],
+    )
+
+
+def require_plain_head(model: Any, tokenizer: Any) -> None:
+    """Run a few text tokens and refuse a model whose logits are not head(last hidden state).
+
+    What enters and leaves the head is compared with the backbone's output and the model's logits:
+    to the bit, since a soft-cap hardly moves small logits.
+    """
+    head = model.get_output_embeddings()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def remember(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    ids = tokenizer("1 2 3", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = ids.to(model.device)
+    mask = torch.ones_like(ids)
+    hook = head.register_forward_hook(remember)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            states = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    entered, left = seen[0] if len(seen) == 1 else (torch.zeros(0), torch.zeros(0))
+    hidden = states.last_hidden_state
+    if not torch.equal(left.to(logits.dtype), logits) or not torch.equal(entered, hidden):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not its LM head applied to the last hidden "
+            "state (a scaled or soft-capped head?); such teachers are not supported"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
