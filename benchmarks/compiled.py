@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from student_train import kernels_l1, kernels_rows
+from student_train.ops import l1_triton, logit_rows_triton
 
 CHIPS = {"sm_80": 80, "sm_90": 90}
 TYPES = ("fp32", "bf16", "fp16")
@@ -65,10 +65,10 @@ def compiled_kernels(
 
 
 def _sources(dtype: str) -> Iterator[_Source]:
-    tile = {"SPAN": kernels_l1.SPAN, **kernels_l1.TILE}
+    tile = {"SPAN": l1_triton.SPAN, **l1_triton.TILE}
     yield _Source(
         "span_distances",
-        kernels_l1.span_distances,
+        l1_triton.span_distances,
         {"left": f"*{dtype}", "right": f"*{dtype}", "parts": "*fp32"},
         tile,
     )
@@ -76,12 +76,12 @@ def _sources(dtype: str) -> Iterator[_Source]:
         name = "with estimate" if estimated else "alone"
         estimate = "*fp32" if estimated else f"*{dtype}"
         rows = {"logits": f"*{dtype}", "bits": "*i32", "estimate": estimate}
-        constants = {"ESTIMATED": estimated, "COLUMNS": kernels_rows.COLUMNS}
+        constants = {"ESTIMATED": estimated, "COLUMNS": logit_rows_triton.COLUMNS}
         read = {**rows, "found": "*fp32", "maxima": "*fp32"}
-        grouped = {**constants, "GROUP": kernels_rows.GROUP}
-        yield _Source(f"read_rows {name}", kernels_rows.read_rows, read, grouped)
+        grouped = {**constants, "GROUP": logit_rows_triton.GROUP}
+        yield _Source(f"read_rows {name}", logit_rows_triton.read_rows, read, grouped)
         write = {**rows, "parts": "*fp32", "weights": "*fp32", "labels": "*i64"}
-        yield _Source(f"write_gradient {name}", kernels_rows.write_gradient, write, constants)
+        yield _Source(f"write_gradient {name}", logit_rows_triton.write_gradient, write, constants)
 
 
 def _compile(source: _Source, dtype: str, chip: str) -> Compiled:

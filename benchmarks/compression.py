@@ -22,8 +22,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlavaConfig, SiglipVisionConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from student_train.compression import compress
-from student_train.stages import CompressionSettings, Stage
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
 

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from benchmarks.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
 from benchmarks.losses import status_mib
-from student_train.compression import compress
-from student_train.epic_step import StudentPass, student_pass
-from student_train.losses import distillation_loss
-from student_train.objective import ObjectiveName, preset
-from student_train.progression import ProgressionConfig
-from student_train.step_plan import StepPlan, num_layers_of, plan_step
-from student_train.student import final_hidden, output_head
+from student_train.compression.compression import compress
+from student_train.config.objective import ObjectiveName, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.epic.step_passes import StudentPass, student_pass
+from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
+from student_train.losses.objective_loss import distillation_loss
+from student_train.models.student import final_hidden, output_head
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.teacher_output import TeacherOutput, TokenSpans, ViewGrid
 

@@ -36,10 +36,10 @@ from benchmarks.moved_by_losses import (
 )
 from benchmarks.step import Step, cdist, dense, make_step, ours
 from benchmarks.vision_field import Models
-from student_train.fused_head import head_loss
-from student_train.kernels import SWITCH
-from student_train.l1 import l1_distances
-from student_train.linear_head import LinearHead
+from student_train.head.fused_loss import head_loss
+from student_train.head.linear_head import LinearHead
+from student_train.ops.l1 import l1_distances
+from student_train.ops.use_kernels import SWITCH
 
 NO_CUDA = 2
 """Exit code where there is nothing to measure."""

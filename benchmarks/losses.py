@@ -34,14 +34,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from student_train.fused_head import head_loss
-from student_train.head_walk import HeadRows, even_slices
-from student_train.linear_head import LinearHead
-from student_train.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.objective import DivergenceName, ObjectiveConfig
-from student_train.signals import DenseSignal, HiddenSignal, Signal
-from student_train.terms import supervised_rows, token_mean
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import DivergenceName, ObjectiveConfig
+from student_train.head.chunked_pass import HeadRows, even_slices
+from student_train.head.fused_loss import head_loss
+from student_train.head.linear_head import LinearHead
+from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
+from student_train.losses.reductions import supervised_rows, token_mean
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 
 WIDTH = 896

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from benchmarks.losses import status_mib
 from benchmarks.vision_field import WIDTH, Models, Problem
-from student_train.assignment import solve_assignment
-from student_train.certificate import certified_pairs
-from student_train.cost import cost_error, cost_matrix
-from student_train.l1 import l1_distances
-from student_train.objective import MatchingConfig, MatchMetric
-from student_train.separability import hubness, separability
-from student_train.signals import Signal
+from student_train.config.objective import MatchingConfig, MatchMetric
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.certificate import certified_pairs
+from student_train.matching.cost import cost_error, cost_matrix
+from student_train.matching.separability import hubness, separability
+from student_train.ops.l1 import l1_distances
+from student_train.signals.teacher_signal import Signal
 
 Grids = tuple[tuple[int, int], tuple[int, int]]
 SMALL: Grids = (12, 12), (24, 24)

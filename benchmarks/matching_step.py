@@ -31,11 +31,12 @@ from transformers import Qwen2Config, Qwen2Model
 
 from benchmarks.miniature import make_miniature
 from benchmarks.vision_field import Models, Problem
-from student_train import losses, matching, vision_matching
-from student_train.losses import distillation_loss
-from student_train.objective import preset
-from student_train.sample_states import SampleStates
-from student_train.signals import TeacherAssets
+from student_train.config.objective import preset
+from student_train.data.sample_states import SampleStates
+from student_train.losses import batch_matching, objective_loss
+from student_train.losses.objective_loss import distillation_loss
+from student_train.matching import matching
+from student_train.signals.teacher_signal import TeacherAssets
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.teacher_output import (
     AffinityRecord,
@@ -98,20 +99,20 @@ class Clock:
 
 def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
     """Steps in threads and inline, in turns."""
-    solve, result = matching.solve_assignment, vision_matching.PendingBatch.result
-    start, solvers = vision_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
-    compute, cost_thread = vision_matching.start_matching, vision_matching._cost_thread  # pyright: ignore[reportPrivateUsage]
+    solve, result = matching.solve_assignment, batch_matching.PendingBatch.result
+    start, solvers = batch_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
+    compute, cost_thread = batch_matching.start_matching, batch_matching._cost_thread  # pyright: ignore[reportPrivateUsage]
     clocks = {"threads": Clock(), "inline": Clock()}
     for _ in range(num_steps + WARM_UP):
         for way, clock in clocks.items():
             for each in vars(clock).values():
                 each.append(0.0)
             matching.solve_assignment = clock.watch(solve, None, "solving")
-            losses.start_batch_matching = clock.watch(start, "starting", None)
-            vision_matching.start_matching = clock.watch(compute, "costs", None)
-            vision_matching.PendingBatch.result = clock.watch(result, "asking", "blocked")
+            objective_loss.start_batch_matching = clock.watch(start, "starting", None)
+            batch_matching.start_matching = clock.watch(compute, "costs", None)
+            batch_matching.PendingBatch.result = clock.watch(result, "asking", "blocked")
             matching._solvers = Inline if way == "inline" else solvers  # pyright: ignore
-            vision_matching._cost_thread = Inline if way == "inline" else cost_thread  # pyright: ignore
+            batch_matching._cost_thread = Inline if way == "inline" else cost_thread  # pyright: ignore
             start_s, begin = time.perf_counter(), time.thread_time()
             step()
             clock.steps[-1] = time.thread_time() - begin

@@ -15,11 +15,11 @@ from pipeline.config import DigitsConfig, SourceConfig
 from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.sources import open_source
-from student_train.settings import TrainerSettings
-from student_train.signals import TeacherAssets
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream
-from student_train.student import set_trainable, student_from_vanilla
-from student_train.trainer import student_loss
+from student_train.config.recipe import TrainerSettings
+from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.models.student import set_trainable, student_from_vanilla
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.trainer import student_loss
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.teacher.teacher import Teacher

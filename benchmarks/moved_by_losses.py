@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.moved import bytes_moved, l1_additions, l1_least_bytes, l1_pair_bytes, l1_tile_bytes
-from student_train.divergence import DIVERGENCES
-from student_train.fused_head import HeadRows, head_loss
-from student_train.linear_head import LinearHead
-from student_train.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.objective import DivergenceName, ObjectiveConfig
-from student_train.tail_policies import teacher_parts
-from student_train.terms import token_mean
-from student_train.top_k_signal import SketchCode, TopKSignal
+from student_train.config.objective import DivergenceName, ObjectiveConfig
+from student_train.divergence.divergence import DIVERGENCES
+from student_train.divergence.tail_policies import teacher_parts
+from student_train.head.fused_loss import HeadRows, head_loss
+from student_train.head.linear_head import LinearHead
+from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
+from student_train.losses.reductions import token_mean
+from student_train.signals.top_k import SketchCode, TopKSignal
 from teacher_cache.records.sketch import SketchBasis
 
 TOP_K, CHUNK_ROWS = 64, 144
@@ -121,7 +121,7 @@ def torch_readings(
 def kernel_readings(sketched: bool, dtype: torch.dtype, vocab_size: int) -> float:
     """The same for the kernels: two readings and a writing of the chunk, two readings of the bits
     and of the estimate, whose making is left to torch, and the maxima written and searched."""
-    from student_train.kernels_rows import GROUP  # needs triton
+    from student_train.ops.logit_rows_triton import GROUP
 
     bits, maxima = 2 / 8, 2 * 4 / GROUP
     estimate = (2 * 4 + _estimate_bytes(vocab_size)) if sketched else 0.0
@@ -140,18 +140,18 @@ def _estimate_bytes(vocab_size: int) -> float:
 def print_counts(vocab_size: int) -> None:
     """The tables of docs/gpu.md."""
     from benchmarks.compiled import compiled_kernels  # need triton
-    from student_train import kernels_l1
-    from student_train.kernels_rows import COLUMNS
+    from student_train.ops import l1_triton
+    from student_train.ops.logit_rows_triton import COLUMNS
 
     print("L1: bytes asked for, in GB, and additions, in 10^9\n")
     print("| pairs, columns | torch.cdist | kernel | least | additions |")
     print("| --- | --- | --- | --- | --- |")
-    tile = kernels_l1.TILE["TILE_N"], kernels_l1.TILE["TILE_M"]
+    tile = l1_triton.TILE["TILE_N"], l1_triton.TILE["TILE_M"]
     for pair in L1_SHAPES:
         sizes = (*pair, vocab_size)
         asked = [
             l1_pair_bytes(*sizes),
-            l1_tile_bytes(*sizes, tile, kernels_l1.SPAN),
+            l1_tile_bytes(*sizes, tile, l1_triton.SPAN),
             l1_least_bytes(*sizes),
             l1_additions(*sizes),
         ]

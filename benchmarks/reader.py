@@ -30,7 +30,7 @@ from benchmarks.containers import ROWS_PER_SHARD, Container, LitData, Mds, Ours,
 from benchmarks.first_sample import FirstSample, compare_first
 from benchmarks.made_up import PARTS, VOCAB_SIZE, build_cache, make_samples
 from benchmarks.token_by_token import pack, unpack
-from student_train.read_ahead import read_ahead
+from student_train.data.prefetch import read_ahead
 from teacher_cache.codec.frames import decode_frame, encode_frame
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.teacher_output import CachedSample

@@ -32,12 +32,12 @@ from torch.nn import functional
 
 from benchmarks.losses import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from benchmarks.vision_field import WIDTH, Models, field
-from student_train.assignment import solve_assignment
-from student_train.linear_head import LinearHead
-from student_train.losses import distillation_loss
-from student_train.objective import ObjectiveConfig
-from student_train.sample_states import SampleStates
-from student_train.signals import TeacherAssets
+from student_train.config.objective import ObjectiveConfig
+from student_train.data.sample_states import SampleStates
+from student_train.head.linear_head import LinearHead
+from student_train.losses.objective_loss import distillation_loss
+from student_train.matching.assignment import solve_assignment
+from student_train.signals.teacher_signal import TeacherAssets
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.sketch import encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden

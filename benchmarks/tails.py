@@ -25,13 +25,13 @@ from torch.nn import functional
 
 from benchmarks.text_model import TextProblem
 from benchmarks.vision_field import NUM_IMAGES, Models, Problem, field
-from student_train.assignment import solve_assignment
-from student_train.cost import cost_matrix
-from student_train.divergence import DIVERGENCES
-from student_train.objective import DivergenceName, MatchingConfig, TailPolicy
-from student_train.signals import DenseSignal, HiddenSignal
-from student_train.tail_policies import STUDY_TAILS
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import DivergenceName, MatchingConfig, TailPolicy
+from student_train.divergence.divergence import DIVERGENCES
+from student_train.divergence.tail_policies import STUDY_TAILS
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.cost import cost_matrix
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.tail_template import MeanTail
 
 NUM_PAIRS, AT_ONCE, RANK = 48, 8, 128

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from student_train.signals import DenseSignal, TopKSignal
+from student_train.signals.teacher_signal import DenseSignal, TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.tail_template import MeanTail
 from teacher_cache.records.top_k import top_k_record

@@ -36,8 +36,8 @@ from pipeline import recipes
 from pipeline.build import finished
 from pipeline.config import DigitsConfig, ReportConfig, TrainConfig
 from pipeline.report import write_report
-from student_train.checkpoint import FINAL_FOLDER
-from student_train.objective import ObjectiveName
+from student_train.config.objective import ObjectiveName
+from student_train.training.checkpoint import FINAL_FOLDER
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.storage.store import write_atomic
 

@@ -23,8 +23,8 @@ from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
 from pipeline.train import train
-from student_train.checkpoint import finished_run
-from student_train.run_log import logged_step
+from student_train.training.checkpoint import finished_run
+from student_train.training.metrics_log import logged_step
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.storage.store import write_atomic
 

@@ -22,7 +22,8 @@ from tyro.constructors import (
 )
 
 from pipeline.config import SourceConfig, TrainConfig
-from student_train.objective import (
+from student_train.config.compression import TextSource
+from student_train.config.objective import (
     TERMS,
     DivergenceName,
     MatchMetric,
@@ -34,9 +35,8 @@ from student_train.objective import (
     VladText,
     preset,
 )
-from student_train.progression import ProgressionConfig, ProgressionPreset
-from student_train.schedules import ScheduleName
-from student_train.stages import TextSource
+from student_train.config.progression import ProgressionConfig, ProgressionPreset
+from student_train.config.schedules import ScheduleName
 
 REGISTRY = ConstructorRegistry()
 

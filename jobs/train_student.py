@@ -23,8 +23,8 @@ from jobs.progress import Bars
 from jobs.ray_pool import ray_session, worker_resources
 from pipeline.config import TrainConfig
 from pipeline.train import train
-from student_train.checkpoint import FINAL_FOLDER
-from student_train.run_log import logged_step
+from student_train.training.checkpoint import FINAL_FOLDER
+from student_train.training.metrics_log import logged_step
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.strict_json import decode_json
 

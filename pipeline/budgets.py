@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pipeline.comparison import Difference, Group, compare, compare_progressions
 from pipeline.figures import Budget, draw_budgets
 from pipeline.run_folders import Evaluation, RunFolder
-from student_train.stages import CompressionSettings
+from student_train.config.compression import CompressionSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

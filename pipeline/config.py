@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from student_train.settings import TrainerSettings
-from student_train.stages import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.recipe import TrainerSettings
 from teacher_cache.schema.options import (
     AffinityDtype,
     GridSettings,

@@ -37,8 +37,8 @@ from pipeline.predictions import (
     score_predictions,
 )
 from pipeline.sources import SampleSource, open_source, scan
-from student_train.stages import CompressionSettings
-from student_train.student import load_student
+from student_train.config.compression import CompressionSettings
+from student_train.models.student import load_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.checkpoint import resolve_device
 from teacher_cache.models.collate import EncodedSample

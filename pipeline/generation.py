@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from student_train.compression import compress
-from student_train.decoder import decoder_of, require_compressible
-from student_train.stages import CompressionSettings
+from student_train.compression.compression import compress
+from student_train.compression.decoder import decoder_of, require_compressible
+from student_train.config.compression import CompressionSettings
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.teacher_output import Sample

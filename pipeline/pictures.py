@@ -1,6 +1,6 @@
 """What the pictures of a report show: whom each student vision token is matched to, and why.
 
-Promises: the same matching that training used (`student_train/matching.py`), on samples whose
+Promises: the same matching that training used (`student_train/matching/matching.py`), on samples whose
 teacher outputs come from the cache; plain JSON data, images as PNG. For each view of each image:
 the grid of the teacher's vision tokens with the word each ranks first, the student's grid with
 its words, and the matched pairs. Raw logits decide, or probabilities where the cache holds only
@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.generation import model_inputs
-from student_train.matching import Assignment, match_tokens
-from student_train.objective import MatchingConfig
-from student_train.signals import Signal, TeacherAssets, TopKSignal, vision_signal
-from student_train.student import final_hidden, output_head
+from student_train.config.objective import MatchingConfig
+from student_train.matching.matching import Assignment, match_tokens
+from student_train.models.student import final_hidden, output_head
+from student_train.signals.teacher_signal import Signal, TeacherAssets, TopKSignal, vision_signal
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate

@@ -21,8 +21,8 @@ from pipeline.plan import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.plan_config import PlanConfig
 from pipeline.sources import open_source
 from pipeline.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
-from student_train.metrics import row_mean_spread
-from student_train.signals import DenseSignal, Signal, TeacherAssets, vision_signal
+from student_train.matching.quality import row_mean_spread
+from student_train.signals.teacher_signal import DenseSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.make_records import RecordSettings, make_output
 from teacher_cache.records.sketch import HiddenMoments, basis_from_moments

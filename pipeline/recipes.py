@@ -11,8 +11,8 @@ import dataclasses
 from pathlib import Path
 
 from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
-from student_train.objective import ObjectiveName, preset
-from student_train.progression import ProgressionConfig
+from student_train.config.objective import ObjectiveName, preset
+from student_train.config.progression import ProgressionConfig
 
 DEMO_STRIDE = 2
 DEMO_STEPS = 260

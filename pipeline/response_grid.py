@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from student_train.compressors import find_compressor
-from student_train.decoder import decoder_of, require_compressible
-from student_train.shared_prefix import record_entry, rerun
-from student_train.stages import CompressionSettings, Stage
+from student_train.compression.compressors import find_compressor
+from student_train.compression.decoder import decoder_of, require_compressible
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.epic.partial_rerun import record_entry, rerun
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.schema.options import GridSettings
 from teacher_cache.teacher.teacher import PredictingStates, Teacher

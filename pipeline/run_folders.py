@@ -16,9 +16,9 @@ from typing import Any
 from pipeline.config import ScoreName
 from pipeline.predictions import PREDICTIONS_FILE, Prediction, read_predictions, score_predictions
 from pipeline.scores import SCORES
-from student_train.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
-from student_train.run_log import METRICS_FILE
-from student_train.stages import CompressionSettings
+from student_train.config.compression import CompressionSettings
+from student_train.training.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
+from student_train.training.metrics_log import METRICS_FILE
 from teacher_cache.folder.layout import SEAL_FILE, read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.strict_json import decode_json, decode_mapping

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.teacher_identity import record_settings
 from pipeline.tier_loss import TierSums, compare, logit_energy
-from student_train.signals import HiddenSignal, Signal, TeacherAssets, vision_signal
+from student_train.signals.teacher_signal import HiddenSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.codec.columns import output_from_planes, output_planes
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.make_records import make_output

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.plan import is_vision_plane
-from student_train.assignment import solve_assignment
-from student_train.cost import cost_matrix
-from student_train.divergence import reverse_kl
-from student_train.objective import MatchingConfig
-from student_train.signals import Signal, TopKSignal
+from student_train.config.objective import MatchingConfig
+from student_train.divergence.divergence import reverse_kl
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.cost import cost_matrix
+from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import VISION_PLANES, output_planes, planes_of
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis

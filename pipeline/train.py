@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from pipeline.config import TrainConfig
-from student_train.checkpoint import FINAL_FOLDER, RUN_FILE
-from student_train.student import student_from_vanilla, vanilla_student
-from student_train.trainer import Progress, Report
-from student_train.training_run import train_student
+from student_train.models.student import student_from_vanilla, vanilla_student
+from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
+from student_train.training.run import train_student
+from student_train.training.trainer import Progress, Report
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.digests import vocabulary_digest

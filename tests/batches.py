@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from student_train.sample_states import SampleStates
-from student_train.signals import TeacherAssets
+from student_train.data.sample_states import SampleStates
+from student_train.signals.teacher_signal import TeacherAssets
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import encode_sketch, fit_basis

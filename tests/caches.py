@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from student_train.student import student_from_vanilla
+from student_train.models.student import student_from_vanilla
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
 from teacher_cache.records.make_records import RecordSettings

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from student_train.checkpoint import FinishedRun
-from student_train.compression import compress
-from student_train.objective import ObjectiveName, preset
-from student_train.progression import ProgressionConfig
-from student_train.settings import TrainerSettings
-from student_train.step_plan import StepPlan, plan_step
-from student_train.stream import StudentBatch
-from student_train.student import final_hidden, output_head, vanilla_student
-from student_train.training_run import train_student
+from student_train.compression.compression import compress
+from student_train.config.objective import ObjectiveName, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings
+from student_train.data.stream import StudentBatch
+from student_train.epic.step_plan import StepPlan, plan_step
+from student_train.models.student import final_hidden, output_head, vanilla_student
+from student_train.training.checkpoint import FinishedRun
+from student_train.training.run import train_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch
 from teacher_cache.schema.teacher_output import TeacherOutput

@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from student_train import fused_head, head_walk
-from student_train.head_walk import HeadRows, RowLosses
+from student_train.head import chunked_pass, fused_loss
+from student_train.head.chunked_pass import HeadRows, RowLosses
 
 NUM_ROWS, WIDTH, VOCAB = 10, 4, 7
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 rows, of which the losses see 3 at a time."""
-    monkeypatch.setattr(head_walk, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(fused_head, "CALLED_ROWS", 4)
-    monkeypatch.setattr(head_walk, "STEP_BYTES", 4 * VOCAB * 3)
-    monkeypatch.setattr(head_walk, "PRODUCT_ROWS", 3)
+    monkeypatch.setattr(chunked_pass, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(fused_loss, "CALLED_ROWS", 4)
+    monkeypatch.setattr(chunked_pass, "STEP_BYTES", 4 * VOCAB * 3)
+    monkeypatch.setattr(chunked_pass, "PRODUCT_ROWS", 3)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from student_train.checkpoint import FinishedRun
-from student_train.settings import TrainerSettings
-from student_train.training_run import train_student
+from student_train.config.recipe import TrainerSettings
+from student_train.training.checkpoint import FinishedRun
+from student_train.training.run import train_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.teacher.teacher import Teacher

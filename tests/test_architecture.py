@@ -41,7 +41,7 @@ def test_settings_and_the_command_line_import_nothing_heavy() -> None:
 
 
 def test_training_knows_no_teacher_and_its_stream_not_even_transformers() -> None:
-    stream, training = imported_by("student_train.stream", "student_train.training_run")
+    stream, training = imported_by("student_train.data.stream", "student_train.training.run")
     forbidden = {"ray", "teacher_cache.teacher.teacher", "teacher_cache.folder.writer"}
     assert not stream & {"transformers", *forbidden}
     assert not training & forbidden

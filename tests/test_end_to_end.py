@@ -17,7 +17,7 @@ from pipeline.evaluate import evaluate
 from pipeline.inspect_cache import describe_cache
 from pipeline.report import write_report
 from pipeline.train import train
-from student_train.objective import ObjectiveName, preset
+from student_train.config.objective import ObjectiveName, preset
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import RecordKind, ShardFormatName, holds

@@ -4,7 +4,7 @@ import importlib
 import re
 from pathlib import Path
 
-from student_train.schedules import PAPER_NOTES, RELEASED_CODE
+from student_train.config.schedules import PAPER_NOTES, RELEASED_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "epic.md").read_text()

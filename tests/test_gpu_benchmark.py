@@ -19,8 +19,9 @@ from benchmarks.moved import (
     l1_tile_bytes,
 )
 from benchmarks.moved_by_losses import kernel_readings, make_head_problem, torch_readings
-from student_train import head_walk, logit_terms
-from student_train.fused_head import head_loss
+from student_train.head import chunked_pass
+from student_train.head.fused_loss import head_loss
+from student_train.losses import logit_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,14 +106,14 @@ def test_head_and_losses_never_wait_for_a_device(
 ) -> None:
     """Tensors on the meta device have no values, and refuse to be mixed with a CPU's."""
     pytest.importorskip("triton")
-    from student_train import kernels_rows
+    from student_train.ops import logit_rows_triton
 
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # knows no such device
     monkeypatch.setattr(torch, "autocast", lambda kind, **settings: nullcontext())
     monkeypatch.setattr(logit_terms, "kept_mass", lambda signal: 1.0)  # waits, once a term
-    monkeypatch.setattr(head_walk, "use_kernels", lambda rows: by_kernels)
+    monkeypatch.setattr(chunked_pass, "use_kernels", lambda rows: by_kernels)
     for name in ("read_rows", "write_gradient"):
-        monkeypatch.setattr(kernels_rows, name, Launched())
+        monkeypatch.setattr(logit_rows_triton, name, Launched())
     meta = torch.device("meta")
     problem = make_head_problem(150, 1000, 16, meta, torch.bfloat16, sketched=sketched)
     found = head_loss(problem.head, [problem.rows])

@@ -13,7 +13,7 @@ from jobs.cli import main, parse
 from jobs.paths import absolute, to_json
 from jobs.submit import entrypoint, run_flags
 from pipeline.config import TrainConfig
-from student_train.objective import preset
+from student_train.config.objective import preset
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json
 from tests.tiny import tiny_samples

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.demo_epic import ARMS, COMPRESSORS, RATIOS, lines, results
 from pipeline import recipes
-from student_train.stages import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.store import open_store
 from tests.pipeline.run_fakes import fake_cache, fake_evaluation, fake_run, write_json

@@ -8,7 +8,7 @@ import pytest
 from jobs.demo import results
 from pipeline import recipes
 from pipeline.config import TrainConfig
-from student_train.objective import ObjectiveName
+from student_train.config.objective import ObjectiveName
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.store import open_store
 from tests.pipeline.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run, write_json

@@ -10,9 +10,9 @@ import pytest
 from jobs.cli import main, parse
 from jobs.paths import absolute, to_json
 from pipeline.config import TrainConfig
-from student_train.objective import ObjectiveName, preset
-from student_train.progression import ProgressionConfig
-from student_train.run_log import METRICS_FILE
+from student_train.config.objective import ObjectiveName, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.training.metrics_log import METRICS_FILE
 from tests.epic import save_deep
 from tests.runs import tiny_cache
 

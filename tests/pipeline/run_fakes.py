@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.predictions import Prediction, append_predictions
-from student_train.checkpoint import FinishedRun, RunIdentity
-from student_train.objective import DivergenceName, ObjectiveName, UsedTail, preset
-from student_train.progression import ProgressionConfig
-from student_train.settings import TrainerSettings, TrainRecipe
-from student_train.stages import CompressionSettings
+from student_train.config.compression import CompressionSettings
+from student_train.config.objective import DivergenceName, ObjectiveName, UsedTail, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings, TrainRecipe
+from student_train.training.checkpoint import FinishedRun, RunIdentity
 from teacher_cache.schema.manifest import (
     LAYOUT_VERSION,
     CacheSpec,

@@ -14,9 +14,9 @@ from pipeline.config import ReportConfig
 from pipeline.figures import COLOURS, Budget, draw_budgets
 from pipeline.report import write_report
 from pipeline.run_folders import collect
-from student_train.objective import ObjectiveName
-from student_train.progression import ProgressionConfig
-from student_train.stages import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.objective import ObjectiveName
+from student_train.config.progression import ProgressionConfig
 from tests.pipeline.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
 
 NUM = 40

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.objective import preset
-from student_train.rehearsal import require_served
-from student_train.signals import HiddenSignal, TeacherAssets, vision_signal
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import preset
+from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.losses.require_served import require_served
+from student_train.signals.teacher_signal import HiddenSignal, TeacherAssets, vision_signal
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import RecordSettings

@@ -14,7 +14,7 @@ from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.evaluate import evaluate
 from pipeline.train import train
-from student_train.objective import ObjectiveName
+from student_train.config.objective import ObjectiveName
 from teacher_cache.schema.strict_json import decode_json
 
 ARMS: tuple[tuple[ObjectiveName, bool], ...] = (

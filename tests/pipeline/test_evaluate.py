@@ -16,7 +16,7 @@ from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig
 from pipeline.evaluate import evaluate
 from pipeline.generation import Generator
 from pipeline.predictions import Prediction, append_predictions, drop_torn_line, read_predictions
-from student_train.student import student_from_vanilla
+from student_train.models.student import student_from_vanilla
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError
 from teacher_cache.schema.options import holds

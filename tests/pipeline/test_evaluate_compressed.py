@@ -11,8 +11,8 @@ from jobs.cli import parse
 from pipeline.config import EvaluateConfig, SourceConfig
 from pipeline.evaluate import evaluate
 from pipeline.predictions import read_predictions
-from student_train.compressors import num_kept
-from student_train.stages import CompressionSettings, Stage
+from student_train.compression.compressors import num_kept
+from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.schema.manifest import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.deep import deep_model

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from pipeline.response_grid import compression_at, with_grid
-from student_train.compression import compress
-from student_train.objective import preset
-from student_train.progression import ProgressionConfig
-from student_train.signals import TeacherAssets
-from student_train.step_plan import StepPlan, plan_step
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream
-from student_train.student import final_hidden, output_head
-from student_train.trainer import student_loss
+from student_train.compression.compression import compress
+from student_train.config.objective import preset
+from student_train.config.progression import ProgressionConfig
+from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.epic.step_plan import StepPlan, plan_step
+from student_train.models.student import final_hidden, output_head
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.trainer import student_loss
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.options import GridSettings, TierName

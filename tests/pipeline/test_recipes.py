@@ -15,8 +15,8 @@ from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
 from pipeline.digits import write_digits
 from pipeline.evaluate import evaluate
 from pipeline.train import train
-from student_train.objective import ObjectiveName
-from student_train.student import load_student
+from student_train.config.objective import ObjectiveName
+from student_train.models.student import load_student
 from teacher_cache.schema.strict_json import decode_json
 
 NUM_SAMPLES = 32

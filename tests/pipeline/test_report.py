@@ -15,7 +15,7 @@ from pipeline.comparison import compare, group_runs, measured_as
 from pipeline.config import ReportConfig
 from pipeline.report import write_report
 from pipeline.run_folders import collect
-from student_train.objective import ObjectiveName, UsedTail
+from student_train.config.objective import ObjectiveName, UsedTail
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
 from tests.pipeline.run_fakes import (
     fake_cache,

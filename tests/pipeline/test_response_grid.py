@@ -13,8 +13,8 @@ from pipeline import build as build_module
 from pipeline.build import CacheBuilder, build, missing_shards
 from pipeline.config import BuildConfig, SourceConfig
 from pipeline.response_grid import compression_at, with_grid
-from student_train.compression import compress
-from student_train.compressors import COMPRESSORS, Compressor, Evidence
+from student_train.compression.compression import compress
+from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.records.make_records import RecordSettings
@@ -245,7 +245,7 @@ def test_a_grid_that_the_teacher_cannot_give_is_refused_before_a_sample_is_read(
 def test_a_decoder_that_cannot_drop_tokens_is_refused(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student_train.decoder.DECODERS", ("llama",))
+    monkeypatch.setattr("student_train.compression.decoder.DECODERS", ("llama",))
     with pytest.raises(ValueError, match="is a qwen2; tokens can be dropped inside llama only"):
         build(config)
     assert not Path(config.out).exists() or not list(Path(config.out).rglob("*.json"))

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix
-from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
-from student_train.losses import LossTerms, distillation_loss
-from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
-from student_train.signals import DenseSignal, HiddenSignal, Signal
+from student_train.config.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
+from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
+from student_train.losses.objective_loss import LossTerms, distillation_loss
+from student_train.matching.cost import cost_matrix
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.top_k import top_k_record
 from tests.batches import ONE_IMAGE, TEXT_ONLY, TILES, RandomBatch, RecordForm, random_batch

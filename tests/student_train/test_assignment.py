@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.assignment import solve_assignment
-from student_train.objective import MatchingConfig, MatchSolver, ObjectiveConfig
-from student_train.rehearsal import require_served
-from student_train.signals import DenseSignal
+from student_train.config.objective import MatchingConfig, MatchSolver, ObjectiveConfig
+from student_train.losses.require_served import require_served
+from student_train.matching.assignment import solve_assignment
+from student_train.signals.teacher_signal import DenseSignal
 from tests import references
 from tests.batches import ONE_IMAGE, random_batch
 from tests.strategies import make_spec
@@ -78,7 +78,7 @@ def test_a_matching_is_solved_by_the_solver_that_is_asked_for(
 ) -> None:
     student, teacher = normal(1, 5, 11), DenseSignal(logits=normal(2, 8, 11))
     by_scipy = match_one_view(student, teacher, MatchingConfig())
-    monkeypatch.setattr("student_train.assignment.linear_sum_assignment", None)
+    monkeypatch.setattr("student_train.matching.assignment.linear_sum_assignment", None)
     by_lapx = match_one_view(student, teacher, MatchingConfig(solver="lapjvh"))
     assert by_lapx.teacher.tolist() == by_scipy.teacher.tolist()
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from student_train.divergence import reverse_kl
-from student_train.losses import distillation_loss
-from student_train.matching import match_tokens
-from student_train.objective import ObjectiveConfig
-from student_train.sample_states import SampleStates, gather_states
-from student_train.signals import DenseSignal, TeacherAssets
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream
-from student_train.student import final_hidden, output_head
-from student_train.terms import supervised_rows, token_mean, vlad_means, vsd_loss
-from student_train.token_layout import layout_of
-from student_train.vlad import padded
+from student_train.config.objective import ObjectiveConfig
+from student_train.data.sample_states import SampleStates, gather_states
+from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.data.token_layout import layout_of
+from student_train.divergence.divergence import reverse_kl
+from student_train.losses.objective_loss import distillation_loss
+from student_train.losses.reductions import supervised_rows, token_mean, vlad_means, vsd_loss
+from student_train.losses.vlad import padded
+from student_train.matching.matching import match_tokens
+from student_train.models.student import final_hidden, output_head
+from student_train.signals.teacher_signal import DenseSignal, TeacherAssets
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.assignment import solve_assignment
-from student_train.certificate import certified_pairs
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.certificate import certified_pairs
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
 

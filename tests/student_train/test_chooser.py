@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from student_train.chooser import Chooser
-from student_train.compression import compress
-from student_train.compressors import find_compressor
-from student_train.draws import words
-from student_train.evidence import AttentionRecorder, LayerView
-from student_train.stages import CompressionSettings, Stage
-from student_train.student import final_hidden
-from student_train.token_layout import layout_of
-from student_train.turns import turns_of
+from student_train.compression.compression import compress
+from student_train.compression.compressors import find_compressor
+from student_train.compression.image_turns import turns_of
+from student_train.compression.layer_view import AttentionRecorder, LayerView
+from student_train.compression.selection import Chooser
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.data.seeded_random import words
+from student_train.data.token_layout import layout_of
+from student_train.models.student import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.teacher_output import Message, Sample, TokenSpans, ViewGrid, make_sample

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from pipeline.generation import Generator
-from student_train.compression import compress
-from student_train.stages import CompressionSettings, Stage
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.conftest import TinyFolder

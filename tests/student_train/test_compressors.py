@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.compressors import (
+from student_train.compression.compressors import (
     COMPRESSORS,
     Compressor,
     Evidence,
@@ -16,7 +16,7 @@ from student_train.compressors import (
     random_keep,
     register,
 )
-from student_train.draws import words
+from student_train.data.seeded_random import words
 from tests.epic_references import dart_by_loops, fastv_by_loops, random_by_loops
 
 NAMES = ("dart", "fastv", "random")
@@ -114,7 +114,7 @@ def test_random_keeps_each_token_equally_often() -> None:
 
 
 def test_one_more_compressor_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("student_train.compressors.COMPRESSORS", dict(COMPRESSORS))
+    monkeypatch.setattr("student_train.compression.compressors.COMPRESSORS", dict(COMPRESSORS))
     first = Compressor(
         name="first", needs=frozenset(), keep=lambda evidence, ratio: evidence.vision[:1]
     )

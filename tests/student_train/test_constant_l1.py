@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import constant_l1
-from student_train.constant_l1 import ConstantDistances
+from student_train.ops import l1_to_constants
+from student_train.ops.l1_to_constants import ConstantDistances
 
 VOCAB = 10_000
 
@@ -30,9 +30,9 @@ def distances(rows: Tensor, constants: Tensor) -> Tensor:
 
 def known(rows: Tensor, constants: Tensor) -> list[bool]:
     """Which rows need no sorting."""
-    bins = constant_l1._Bins.of(constants, rows.shape[1])  # pyright: ignore[reportPrivateUsage]
+    bins = l1_to_constants._Bins.of(constants, rows.shape[1])  # pyright: ignore[reportPrivateUsage]
     assert bins is not None
-    return constant_l1._under_by_counting(rows, bins)[1].tolist()  # pyright: ignore[reportPrivateUsage]
+    return l1_to_constants._under_by_counting(rows, bins)[1].tolist()  # pyright: ignore[reportPrivateUsage]
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,7 +88,7 @@ def test_probabilities_may_all_be_one_number() -> None:
     )
 
 
-@pytest.mark.parametrize("vocab_size", [constant_l1._LEAST_COUNTED - 1, 400_000])  # pyright: ignore[reportPrivateUsage]
+@pytest.mark.parametrize("vocab_size", [l1_to_constants._LEAST_COUNTED - 1, 400_000])  # pyright: ignore[reportPrivateUsage]
 def test_vocabularies_that_are_small_or_that_bits_cannot_count_are_sorted(vocab_size: int) -> None:
     rows, constants = random_rows(3, 1.0, vocab_size), torch.tensor([0.0, 1e-12])
     assert ConstantDistances.of(constants, vocab_size).bins is None

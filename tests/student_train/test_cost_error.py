@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
-from student_train.certificate import certified_pairs
-from student_train.cost import cost_error, cost_matrix
-from student_train.objective import MatchingConfig
-from student_train.signals import DenseSignal, Signal, TeacherAssets, TopKSignal, response_signal
+from student_train.config.objective import MatchingConfig
+from student_train.matching.certificate import certified_pairs
+from student_train.matching.cost import cost_error, cost_matrix
+from student_train.signals.teacher_signal import (
+    DenseSignal,
+    Signal,
+    TeacherAssets,
+    TopKSignal,
+    response_signal,
+)
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
 

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from student_train.decoder import decoder_of, require_compressible
-from student_train.stages import CompressionSettings, Stage
+from student_train.compression.decoder import decoder_of, require_compressible
+from student_train.config.compression import CompressionSettings, Stage
 from tests.conftest import TinyFolder
 from tests.deep import deep_model
 

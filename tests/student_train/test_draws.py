@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_train.draws import uniform, words
+from student_train.data.seeded_random import uniform, words
 
 WORDS = [
     17828170464205729577,

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pipeline.response_grid import with_grid
-from student_train.compression import compress
-from student_train.objective import EpicName, ObjectiveConfig, preset
-from student_train.progression import ProgressionConfig
-from student_train.settings import TrainerSettings, TrainRecipe
-from student_train.signals import TeacherAssets
-from student_train.stream import BatchPlan, StudentBatch, TrainingStream, parts_needed
-from student_train.student import final_hidden, output_head
-from student_train.trainer import student_loss
+from student_train.compression.compression import compress
+from student_train.config.objective import EpicName, ObjectiveConfig, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings, TrainRecipe
+from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream, parts_needed
+from student_train.models.student import final_hidden, output_head
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.make_records import RecordSettings

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from student_train.epic_step import student_pass
-from student_train.losses import distillation_loss
-from student_train.objective import preset
-from student_train.progression import ProgressionConfig
-from student_train.shared_prefix import LayerEntry, rerun
-from student_train.signals import TeacherAssets
-from student_train.step_plan import StepPlan
-from student_train.student import output_head, student_from_vanilla
-from student_train.trainer import student_loss
+from student_train.config.objective import preset
+from student_train.config.progression import ProgressionConfig
+from student_train.epic.partial_rerun import LayerEntry, rerun
+from student_train.epic.step_passes import student_pass
+from student_train.epic.step_plan import StepPlan
+from student_train.losses.objective_loss import distillation_loss
+from student_train.models.student import output_head, student_from_vanilla
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.trainer import student_loss
 from teacher_cache.schema.teacher_output import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.deep import deep_model, encode
@@ -116,7 +116,7 @@ def test_where_nothing_is_dropped_kd_is_zero_and_all_else_supervised(
     model, processor = deep_model(tiny_folder("qwen2_5_vl"))
     samples = {"no images": [ask("how many?", seeds=())], "too few": [four_tokens()]}.get(case)
     batch = student_batch(encode(model, processor, samples))
-    monkeypatch.setattr("student_train.epic_step.rerun", None)  # no second pass
+    monkeypatch.setattr("student_train.epic.step_passes.rerun", None)  # no second pass
     found = loss_of(model, batch, step)
     assert float(found.terms["kd"].detach()) == 0
     assert not any(bool(g.any()) for g in gradients(model, found.terms["kd"]).values())
@@ -137,7 +137,7 @@ def test_one_set_of_weights_serves_both_passes(
         entries.append(weakref.ref(entry))
         return rerun(model, entry, *rest)
 
-    monkeypatch.setattr("student_train.epic_step.rerun", watched)
+    monkeypatch.setattr("student_train.epic.step_passes.rerun", watched)
     model, processor = deep_model(tiny_folder("llava"))
     batch = student_batch(encode(model, processor))
     hooks = [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]
@@ -231,7 +231,7 @@ def test_the_loss_of_other_objectives_has_no_second_pass(
 ) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     batch = student_batch(encode(model, processor))
-    monkeypatch.setattr("student_train.epic_step.rerun", None)
+    monkeypatch.setattr("student_train.epic.step_passes.rerun", None)
     step = plan(fixed())
     found = loss_of(model, batch, step, name="supervised")
     model = copy.deepcopy(model)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.objective import ObjectiveName, preset
-from student_train.progression import ProgressionConfig
-from student_train.settings import TrainerSettings
-from student_train.step_plan import plan_step
+from student_train.config.objective import ObjectiveName, preset
+from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings
+from student_train.epic.step_plan import plan_step
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import CacheMismatchError
 from tests.children import finish, kill_in_mid_run, start, start_ranks

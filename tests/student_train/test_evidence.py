@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from student_train.compression import compress
-from student_train.compressors import COMPRESSORS, Compressor, Evidence
-from student_train.decoder import decoder_of
-from student_train.stages import CompressionSettings, Stage
-from student_train.turns import turns_of
+from student_train.compression.compression import compress
+from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
+from student_train.compression.decoder import decoder_of
+from student_train.compression.image_turns import turns_of
+from student_train.config.compression import CompressionSettings, Stage
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode
 

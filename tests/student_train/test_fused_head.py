@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from student_train import head_walk
-from student_train.fused_head import HeadPass, head_loss
-from student_train.head_walk import HeadRows
-from student_train.linear_head import LinearHead
+from student_train.head import chunked_pass
+from student_train.head.chunked_pass import HeadRows
+from student_train.head.fused_loss import HeadPass, head_loss
+from student_train.head.linear_head import LinearHead
 from tests.head_rows import (
     VOCAB,
     WIDTH,
@@ -57,8 +57,8 @@ def test_values_and_gradients_are_those_of_autograd_over_whole_logits(
     before = [tensor.detach().clone() for tensor in tensors.values()]
     head = LinearHead(weight=tensors["weight"], bias=tensors.get("bias"), softcap=softcap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_walk, "CHUNK_ROWS", rows)
-        patch.setattr(head_walk, "STEP_BYTES", 4 * VOCAB * step)
+        patch.setattr(chunked_pass, "CHUNK_ROWS", rows)
+        patch.setattr(chunked_pass, "STEP_BYTES", 4 * VOCAB * step)
         found = head_loss(head, [block(tensors["hidden"])])
         expected, values = naive(head, block(tensors["hidden"]))
         assert_close([found.total], [expected])

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from student_train.losses import distillation_loss
-from student_train.objective import MatchingConfig, ObjectiveConfig
-from student_train.sample_states import SampleStates, gather_states
-from student_train.token_layout import TokenLayout
+from student_train.config.objective import MatchingConfig, ObjectiveConfig
+from student_train.data.sample_states import SampleStates, gather_states
+from student_train.data.token_layout import TokenLayout
+from student_train.losses.objective_loss import distillation_loss
 from teacher_cache.schema.teacher_output import TokenSpans
 from tests.batches import random_batch
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from student_train.signals import (
+from student_train.signals.teacher_signal import (
     DenseSignal,
     HiddenSignal,
     TeacherAssets,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from student_train import head_walk
-from student_train.fused_head import head_loss
-from student_train.head_gradient import gradient_that_waits, nothing
-from student_train.head_walk import HeadRows
-from student_train.linear_head import LinearHead
+from student_train.head import chunked_pass
+from student_train.head.chunked_pass import HeadRows
+from student_train.head.fused_loss import head_loss
+from student_train.head.grad_accumulation import gradient_that_waits, nothing
+from student_train.head.linear_head import LinearHead
 from tests import children
 from tests.head_rows import (
     VOCAB,
@@ -95,7 +95,7 @@ def test_micro_batches_add_up_to_what_autograd_makes_of_them(
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_walk, "KEPT_SHARE", kept_share)
+        patch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
         assert_close(sums(fused), sums(plain))
 
 
@@ -103,7 +103,7 @@ def test_micro_batches_add_up_to_what_autograd_makes_of_them(
 def test_a_later_micro_batch_makes_no_tensor_of_the_weights_size(
     kept_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_walk, "KEPT_SHARE", kept_share)
+    monkeypatch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
     hidden, weight, _ = leaves()
     weight.grad = torch.ones_like(weight)
     before, waiting = weight.grad.clone(), weight.grad.data_ptr()
@@ -223,7 +223,7 @@ def test_the_scaler_of_float16_scales_what_is_added_as_well() -> None:
 def test_mixed_precision_adds_in_float32(
     kept_share: float, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_walk, "KEPT_SHARE", kept_share)
+    monkeypatch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
 
     def sums(way: Way, dtype: torch.dtype | None) -> list[Tensor]:
         hidden, weight, bias = leaves(torch.float32)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import kernels, l1
-from student_train.l1 import l1_distances, l1_rounding
+from student_train.ops import l1, use_kernels
+from student_train.ops.l1 import l1_distances, l1_rounding
 
 pytest.importorskip("triton")
-from student_train import kernels_l1
+from student_train.ops import l1_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -23,9 +23,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which a small problem fills several; the interpreter takes its time."""
-    monkeypatch.setattr(kernels_l1, "TILE", {"TILE_N": 4, "TILE_M": 2, "LANES": 8})
-    monkeypatch.setattr(kernels_l1, "SPAN", 16)
-    monkeypatch.setattr(kernels_l1, "BLOCK_SPANS", 2)
+    monkeypatch.setattr(l1_triton, "TILE", {"TILE_N": 4, "TILE_M": 2, "LANES": 8})
+    monkeypatch.setattr(l1_triton, "SPAN", 16)
+    monkeypatch.setattr(l1_triton, "BLOCK_SPANS", 2)
 
 
 def exact_l1(left: Tensor, right: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def test_distances_by_tiles_are_the_distances(
     left = normal(seed, num_problems, num_left, num_columns).to(dtype)
     right = normal(seed + 1, num_problems, num_right, num_columns).to(dtype)
     before = left.clone(), right.clone()
-    found = kernels_l1.tiled_l1(left, right)
+    found = l1_triton.tiled_l1(left, right)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact_l1(left, right), rtol=1e-6, atol=0)
     assert torch.equal(left, before[0])
@@ -57,15 +57,15 @@ def test_distances_by_tiles_are_the_distances(
 def test_distances_in_the_tiles_of_a_gpu_stay_within_the_bound(dtype: torch.dtype) -> None:
     left, right = normal(0, 1, 33, 1027).to(dtype), normal(1, 1, 5, 1027).to(dtype)
     exact = exact_l1(left, right)
-    error = (kernels_l1.tiled_l1(left, right) - exact).abs()
+    error = (l1_triton.tiled_l1(left, right) - exact).abs()
     assert bool((error <= l1_rounding(1027, torch.float32) * exact).all())
 
 
 def test_the_stated_bound_covers_the_additions_of_the_kernel() -> None:
-    in_a_lane = kernels_l1.SPAN // kernels_l1.TILE["LANES"]
+    in_a_lane = l1_triton.SPAN // l1_triton.TILE["LANES"]
     for num_columns in (1, 8192, 151_936, 10**7):
-        blocks = -(-num_columns // (kernels_l1.SPAN * kernels_l1.BLOCK_SPANS))
-        additions = in_a_lane + kernels_l1.TILE["LANES"] + kernels_l1.BLOCK_SPANS + 1 + blocks
+        blocks = -(-num_columns // (l1_triton.SPAN * l1_triton.BLOCK_SPANS))
+        additions = in_a_lane + l1_triton.TILE["LANES"] + l1_triton.BLOCK_SPANS + 1 + blocks
         least = additions * torch.finfo(torch.float32).eps
         assert least <= l1_rounding(num_columns, torch.float32)
 
@@ -73,11 +73,11 @@ def test_the_stated_bound_covers_the_additions_of_the_kernel() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_a_pair_has_the_same_bits_beside_any_others_and_in_any_layout() -> None:
     left, right = normal(2, 2, 9, 50).float(), normal(3, 2, 7, 50).float()
-    whole = kernels_l1.tiled_l1(left, right)
-    assert torch.equal(whole[1:, 4:6, 1:3], kernels_l1.tiled_l1(left[1:, 4:6], right[1:, 1:3]))
+    whole = l1_triton.tiled_l1(left, right)
+    assert torch.equal(whole[1:, 4:6, 1:3], l1_triton.tiled_l1(left[1:, 4:6], right[1:, 1:3]))
     wide = torch.cat([left, left], dim=2)[..., 50:]
     turned = right.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(whole, kernels_l1.tiled_l1(wide, turned))
+    assert torch.equal(whole, l1_triton.tiled_l1(wide, turned))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -87,35 +87,35 @@ def test_distances_go_through_the_kernel_where_kernels_are_chosen(
     left, right = normal(4, 2, 3, 5, 20).float(), normal(5, 2, 3, 4, 20).float()
     expected = l1_distances(left, right)
     launched: list[int] = []
-    kernel = kernels_l1.tiled_l1
+    kernel = l1_triton.tiled_l1
 
     def counted(student: Tensor, teacher: Tensor) -> Tensor:
         launched.append(len(student))
         return kernel(student, teacher)
 
-    monkeypatch.setattr(kernels_l1, "tiled_l1", counted)
+    monkeypatch.setattr(l1_triton, "tiled_l1", counted)
     monkeypatch.setattr(l1, "use_kernels", lambda rows: True)
     torch.testing.assert_close(l1_distances(left, right), expected)
     assert launched == [6]
 
 
 def test_nothing_on_a_cpu_and_no_float64_is_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not kernels.use_kernels(torch.zeros(2, 2))
+    assert not use_kernels.use_kernels(torch.zeros(2, 2))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(kernels, "_runs_on", lambda device: True)
-    assert all(kernels.use_kernels(torch.zeros(2, 2, dtype=dtype)) for dtype in DTYPES)
-    assert not kernels.use_kernels(torch.zeros(2, 2, dtype=torch.float64))
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    assert not kernels.use_kernels(torch.zeros(2, 2))
-    monkeypatch.setenv(kernels.SWITCH, "no")
+    monkeypatch.setattr(use_kernels, "_runs_on", lambda device: True)
+    assert all(use_kernels.use_kernels(torch.zeros(2, 2, dtype=dtype)) for dtype in DTYPES)
+    assert not use_kernels.use_kernels(torch.zeros(2, 2, dtype=torch.float64))
+    monkeypatch.setenv(use_kernels.SWITCH, "0")
+    assert not use_kernels.use_kernels(torch.zeros(2, 2))
+    monkeypatch.setenv(use_kernels.SWITCH, "no")
     with pytest.raises(ValueError, match="EMKD_KERNELS=no: set it to 0"):
-        kernels.use_kernels(torch.zeros(2, 2))
+        use_kernels.use_kernels(torch.zeros(2, 2))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_distances_on_a_gpu_are_the_distances(dtype: torch.dtype) -> None:
     left, right = normal(6, 2, 145, 9001).to(dtype), normal(7, 2, 730, 9001).to(dtype)
-    assert kernels.use_kernels(left.cuda())
+    assert use_kernels.use_kernels(left.cuda())
     found = l1_distances(left.cuda(), right.cuda()).cpu().double()
     torch.testing.assert_close(found, torch.cdist(left.double(), right.double(), p=1))

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix
-from student_train.l1 import l1_distances, l1_rounding
-from student_train.objective import MatchingConfig, MatchMetric
-from student_train.signals import DenseSignal, HiddenSignal
+from student_train.config.objective import MatchingConfig, MatchMetric
+from student_train.matching.cost import cost_matrix
+from student_train.ops.l1 import l1_distances, l1_rounding
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead
 from tests import references
 

@@ -8,11 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import l2
-from student_train.cost import cost_error, cost_matrix
-from student_train.objective import MatchingConfig
-from student_train.signals import DenseSignal, HiddenSignal, Signal, TeacherAssets, vision_signal
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import MatchingConfig
+from student_train.matching import l2_cost
+from student_train.matching.cost import cost_error, cost_matrix
+from student_train.signals.teacher_signal import (
+    DenseSignal,
+    HiddenSignal,
+    Signal,
+    TeacherAssets,
+    vision_signal,
+)
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from tests.batches import ONE_IMAGE, TWO_IMAGES, random_batch
 
@@ -98,7 +104,7 @@ def test_more_vocabulary_than_a_block_is_summed_to_the_end(dtype: torch.dtype) -
 
 
 def test_the_gram_matrix_of_a_head_is_computed_once_and_forgotten_with_it() -> None:
-    grams = l2._grams  # pyright: ignore[reportPrivateUsage]
+    grams = l2_cost._grams  # pyright: ignore[reportPrivateUsage]
     before = len(grams)
     head = LmHead(weight=normal(8, VOCAB, 4))
     student = normal(9, 2, VOCAB)

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
-from student_train.fused_head import head_loss
-from student_train.head_walk import HeadRows, RowLosses
-from student_train.linear_head import LinearHead, as_linear, without_gradient
-from student_train.student import output_head, student_from_vanilla
+from student_train.head.chunked_pass import HeadRows, RowLosses
+from student_train.head.fused_loss import head_loss
+from student_train.head.linear_head import LinearHead, as_linear, without_gradient
+from student_train.models.student import output_head, student_from_vanilla
 from tests import children
 from tests.conftest import TinyFolder
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train import head_walk
-from student_train.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.losses import LossTerms, distillation_loss
-from student_train.objective import MatchingConfig, ObjectiveConfig
-from student_train.signals import DenseSignal
-from student_train.terms import token_mean, vsd_loss
+from student_train.config.objective import MatchingConfig, ObjectiveConfig
+from student_train.head import chunked_pass
+from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
+from student_train.losses.objective_loss import LossTerms, distillation_loss
+from student_train.losses.reductions import token_mean, vsd_loss
+from student_train.signals.teacher_signal import DenseSignal
 from tests.batches import RandomBatch, RecordForm, random_batch
 
 OBJECTIVE = ObjectiveConfig(matching=MatchingConfig(metric="prob_l1", num_shared_ids=None))
@@ -29,8 +29,8 @@ def losses(batch: RandomBatch, form: RecordForm) -> tuple[LossTerms, list[Tensor
 def test_chunks_change_nothing(form: RecordForm, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(3)
     whole, expected = losses(batch, form)
-    monkeypatch.setattr(head_walk, "CHUNK_ROWS", 5)
-    monkeypatch.setattr(head_walk, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
+    monkeypatch.setattr(chunked_pass, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunked_pass, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
     cut, found = losses(batch, form)
     for name, term in whole.terms.items():
         torch.testing.assert_close(cut.terms[name], term, rtol=1e-12, atol=1e-12)

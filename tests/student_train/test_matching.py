@@ -8,10 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix, shared_ids
-from student_train.matching import Assignment, match_tokens
-from student_train.objective import MatchingConfig, MatchMetric
-from student_train.signals import DenseSignal, HiddenSignal, Signal, TeacherAssets, vision_signal
+from student_train.config.objective import MatchingConfig, MatchMetric
+from student_train.matching.cost import cost_matrix, shared_ids
+from student_train.matching.matching import Assignment, match_tokens
+from student_train.signals.teacher_signal import (
+    DenseSignal,
+    HiddenSignal,
+    Signal,
+    TeacherAssets,
+    vision_signal,
+)
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.teacher_output import ViewGrid
 from tests import references

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from student_train.matching import match_tokens
-from student_train.metrics import (
+from student_train.config.objective import MatchingConfig
+from student_train.matching.matching import match_tokens
+from student_train.matching.quality import (
     assignment_stats,
     kept_mass,
     row_mean_spread,
     term_gradient_norms,
 )
-from student_train.objective import MatchingConfig
-from student_train.separability import hubness, separability
-from student_train.signals import DenseSignal, TeacherAssets, vision_signal
+from student_train.matching.separability import hubness, separability
+from student_train.signals.teacher_signal import DenseSignal, TeacherAssets, vision_signal
 from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import ONE_IMAGE, random_batch
 

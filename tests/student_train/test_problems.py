@@ -8,13 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import cost, matching
-from student_train.cost import problems_at_once
-from student_train.linear_head import LinearHead
-from student_train.matching import Assignment, match_tokens, start_matching
-from student_train.objective import MatchingConfig, MatchMetric, MatchScope
-from student_train.problems import VisionTokens, find_problems, rows_of
-from student_train.signals import DenseSignal, Signal, concatenate, vision_signal
+from student_train.config.objective import MatchingConfig, MatchMetric, MatchScope
+from student_train.head.linear_head import LinearHead
+from student_train.matching import cost, matching
+from student_train.matching.cost import problems_at_once
+from student_train.matching.matching import Assignment, match_tokens, start_matching
+from student_train.matching.problems import VisionTokens, find_problems, rows_of
+from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate, vision_signal
 from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import RandomBatch, RecordForm, Shape, View, random_batch
 

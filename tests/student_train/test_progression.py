@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from student_train.objective import TERMS, ObjectiveConfig, preset
-from student_train.progression import FIXED_GAP, ProgressionConfig
-from student_train.schedules import LayerSchedule, RatioRamps, TokenSchedule
-from student_train.settings import TrainRecipe
+from student_train.config.objective import TERMS, ObjectiveConfig, preset
+from student_train.config.progression import FIXED_GAP, ProgressionConfig
+from student_train.config.recipe import TrainRecipe
+from student_train.config.schedules import LayerSchedule, RatioRamps, TokenSchedule
 
 
 @pytest.mark.parametrize(

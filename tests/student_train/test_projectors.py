@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
-from student_train.projectors import (
+from student_train.models.projectors import (
     AvgPoolLlavaNextProjector,
     AvgPoolLlavaProjector,
     average_pool,

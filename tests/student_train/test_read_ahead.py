@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.read_ahead import read_ahead
+from student_train.data.prefetch import read_ahead
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,21 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import head_walk
-from student_train.fused_head import HeadLoss, head_loss
-from student_train.kernels import SWITCH
-from student_train.linear_head import LinearHead
-from student_train.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
-from student_train.objective import DivergenceName, ObjectiveConfig
-from student_train.signals import DenseSignal, Signal
-from student_train.student_rows import DenseRows
-from student_train.terms import token_mean
-from student_train.top_k_signal import SketchCode, TopKSignal
+from student_train.config.objective import DivergenceName, ObjectiveConfig
+from student_train.divergence.student_rows import DenseRows
+from student_train.head import chunked_pass
+from student_train.head.fused_loss import HeadLoss, head_loss
+from student_train.head.linear_head import LinearHead
+from student_train.losses.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
+from student_train.losses.reductions import token_mean
+from student_train.ops.use_kernels import SWITCH
+from student_train.signals.teacher_signal import DenseSignal, Signal
+from student_train.signals.top_k import SketchCode, TopKSignal
 from teacher_cache.records.sketch import SketchBasis
 
 pytest.importorskip("triton")
-from student_train import kernels_rows
-from student_train.read_rows import Reading, ReadRows, losses_in_place
+from student_train.divergence.kernel_rows import Reading, ReadRows, losses_in_place
+from student_train.ops import logit_rows_triton
 
 ROWS, WIDTH = 6, 8
 DIRECTIONS: list[DivergenceName] = ["reverse_kl", "forward_kl", "jsd"]
@@ -31,7 +31,7 @@ DIRECTIONS: list[DivergenceName] = ["reverse_kl", "forward_kl", "jsd"]
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs to a row; the interpreter takes its time."""
-    monkeypatch.setattr(kernels_rows, "COLUMNS", 256)
+    monkeypatch.setattr(logit_rows_triton, "COLUMNS", 256)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -108,8 +108,8 @@ def assert_alike(
         patch.setenv(SWITCH, "0")
         expected, *gradients = there_and_back(terms, vocab_size, dtype, device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_walk, "use_kernels", lambda rows: True)
-        patch.setattr(head_walk, "_losses", None)  # nothing goes torch's way
+        patch.setattr(chunked_pass, "use_kernels", lambda rows: True)
+        patch.setattr(chunked_pass, "_losses", None)  # nothing goes torch's way
         found, *others = there_and_back(terms, vocab_size, dtype, device)
     assert found.values[0].keys() == expected.values[0].keys()
     for name, values in expected.values[0].items():

@@ -8,15 +8,15 @@ from typing import get_args
 
 import pytest
 
-from student_train.losses import distillation_loss
-from student_train.objective import (
+from student_train.config.objective import (
     MatchingConfig,
     MatchMetric,
     ObjectiveConfig,
     TailPolicy,
     preset,
 )
-from student_train.rehearsal import require_served
+from student_train.losses.objective_loss import distillation_loss
+from student_train.losses.require_served import require_served
 from tests.batches import ONE_IMAGE, TWO_IMAGES, RecordForm, random_batch
 from tests.strategies import VOCAB_SIZE, WIDTH, make_spec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.checkpoint import CHECKPOINT_FILE
+from student_train.training.checkpoint import CHECKPOINT_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import CacheMismatchError
 from tests.children import finish, kill_in_mid_run, start, start_ranks

@@ -1,8 +1,8 @@
-"""Promises of student_train/run_log.py that other processes rely on while a run is going on."""
+"""Promises of student_train/training/metrics_log.py that other processes rely on while a run is going on."""
 
 from pathlib import Path
 
-from student_train.run_log import METRICS_FILE, logged_step
+from student_train.training.metrics_log import METRICS_FILE, logged_step
 
 
 def test_the_logged_step_counts_whole_lines_only(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from student_train.draws import uniform
-from student_train.schedules import (
+from student_train.config.schedules import (
     Difficulty,
     IntegratedSchedule,
     LayerSchedule,
@@ -16,6 +15,7 @@ from student_train.schedules import (
     TokenSchedule,
     preset,
 )
+from student_train.data.seeded_random import uniform
 
 # progress, draw, layer, student's ratio, teacher's ratio
 # Paper notes: high 0.05 -> 0.9, low 0 -> 0.5, gap 0.05 -> 0.3, all linear.

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from student_train.decoder import decoder_of
-from student_train.sharding import (
+from student_train.compression.decoder import decoder_of
+from student_train.models.student import output_head, vanilla_student
+from student_train.training.fsdp import (
     average_gradients,
     gathered_head,
     gradient_norm,
@@ -19,7 +20,6 @@ from student_train.sharding import (
     shard,
     whole_weights,
 )
-from student_train.student import output_head, vanilla_student
 from tests.children import finish, start_ranks
 from tests.conftest import TinyFolder
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.compression import compress
-from student_train.shared_prefix import record_entry, rerun
-from student_train.stages import CompressionSettings, Stage
-from student_train.student import final_hidden
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.models.student import final_hidden
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
 from tests.deep import batch_of, deep_model, encode

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.signals import (
+from student_train.signals.teacher_signal import (
     DenseSignal,
     HiddenSignal,
     Signal,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix
-from student_train.objective import MatchingConfig
-from student_train.signals import DenseSignal
-from student_train.sparse_l1 import sparse_probability_l1
-from student_train.top_k_signal import TopKSignal, at_least_float32
+from student_train.config.objective import MatchingConfig
+from student_train.matching.cost import cost_matrix
+from student_train.matching.top_k_l1_cost import sparse_probability_l1
+from student_train.signals.teacher_signal import DenseSignal
+from student_train.signals.top_k import TopKSignal, at_least_float32
 from teacher_cache.schema.teacher_output import TopKRecord
 from tests.strategies import true_record
 

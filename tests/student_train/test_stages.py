@@ -2,7 +2,7 @@
 
 import pytest
 
-from student_train.stages import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.schema.strict_json import DecodeError, decode_json
 
 

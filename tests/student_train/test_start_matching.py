@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.assignment import solve_assignment
-from student_train.cost import cost_error, cost_matrix
-from student_train.matching import match_tokens, start_matching
-from student_train.metrics import assignment_stats
-from student_train.objective import MatchingConfig
-from student_train.problems import VisionTokens
-from student_train.signals import DenseSignal, HiddenSignal, TeacherAssets, vision_signal
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import MatchingConfig
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.cost import cost_error, cost_matrix
+from student_train.matching.matching import match_tokens, start_matching
+from student_train.matching.problems import VisionTokens
+from student_train.matching.quality import assignment_stats
+from student_train.signals.teacher_signal import (
+    DenseSignal,
+    HiddenSignal,
+    TeacherAssets,
+    vision_signal,
+)
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.teacher_output import ViewGrid
 from tests import references

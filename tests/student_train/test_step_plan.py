@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from student_train.draws import uniform
-from student_train.progression import ProgressionConfig
-from student_train.schedules import PAPER_NOTES
-from student_train.stages import CompressionSettings, Stage
-from student_train.step_plan import StepPlan, num_layers_of, plan_step, require_progression
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.progression import ProgressionConfig
+from student_train.config.schedules import PAPER_NOTES
+from student_train.data.seeded_random import uniform
+from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step, require_progression
 from teacher_cache.schema.options import GridSettings
 from tests.conftest import TinyFolder
 from tests.deep import deep_model

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.objective import ObjectiveConfig, ObjectiveName, preset
-from student_train.stream import (
+from student_train.config.objective import ObjectiveConfig, ObjectiveName, preset
+from student_train.data.stream import (
     READ_AHEAD,
     BatchPlan,
     Encoder,

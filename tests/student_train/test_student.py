@@ -14,8 +14,8 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from student_train.projectors import average_pool
-from student_train.student import (
+from student_train.models.projectors import average_pool
+from student_train.models.student import (
     Part,
     final_hidden,
     load_student,

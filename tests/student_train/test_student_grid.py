@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from student_train.student import student_from_vanilla
-from student_train.student_llava_next import AvgPoolLlavaNextConfig, AvgPoolLlavaNextModel
+from student_train.models.avgpool_llava_next import AvgPoolLlavaNextConfig, AvgPoolLlavaNextModel
+from student_train.models.student import student_from_vanilla
 from tests.tiny import tiny_image, tiny_llava, tiny_llava_next, tokenizer
 
 SIZES = [(16, 16), (24, 16), (17, 40), (40, 17), (5, 48), (48, 5), (31, 33), (64, 64), (3, 90)]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix, pair_costs
-from student_train.linear_head import LinearHead, LogitsOf
-from student_train.objective import MatchingConfig, MatchMetric
-from student_train.signals import HiddenSignal, Signal, TeacherAssets, vision_signal
-from student_train.student_logits import StudentLogits
+from student_train.config.objective import MatchingConfig, MatchMetric
+from student_train.head.linear_head import LinearHead, LogitsOf
+from student_train.head.student_logits import StudentLogits
+from student_train.matching.cost import cost_matrix, pair_costs
+from student_train.signals.teacher_signal import HiddenSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.records.lm_head import LmHead
 from tests.batches import ONE_IMAGE, RecordForm, random_batch
 

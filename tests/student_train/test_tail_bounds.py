@@ -11,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import tail_bounds
-from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
-from student_train.objective import TailPolicy
-from student_train.signals import DenseSignal, TeacherAssets, TopKSignal, response_signal
-from student_train.student_rows import largest_entries
+from student_train.config.objective import TailPolicy
+from student_train.divergence import tail_bounds
+from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
+from student_train.divergence.student_rows import largest_entries
+from student_train.signals.teacher_signal import (
+    DenseSignal,
+    TeacherAssets,
+    TopKSignal,
+    response_signal,
+)
 from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.top_k import top_k_record

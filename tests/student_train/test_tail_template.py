@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
-from student_train.losses import distillation_loss
-from student_train.objective import MatchingConfig, preset
-from student_train.signals import DenseSignal, TeacherAssets, concatenate
-from student_train.tail_policies import resolve_tail
-from student_train.top_k_signal import TopKSignal
+from student_train.config.objective import MatchingConfig, preset
+from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
+from student_train.divergence.tail_policies import resolve_tail
+from student_train.losses.objective_loss import distillation_loss
+from student_train.signals.teacher_signal import DenseSignal, TeacherAssets, concatenate
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.records.top_k import top_k_record
 from tests import references

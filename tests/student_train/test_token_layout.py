@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.token_layout import TokenLayout
+from student_train.data.token_layout import TokenLayout
 
 
 def layout(lengths: list[int], side: str) -> TokenLayout:

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.cost import cost_matrix
-from student_train.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
-from student_train.losses import distillation_loss
-from student_train.metrics import kept_mass
-from student_train.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
-from student_train.signals import DenseSignal, Signal, concatenate
-from student_train.tail_policies import resolve_tail
-from student_train.top_k_signal import SketchCode, TopKSignal
+from student_train.config.objective import MatchingConfig, MatchMetric, ObjectiveConfig, TailPolicy
+from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
+from student_train.divergence.tail_policies import resolve_tail
+from student_train.losses.objective_loss import distillation_loss
+from student_train.matching.cost import cost_matrix
+from student_train.matching.quality import kept_mass
+from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate
+from student_train.signals.top_k import SketchCode, TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_record

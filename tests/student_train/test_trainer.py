@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from student_train.checkpoint import RunIdentity
-from student_train.objective import ObjectiveConfig, preset
-from student_train.signals import TeacherAssets
-from student_train.stream import BatchPlan, TrainingStream
-from student_train.student import set_trainable
-from student_train.trainer import student_loss
-from student_train.training_run import train_student
+from student_train.config.objective import ObjectiveConfig, preset
+from student_train.data.stream import BatchPlan, TrainingStream
+from student_train.models.student import set_trainable
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.checkpoint import RunIdentity
+from student_train.training.run import train_student
+from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.manifest import CacheMismatchError

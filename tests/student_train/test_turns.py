@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from student_train.turns import Turn, turns_of
+from student_train.compression.image_turns import Turn, turns_of
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
 

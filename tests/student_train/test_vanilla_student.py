@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from student_train.compression import compress
-from student_train.objective import preset
-from student_train.stages import CompressionSettings, Stage
-from student_train.student import (
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.objective import preset
+from student_train.models.student import (
     PARTS,
     Part,
     final_hidden,

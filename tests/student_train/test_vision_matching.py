@@ -12,15 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train import vision_matching
-from student_train.assignment import solve_assignment
-from student_train.linear_head import LinearHead
-from student_train.matching import Assignment, PendingMatching, match_tokens
-from student_train.metrics import matching_quality
-from student_train.objective import MatchingConfig, MatchMetric, MatchScope, ObjectiveConfig, preset
-from student_train.settings import TrainerSettings
-from student_train.signals import DenseSignal, HiddenSignal
-from student_train.vision_matching import start_batch_matching
+from student_train.config.objective import (
+    MatchingConfig,
+    MatchMetric,
+    MatchScope,
+    ObjectiveConfig,
+    preset,
+)
+from student_train.config.recipe import TrainerSettings
+from student_train.head.linear_head import LinearHead
+from student_train.losses import batch_matching
+from student_train.losses.batch_matching import start_batch_matching
+from student_train.matching.assignment import solve_assignment
+from student_train.matching.matching import Assignment, PendingMatching, match_tokens
+from student_train.matching.quality import matching_quality
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.teacher_output import ViewGrid
 from tests.batches import ONE_IMAGE, TEXT_ONLY, TWO_IMAGES, RandomBatch, RecordForm, random_batch
@@ -119,7 +125,7 @@ def test_a_check_of_what_is_whole_already_is_refused() -> None:
 def test_a_matching_close_to_arbitrary_is_counted_and_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    vision_matching._warn_of_arbitrary.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    batch_matching._warn_of_arbitrary.cache_clear()  # pyright: ignore[reportPrivateUsage]
     batch = random_batch(3, [ONE_IMAGE, TWO_IMAGES], dtype=torch.float32)
     weight, width = batch.student_head.weight.detach(), batch.student_head.in_features
     with caplog.at_level(logging.WARNING):
@@ -261,7 +267,7 @@ def test_costs_are_the_same_in_their_own_thread_and_in_the_callers(
     outputs, assets = batch.outputs("hidden"), batch.assets("hidden")
     objective = ObjectiveConfig(matching=MatchingConfig(metric=metric))
     threads: list[str] = []
-    start = vision_matching.start_matching
+    start = batch_matching.start_matching
 
     def watched(*arguments: Any) -> PendingMatching:
         threads.append(threading.current_thread().name)
@@ -275,9 +281,9 @@ def test_costs_are_the_same_in_their_own_thread_and_in_the_callers(
         return [problem.cost for sample in found for problem in sample.pairs.problems]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision_matching, "start_matching", watched)
+        patch.setattr(batch_matching, "start_matching", watched)
         apart = costs()
-        patch.setattr(vision_matching, "LinearHead", type("NoHead", (), {}))
+        patch.setattr(batch_matching, "LinearHead", type("NoHead", (), {}))
         here = costs()
     assert [name.startswith("matching-costs") for name in threads] == [True, False]
     assert all(torch.equal(*pair) for pair in zip(apart, here, strict=True))

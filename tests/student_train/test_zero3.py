@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from student_train.fused_head import head_loss
-from student_train.linear_head import LinearHead, as_linear, without_gradient
-from student_train.zero3 import is_in_pieces
+from student_train.head.fused_loss import head_loss
+from student_train.head.linear_head import LinearHead, as_linear, without_gradient
+from student_train.head.zero3 import is_in_pieces
 from tests import children
 from tests.head_rows import VOCAB, WIDTH, assert_close, block, naive, normal, sum_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from student_train.student import load_student, student_from_vanilla
+from student_train.models.student import load_student, student_from_vanilla
 from teacher_cache.models.checkpoint import load_config, load_model, resolve_device
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

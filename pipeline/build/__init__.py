@@ -1,0 +1,1 @@
+"""From samples and a teacher to a sealed cache, and extensions of it."""

@@ -1,0 +1,1 @@
+"""Drops vision tokens inside the language model (DART, FastV, Random)."""

@@ -1,0 +1,73 @@
+"""The language model inside a multimodal model: where its layers are, and what they attend to.
+
+Promise: found through transformers' own `get_decoder`, whatever wraps it, and refused before any
+forward pass where tokens cannot be dropped rightly: decoders whose layers are not plainly stacked
+(only `DECODERS` were tried), sliding windows (they would count dropped tokens), stages beyond the
+last layer, compressors that need keys or attention of an attention module that does not show them.
+"""
+
+import sys
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from student_train.compression.compressors import Compressor, find_compressor
+from student_train.config.compression import CompressionSettings
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text")
+"""Model types of text decoders: each layer takes hidden states and `position_embeddings`, no layer
+is fed from elsewhere, and positions matter to nothing but the rotary embedding."""
+
+_ATTENTION_PARTS = ("q_proj", "k_proj", "head_dim", "scaling")
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The text decoder of a model, also of one wrapped by DistributedDataParallel or compiled."""
+    return extract_model_from_parallel(model, keep_torch_compile=False).get_decoder()
+
+
+def require_compressible(model: nn.Module, settings: CompressionSettings) -> Compressor:
+    """Refuse, with the remedy, what the settings cannot do with this model; costs nothing.
+
+    Returns the settings' compressor. Call it where a run begins; `compress` calls it again.
+    """
+    compressor = find_compressor(settings.compressor)
+    decoder = decoder_of(model)
+    name, config = type(model).__name__, decoder.config
+    if config.model_type not in DECODERS:
+        raise ValueError(
+            f"the decoder of {name} is a {config.model_type}; tokens can be dropped inside "
+            f"{', '.join(DECODERS)} only"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = None if kinds else getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or window is not None:
+        raise ValueError(
+            f"the decoder of {name} has sliding-window attention, whose windows would count "
+            "dropped tokens; where no sequence is longer than the window, set sliding_window to "
+            "null (and layer_types to full_attention) in its config"
+        )
+    num_layers = len(decoder.layers)
+    for stage in settings.stages:
+        if stage.layer > num_layers:
+            raise ValueError(
+                f"a stage is at layer {stage.layer}, but the decoder of {name} has {num_layers} "
+                f"layers; choose 1 to {num_layers - 1} ({num_layers}, behind the last, drops none)"
+            )
+        if stage.layer < num_layers and compressor.needs & {"keys", "attention"}:
+            _require_shown(decoder.layers[stage.layer - 1], stage.layer - 1, compressor)
+    return compressor
+
+
+def _require_shown(layer: Any, number: int, compressor: Compressor) -> None:
+    attention = layer.self_attn
+    lacks = [part for part in _ATTENTION_PARTS if not hasattr(attention, part)]
+    if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
+        lacks.append("apply_rotary_pos_emb")
+    if lacks:
+        raise ValueError(
+            f"compressor {compressor.name!r} needs keys or attention of layer {number}, but its "
+            f"{type(attention).__name__} lacks {', '.join(lacks)}; take compressor 'random', or "
+            "load the model with transformers' own attention modules"
+        )

@@ -1,0 +1,102 @@
+"""Asks the compressor about every turn of a batch: which tokens of each sample go on.
+
+Promise: a turn is judged by what its own sample shows (`evidence.py`, `turns.py`), never by its
+neighbours in the batch, their padding or its row; text always goes on. One copy from the device
+per stage, however many turns there are.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt64
+from torch import Tensor
+
+from student_train.compression.compressors import Compressor, Need
+from student_train.compression.image_turns import turns_of
+from student_train.compression.layer_view import LayerView
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.data.seeded_random import words
+from student_train.data.token_layout import TokenLayout
+from teacher_cache.models.collate import ModelBatch
+
+Embeddings = tuple[Float[Tensor, "_ _ d"], Float[Tensor, "_ _ d"]]
+"""Cosines and sines of the whole batch as a decoder makes them: of each row, or one for all."""
+
+
+class Chooser:
+    """A compressor, and the batch that it chooses from; `draw` numbers its random draws."""
+
+    def __init__(
+        self, compressor: Compressor, settings: CompressionSettings, batch: ModelBatch, draw: int
+    ) -> None:
+        self._compressor = compressor
+        self._seed, self._draw = settings.seed, draw
+        self._batch = batch
+        self._turns = [turns_of(sample, settings.text) for sample in batch.samples]
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the batch has any vision tokens."""
+        return any(self._turns)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the compressor looks at."""
+        return self._compressor.needs
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it looks at anything that a layer's attention computes."""
+        return bool(self.needs & {"keys", "attention"})
+
+    @torch.no_grad()
+    def kept_rows(
+        self, stage: Stage, layout: TokenLayout, view: LayerView, embeddings: Embeddings
+    ) -> list[Int[Tensor, " _"]]:
+        """Positions of the tokens of each sample that go on, ascending, on the CPU.
+
+        `layout` says where tokens are in `view`; `embeddings` are those of the whole batch.
+        """
+        device = embeddings[0].device
+        chosen: list[Tensor] = []
+        owners: list[int] = []
+        is_kept = [torch.ones(len(tokens), dtype=torch.bool) for tokens in layout.rows]
+        for row, (tokens, start) in enumerate(zip(layout.rows, layout.starts, strict=True)):
+            for number, turn in enumerate(self._turns[row]):
+                vision = turn.vision[layout.kept(row, turn.vision)]
+                if not len(vision):
+                    continue
+                places = torch.searchsorted(tokens, vision)
+                is_kept[row][places] = False
+                evidence = view.evidence(
+                    row,
+                    slice(start, start + len(tokens)),
+                    self._own_embeddings(row, tokens.to(device), embeddings),
+                    places.to(device),
+                    torch.searchsorted(tokens, turn.text).to(device),
+                    int(torch.searchsorted(tokens, turn.end)),
+                    self._words(row, number, stage, len(vision)) if "words" in self.needs else None,
+                )
+                chosen.append(self._compressor.keep(evidence, stage.ratio))
+                owners += [row] * len(chosen[-1])
+        for row, place in zip(owners, torch.cat(chosen).tolist() if chosen else [], strict=True):
+            is_kept[row][place] = True
+        return [tokens[kept] for tokens, kept in zip(layout.rows, is_kept, strict=True)]
+
+    def _own_embeddings(
+        self, row: int, tokens: Tensor, embeddings: Embeddings
+    ) -> tuple[Float[Tensor, "L d"], Float[Tensor, "L d"]]:
+        """Cosines and sines of a sample's tokens, as if it had been run alone.
+
+        Without position ids, a decoder counts columns, padding on the left included. Attention
+        sees distances only and does not notice, but the norms of rotated keys (DART) would.
+        """
+        cos, sin = embeddings
+        if len(cos) == 1:
+            return cos[0, tokens], sin[0, tokens]
+        columns = tokens + self._batch.offsets[row]
+        return cos[row, columns], sin[row, columns]
+
+    def _words(self, row: int, turn: int, stage: Stage, count: int) -> UInt64[np.ndarray, " n"]:
+        """Random words that depend on the sample itself, not on where it is in which batch."""
+        key = self._batch.samples[row].key
+        return words(self._seed, count, key, turn, stage.layer, self._draw)

@@ -1,0 +1,97 @@
+"""How vision tokens are dropped inside the student's language model over the course of training.
+
+A schedule (TCD, LCD, ICD) says how hard each step is, a preset with which numbers, a compressor
+which tokens go. EPIC's objectives need one; any other objective may have one too: `supervised`
+with a schedule is EPIC without its consistency term. The preset `fixed` is no progression at all:
+one ratio from the first step to the last. Refuses settings that no model could carry out; those
+that one model cannot, `decoder.py` refuses before training. `emkd --help` reads this: no heavy
+imports.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from student_train.config.compression import TextSource
+from student_train.config.schedules import Schedule, ScheduleName, SchedulePreset, fixed, preset
+from teacher_cache.schema.strict_json import Strict
+
+ProgressionPreset = SchedulePreset | Literal["fixed"]
+
+FIXED_GAP = 0.3
+"""Gap of the preset `fixed` where none is given: that of the other presets at their end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressionConfig(Strict):
+    """Compression inside the language model while training; part of a run's identity."""
+
+    schedule: ScheduleName = "tcd"
+    preset: ProgressionPreset = "paper_notes"
+    """Whose ratios: those of notes on the paper, of its released code (tcd alone), or `fixed`."""
+    compressor: str = "dart"
+    """A name in `compressors.COMPRESSORS`: dart, fastv, random, or one that was registered."""
+    text: TextSource = "instruction"
+    """Text that decides what is kept: the instruction of the turn, or `released`, all text."""
+    layer: int = 2
+    """Decoder layer, counted from 0, whose input is shortened: TCD's, and where LCD and ICD end."""
+    icd_layers: tuple[int, ...] = ()
+    """ICD's layers before that, descending; default: 3/4, 1/2 and 1/4 of the depth."""
+    ratio: float | None = None
+    """Share of vision tokens dropped at every step; for the preset `fixed`, which needs it."""
+    gap: float | None = None
+    """How much smaller the teacher's ratio is; for the preset `fixed`; default 0.3."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise ValueError(
+                f"layer is {self.layer}, expected 1 or more: the layer below decides what is kept"
+            )
+        if self.preset == "released_code" and self.schedule != "tcd":
+            raise ValueError(
+                f"the released code has no {self.schedule}, only tcd; take the preset paper_notes"
+            )
+        if self.icd_layers and self.schedule != "icd":
+            raise ValueError(
+                f"icd_layers is {self.icd_layers}, but the schedule is {self.schedule}; leave it "
+                "out, or take the schedule icd"
+            )
+        if self.compressor == "random" and self.text != "instruction":
+            raise ValueError(
+                f"text is {self.text!r}, but the compressor random looks at no text; leave it out"
+            )
+        falling = list(self.icd_layers)
+        if falling and ([*falling, self.layer] != sorted({*falling, self.layer}, reverse=True)):
+            raise ValueError(
+                f"icd_layers is {self.icd_layers}, expected descending layers above {self.layer}"
+            )
+        if self.preset == "fixed":
+            if self.ratio is None or not 0 < self.ratio < 1:
+                raise ValueError(
+                    f"the preset fixed needs a ratio, 0 < ratio < 1, found {self.ratio}; 0.75 "
+                    "keeps a quarter of the vision tokens"
+                )
+            if self.schedule != "tcd":
+                raise ValueError(
+                    f"the preset fixed drops at one layer throughout, found schedule "
+                    f"{self.schedule}; take tcd"
+                )
+            if self.gap is not None and not 0 <= self.gap < 1:
+                raise ValueError(f"gap is {self.gap}, expected 0 <= gap < 1")
+        elif self.ratio is not None or self.gap is not None:
+            name = "ratio" if self.ratio is not None else "gap"
+            raise ValueError(
+                f"{name} is set, but the preset {self.preset} has ratios of its own; leave it out, "
+                "or take the preset fixed"
+            )
+
+    def schedule_of(self, num_layers: int) -> Schedule:
+        """The schedule for a decoder of that many layers; ValueError where it is too shallow."""
+        if self.layer >= num_layers:
+            raise ValueError(
+                f"tokens are to be dropped at the input of layer {self.layer}, but the decoder has "
+                f"{num_layers} layers; choose a layer from 1 to {num_layers - 1}"
+            )
+        if self.preset == "fixed":
+            assert self.ratio is not None  # checked above
+            return fixed(self.ratio, FIXED_GAP if self.gap is None else self.gap, self.layer)
+        return preset(self.preset, self.schedule, num_layers, self.layer, self.icd_layers)

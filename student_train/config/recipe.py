@@ -1,0 +1,136 @@
+"""The settings of a training run, in two halves: what shapes the student, and how it is computed.
+
+`TrainRecipe` changes the trained weights and is part of a run's identity: a run resumes with the
+same recipe or not at all. `TrainerSettings` adds what may change between two attempts of one run
+(threads, micro-batches, how often to save). Imports nothing heavy: `emkd --help` reads this.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from student_train.config.objective import ObjectiveConfig
+from student_train.config.progression import ProgressionConfig
+from teacher_cache.schema.options import TierName
+from teacher_cache.schema.strict_json import Strict
+
+TrainDtype = Literal["float32", "bfloat16", "float16"]
+TrainPart = Literal["vision_tower", "projector", "language_model"]
+ShardName = Literal["none", "fsdp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRecipe(Strict):
+    """Everything that shapes the trained weights, besides the cache, the student and the steps."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    progression: ProgressionConfig | None = None
+    """Vision tokens dropped inside the language model, more and more of them (EPIC); None: all
+    tokens that the projector gives go through every layer."""
+    records: TierName | None = None
+    """Tier to learn from where the cache holds several; default: the most exact one it holds."""
+    train_parts: tuple[TrainPart, ...] = ("projector", "language_model")
+    """Parts whose weights are trained; the others are frozen."""
+    seed: int = 0
+    batch_size: int = 32
+    """Samples of one optimizer step, over all workers and accumulation steps."""
+    learning_rate: float = 1e-5
+    min_lr_ratio: float = 0.0
+    """The cosine schedule ends at this share of the learning rate."""
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    dtype: TrainDtype = "float32"
+    """Dtype of the computation; weights stay float32 (mixed precision) unless it is float32."""
+
+    def __post_init__(self) -> None:
+        expected = self.objective.epic_schedule
+        found = None if self.progression is None else self.progression.schedule
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"objective {self.objective.name!r} goes with schedule {expected!r}, found "
+                f"{found!r}; give both the same, or take objective 'supervised' or 'emkd', which "
+                "go with any"
+            )
+        gap = None if self.progression is None else self.progression.gap
+        if gap is not None and self.objective.kd_weight == 0:
+            raise ValueError(
+                f"gap would have no effect: objective {self.objective.name!r} has no kd term, "
+                "whose teacher it is about; leave it out, or take an epic objective"
+            )
+        compressor = None if self.progression is None else self.progression.compressor
+        if gap == 0 and compressor in ("dart", "fastv") and not self.objective.kd_from_cache:
+            raise ValueError(
+                "gap is 0, so that teacher and student keep the same tokens and kd is 0 at every "
+                "step; give a gap above 0, or take objective 'supervised' with the schedule"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, found {self.batch_size}")
+        if not self.train_parts:
+            raise ValueError("train_parts is empty; name at least one part to train")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, found {self.learning_rate}")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0, found {self.max_grad_norm}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSettings(TrainRecipe):
+    """A recipe, its length, and how the work is carried out."""
+
+    max_steps: int | None = None
+    """Optimizer steps; default: as many as `epochs` need."""
+    epochs: float = 1.0
+    micro_batch_size: int = 8
+    """Samples of one forward pass of one worker."""
+    shard: ShardName = "none"
+    """`fsdp` shards the language model's matrices over the workers (FSDP2): weights, gradients and
+    optimizer state. `none` keeps all of them on every worker."""
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    """`auto` takes CUDA where it is available."""
+    loader_threads: int = 2
+    """Threads that read and encode samples ahead; 0 does it between the steps."""
+    save_steps: int = 500
+    log_steps: int = 10
+    grad_norm_steps: int = 50
+    """Measure each loss term's own gradient norm every so many steps; 0 never does."""
+    match_check_steps: int = 0
+    """Match one sample a second time, by costs over the whole vocabulary, every so many steps, and
+    log how far the matching that is trained on is from that one; 0 never does."""
+
+    def __post_init__(self) -> None:
+        # zero-argument super() does not work in a dataclass that slots=True has built anew
+        TrainRecipe.__post_init__(self)
+        for name in ("micro_batch_size", "save_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
+        for name in ("loader_threads", "grad_norm_steps", "match_check_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
+        if self.shard == "fsdp" and self.dtype == "float16":
+            raise ValueError(
+                "dtype float16 scales its loss by gradients that no worker of a sharded student "
+                "has whole; take dtype bfloat16 or float32, or shard none"
+            )
+        if self.match_check_steps:
+            self.objective.require_sampled_costs()
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be >= 1, found {self.max_steps}")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be > 0, found {self.epochs}")
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """The half that is part of the run's identity."""
+        return TrainRecipe(**{f.name: getattr(self, f.name) for f in fields(TrainRecipe)})
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps over a cache of that many samples."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return math.ceil(self.epochs * num_samples / self.batch_size)

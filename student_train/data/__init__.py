@@ -1,0 +1,1 @@
+"""The resumable stream, and where each sample's tokens are."""

@@ -1,0 +1,67 @@
+"""The student's final hidden states of one sample, as the losses take them.
+
+Promise: gathered by position in the sample, so that padding, its side, and vision tokens that were
+dropped inside the language model leave no trace in what a state is compared with. Refuses a layout
+without a token that a loss needs. Dimensions as in schema.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from student_train.data.token_layout import TokenLayout
+from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleStates:
+    """The student's final hidden states of one sample, gathered: padding has left no trace.
+
+    `predicting[i]` is the state whose logits predict `response_ids[i]`; `text` are the content
+    tokens after the image, of which `text_is_response` tells the response from the instruction.
+    """
+
+    views: tuple[ViewGrid, ...]
+    vision: Float[Tensor, "N D"]
+    text: Float[Tensor, "X D"]
+    predicting: Float[Tensor, "R D"]
+    text_is_response: Bool[Tensor, " X"]
+    response_ids: Int[Tensor, " R"]
+    content_ids: Int[Tensor, " T"]
+    """Kept to be compared with the teacher's, so that no sample is distilled from another."""
+    kept: Int[Tensor, " N"] | None = None
+    """Which of the vision tokens of `views` are left, ascending, where some were dropped inside the
+    language model; on the CPU. None: `vision` has all of them."""
+
+
+def gather_states(
+    hidden: Float[Tensor, "B L D"], spans: Sequence[TokenSpans], layout: TokenLayout
+) -> list[SampleStates]:
+    """Pick the states that the losses need from a padded batch, with gradient.
+
+    The layout says where each sample's tokens are, so that either side of the padding gathers the
+    same states, and which vision tokens are left. ValueError where other tokens were dropped.
+    """
+    device = hidden.device
+    states: list[SampleStates] = []
+    for row, span in enumerate(spans):
+
+        def pick(positions: Tensor, row: int = row) -> Tensor:
+            return hidden[row, layout.columns(row, positions).to(device)]
+
+        is_kept = layout.kept(row, span.vision)
+        states.append(
+            SampleStates(
+                views=span.views,
+                vision=pick(span.vision[is_kept]),
+                text=pick(span.vlad_text),
+                predicting=pick(span.predicting),
+                text_is_response=span.is_response[span.after_image].to(device),
+                response_ids=span.content_ids[span.is_response].to(device),
+                content_ids=span.content_ids,
+                kept=None if bool(is_kept.all()) else is_kept.nonzero()[:, 0],
+            )
+        )
+    return states

@@ -1,0 +1,1 @@
+"""EPIC: a step's student pass and teacher pass, from one plan."""

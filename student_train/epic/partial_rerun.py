@@ -1,0 +1,103 @@
+"""Runs the decoder's upper layers once more, from what the first pass gave the layer at K.
+
+    with record_entry(model, K) as entry, compress(model, student, batch) as found:
+        hidden = final_hidden(model, batch.inputs)
+    with torch.no_grad():
+        teacher_hidden, layout = rerun(model, entry, teacher, batch)
+
+EPIC's teacher is the student itself with fewer tokens dropped: the vision tower, the projector and
+the layers below K see the same weights and inputs in both passes. Promise: what `rerun` gives is
+what a second whole pass would give (a decoder without dropout; to the bit on one device), at the
+cost of the layers from K on. Refuses stages below K, which what was recorded cannot serve.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from student_train.compression.compression import Compression
+from student_train.compression.decoder import decoder_of
+from student_train.compression.layer_view import AttentionRecorder
+from student_train.config.compression import CompressionSettings
+from student_train.data.token_layout import TokenLayout
+from teacher_cache.models.collate import ModelBatch
+
+
+class LayerEntry:
+    """What decoder layer `layer` was given in the latest pass, and what the layer below attended.
+
+    Holds the hidden states with their graph: drop it when the step is done.
+    """
+
+    def __init__(self, layer: int, recorder: AttentionRecorder) -> None:
+        self.layer = layer
+        self.recorder = recorder
+        self.hidden: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.autocast: torch.dtype | None = None
+        """Precision of the pass: accelerate sets it inside the model's forward alone."""
+
+    def catch(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The hook before the layer."""
+        self.hidden, self.arguments = args[0], kwargs
+        device = args[0].device.type
+        enabled = torch.is_autocast_enabled(device)
+        self.autocast = torch.get_autocast_dtype(device) if enabled else None
+
+
+@contextmanager
+def record_entry(model: nn.Module, layer: int) -> Generator[LayerEntry]:
+    """Remember what the input of decoder layer `layer` (1 or more) is in passes of this context."""
+    layers = decoder_of(model).layers
+    if not 1 <= layer < len(layers):
+        raise ValueError(
+            f"the entry to record is at layer {layer}, but the decoder of {type(model).__name__} "
+            f"has {len(layers)} layers; choose 1 to {len(layers) - 1}"
+        )
+    entry = LayerEntry(layer, AttentionRecorder(layers[layer - 1]))
+    # Before the hook of `compress`, whichever context was opened first.
+    before = layers[layer].register_forward_pre_hook(entry.catch, with_kwargs=True, prepend=True)
+    handles = [before, *entry.recorder.attach()]
+    try:
+        yield entry
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rerun(
+    model: nn.Module,
+    entry: LayerEntry,
+    settings: CompressionSettings,
+    batch: ModelBatch,
+    draw: int = 0,
+) -> tuple[Float[Tensor, "B L D"], TokenLayout]:
+    """Final hidden states of the recorded pass under other settings, and where their tokens are.
+
+    The batch is that of the pass. Under `torch.no_grad` for a teacher. ValueError where a stage is
+    below the entry, where nothing was recorded, and for all that `compress` refuses.
+    """
+    low = [stage.layer for stage in settings.stages if stage.layer < entry.layer]
+    if low or entry.hidden is None:
+        found = f"a stage is at layer {low[0]}" if low else "no pass was recorded"
+        raise ValueError(
+            f"{found}, but the layers are run again from {entry.layer} on; run the model inside "
+            "`record_entry`, with its layer no deeper than the first stage of either pass"
+        )
+    decoder: Any = decoder_of(model)
+    compression = Compression(model, settings, batch, draw)
+    handles = compression.attach({entry.layer: entry.recorder.copy()})
+    arguments = {**entry.arguments, "past_key_values": None, "use_cache": False}
+    hidden, dtype = entry.hidden, entry.autocast
+    try:
+        with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype is not None):
+            for layer in decoder.layers[entry.layer :]:
+                hidden = layer(hidden, **arguments)
+            return decoder.norm(hidden), compression.layout
+    finally:
+        for handle in handles:
+            handle.remove()

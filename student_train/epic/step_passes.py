@@ -1,0 +1,95 @@
+"""The passes of one micro-batch: the student's, and its own with more tokens, EPIC's teacher.
+
+    student   whole pass, tokens dropped at layer K at the student's ratio      with gradient
+    teacher   layers K.. once more, at the teacher's ratio (`rerun`)            without
+
+One set of weights: the teacher is the student as it is now. Promise: what the losses get is the
+same as from two whole passes (a decoder without dropout); where nothing is dropped there is no
+second pass, for both are the same, unless the model is sharded and other ranks may drop. What was
+recorded for it is gone when this returns. Dimensions as in schema.py.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from student_train.compression.compression import compress
+from student_train.data.sample_states import SampleStates, gather_states
+from student_train.data.token_layout import TokenLayout, layout_of
+from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.epic.step_plan import StepPlan
+from student_train.models.student import final_hidden
+from teacher_cache.models.collate import ModelBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentPass:
+    """What the forward passes of a micro-batch leave for the losses."""
+
+    states: list[SampleStates]
+    consistent: Float[Tensor, "R D"] | None = None
+    """States of the teacher's pass that predict the batch's response tokens, in order; None where
+    there was none."""
+    diagnostics: dict[str, float]
+
+
+def student_pass(
+    model: nn.Module, batch: ModelBatch, plan: StepPlan | None = None, *, teach: bool = False
+) -> StudentPass:
+    """Run the student over a batch, dropping vision tokens as planned; `teach` adds EPIC's teacher.
+
+    The model may be wrapped; the pass goes through its `forward`. ValueError for what `compress`
+    refuses.
+    """
+    if plan is None:
+        hidden = final_hidden(model, batch.inputs)
+        return StudentPass(states=_gather(hidden, batch, layout_of(batch)), diagnostics={})
+    again = teach and plan.drops
+    recording = record_entry(model, plan.difficulty.layer) if again else nullcontext()
+    with recording as entry, compress(model, plan.student, batch, plan.student_draw) as found:
+        hidden = final_hidden(model, batch.inputs)
+    consistent = None
+    # The layers of a sharded model are gathered by all ranks together, or by none.
+    if entry is not None and (isinstance(model, FSDPModule) or _drops_any(found.layout, batch)):
+        with torch.no_grad():
+            theirs, layout = rerun(model, entry, plan.teacher, batch, plan.teacher_draw)
+        consistent = _predicting(theirs.to(hidden.dtype), batch, layout)
+    states = _gather(hidden, batch, found.layout)
+    return StudentPass(states=states, consistent=consistent, diagnostics=_diagnostics(states, plan))
+
+
+def _gather(hidden: Tensor, batch: ModelBatch, layout: TokenLayout) -> list[SampleStates]:
+    return gather_states(hidden, [sample.spans for sample in batch.samples], layout)
+
+
+def _predicting(hidden: Tensor, batch: ModelBatch, layout: TokenLayout) -> Tensor:
+    rows = [
+        hidden[row, layout.columns(row, sample.spans.predicting).to(hidden.device)]
+        for row, sample in enumerate(batch.samples)
+    ]
+    return torch.cat(rows)
+
+
+def _drops_any(layout: TokenLayout, batch: ModelBatch) -> bool:
+    """Whether a token of any sample is gone; if not, the teacher, which drops less, drops none."""
+    pairs = zip(layout.rows, batch.samples, strict=True)
+    return any(len(tokens) < sample.num_tokens for tokens, sample in pairs)
+
+
+def _diagnostics(states: Sequence[SampleStates], plan: StepPlan) -> dict[str, float]:
+    """The student's difficulty, and how many vision tokens a sample with images has and keeps."""
+    notes = {
+        "epic_layer": float(plan.difficulty.layer),
+        "student_ratio": plan.difficulty.student_ratio,
+    }
+    shown = [state for state in states if state.views]
+    if shown:
+        num_tokens = sum(view.num_tokens for state in shown for view in state.views)
+        notes["vision_tokens"] = num_tokens / len(shown)
+        notes["vision_tokens_kept"] = sum(len(state.vision) for state in shown) / len(shown)
+    return notes

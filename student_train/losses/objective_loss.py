@@ -1,0 +1,240 @@
+"""The objective of a micro-batch: states and cached outputs in, up to five terms out.
+
+    EM-KD   total = a supervised + (1 - a) RLD + b VSD + c VLAD    a = 0.5, b = 0.25, c = 25
+    EPIC    total = (1 - l) supervised + l KD                      l = 0.7
+
+    supervised  next-token cross-entropy on the response           mean over response tokens
+    RLD         reverse KL on the response's logits                mean over response tokens
+    KD          forward KL, the student with more tokens or a cache      mean over the same
+    VSD         reverse KL on matched vision logits                mean over pairs, then samples
+    VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
+
+The means over tokens run over the micro-batch, those over samples over its samples that have vision
+tokens left (VLAD: and text to compare). `vision_matching.py` finds the pairs, `terms.py` and
+`logit_terms.py` compare what is paired, and this module alone knows both. Refuses states and
+teacher outputs that do not belong to one text. Dimensions as in schema.py.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from student_train.config.objective import ObjectiveConfig, UsedTail
+from student_train.data.sample_states import SampleStates
+from student_train.head.fused_loss import HeadPass
+from student_train.head.linear_head import LogitsOf, as_linear
+from student_train.losses.batch_matching import Matched, start_batch_matching
+from student_train.losses.logit_terms import (
+    LogitTerm,
+    consistency_term,
+    divergence_term,
+    head_rows,
+    supervised_term,
+)
+from student_train.losses.reductions import token_mean, vsd_loss
+from student_train.losses.vlad import batch_vlad
+from student_train.matching.matching import Assignment
+from student_train.signals.teacher_signal import (
+    Signal,
+    TeacherAssets,
+    concatenate,
+    teacher_response_at,
+)
+from teacher_cache.schema.teacher_output import TeacherOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """The loss of a micro-batch, and everything that was computed on the way to it.
+
+    `total` is the weighted sum; `terms` are unweighted and have gradients, by name, only those
+    of positive weight. `tails` names the tail policy that each divergence really used, because
+    values under different policies do not compare. `assignments` has one entry per sample, None
+    where no vision token is left or no term needs any. `diagnostics` are plain numbers to log.
+    """
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
+    weights: dict[str, float]
+    tails: dict[str, UsedTail]
+    assignments: tuple[Assignment | None, ...]
+    diagnostics: dict[str, float]
+
+
+def distillation_loss(
+    states: Sequence[SampleStates],
+    outputs: Sequence[TeacherOutput],
+    head: LogitsOf,
+    objective: ObjectiveConfig,
+    assets: TeacherAssets | None = None,
+    consistent: Float[Tensor, "R D"] | None = None,
+    cached_ratio: float = 0.0,
+    *,
+    check_matching: bool = False,
+) -> LossTerms:
+    """The objective of one micro-batch: student states against cached teacher outputs.
+
+    `consistent` are states of the student's own pass with more vision tokens, which predict the
+    batch's response tokens in order: KD's teacher unless that comes from the cache. None where
+    both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
+    `cached_ratio` of its vision tokens, or the next smaller share that the cache knows.
+
+    `check_matching` adds to the diagnostics how good one sample's matching is.
+
+    Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
+    chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
+    dtype of the states (autocast reaches the head only); put `assets` on that device once
+    (`TeacherAssets.to`).
+    ValueError where a sample's text differs between student and teacher, where a record that an
+    active term needs is absent, and for whatever matching, divergence and head refuse.
+    """
+    if not states:
+        raise ValueError("a micro-batch needs at least one sample")
+    for position, (state, output) in enumerate(zip(states, outputs, strict=True)):
+        _require_same_text(position, state, output)
+    linear = as_linear(head) or head
+    assets = assets or TeacherAssets()
+    batch = _Batch(states, outputs, linear, objective, assets, consistent, cached_ratio)
+    run, blocks = HeadPass(batch.head), list[_Block]()
+
+    def compute(block: _Block | None) -> None:
+        if block is not None:
+            run.add(head_rows(block.hidden, block.terms))
+            blocks.append(block)
+
+    # Threads solve the assignments while the response goes through the head, there and back.
+    pending = start_batch_matching(
+        states, outputs, batch.head, objective, batch.assets, check_matching
+    )
+    compute(_response_block(batch))
+    matched = pending.result()
+    compute(_vision_block(batch, matched))
+    diagnostics = dict(pending.diagnostics)
+    terms: dict[str, Tensor] = {}
+    tails: dict[str, UsedTail] = {}
+    totals: list[Tensor] = []
+    if blocks:
+        found = run.finish()
+        totals.append(found.total)
+        for block, values in zip(blocks, found.values, strict=True):
+            for term in block.terms:
+                terms[term.name] = term.reduce(values[term.name])
+                diagnostics.update(term.diagnostics(values))
+                if term.tail is not None:
+                    tails[term.name] = term.tail
+    for name, term in _other_terms(batch, matched, terms).items():
+        terms[name] = term
+        totals.append(batch.weight(name) * term)
+    return LossTerms(
+        total=torch.stack(totals).sum(),
+        terms=terms,
+        weights={name: batch.weight(name) for name in terms},
+        tails=tails,
+        assignments=tuple(None if sample is None else sample.pairs for sample in matched),
+        diagnostics=diagnostics,
+    )
+
+
+class _Batch(NamedTuple):
+    states: Sequence[SampleStates]
+    outputs: Sequence[TeacherOutput]
+    head: LogitsOf
+    objective: ObjectiveConfig
+    assets: TeacherAssets
+    consistent: Tensor | None
+    cached_ratio: float
+
+    def weight(self, term: str) -> float:
+        return getattr(self.objective, f"{term}_weight")
+
+    def cached(self, ratio: float) -> Signal:
+        """The cached teacher over all response tokens, without this share of its vision tokens."""
+        found = [teacher_response_at(output, self.assets, ratio) for output in self.outputs]
+        return concatenate(found).to(self.states[0].predicting.device)
+
+
+class _Block(NamedTuple):
+    """Rows that go through the head together, and the terms that look at their logits."""
+
+    hidden: Tensor
+    terms: list[LogitTerm]
+
+
+def _response_block(batch: _Batch) -> _Block | None:
+    """Supervised, RLD and KD look at one and the same logits."""
+    hidden = torch.cat([state.predicting for state in batch.states])
+    terms: list[LogitTerm] = []
+    if batch.objective.supervised_weight > 0:
+        labels = torch.cat([state.response_ids for state in batch.states])
+        terms.append(supervised_term(batch.objective.supervised_weight, labels, token_mean))
+    objective = batch.objective
+    if objective.rld_weight > 0:
+        teacher = batch.cached(0.0)
+        weight = objective.rld_weight
+        terms.append(divergence_term("rld", weight, teacher, objective, token_mean))
+    if objective.kd_weight > 0:
+        terms += _kd_terms(batch)
+    return _Block(hidden, terms) if terms else None
+
+
+def _kd_terms(batch: _Batch) -> list[LogitTerm]:
+    """EPIC's term, whose teacher is in the cache or the student itself; none if that is the same
+    pass."""
+    objective, weight = batch.objective, batch.objective.kd_weight
+    if objective.kd_from_cache:
+        teacher = batch.cached(batch.cached_ratio)
+        return [divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")]
+    if batch.consistent is None:
+        return []
+    return [consistency_term(weight, batch.consistent, batch.head, objective, token_mean)]
+
+
+def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:
+    """VSD looks at the logits of the vision tokens that were matched."""
+    found = [sample for sample in matched if sample is not None]
+    if batch.objective.vsd_weight == 0 or not found:
+        return None
+    hidden = torch.cat([sample.vision for sample in found])
+    teacher = found[0].teachers
+    num_pairs = [sample.pairs.num_pairs for sample in found]
+
+    def reduce(values: Tensor) -> Tensor:
+        return vsd_loss(values, num_pairs, values.sum())
+
+    term = divergence_term("vsd", batch.objective.vsd_weight, teacher, batch.objective, reduce)
+    return _Block(hidden, [term])
+
+
+def _other_terms(
+    batch: _Batch, matched: Sequence[Matched | None], known: Collection[str]
+) -> dict[str, Tensor]:
+    """VLAD, and zeros for KD and VSD where there was nothing to compare."""
+    found = [sample for sample in matched if sample is not None]
+    zero = torch.cat([state.vision for state in batch.states])[:0].sum()
+    terms: dict[str, Tensor] = {}
+    for name in ("kd", "vsd"):
+        if batch.weight(name) > 0 and name not in known:
+            terms[name] = zero
+    if batch.objective.vlad_weight > 0:
+        with torch.autocast(zero.device.type, enabled=False):
+            terms["vlad"] = batch_vlad(found, batch.objective) if found else zero
+    return terms
+
+
+def _require_same_text(position: int, state: SampleStates, output: TeacherOutput) -> None:
+    if not torch.equal(state.content_ids.cpu().long(), output.content_ids.cpu().long()):
+        raise ValueError(
+            f"sample {position} of the batch: the student's {len(state.content_ids)} text tokens "
+            f"are not the teacher's {len(output.content_ids)}; train a student that has the "
+            "teacher's tokenizer and chat template"
+        )
+    text_is_response = output.is_response[output.after_image].cpu()
+    if not torch.equal(state.text_is_response.cpu(), text_is_response):
+        raise ValueError(
+            f"sample {position} of the batch: student and teacher disagree on which text tokens "
+            "follow the image or belong to the response; use one chat template for both"
+        )

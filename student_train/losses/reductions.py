@@ -1,0 +1,61 @@
+"""The four terms of EM-KD as functions of tensors that are aligned already.
+
+Row i of one side faces row i of the other; who brought them together (`matching.py`) is not known
+here. Every reduction is a mean, because the paper's weights only make sense with means: a sum over
+144 tokens under beta = 0.25 would drown the supervised loss (docs/method.md). A mean over
+nothing is a zero that still has a gradient (of zero). Dimensions as in schema.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.signals.top_k import at_least_float32
+
+
+def supervised_rows(
+    logits: Float[Tensor, "R W"], response_ids: Int[Tensor, " R"]
+) -> Float[Tensor, " R"]:
+    """Cross-entropy of each response token over the student's whole vocabulary."""
+    return functional.cross_entropy(at_least_float32(logits), response_ids.long(), reduction="none")
+
+
+def token_mean(values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+    """Mean over response tokens: of cross-entropies (supervised) or divergences (EM-KD: RLD)."""
+    return values.mean() if len(values) else values.sum()
+
+
+def vsd_loss(
+    values: Float[Tensor, " P"], pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Vision semantic distillation (EM-KD: VSD): mean over a sample's pairs, then over samples.
+
+    The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
+    """
+    parts = values.split(list(pairs_per_sample))
+    return mean_of([part.mean() for part in parts if len(part)], zero)
+
+
+def vlad_means(
+    student: Float[Tensor, "B X P"],
+    teacher: Float[Tensor, "B X P"],
+    counted: Bool[Tensor, "B X P"],
+    beta: float = 1.0,
+) -> Float[Tensor, " B"]:
+    """Affinity distillation (EM-KD: VLAD): smooth L1, mean over each sample's counted entries.
+
+    What is not counted has no gradient; a sample without counted entries has a mean of 0.
+    """
+    entries = functional.smooth_l1_loss(
+        student, teacher.to(student.dtype).detach(), beta=beta, reduction="none"
+    )
+    sums = entries.where(counted, 0.0).sum(dim=(1, 2))
+    return sums / counted.sum(dim=(1, 2)).clamp(min=1)
+
+
+def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The mean of some scalars, or the given (differentiable) zero where there are none."""
+    return torch.stack(list(values)).mean() if values else zero

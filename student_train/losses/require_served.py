@@ -1,0 +1,90 @@
+"""Whether a cache can serve an objective at all, asked before any model is loaded.
+
+Promise: matching and divergences are asked themselves, about one made-up token of the cache's
+tier, so that what they would refuse in the middle of a run they refuse before it, in the same
+words: a metric, a tail policy or a temperature that needs logits which the cache does not hold.
+What depends on the student (its width, its vocabulary) or on a sample is refused where it is met.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from student_train.config.objective import ObjectiveConfig
+from student_train.divergence.divergence import reverse_kl
+from student_train.matching.matching import match_tokens
+from student_train.signals.teacher_signal import (
+    Signal,
+    TeacherAssets,
+    response_signal,
+    vision_signal,
+)
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import TierName, tier_to_learn_from
+from teacher_cache.schema.teacher_output import (
+    HiddenRecord,
+    SketchRecord,
+    TeacherOutput,
+    TopKRecord,
+    ViewGrid,
+)
+
+
+def require_served(
+    objective: ObjectiveConfig,
+    spec: CacheSpec,
+    assets: TeacherAssets,
+    records: TierName | None = None,
+) -> None:
+    """Raise ValueError, with the remedy, where the cache's tier cannot serve the objective.
+
+    `assets` are those that the objective needs of the cache, `records` is the tier to learn from
+    (default: the most exact one that the cache holds).
+    """
+    output = _one_token(spec, tier_to_learn_from(spec.records, records))
+    logits_1V = torch.zeros(1, spec.vocab_size)
+
+    def compare(teacher: Signal) -> None:
+        reverse_kl(logits_1V, teacher, objective.tail, objective.temperature, objective.blend)
+
+    if objective.needs_vision:
+        hidden_1D = torch.zeros(1, spec.hidden_size)
+        teacher = vision_signal(output, assets)
+        views = output.views
+        match_tokens(hidden_1D, logits_1V, views, teacher, views, objective.matching)
+    if objective.rld_weight > 0 or objective.kd_from_cache:
+        compare(response_signal(output, assets))
+    if objective.vsd_weight > 0:
+        compare(vision_signal(output, assets))
+
+
+def _one_token(spec: CacheSpec, tier: TierName) -> TeacherOutput:
+    """What the cache would hold of one vision token and one response token, all zeros."""
+    token_1 = torch.zeros(1, dtype=torch.int64)
+    is_response_1 = torch.ones(1, dtype=torch.bool)
+    output = TeacherOutput(
+        views=(ViewGrid(image=0, view=0, rows=1, cols=1),),
+        content_ids=token_1,
+        is_response=is_response_1,
+        after_image=~is_response_1,
+    )
+    if tier == "hidden":
+        state_1D = torch.zeros(1, spec.hidden_size)
+        hidden = HiddenRecord(vision=state_1D, text=state_1D[:0], predicting=state_1D)
+        return replace(output, hidden=hidden)
+    # Where positions keep as many entries as they need, one of them may keep the floor alone.
+    num_kept = spec.top_k if spec.top_k_floor is None else spec.top_k_floor
+    num_kept = spec.vocab_size if num_kept is None else num_kept
+    nothing_outside = num_kept == spec.vocab_size
+    record = TopKRecord(
+        ids=torch.arange(num_kept)[None],
+        logits=torch.zeros(1, num_kept),
+        logsumexp=torch.zeros(1),
+        log_tail=torch.full((1,), -torch.inf if nothing_outside else 0.0),
+        vocab_size=spec.vocab_size,
+    )
+    sketch = None
+    if tier == "topk+sketch" and spec.sketch_rank is not None:
+        codes = torch.zeros(1, spec.sketch_rank, dtype=torch.int8)
+        sketch = SketchRecord(codes=codes, scale=torch.ones(1), tail_shift=torch.zeros(1))
+    return replace(output, vision=record, response=record, sketch=sketch)

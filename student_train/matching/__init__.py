@@ -1,0 +1,1 @@
+"""Pairs each student vision token with one teacher vision token."""

@@ -1,0 +1,122 @@
+"""Which rows of a micro-batch's vision tokens are matched with which: its assignment problems.
+
+The vision tokens of all samples lie behind one another, on either side. A problem is what is
+matched apart from everything else: one view of one image (`scope=view`: both models cut the image
+alike) or all views of one image (`scope=global`). Its rows are spans of those of the batch.
+
+Promise: problems in the order of samples and of the student's views; a student's dropped tokens are
+in none, and what has none left poses none. Refuses sides that do not show the same views or, for
+scope=global, images.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from student_train.config.objective import MatchScope
+from teacher_cache.schema.teacher_output import ViewGrid
+
+_Spans = dict[tuple[int, ...], list[range]]
+"""Rows by (image, view) or by (image,)."""
+
+
+class VisionTokens(NamedTuple):
+    """Which vision tokens one sample has on either side, in the order of their rows."""
+
+    student_views: Sequence[ViewGrid]
+    teacher_views: Sequence[ViewGrid]
+    student_kept: Int[Tensor, " N"] | None = None
+    """Which tokens of the student's views are left, ascending, where others were dropped."""
+
+
+class Problem(NamedTuple):
+    """One assignment problem, as spans of the rows of all samples."""
+
+    sample: int
+    student: list[range]
+    teacher: list[range]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its numbers of student and of teacher tokens."""
+        return sum(map(len, self.student)), sum(map(len, self.teacher))
+
+
+class Problems(NamedTuple):
+    """The problems of a micro-batch, and how many rows each of its samples has on either side."""
+
+    every: list[Problem]
+    num_student: list[int]
+    num_teacher: list[int]
+
+
+def find_problems(samples: Sequence[VisionTokens], scope: MatchScope) -> Problems:
+    """Cut samples into problems. ValueError where their two sides do not show the same."""
+    found = Problems([], [], [])
+    student_start = teacher_start = 0
+    for number, sample in enumerate(samples):
+        student, student_stop = _spans(sample.student_views, scope, student_start)
+        teacher, teacher_stop = _spans(sample.teacher_views, scope, teacher_start)
+        _require_same(student.keys(), teacher.keys(), scope)
+        if sample.student_kept is not None:
+            student = _only_kept(student, student_start, sample.student_kept.tolist())
+            student_stop = student_start + len(sample.student_kept)
+        found.every.extend(Problem(number, own, teacher[key]) for key, own in student.items())
+        found.num_student.append(student_stop - student_start)
+        found.num_teacher.append(teacher_stop - teacher_start)
+        student_start, teacher_start = student_stop, teacher_stop
+    return found
+
+
+def rows_of(spans: Sequence[range]) -> slice | Tensor:
+    """The rows of some spans in order: a slice, which copies nothing, where one follows another."""
+    start = stop = spans[0].start
+    for span in spans:
+        if span.start != stop:
+            return torch.cat([torch.arange(each.start, each.stop) for each in spans])
+        stop = span.stop
+    return slice(start, stop)
+
+
+def _spans(views: Sequence[ViewGrid], scope: MatchScope, start: int) -> tuple[_Spans, int]:
+    """The spans of each problem, counted from `start`, and where the next sample's begin."""
+    spans: _Spans = {}
+    for view in views:
+        key = (view.image, view.view) if scope == "view" else (view.image,)
+        stop = start + view.num_tokens
+        spans.setdefault(key, []).append(range(start, stop))
+        start = stop
+    return spans, start
+
+
+def _only_kept(spans: _Spans, start: int, kept: list[int]) -> _Spans:
+    """The spans as rows of the kept tokens, which are counted from the sample's first."""
+    assert kept == sorted(kept)
+
+    def left(span: range) -> range:
+        first, last = (bisect_left(kept, edge - start) for edge in (span.start, span.stop))
+        return range(start + first, start + last)
+
+    rows = {key: [left(span) for span in each] for key, each in spans.items()}
+    return {key: each for key, each in rows.items() if any(map(len, each))}
+
+
+def _require_same(
+    student: Set[tuple[int, ...]], teacher: Set[tuple[int, ...]], scope: MatchScope
+) -> None:
+    if student == teacher:
+        return
+    only_student, only_teacher = sorted(student - teacher), sorted(teacher - student)
+    if scope == "view":
+        raise ValueError(
+            "matching view by view needs the same views on both sides, as (image, view): only the "
+            f"student has {only_student}, only the teacher {only_teacher}; use scope=global"
+        )
+    raise ValueError(
+        f"the student and the teacher saw different images: only the student has {only_student}, "
+        f"only the teacher {only_teacher}; the cache belongs to other samples"
+    )

@@ -1,0 +1,1 @@
+"""Students, and which parts of them are trained."""

@@ -1,0 +1,313 @@
+"""From a vanilla model to a student with few vision tokens, and back from disk.
+
+`vanilla_student` is the model itself, of any family, unchanged: its tokens are dropped inside its
+language model while it trains (`compression.py`), if at all. `student_from_vanilla` puts a
+compressing projector between the vision tower and the language model of a vanilla LLaVA or
+LLaVA-NeXT, weights unchanged, and gives the family's own processor the pooled patch size, so that
+it emits exactly as many placeholders as the model has vision tokens. What cannot work is refused
+before any training: other families, class tokens that would break the grid, processors whose image
+size, tiles or placeholder count disagree with the model. Remote code is never run.
+
+Also here: which parts are trained, and the two ways into the model that losses need, final hidden
+states and the head, both of which work under DistributedDataParallel.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from student_train.models.avgpool_llava import (
+    AvgPoolLlavaConfig,
+    AvgPoolLlavaForConditionalGeneration,
+)
+from student_train.models.avgpool_llava_next import (
+    AvgPoolLlavaNextConfig,
+    AvgPoolLlavaNextForConditionalGeneration,
+)
+from student_train.models.projectors import grid_side, pooled_side
+from teacher_cache.models.checkpoint import load_config, load_model
+from teacher_cache.models.view_geometry import require_supported
+
+logger = logging.getLogger(__name__)
+
+ProjectorName = Literal["avgpool", "none"]
+Part = Literal["vision_tower", "projector", "language_model"]
+
+PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
+PART_PREFIXES: dict[Part, tuple[str, ...]] = {
+    "vision_tower": ("model.vision_tower.", "model.visual.", "model.vision_model."),
+    "projector": (
+        "model.multi_modal_projector.",
+        "model.image_newline",
+        "model.visual.merger.",
+        "model.connector.",
+    ),
+    "language_model": ("model.language_model.", "model.text_model.", "lm_head."),
+}
+"""Parameter names that begin so belong to the part, the longest beginning counts: LLaVA's family
+and InternVL; Qwen-VL, whose merger is the projector; Idefics3. A newline embedding is the
+projector's."""
+
+CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
+"""How vision towers of transformers call the parameter of their class token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentFamily:
+    """One vanilla model type with one projector: the classes that make up its student."""
+
+    projector: Literal["avgpool"]
+    vanilla_type: str
+    config_class: type[AvgPoolLlavaConfig] | type[AvgPoolLlavaNextConfig]
+    model_class: type[PreTrainedModel]
+    processor_class: type[Any]
+
+
+FAMILIES = (
+    StudentFamily(
+        projector="avgpool",
+        vanilla_type="llava",
+        config_class=AvgPoolLlavaConfig,
+        model_class=AvgPoolLlavaForConditionalGeneration,
+        processor_class=LlavaProcessor,
+    ),
+    StudentFamily(
+        projector="avgpool",
+        vanilla_type="llava_next",
+        config_class=AvgPoolLlavaNextConfig,
+        model_class=AvgPoolLlavaNextForConditionalGeneration,
+        processor_class=LlavaNextProcessor,
+    ),
+)
+
+
+def student_from_vanilla(
+    path: str,
+    projector: Literal["avgpool"] = "avgpool",
+    stride: int = 2,
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vanilla model as a student that pools its vision tokens by stride x stride.
+
+    `path` is a local folder or hub id of a LLaVA or LLaVA-NeXT checkpoint, or of a student made
+    here before, which is returned as it is (its stride must be `stride`). `dtype` defaults to the
+    checkpoint's own. Returns the model in eval mode and its processor; the caller moves it to a
+    device. Raises `ValueError` for other families and for settings under which the processor's
+    placeholders and the model's vision tokens would differ.
+    """
+    config: Any = load_config(path)
+    for family in FAMILIES:
+        if family.projector == projector and config.model_type == family.config_class.model_type:
+            if config.vision_pool_stride != stride:
+                raise ValueError(
+                    f"{path} is a student with vision_pool_stride {config.vision_pool_stride}, "
+                    f"but stride {stride} was asked for; pass --stride {config.vision_pool_stride} "
+                    "or start from a vanilla model"
+                )
+            return load_student(path, dtype)
+        if family.projector == projector and config.model_type == family.vanilla_type:
+            return _convert(path, family, stride, dtype)
+    supported = sorted(
+        {family.vanilla_type for family in FAMILIES if family.projector == projector}
+    )
+    raise ValueError(
+        f"{path} has model type {config.model_type!r}; students with projector {projector!r} are "
+        f"made from {', '.join(supported)} (or from a student of these); projector 'none' keeps "
+        "all vision tokens of any family, to be dropped inside the language model"
+    )
+
+
+def vanilla_student(
+    path: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vanilla model as a student with all its vision tokens, class and weights unchanged.
+
+    What is trained so loads in transformers without this project. ValueError for families whose
+    vision tokens are not known, and for students whose projector pools.
+    """
+    model_type = load_config(path).model_type
+    if any(model_type == family.config_class.model_type for family in FAMILIES):
+        raise ValueError(
+            f"{path} is a student that pools its vision tokens ({model_type}), but projector "
+            "'none' trains a vanilla model; take projector 'avgpool' and its stride"
+        )
+    require_supported(model_type)
+    return load_student(path, dtype)
+
+
+def load_student(
+    path: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load any image-text-to-text model with its processor, students and vanilla models alike.
+
+    `dtype` defaults to the checkpoint's own. The model is in eval mode, on the CPU. Raises
+    `ValueError` when weights are missing (transformers would go on with random ones) and when a
+    student's processor does not fit it.
+    """
+    model, processor = load_model(path, dtype)
+    if any(isinstance(model.config, family.config_class) for family in FAMILIES):
+        _require_placeholders_match(path, model, processor)
+    return model, processor
+
+
+def _convert(
+    path: str, family: StudentFamily, stride: int, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    loaded: Any = load_student(path, dtype)
+    vanilla, processor = loaded
+    if type(processor) is not family.processor_class:
+        raise ValueError(
+            f"{path} has a {type(processor).__name__}, expected {family.processor_class.__name__}; "
+            "its vision tower has no fixed square grid to pool"
+        )
+    _require_square_grid(path, vanilla)
+    config: Any = _student_config(vanilla.config, family, stride)
+    # Through transformers' own loader: it ties heads, fills buffers and reports every key.
+    loaded = family.model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=vanilla.state_dict(),
+        dtype=vanilla.dtype,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    unmatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]})
+    assert not unmatched, f"the student's parameters are not the vanilla model's: {unmatched}"
+    model.generation_config = vanilla.generation_config
+    processor.patch_size = config.vision_config.patch_size * stride
+    _require_placeholders_match(path, model, processor)
+    logger.info("%s becomes a %s with stride %d", path, config.model_type, stride)
+    return model.eval(), processor
+
+
+def _require_square_grid(path: str, vanilla: PreTrainedModel) -> None:
+    """Refuse a feature selection that leaves the class token in, or drops a patch instead of it."""
+    names = [name for name, _ in vanilla.get_submodule("model.vision_tower").named_parameters()]
+    has_class_token = any(name.rpartition(".")[2] in CLASS_TOKEN_NAMES for name in names)
+    found = vanilla.config.vision_feature_select_strategy
+    expected = "default" if has_class_token else "full"
+    if found != expected:
+        raise ValueError(
+            f"{path} has vision_feature_select_strategy {found!r}, expected {expected!r}: its "
+            f"{vanilla.config.vision_config.model_type} has {'a' if has_class_token else 'no'} "
+            "class token, and pooling needs the square grid of patches alone"
+        )
+
+
+def _student_config(
+    vanilla: PreTrainedConfig, family: StudentFamily, stride: int
+) -> AvgPoolLlavaConfig | AvgPoolLlavaNextConfig:
+    fields = vanilla.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    fields["image_seq_length"] = pooled_side(grid_side(vanilla), stride) ** 2
+    return family.config_class(**fields, vision_pool_stride=stride)
+
+
+def _require_placeholders_match(path: str, model: PreTrainedModel, processor: Any) -> None:
+    """Refuse a processor that would not emit one placeholder per vision token of the student.
+
+    Encodes one blank image. One is enough: past the image size, the class token and the tiles,
+    both sides count by one formula (the tests sweep it over image sizes and strides).
+    """
+    config = model.config
+    vision = config.vision_config
+    side = pooled_side(grid_side(config), config.vision_pool_stride)
+    blank = np.zeros((vision.image_size, 2 * vision.image_size, 3), dtype=np.uint8)
+    images = processor.image_processor(images=[blank], return_tensors="pt")
+    facts: list[tuple[str, object, object]] = [
+        ("image token id", processor.image_token_id, config.image_token_id),
+        (
+            "height and width of the pixels",
+            list(images["pixel_values"].shape[-2:]),
+            [vision.image_size, vision.image_size],
+        ),
+    ]
+    num_features = side * side
+    if isinstance(model, AvgPoolLlavaNextForConditionalGeneration):
+        tiles = [torch.zeros(images["pixel_values"].shape[1], num_features, 1)]
+        strategy = config.vision_feature_select_strategy
+        packed, _ = model.pack_image_features(
+            tiles, images["image_sizes"], strategy, torch.zeros(1)
+        )
+        num_features = len(packed[0])
+        pinpoints = processor.image_processor.image_grid_pinpoints
+        facts.append(
+            (
+                "image_grid_pinpoints",
+                sorted(list(size) for size in pinpoints),
+                sorted(list(size) for size in config.image_grid_pinpoints),
+            )
+        )
+    num_placeholders = processor.replace_image_token(images, 0).count(processor.image_token)
+    facts.append(("placeholders of a blank image", num_placeholders, num_features))
+    wrong = [
+        f"  {what}: processor {has}, model {wants}" for what, has, wants in facts if has != wants
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: the processor does not fit the model:\n" + "\n".join(wrong) + "\ncorrect "
+            "its preprocessor / processor configuration (patch_size, num_additional_image_tokens, "
+            "vision_feature_select_strategy, size, image_grid_pinpoints)"
+        )
+
+
+def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part, int]:
+    """Train the named parts and freeze all others; return each part's number of trained weights.
+
+    A head that is tied to the input embeddings is counted once. Raises `ValueError` when no part
+    is named and for models with parameters that belong to no part.
+    """
+    if not parts:
+        raise ValueError(f"nothing to train; name at least one of {', '.join(PARTS)}")
+    counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        owner = _owner(name)
+        if owner is None:
+            raise ValueError(
+                f"parameter {name} of {type(model).__name__} belongs to none of the parts "
+                f"{', '.join(PARTS)}; models whose parameters begin otherwise cannot be trained"
+            )
+        parameter.requires_grad_(owner in parts)
+        counts[owner] += parameter.numel() if owner in parts else 0
+    return counts
+
+
+def _owner(name: str) -> Part | None:
+    """The part that a parameter belongs to, by the longest beginning of its name that is known."""
+    begins: dict[str, Part] = {
+        begin: part for part in PARTS for begin in PART_PREFIXES[part] if name.startswith(begin)
+    }
+    return begins[max(begins, key=len)] if begins else None
+
+
+def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:
+    """Run the model and return the states that enter its head, after the final norm.
+
+    Goes through `forward`, as wrappers such as DistributedDataParallel need. The library keeps the
+    last of its hidden states only. It computes logits on the way; it is told to do so at one
+    position only, and they are dropped.
+    """
+    output = model(
+        **inputs, output_hidden_states=[-1], logits_to_keep=1, use_cache=False, return_dict=True
+    )
+    return output.hidden_states[-1]
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The language-model head, also of a model wrapped by DistributedDataParallel or compiled."""
+    return extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()

@@ -1,0 +1,72 @@
+"""L1 distances of every pair of rows, in strips of columns that stay in a core's nearest cache.
+
+`torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum; over strips
+of 16 columns the sum is a single vector and the rows lie in cache: 2.5 times faster here at
+V = 151,936 (benchmarks/matching.py), and closer to the true sum, since partial sums are added in
+two levels. On GPUs a kernel of our own does so by tiles (kernels_l1.py). Promises: no tensor of
+N x M x C entries, no gradient, inputs untouched; a pair's distance depends on no other pair.
+Dimensions as in schema.py, C any number of columns.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from student_train.ops.use_kernels import use_kernels
+
+_CPU_STRIP = 16
+_GPU_STRIP = 1024
+_COLUMNS_AT_ONCE = 8192
+_STRIPS_AT_ONCE = 4
+"""Few calls for small problems, little memory for large ones; the same for all, as bits are."""
+
+
+@torch.no_grad()
+def l1_distances(
+    student: Float[Tensor, "*B N C"], teacher: Float[Tensor, "*B M C"]
+) -> Float[Tensor, "*B N M"]:
+    """`sum_c |student[n, c] - teacher[m, c]|` of rows of one dtype, summed in float32 or wider.
+
+    Leading dimensions are problems of their own: each gets the bits that it gets alone.
+    """
+    if use_kernels(student):
+        from student_train.ops.l1_triton import tiled_l1
+
+        found = tiled_l1(*(rows.reshape(-1, *rows.shape[-2:]) for rows in (student, teacher)))
+        return found.view(*student.shape[:-1], teacher.shape[-2])
+    return _in_strips(student, teacher)
+
+
+def l1_rounding(num_columns: int, dtype: torch.dtype) -> float:
+    """Bound of the relative rounding error of `l1_distances` in `dtype`, whatever the device.
+
+    A distance is a sum of non-negative terms, so its relative error is at most one rounding for
+    every addition that a term goes through, and one for its difference. In strips these are at
+    most a strip's columns, the strips of a block and the blocks; in the kernel 256 of a lane, 2
+    between lanes, 8 spans, one into the total and the blocks: fewer.
+    """
+    in_sequence = _GPU_STRIP + _COLUMNS_AT_ONCE // _CPU_STRIP + num_columns // _COLUMNS_AT_ONCE
+    return 2 * torch.finfo(dtype).eps * (in_sequence + 4)
+
+
+def _in_strips(student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    total = student.new_zeros(*student.shape[:-1], teacher.shape[-2], dtype=dtype)
+    for start in range(0, student.shape[-1], _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        part = torch.zeros_like(total)
+        own = _strips(student[..., start:stop].to(dtype)).split(_STRIPS_AT_ONCE)
+        theirs = _strips(teacher[..., start:stop].to(dtype)).split(_STRIPS_AT_ONCE)
+        for own_SBNC, their_SBMC in zip(own, theirs, strict=True):
+            part += torch.cdist(own_SBNC, their_SBMC, p=1).sum(dim=0)
+        total += part
+    return total
+
+
+def _strips(rows: Tensor) -> Tensor:
+    """Rows [..., n, C] as strips [C / width, ..., n, width]; zeros fill up the last."""
+    width = _GPU_STRIP if rows.is_cuda else _CPU_STRIP
+    missing = -rows.shape[-1] % width
+    padded = functional.pad(rows, (0, missing)) if missing else rows
+    return padded.unflatten(-1, (-1, width)).movedim(-2, 0).contiguous()

@@ -1,0 +1,1 @@
+"""What the teacher says, in three forms behind one interface."""

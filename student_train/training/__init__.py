@@ -1,0 +1,1 @@
+"""The trainer, FSDP, checkpoints and the log of a run."""

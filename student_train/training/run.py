@@ -1,0 +1,201 @@
+"""One training run from beginning to end, or from where it was killed: `train_student`.
+
+The same function runs in a plain process, under torchrun and inside a Ray Train worker: rank and
+world size come from the process group, if there is one. Running it again after it has finished
+returns at once; after a kill it goes on from the newest complete checkpoint. A run folder that
+holds another run is refused with the fields that differ, and nothing in it is changed.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.utils import wait_for_everyone
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from student_train.config.objective import ObjectiveConfig
+from student_train.config.recipe import TrainerSettings
+from student_train.data.stream import BatchPlan, TrainingStream, parts_needed
+from student_train.epic.step_plan import require_progression
+from student_train.losses.require_served import require_served
+from student_train.models.student import output_head, set_trainable
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.checkpoint import (
+    FINAL_FOLDER,
+    FinishedRun,
+    RunIdentity,
+    finished_run,
+    newest_checkpoint,
+    prune_checkpoints,
+    publish_final,
+    require_same_run,
+)
+from student_train.training.fsdp import shard
+from student_train.training.fsdp_trainer import ShardedTrainer
+from student_train.training.trainer import EmkdTrainer, Progress, Report, training_arguments
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.options import TierName, tier_to_learn_from
+
+logger = logging.getLogger(__name__)
+
+LoadStudent = Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+
+
+def train_student(
+    run: Path,
+    reader: CacheReader,
+    load: LoadStudent,
+    settings: TrainerSettings,
+    *,
+    student: str,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> FinishedRun:
+    """Train the student that `load` returns and leave it in `run/final`; every rank calls this.
+
+    `student` identifies what `load` returns (a digest of its weights and projector), so that a
+    finished run is recognised without loading anything. `report` is called on every rank with each
+    line of the metrics log, `progress` on rank 0 after each step.
+
+    CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
+    differ between student and teacher, ValueError for settings that do not fit together.
+    """
+    num_steps = settings.num_steps(len(reader))
+    identity = RunIdentity(
+        cache=reader.fingerprint,
+        teacher=reader.spec.teacher_weights,
+        student=student,
+        num_steps=num_steps,
+        recipe=settings.recipe,
+    )
+    arguments = training_arguments(settings, run, num_steps)
+    plan = BatchPlan(
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
+    arguments.gradient_accumulation_steps = plan.accumulation_steps
+    if settings.shard == "fsdp" and plan.world_size == 1:
+        raise ValueError(
+            "shard is fsdp, but there is one worker and nobody to share with; give "
+            "--num-workers 2 or more, or --shard none"
+        )
+    require_same_run(run, identity)
+    finished = finished_run(run)
+    if finished is not None:
+        logger.info("%s has finished already", run)
+        return finished
+    resumed = newest_checkpoint(run, identity)
+    tier = tier_to_learn_from(reader.spec.records, settings.records)
+    assets = _assets(reader, settings.objective, tier)
+    require_served(settings.objective, reader.spec, assets, tier)
+    _refuse_idle_gap(settings, reader)
+
+    model, processor = load()
+    set_trainable(model, settings.train_parts)
+    if "language_model" not in settings.train_parts:
+        _differentiate_text(model)
+    _require_vocabulary(model, reader)
+    if settings.progression is not None:
+        require_progression(model, settings.progression, num_steps)
+    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
+    stream = TrainingStream(
+        reader,
+        encoder.encode,
+        objective=settings.objective,
+        records=tier,
+        pad_token_id=encoder.pad_token_id,
+        seed=settings.seed,
+        plan=plan,
+        num_threads=settings.loader_threads,
+    )
+    if resumed is not None:
+        stream.seek(resumed.record.stream)
+        logger.info("Going on from step %d of %d", resumed.record.step, num_steps)
+    wait_for_everyone()  # every rank has looked before anything is removed
+    if arguments.process_index == 0:
+        prune_checkpoints(run)
+    if settings.shard == "fsdp":
+        shard(model, arguments.device, getattr(torch, settings.dtype))
+    trainer_class = ShardedTrainer if settings.shard == "fsdp" else EmkdTrainer
+    trainer = trainer_class(
+        model=model,
+        processor=processor,
+        arguments=arguments,
+        settings=settings,
+        stream=stream,
+        assets=assets,
+        identity=identity,
+        resumed=None if resumed is None else resumed.record,
+        report=report,
+        progress=progress,
+    )
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
+    partial = run / f"{FINAL_FOLDER}.partial"
+    trainer.save_student(partial)
+    record = FinishedRun(
+        identity=identity,
+        settings=settings,
+        num_samples=trainer.num_samples,
+        seconds=trainer.run_log.seconds,
+    )
+    if arguments.process_index == 0:
+        publish_final(run, partial, record)
+    wait_for_everyone()
+    return record
+
+
+def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> TeacherAssets:
+    parts = parts_needed(objective, tier)
+    return TeacherAssets(
+        head=reader.head() if "hidden" in parts else None,
+        sketch=reader.sketch_basis() if "sketch" in parts else None,
+        template=None if "hidden" in parts else reader.tail_template(),
+    )
+
+
+def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
+    """A cached teacher that has seen every token is no nearer to the student for any gap."""
+    progression, grid = settings.progression, reader.spec.grid
+    if progression is None or progression.gap is None or not settings.objective.kd_from_cache:
+        return
+    found = f"gap is {progression.gap}, but would have no effect"
+    if grid is None:
+        raise ValueError(
+            f"{found}: the cache's teacher has dropped no vision tokens; leave it out, or build "
+            "the cache with --compressor and --ratios"
+        )
+    if progression.layer > grid.layer:  # the preset fixed, the one with a gap, stays at it
+        raise ValueError(
+            f"{found}: the student drops at layer {progression.layer}, deeper than the cache's "
+            f"teacher at layer {grid.layer}, whose grid cannot teach it; leave it out, or drop at "
+            f"layer {grid.layer} or before"
+        )
+
+
+def _differentiate_text(model: PreTrainedModel) -> None:
+    """Give text embeddings a gradient that nobody uses, where none of their weights is trained.
+
+    Else the loss of a micro-batch without images would depend on nothing that is trained, which
+    `backward` refuses; and where the model is sharded, ranks have to go back through it together.
+    """
+
+    def require_gradient(_module: nn.Module, _inputs: object, embedded: Tensor) -> None:
+        if torch.is_grad_enabled():
+            embedded.requires_grad_()
+
+    model.get_input_embeddings().register_forward_hook(require_gradient)
+
+
+def _require_vocabulary(model: PreTrainedModel, reader: CacheReader) -> None:
+    head = output_head(model).get_parameter("weight")
+    found, expected = head.shape[0], reader.spec.vocab_size
+    if found < expected:
+        raise ValueError(
+            f"the student's head has {found} rows, the cache's teacher {expected}; use a student "
+            "with the vocabulary of the teacher"
+        )

@@ -1,0 +1,349 @@
+"""The optimizer loop: a transformers.Trainer whose data is the stream and whose loss is LossTerms.
+
+How a step's loss adds up: each term is a mean inside one micro-batch (losses.py says over what); a
+step takes the plain mean over its micro-batches and ranks, which all hold equally many samples. So
+micro_batch_size and world size never change *which* samples form a step, only, slightly, how much
+a token weighs that stands in a micro-batch with few others. No B x L x V logits are ever computed.
+
+Refuses to skip or re-shard data (the stream alone decides), to go on after a loss that is not
+finite, and trainable weights in half precision.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from student_train.config.recipe import TrainerSettings
+from student_train.data.stream import StudentBatch, TrainingStream
+from student_train.epic.step_passes import student_pass
+from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
+from student_train.head.linear_head import LogitsOf
+from student_train.losses.objective_loss import LossTerms, distillation_loss
+from student_train.matching.quality import term_gradient_norms
+from student_train.models.student import output_head
+from student_train.signals.teacher_signal import TeacherAssets
+from student_train.training.checkpoint import (
+    CheckpointRecord,
+    RunIdentity,
+    claim_run,
+    mark_complete,
+    prune_checkpoints,
+)
+from student_train.training.metrics_log import MetricsLog, Window, means, merge
+from teacher_cache.models.checkpoint import load_model
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[Mapping[str, float]], None]
+"""Called on every rank with each line of the metrics log."""
+Progress = Callable[[int, int], None]
+"""Called on rank 0 after each optimizer step with (steps done, steps in all)."""
+
+
+def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> TrainingArguments:
+    """The settings in transformers' words; logging and saving stay in our hands."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {settings.device!r}, expected auto, cpu or cuda")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA device; use device auto or cpu")
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and settings.dtype == "float16":
+        raise ValueError(  # transformers would compute in float32 and not say so
+            "dtype float16 needs a CUDA device; use dtype bfloat16 or float32"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=num_steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
+        warmup_steps=round(settings.warmup_ratio * num_steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.dtype == "bfloat16",
+        fp16=settings.dtype == "float16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=on_cpu,
+        seed=settings.seed,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        ignore_data_skip=True,
+        use_cache=True,  # ends up in the saved config, for generation; the forward pass says False
+        ddp_find_unused_parameters=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:  # one process drives one device; DataParallel would split our batches
+        arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+    return arguments
+
+
+class EmkdTrainer(Trainer):
+    """Trains `model` on `stream`; `train` runs to the end, `save_final` writes what remains."""
+
+    loss_is_scaled_for_ga = False
+    """Our loss is a mean per micro-batch; transformers divides it by the accumulation steps."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        arguments: TrainingArguments,
+        settings: TrainerSettings,
+        stream: TrainingStream,
+        assets: TeacherAssets,
+        identity: RunIdentity,
+        resumed: CheckpointRecord | None = None,
+        report: Report | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+        if dtypes != {torch.float32}:
+            raise ValueError(
+                f"trainable weights are {sorted(map(str, dtypes))}; load the student in float32: "
+                "mixed precision (dtype) casts inside the forward pass"
+            )
+        self._run = Path(str(arguments.output_dir))
+        flow = _Flow(settings.save_steps, lambda: claim_run(self._run, identity), progress)
+        super().__init__(model=model, args=arguments, callbacks=[flow])
+        self.remove_callback(PrinterCallback)
+        self.processing_class = processor
+        self.settings = settings
+        self.stream = stream
+        self.assets = assets.to(arguments.device)
+        self.identity = identity
+        self.report = report
+        first = self.is_world_process_zero()
+        self.window = Window(resumed.window if resumed is not None and first else None)
+        self.run_log = MetricsLog(
+            self._run,
+            step=resumed.step if resumed is not None else 0,
+            seconds=resumed.seconds if resumed is not None else 0.0,
+            writes=first,
+        )
+        self._last_step: int | None = None
+
+    def get_train_dataloader(self) -> Any:
+        """The stream itself: endless, of this rank, already at the right position."""
+        return self.stream
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StudentBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[StudentBatch], None]:
+        """The micro-batches of one step; None: the loss is not normalised by a count of labels."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers' estimate does not know the vision tower."""
+        return 0
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        batch: StudentBatch = inputs
+        return StudentBatch(model=batch.model.to(self.args.device), outputs=batch.outputs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The objective of one micro-batch, in float32 whatever the forward pass ran in."""
+        batch: StudentBatch = inputs
+        step = self.state.global_step + 1
+        first, self._last_step = self._last_step != step, step  # which speaks for the step
+        check = first and _is_due(step, self.settings.match_check_steps)
+        plan, head_of = self._plan(model), self._head_of
+        loss = student_loss(model, batch, self.settings, self.assets, plan, check, head_of)
+        self.window.add({"loss": loss.total, **_named("term", loss.terms)})
+        self.window.add(_named("weight", loss.weights))
+        self.window.add(_named("diagnostic", loss.diagnostics))
+        if first and _is_due(step, self.settings.grad_norm_steps):
+            self.window.add(_named("gradient", self._gradient_norms(model, loss.terms)))
+        return loss.total
+
+    def _head_of(self, model: nn.Module) -> LogitsOf:
+        return output_head(model)
+
+    def _gradient_norms(self, model: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        return term_gradient_norms(terms, model.parameters())
+
+    def _plan(self, model: nn.Module) -> StepPlan | None:
+        """What the current optimizer step drops, the same in all its micro-batches and ranks."""
+        if self.settings.progression is None:
+            return None
+        return plan_step(
+            self.settings.progression,
+            seed=self.settings.seed,
+            step=self.state.global_step,
+            num_steps=self.state.max_steps,
+            num_layers=num_layers_of(model),
+            grid=self.stream.grid,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete transformers' line with the window's means and write it to metrics.jsonl."""
+        if "loss" in logs:  # the other call, at the end of training, has only run times
+            logs |= means(self._merged_window())
+            self.window = Window()
+            self.state.epoch = self.num_samples / self.stream.num_rows
+            logs |= {
+                "epoch": self.state.epoch,
+                "step": self.state.global_step,
+                "samples": self.num_samples,
+                "seconds": self.run_log.seconds,
+            }
+            self.run_log.append(logs)
+            if self.report is not None:
+                self.report(logs)
+        super().log(logs, start_time)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that optimizer steps have used: the stream's position."""
+        return self.state.global_step * self.settings.batch_size
+
+    def _merged_window(self) -> dict[str, tuple[float, int]]:
+        merged = merge(gather_object([self.window.sums()]))
+        total = merged["loss"][0] if "loss" in merged else 0.0
+        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(
+                f"the loss became {total} within the logging window that ends at step "
+                f"{self.state.global_step}; lower learning_rate or max_grad_norm, raise "
+                "warmup_ratio, or use dtype float32. Checkpoints before it are intact"
+            )
+        return merged
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Transformers' own files, then, when every rank has written, the one that counts."""
+        window = self._merged_window()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            step = self.state.global_step
+            record = CheckpointRecord(
+                identity=self.identity,
+                step=step,
+                stream=self.stream.state(self.num_samples),
+                seconds=self.run_log.seconds,
+                window=window,
+            )
+            mark_complete(self._run / f"checkpoint-{step}", record)
+            prune_checkpoints(self._run)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Through the loader that every student comes from, which misses no weight.
+
+        A vanilla class saves its weights by the names of the first release of its family, not by
+        its modules'. Transformers' own way back into a trainer skips those, with a warning.
+        """
+        saved, _ = load_model(resume_from_checkpoint, torch.float32)
+        target: Any = model if model is not None else self.model
+        target.load_state_dict(saved.state_dict())
+
+    def save_student(self, folder: Path) -> None:
+        """Write model and processor so that `from_pretrained` loads them; call on every rank."""
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody needs it
+
+
+class _Flow(TrainerCallback):
+    """Saves every so many steps but not at the last one, where `final/` follows; logs there.
+
+    Claims the run's folder after the first step: what cannot work at all has failed before.
+    """
+
+    def __init__(
+        self, save_steps: int, claim: Callable[[], None], progress: Progress | None
+    ) -> None:
+        self._save_steps = save_steps
+        self._claim: Callable[[], None] | None = claim
+        self._progress = progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.logging_steps = int(args.logging_steps)  # a checkpoint brings those of its attempt
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._claim is not None and state.is_world_process_zero:
+            self._claim()
+            self._claim = None
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
+        control.should_save = not last and state.global_step % self._save_steps == 0
+        if self._progress is not None and state.is_world_process_zero:
+            self._progress(state.global_step, state.max_steps)
+
+
+def student_loss(
+    model: nn.Module,
+    batch: StudentBatch,
+    settings: TrainerSettings,
+    assets: TeacherAssets,
+    plan: StepPlan | None = None,
+    check_matching: bool = False,
+    head_of: Callable[[nn.Module], LogitsOf] = output_head,
+) -> LossTerms:
+    """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
+    objective = settings.objective
+    teach = objective.kd_weight > 0 and not objective.kd_from_cache
+    found = student_pass(model, batch.model, plan, teach=teach)
+    cached_ratio = 0.0 if plan is None else plan.cached_ratio
+    loss = distillation_loss(
+        found.states,
+        batch.outputs,
+        head_of(model),
+        objective,
+        assets,
+        found.consistent,
+        cached_ratio,
+        check_matching=check_matching,
+    )
+    notes = {**loss.diagnostics, **found.diagnostics}
+    if plan is not None and objective.kd_weight > 0:
+        notes["teacher_ratio"] = plan.difficulty.teacher_ratio
+    if objective.kd_from_cache:
+        notes["cached_ratio"] = cached_ratio
+    return replace(loss, diagnostics=notes)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
