@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaConfig, SiglipVisionConfig
 
-from pipeline.config import DigitsConfig, SourceConfig
-from pipeline.demo_model import build_processor, build_tokenizer
-from pipeline.digits import IMAGE_PIXELS, PATCH_PIXELS, write_digits
-from pipeline.sources import open_source
+from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.demo.digits import IMAGE_PIXELS, PATCH_PIXELS, write_digits
+from pipeline.demo.model import build_processor, build_tokenizer
+from pipeline.sources.source import open_source
 from teacher_cache.models.chat_rendering import locate, to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder

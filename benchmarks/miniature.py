@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline import recipes
-from pipeline.config import DigitsConfig, SourceConfig
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
-from pipeline.digits import write_digits
-from pipeline.sources import open_source
+from pipeline.config import recipes
+from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.demo.digits import write_digits
+from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
+from pipeline.sources.source import open_source
 from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
 from student_train.models.student import set_trainable, student_from_vanilla

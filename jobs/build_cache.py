@@ -11,11 +11,11 @@ from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import ray_session
 from jobs.shard_workers import write_shards
-from pipeline.build import CacheBuilder, build, finished
-from pipeline.config import BuildConfig
-from pipeline.extend import CacheExtender, extend_samples
-from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import RecordExtender, extend_records
+from pipeline.build.build import CacheBuilder, build, finished
+from pipeline.build.extend_records import RecordExtender, extend_records
+from pipeline.build.extend_samples import CacheExtender, extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.storage.store import open_store

@@ -45,7 +45,7 @@ class Verify:
             problems, plain = list(report.problems), dataclasses.asdict(report)
             lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
             if self.teacher is not None and not problems:
-                from pipeline.verify_teacher import render_teacher, verify_teacher
+                from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
                 from teacher_cache.folder.reader import CacheReader
 
                 again = verify_teacher(
@@ -85,8 +85,8 @@ class Inspect:
 
     def __call__(self) -> int:
         """Print the description; draw the picture."""
-        from pipeline.cache_quality import complaint, render_quality, summarise
-        from pipeline.inspect_cache import describe_cache, render
+        from pipeline.fidelity.cache_quality import complaint, render_quality, summarise
+        from pipeline.inspection.cache import describe_cache, render
         from teacher_cache.folder.reader import CacheReader
 
         reader, quality = CacheReader.open(self.cache), None
@@ -97,8 +97,8 @@ class Inspect:
             if quality is not None and not self.json:
                 del described["quality"]  # a table says it better
         else:
-            from pipeline.inspect_picture import draw_sample
-            from pipeline.inspect_sample import describe_sample, load_tokenizer
+            from pipeline.inspection.picture import draw_sample
+            from pipeline.inspection.sample import describe_sample, load_tokenizer
 
             path = self.tokenizer
             tokenizer = None if path is None else load_tokenizer(path, reader.spec)

@@ -20,14 +20,9 @@ from jobs.cache_commands import Gc, Inspect, Verify
 from jobs.derive_commands import Export, Extend, Merge, Subset
 from jobs.options import RayOptions
 from jobs.progress import complain, say
-from pipeline.config import (
-    BuildConfig,
-    DigitsConfig,
-    EvaluateConfig,
-    TrainConfig,
-)
-from pipeline.extend_config import ExtendConfig
-from pipeline.plan_config import PlanConfig
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.plan import PlanConfig
+from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "extend", "train", "evaluate"]
@@ -52,7 +47,7 @@ class Data:
     def __call__(self) -> int:
         """Write the images and the JSON files."""
         from jobs.progress import Bars
-        from pipeline.digits import write_digits
+        from pipeline.demo.digits import write_digits
 
         with Bars() as bars:
             out = write_digits(self.config, partial(bars.update, "digits"))
@@ -72,14 +67,14 @@ class Plan:
         """Print the report."""
         if self.config.pilot:
             from jobs.progress import Bars
-            from pipeline.pilot import run_pilot
-            from pipeline.pilot_report import render_pilot
+            from pipeline.fidelity.pilot import run_pilot
+            from pipeline.fidelity.recommend import render_pilot
 
             with Bars() as bars:
                 report = run_pilot(self.config, bars.update)
             said, plain = render_pilot(report), dataclasses.asdict(report)
         else:
-            from pipeline.plan import plan, render_plan
+            from pipeline.fidelity.sizes import plan, render_plan
 
             report = plan(self.config)
             said, plain = render_plan(report), dataclasses.asdict(report)
@@ -97,7 +92,7 @@ class Build:
     def __call__(self) -> int:
         """Build, and print the seal and what the records keep; 4: not enough, as was asked."""
         from jobs.build_cache import run_build
-        from pipeline.cache_quality import complaint, is_unknown, render_quality, summarise
+        from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
 
         seal = run_build(self.config, self.run)
         megabytes = seal.num_bytes / 1e6
@@ -149,7 +144,7 @@ class Recipe:
     def __call__(self) -> int:
         """Print the settings as JSON."""
         from jobs.paths import to_json
-        from pipeline.recipes import paper_epic, paper_phase_one, paper_phase_two
+        from pipeline.config.recipes import paper_epic, paper_phase_one, paper_phase_two
 
         recipes = {
             "paper-phase-one": paper_phase_one,
@@ -187,8 +182,8 @@ class Report:
 
     def __call__(self) -> int:
         """Write the page."""
-        from pipeline.config import ReportConfig
-        from pipeline.report import write_report
+        from pipeline.config.stages import ReportConfig
+        from pipeline.report.report import write_report
 
         for line in write_report(ReportConfig(runs=self.runs, out=self.out)):
             say(line)

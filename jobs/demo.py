@@ -32,10 +32,10 @@ from jobs.demo_stages import (
 from jobs.options import RayOptions
 from jobs.paths import absolute
 from jobs.ray_pool import ray_session
-from pipeline import recipes
-from pipeline.build import finished
-from pipeline.config import DigitsConfig, ReportConfig, TrainConfig
-from pipeline.report import write_report
+from pipeline.build.build import finished
+from pipeline.config import recipes
+from pipeline.config.stages import DigitsConfig, ReportConfig, TrainConfig
+from pipeline.report.report import write_report
 from student_train.config.objective import ObjectiveName
 from student_train.training.checkpoint import FINAL_FOLDER
 from teacher_cache.schema.manifest import Seal

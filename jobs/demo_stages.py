@@ -18,11 +18,11 @@ import ray
 from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import get
-from pipeline.config import DigitsConfig, EvaluateConfig, TrainConfig
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
-from pipeline.digits import write_digits
-from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
-from pipeline.train import train
+from pipeline.config.stages import DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.demo.digits import write_digits
+from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
+from pipeline.student.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
+from pipeline.student.train import train
 from student_train.training.checkpoint import finished_run
 from student_train.training.metrics_log import logged_step
 from teacher_cache.schema.manifest import Seal

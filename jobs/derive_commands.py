@@ -15,7 +15,7 @@ import tyro
 
 from jobs.options import RayOptions
 from jobs.progress import say
-from pipeline.extend_config import ExtendConfig
+from pipeline.config.extend import ExtendConfig
 from teacher_cache.schema.options import ShardFormatName
 
 

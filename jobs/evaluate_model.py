@@ -8,8 +8,8 @@ from jobs.options import RayOptions
 from jobs.paths import absolute
 from jobs.progress import Bars
 from jobs.ray_pool import get, ray_session, worker_resources
-from pipeline.config import EvaluateConfig
-from pipeline.evaluate import evaluate
+from pipeline.config.stages import EvaluateConfig
+from pipeline.student.evaluate import evaluate
 
 
 def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from pipeline.config import SourceConfig, TrainConfig
+from pipeline.config.stages import SourceConfig, TrainConfig
 from student_train.config.compression import TextSource
 from student_train.config.objective import (
     TERMS,

@@ -20,7 +20,7 @@ from jobs.killers import TooManyDeathsError, find_killers
 from jobs.options import RayOptions
 from jobs.progress import Bars
 from jobs.ray_pool import ActorPool, WorkerLostError, get, worker_resources
-from pipeline.build import Progress, missing_shards
+from pipeline.build.build import Progress, missing_shards
 from teacher_cache.folder.writer import seal_cache
 from teacher_cache.schema.manifest import Plan, Seal
 from teacher_cache.storage.store import Store

@@ -21,8 +21,8 @@ from jobs.options import RayOptions
 from jobs.paths import absolute, to_json
 from jobs.progress import Bars
 from jobs.ray_pool import ray_session, worker_resources
-from pipeline.config import TrainConfig
-from pipeline.train import train
+from pipeline.config.stages import TrainConfig
+from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER
 from student_train.training.metrics_log import logged_step
 from teacher_cache.folder.reader import CacheReader

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["pipeline.build", "tests.runs"]
+PRELOADED = ["pipeline.build.build", "tests.runs"]
 
 
 def start(

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.build import build
-from pipeline.config import BuildConfig, SourceConfig
-from pipeline.extend import extend_samples
-from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import extend_records
+from pipeline.build.build import build
+from pipeline.build.extend_records import extend_records
+from pipeline.build.extend_samples import extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, holds
 from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample

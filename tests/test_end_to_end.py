@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from pipeline.build import build
-from pipeline.config import BuildConfig, EvaluateConfig, ReportConfig, SourceConfig, TrainConfig
-from pipeline.evaluate import evaluate
-from pipeline.inspect_cache import describe_cache
-from pipeline.report import write_report
-from pipeline.train import train
+from pipeline.build.build import build
+from pipeline.config.stages import (
+    BuildConfig,
+    EvaluateConfig,
+    ReportConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from pipeline.inspection.cache import describe_cache
+from pipeline.report.report import write_report
+from pipeline.student.evaluate import evaluate
+from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName, preset
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache

@@ -12,7 +12,7 @@ import yaml
 from jobs.cli import main, parse
 from jobs.paths import absolute, to_json
 from jobs.submit import entrypoint, run_flags
-from pipeline.config import TrainConfig
+from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json

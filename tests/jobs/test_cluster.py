@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build import build
-from pipeline.config import BuildConfig, SourceConfig
+from pipeline.build.build import build
+from pipeline.config.stages import BuildConfig, SourceConfig
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json
 from tests.tiny import tiny_samples

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs.demo import results
-from pipeline import recipes
-from pipeline.config import TrainConfig
+from pipeline.config import recipes
+from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.store import open_store

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cli import main, parse
 from jobs.paths import absolute, to_json
-from pipeline.config import TrainConfig
+from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.training.metrics_log import METRICS_FILE

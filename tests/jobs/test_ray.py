@@ -13,10 +13,10 @@ from jobs.evaluate_model import run_evaluate
 from jobs.options import RayOptions
 from jobs.ray_pool import ray_session
 from jobs.train_student import run_train
-from pipeline.build import build
-from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
-from pipeline.extend_config import ExtendConfig
-from pipeline.train import train
+from pipeline.build.build import build
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
+from pipeline.student.train import train
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json

@@ -13,8 +13,8 @@ from jobs import build_cache
 from jobs.build_cache import run_build
 from jobs.options import RayOptions
 from jobs.ray_pool import WorkerLostError, ray_session
-from pipeline.build import CacheBuilder
-from pipeline.config import BuildConfig, SourceConfig
+from pipeline.build.build import CacheBuilder
+from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

@@ -13,8 +13,8 @@ from ray.cluster_utils import Cluster
 from jobs import build_cache
 from jobs.build_cache import run_build
 from jobs.options import RayOptions
-from pipeline.build import CacheBuilder, build
-from pipeline.config import BuildConfig, SourceConfig
+from pipeline.build.build import CacheBuilder, build
+from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit
 from tests.conftest import TinyFolder
 from tests.llava_json import shard_bytes, write_llava_json

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.predictions import Prediction, append_predictions
+from pipeline.student.predictions import Prediction, append_predictions
 from student_train.config.compression import CompressionSettings
 from student_train.config.objective import DivergenceName, ObjectiveName, UsedTail, preset
 from student_train.config.progression import ProgressionConfig

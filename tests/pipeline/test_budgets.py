@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.budgets import budgets_of
-from pipeline.comparison import compare, compare_progressions, group_runs
-from pipeline.config import ReportConfig
-from pipeline.figures import COLOURS, Budget, draw_budgets
-from pipeline.report import write_report
-from pipeline.run_folders import collect
+from pipeline.config.stages import ReportConfig
+from pipeline.report.comparison import compare, compare_progressions, group_runs
+from pipeline.report.figures import COLOURS, Budget, draw_budgets
+from pipeline.report.report import write_report
+from pipeline.report.run_folders import collect
+from pipeline.report.token_budgets import budgets_of
 from student_train.config.compression import CompressionSettings, Stage
 from student_train.config.objective import ObjectiveName
 from student_train.config.progression import ProgressionConfig

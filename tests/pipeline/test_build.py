@@ -1,4 +1,4 @@
-"""Promises of pipeline/build.py: same bytes whatever happens, and refusal that names the cause."""
+"""Promises of pipeline/build/build.py: same bytes whatever happens, and refusal that names the cause."""
 
 import dataclasses
 import random
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.build import CacheBuilder, build, missing_shards
-from pipeline.config import BuildConfig, SourceConfig
+from pipeline.build.build import CacheBuilder, build, missing_shards
+from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader

@@ -1,4 +1,4 @@
-"""Promises of pipeline/cache_quality.py: means of what shards say, and no praise without reason."""
+"""Promises of pipeline/fidelity/cache_quality.py: means of what shards say, and no praise without reason."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from pipeline.cache_quality import complaint, is_unknown, render_quality, summarise
-from pipeline.config import BuildConfig, SourceConfig
+from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind

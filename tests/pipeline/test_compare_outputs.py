@@ -1,4 +1,4 @@
-"""Promises of pipeline/compare_outputs.py: distances by id, and ties that fall the other way."""
+"""Promises of pipeline/inspection/compare_outputs.py: distances by id, and ties that fall the other way."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.compare_outputs import Spread, differences, replaced_ids
+from pipeline.inspection.compare_outputs import Spread, differences, replaced_ids
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 from tests.strategies import TIERS, make_cached, with_least

@@ -19,16 +19,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from pipeline.config import DigitsConfig, SourceConfig
-from pipeline.demo_model import ASSISTANT, END, VOCAB_SIZE, build_processor, build_tokenizer
-from pipeline.demo_teacher import (
-    NO_LABEL,
-    TeacherSettings,
-    _encode,  # pyright: ignore[reportPrivateUsage]
-    train_demo_teacher,
-)
-from pipeline.digits import CELL_NAMES, PATCHES_SIDE, write_digits
-from pipeline.sources import open_source
+from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.demo.digits import CELL_NAMES, PATCHES_SIDE, write_digits
+from pipeline.demo.model import ASSISTANT, END, VOCAB_SIZE, build_processor, build_tokenizer
+from pipeline.demo.teacher import NO_LABEL, TeacherSettings, _encode, train_demo_teacher
+from pipeline.sources.source import open_source
 from teacher_cache.models.sample_encoder import SampleEncoder
 
 TINY = TeacherSettings(

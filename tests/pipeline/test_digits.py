@@ -1,4 +1,4 @@
-"""Promises of pipeline/digits.py."""
+"""Promises of pipeline/demo/digits.py."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config import DigitsConfig
-from pipeline.digits import CELL_NAMES, load_grids, patch_labels, write_digits
+from pipeline.config.stages import DigitsConfig
+from pipeline.demo.digits import CELL_NAMES, load_grids, patch_labels, write_digits
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pipeline import recipes
-from pipeline.build import build
-from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
-from pipeline.digits import write_digits
-from pipeline.evaluate import evaluate
-from pipeline.train import train
+from pipeline.build.build import build
+from pipeline.config import recipes
+from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.demo.digits import write_digits
+from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
+from pipeline.student.evaluate import evaluate
+from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName
 from teacher_cache.schema.strict_json import decode_json
 

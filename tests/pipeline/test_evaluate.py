@@ -1,4 +1,4 @@
-"""Promises of pipeline/evaluate.py, with the predictions and pictures that it writes."""
+"""Promises of pipeline/student/evaluate.py, with the predictions and pictures that it writes."""
 
 import base64
 import dataclasses
@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.build import build
-from pipeline.config import BuildConfig, EvaluateConfig, SourceConfig
-from pipeline.evaluate import evaluate
-from pipeline.generation import Generator
-from pipeline.predictions import Prediction, append_predictions, drop_torn_line, read_predictions
+from pipeline.build.build import build
+from pipeline.config.stages import BuildConfig, EvaluateConfig, SourceConfig
+from pipeline.student.evaluate import evaluate
+from pipeline.student.generation import Generator
+from pipeline.student.predictions import (
+    Prediction,
+    append_predictions,
+    drop_torn_line,
+    read_predictions,
+)
 from student_train.models.student import student_from_vanilla
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import parse
-from pipeline.config import EvaluateConfig, SourceConfig
-from pipeline.evaluate import evaluate
-from pipeline.predictions import read_predictions
+from pipeline.config.stages import EvaluateConfig, SourceConfig
+from pipeline.student.evaluate import evaluate
+from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept
 from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.schema.manifest import CacheMismatchError

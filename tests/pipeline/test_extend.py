@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.build import build
-from pipeline.extend import extend_samples
-from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import RecordExtender, extend_records, joined
-from pipeline.verify_teacher import verify_teacher
+from pipeline.build.build import build
+from pipeline.build.extend_records import RecordExtender, extend_records, joined
+from pipeline.build.extend_samples import extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.inspection.verify_teacher import verify_teacher
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader

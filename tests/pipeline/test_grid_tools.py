@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.build import build
-from pipeline.config import BuildConfig
-from pipeline.extend import extend_samples
-from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import extend_records
-from pipeline.inspect_cache import describe_cache
-from pipeline.inspect_sample import describe_sample
-from pipeline.verify_teacher import render_teacher, verify_teacher
+from pipeline.build.build import build
+from pipeline.build.extend_records import extend_records
+from pipeline.build.extend_samples import extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig
+from pipeline.inspection.cache import describe_cache
+from pipeline.inspection.sample import describe_sample
+from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.response_grid import compression_at, with_grid
+from pipeline.build.response_grid import compression_at, with_grid
 from student_train.compression.compression import compress
 from student_train.config.objective import preset
 from student_train.config.progression import ProgressionConfig

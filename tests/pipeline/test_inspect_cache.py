@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspect_cache.py: what is shown is what is stored, checked and in words."""
+"""Promises of pipeline/inspection/cache.py: what is shown is what is stored, checked and in words."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.inspect_cache import describe_cache, render
-from pipeline.inspect_sample import describe_sample
+from pipeline.inspection.cache import describe_cache, render
+from pipeline.inspection.sample import describe_sample
 from teacher_cache.codec.columns import PART_PLANES
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader

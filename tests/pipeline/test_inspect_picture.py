@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspect_picture.py: each token has a cell, equal records equal pictures."""
+"""Promises of pipeline/inspection/picture.py: each token has a cell, equal records equal pictures."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.inspect_picture import draw_sample, token_values
+from pipeline.inspection.picture import draw_sample, token_values
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.options import RecordKind

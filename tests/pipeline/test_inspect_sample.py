@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspect_sample.py: what is shown is what is stored, checked and in words."""
+"""Promises of pipeline/inspection/sample.py: what is shown is what is stored, checked and in words."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.inspect_sample import describe_sample, load_tokenizer
+from pipeline.inspection.sample import describe_sample, load_tokenizer
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import RecordSettings

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build import build
-from pipeline.config import BuildConfig, DigitsConfig, SourceConfig
-from pipeline.digits import write_digits
-from pipeline.pilot import run_pilot
-from pipeline.pilot_report import PilotReport, TierMeasure, recommend, render_pilot
-from pipeline.plan import Tier, TierSize
-from pipeline.plan_config import PlanConfig
+from pipeline.build.build import build
+from pipeline.config.plan import PlanConfig
+from pipeline.config.stages import BuildConfig, DigitsConfig, SourceConfig
+from pipeline.demo.digits import write_digits
+from pipeline.fidelity.pilot import run_pilot
+from pipeline.fidelity.recommend import PilotReport, TierMeasure, recommend, render_pilot
+from pipeline.fidelity.sizes import Tier, TierSize
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.llava_json import write_llava_json

@@ -1,4 +1,4 @@
-"""Promises of pipeline/plan.py: sizes are those that the code writes, and time is arithmetic."""
+"""Promises of pipeline/fidelity/sizes.py: sizes are those that the code writes, and time is arithmetic."""
 
 import subprocess
 import sys
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
-from pipeline.plan_config import PlanConfig
-from pipeline.response_grid import with_grid
+from pipeline.build.response_grid import with_grid
+from pipeline.config.plan import PlanConfig
+from pipeline.fidelity.sizes import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.options import GridSettings

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from pipeline import recipes
-from pipeline.build import build
-from pipeline.config import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
-from pipeline.demo_teacher import TeacherSettings, train_demo_teacher
-from pipeline.digits import write_digits
-from pipeline.evaluate import evaluate
-from pipeline.train import train
+from pipeline.build.build import build
+from pipeline.config import recipes
+from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.demo.digits import write_digits
+from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
+from pipeline.student.evaluate import evaluate
+from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName
 from student_train.models.student import load_student
 from teacher_cache.schema.strict_json import decode_json

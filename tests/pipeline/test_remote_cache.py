@@ -11,9 +11,9 @@ import torch
 
 from jobs.cli import main
 from jobs.paths import absolute
-from pipeline.build import build
-from pipeline.config import BuildConfig, SourceConfig, TrainConfig
-from pipeline.train import train
+from pipeline.build.build import build
+from pipeline.config.stages import BuildConfig, SourceConfig, TrainConfig
+from pipeline.student.train import train
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.storage.store import open_store
 from tests.children import finish, start

@@ -1,4 +1,4 @@
-"""Promises of pipeline/report.py and of the comparison behind it."""
+"""Promises of pipeline/report/report.py and of the comparison behind it."""
 
 import json
 import re
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import report
-from pipeline.comparison import compare, group_runs, measured_as
-from pipeline.config import ReportConfig
-from pipeline.report import write_report
-from pipeline.run_folders import collect
+from pipeline.config.stages import ReportConfig
+from pipeline.report import report
+from pipeline.report.comparison import compare, group_runs, measured_as
+from pipeline.report.report import write_report
+from pipeline.report.run_folders import collect
 from student_train.config.objective import ObjectiveName, UsedTail
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
 from tests.pipeline.run_fakes import (

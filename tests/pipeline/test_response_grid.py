@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import build as build_module
-from pipeline.build import CacheBuilder, build, missing_shards
-from pipeline.config import BuildConfig, SourceConfig
-from pipeline.response_grid import compression_at, with_grid
+from pipeline.build import build as build_module
+from pipeline.build.build import CacheBuilder, build, missing_shards
+from pipeline.build.response_grid import compression_at, with_grid
+from pipeline.config.stages import BuildConfig, SourceConfig
 from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
 from teacher_cache.folder.reader import CacheReader

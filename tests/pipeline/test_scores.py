@@ -1,4 +1,4 @@
-"""Promises of pipeline/scores.py: hand-checked cases, and laws that hold for every score."""
+"""Promises of pipeline/student/scores.py: hand-checked cases, and laws that hold for every score."""
 
 from functools import cache
 from typing import get_args
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import ScoreName
-from pipeline.scores import (
+from pipeline.config.stages import ScoreName
+from pipeline.student.scores import (
     SCORES,
     anls,
     edit_distance,

@@ -1,4 +1,4 @@
-"""Promises of pipeline/shard_quality.py: plain loops find the same, whoever builds a shard."""
+"""Promises of pipeline/fidelity/shard_quality.py: plain loops find the same, whoever builds a shard."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.build import CacheBuilder, build, missing_shards
-from pipeline.config import BuildConfig, SourceConfig
-from pipeline.extend_config import ExtendConfig
-from pipeline.extend_records import extend_records
-from pipeline.shard_quality import measure_shard, sampled_rows
-from pipeline.tier_loss import stand_in
+from pipeline.build.build import CacheBuilder, build, missing_shards
+from pipeline.build.extend_records import extend_records
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.fidelity.shard_quality import measure_shard, sampled_rows
+from pipeline.fidelity.tier_loss import stand_in
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.subset import Selection, subset_cache

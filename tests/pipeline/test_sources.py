@@ -1,4 +1,4 @@
-"""Promises of pipeline/sources.py and of the kinds of sources behind it."""
+"""Promises of pipeline/sources/source.py and of the kinds of sources behind it."""
 
 import dataclasses
 import io
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import SourceConfig
-from pipeline.sources import SampleSource, open_source, scan
+from pipeline.config.stages import SourceConfig
+from pipeline.sources.source import SampleSource, open_source, scan
 from teacher_cache.schema.teacher_output import Message, Sample, SampleError, sample_key
 
 

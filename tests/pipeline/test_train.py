@@ -1,4 +1,4 @@
-"""Promises of pipeline/train.py: no teacher, the right cache and vocabulary, settings fed back."""
+"""Promises of pipeline/student/train.py: no teacher, the right cache and vocabulary, settings fed back."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import recipes
-from pipeline.config import TrainConfig
-from pipeline.train import CONFIG_FILE, student_identity, train
+from pipeline.config import recipes
+from pipeline.config.stages import TrainConfig
+from pipeline.student.train import CONFIG_FILE, student_identity, train
 from student_train.models.student import PART_PREFIXES, Part
 from teacher_cache.codec.columns import encode_plane, output_planes
 from teacher_cache.folder.layout import SEAL_FILE

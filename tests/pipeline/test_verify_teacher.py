@@ -1,12 +1,12 @@
-"""Promises of pipeline/verify_teacher.py: the cache's own teacher passes, no other."""
+"""Promises of pipeline/inspection/verify_teacher.py: the cache's own teacher passes, no other."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from pipeline.teacher_identity import record_settings
-from pipeline.verify_teacher import TeacherReport, render_teacher, verify_teacher
+from pipeline.build.teacher_identity import record_settings
+from pipeline.inspection.verify_teacher import TeacherReport, render_teacher, verify_teacher
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.options import RecordKind

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from pipeline.generation import Generator
+from pipeline.student.generation import Generator
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.models.collate import ModelBatch, collate

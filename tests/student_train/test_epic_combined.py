@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.response_grid import with_grid
+from pipeline.build.response_grid import with_grid
 from student_train.compression.compression import compress
 from student_train.config.objective import EpicName, ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig

@@ -1,0 +1,312 @@
+"""The build stage: a source and a teacher in, a sealed cache out. Knows nothing of Ray.
+
+Promises: the work is cut into shards by a plan that is written before the teacher sees a sample;
+`build_shard` is deterministic and idempotent, so any process may run it, any number of times, in
+any order, and the sealed shards hold the same bytes. Resuming is running the same command again:
+committed shards are skipped. A cache that was begun with other settings, another teacher or other
+samples is refused with the fields that differ; a bad sample is named, never silently dropped.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from pipeline.build.response_grid import require_compressor, with_grid
+from pipeline.build.resume import is_unchanged, keep_settings, require_same_measuring
+from pipeline.config.stages import BuildConfig
+from pipeline.fidelity.shard_quality import measure_shard
+from pipeline.sources.source import SampleSource, ScannedSample, open_source, scan
+from teacher_cache.folder.layout import (
+    committed,
+    read_commit,
+    read_plan,
+    read_seal,
+    read_sketch,
+    read_template,
+    require_plan,
+)
+from teacher_cache.folder.shard_plan import group_shards, spread_order
+from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.teacher_output import (
+    CachedSample,
+    RejectedSample,
+    Sample,
+    SampleError,
+    TeacherOutput,
+)
+from teacher_cache.shards.rows import content_key
+from teacher_cache.storage.store import Store, open_store
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done so far, total)."""
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+@runtime_checkable
+class ShardBuilder(Protocol):
+    """Whoever can write a cache shard by shard: builds, and the two kinds of extensions."""
+
+    progress: Progress
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now."""
+        ...
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Write and commit a shard of the plan; `killers`: its samples that kill their worker."""
+        ...
+
+
+class CacheBuilder:
+    """One worker of the build: holds the teacher and the source, plans, and builds shards.
+
+    A plain class: `jobs.shard_workers` makes Ray actors of it, tests call it as it is.
+    """
+
+    def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
+        self.config = config
+        self.progress = progress
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+
+    @cached_property
+    def cache(self) -> Store:
+        """Where the cache is written."""
+        return open_store(self.config.out)
+
+    @cached_property
+    def source(self) -> SampleSource:
+        """The samples, opened on first use."""
+        return open_source(self.config.source)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded on first use."""
+        config = self.config
+        require_compressor(config.grid)
+        teacher = Teacher.load(
+            config.teacher,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            system_prompt=config.system_prompt,
+        )
+        return with_grid(teacher, config.grid)
+
+    @cached_property
+    def records(self) -> RecordSettings:
+        """What is stored of the teacher, in the teacher's terms."""
+        config = self.config
+        return RecordSettings(
+            records=config.records,
+            top_k=config.top_k,
+            top_mass=config.top_mass,
+            top_k_floor=config.top_k_floor,
+            logits_codec=config.logits_codec,
+            logits_max_error=config.logits_max_error,
+            sketch_rank=config.sketch_rank,
+            hidden_dtype=config.hidden_dtype,
+            hidden_group=config.hidden_group,
+            hidden_max_error=config.hidden_max_error,
+            affinity_dtype=config.affinity_dtype,
+            affinity_max_error=config.affinity_max_error,
+            grid=config.grid,
+            least_logits=config.least_logits,
+        )
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now.
+
+        Reads every sample once (keys are content digests) and calibrates what top-k records share;
+        both are skipped where settings, source and teacher files are as they were then.
+        """
+        config, cache = self.config, self.cache
+        cache.require_writable()  # fails here, not after hours
+        begun = read_plan(cache)
+        if begun is not None and is_unchanged(config):
+            self._load_assets(begun)
+            return begun
+        require_same_measuring(config)
+        if config.grid is not None:
+            _ = self.teacher  # refuses a grid that it cannot give before a sample is read
+        scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+        self._refuse(rejected)
+        if not scanned:
+            raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
+        if holds(config.records, "topk"):
+            self._calibrate(scanned)
+        groups = [sample.images if config.share_vision else None for sample in scanned]
+        shards = group_shards(groups, config.samples_per_shard)
+        plan = Plan(
+            spec=self.teacher.spec(
+                self.records, batch_size=config.batch_size, share_vision=config.share_vision
+            ),
+            format=config.format,
+            source=config.source.path,
+            shards=tuple(
+                tuple((scanned[i].key, scanned[i].index) for i in shard) for shard in shards
+            ),
+            rejected=tuple(rejected),
+        )
+        head = self.teacher.head if holds(config.records, "hidden") else None
+        write_plan(cache, plan)
+        write_assets(cache, head, self.teacher.sketch, self.teacher.template)
+        keep_settings(config)
+        return plan
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Run the teacher over shard `index` of the plan and commit it; returns its record.
+
+        `killers` are the places in the shard of samples that no process survives. Raises
+        `SampleError` for a sample that cannot be used, unless the settings record those.
+        """
+        done = read_commit(self.cache, index)
+        if done is not None:
+            return done
+        plan, started = self._plan, time.monotonic()
+        rows: list[CachedSample] = []
+        shard = plan.shards[index]
+        rejected = [self._killer(*shard[place]) for place in killers]
+        self._refuse(rejected)
+        shard = [pair for place, pair in enumerate(shard) if place not in killers]
+        owners: VisionOwners | None = {} if plan.spec.share_vision else None
+        for samples in self._batches(shard):
+            outputs = self.teacher.outputs(samples, self.records, owners)
+            for sample, output in zip(samples, outputs, strict=True):
+                if isinstance(output, TeacherOutput):
+                    rows.append(CachedSample(sample=sample, output=output))
+                else:
+                    rejected.append(output)
+            self.progress(f"shard {index}", len(rows) + len(rejected), len(plan.shards[index]))
+        self._refuse(rejected)
+        quality = measure_shard(self.teacher, rows, plan.spec, self.config.quality_samples)
+        seconds = time.monotonic() - started
+        return write_shard(self.cache, plan, index, rows, rejected, seconds, quality)
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        owners: VisionOwners | None = {} if self._plan.spec.share_vision else None
+        done = 0
+        for samples in self._batches(self._plan.shards[index][start:stop]):
+            self.teacher.outputs(samples, self.records, owners)
+            done += len(samples)
+            self.progress(f"probe of shard {index}", done, stop - start)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        plan = require_plan(self.cache)
+        self._load_assets(plan)
+        return plan
+
+    def _batches(self, shard: Sequence[tuple[str, int]]) -> Iterator[list[Sample]]:
+        """Batches of one shard in plan order, the next one being read while one is in use."""
+        size = self.config.batch_size
+        parts = [shard[start : start + size] for start in range(0, len(shard), size)]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            reads = [pool.submit(self._read, part) for part in parts[:2]]
+            for number in range(len(parts)):
+                yield reads[number].result()
+                if number + 2 < len(parts):
+                    reads.append(pool.submit(self._read, parts[number + 2]))
+
+    def _read(self, part: Sequence[tuple[str, int]]) -> list[Sample]:
+        return [self._sample(key, index) for key, index in part]
+
+    def _sample(self, key: str, index: int) -> Sample:
+        sample = self.source[index]
+        if sample.key != content_key(key):
+            raise SampleError(
+                sample.source_id,
+                f"{self.config.source.path} has changed since the plan was made: sample {index} "
+                f"has content {sample.key}, planned {key}; build into a new folder",
+            )
+        return dataclasses.replace(sample, key=key)
+
+    def _killer(self, key: str, index: int) -> RejectedSample:
+        sample = self._sample(key, index)
+        return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
+
+    def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
+        """Fit sketch and template to samples with images, if any, from all over the source."""
+        size, wanted = self.config.batch_size, self.config.calibration_tokens
+        spread = [scanned[place] for place in spread_order(len(scanned))]
+        shown = [sample for sample in spread if sample.images is not None] or spread
+        samples = (self.source[sample.index] for sample in shown)
+        batches = iter(lambda: list(islice(samples, size)), [])
+        self.teacher.calibrate(
+            batches,
+            self.records,
+            wanted,
+            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+        )
+
+    def _load_assets(self, plan: Plan) -> None:
+        if plan.spec.sketch_digest is not None and self.teacher.sketch is None:
+            self.teacher.sketch = read_sketch(self.cache, plan.spec)
+        if plan.spec.template_digest is not None and self.teacher.template is None:
+            self.teacher.template = read_template(self.cache, plan.spec)
+
+    def _refuse(self, rejected: Sequence[RejectedSample]) -> None:
+        if not rejected or self.config.on_bad_sample == "record":
+            return
+        lines = [f"  {r.source_id}: {r.reason}" for r in rejected[:20]]
+        more = f"\n  ... and {len(rejected) - 20} more" if len(rejected) > 20 else ""
+        raise ValueError(
+            f"{self.config.source.path}: {len(rejected)} samples cannot be used:\n"
+            + "\n".join(lines)
+            + more
+            + "\nMend them, or build with --on-bad-sample record to list and leave them out."
+        )
+
+
+def finished(config: BuildConfig) -> Seal | None:
+    """The seal, if this very build is complete and none of its inputs has been touched since."""
+    seal = read_seal(open_store(config.out))
+    return seal if seal is not None and is_unchanged(config) else None
+
+
+def missing_shards(cache: Store) -> list[int]:
+    """Numbers of the planned shards that are not committed yet."""
+    done = committed(cache)
+    return [index for index in range(len(require_plan(cache).shards)) if index not in done]
+
+
+def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
+    """Build the whole cache in this process, shard after shard; resumes what is there."""
+    seal = finished(config)
+    if seal is not None:
+        return seal
+    return build_all(CacheBuilder(config, progress), open_store(config.out))
+
+
+def build_all(builder: ShardBuilder, cache: Store) -> Seal:
+    """Plan, build every shard that is missing, one after the other, and seal; tells of samples."""
+    progress, plan = builder.progress, builder.prepare()
+    missing = missing_shards(cache)
+    done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
+    for index in missing:
+        builder.progress = partial(_in_all, progress, done, plan.num_samples)
+        builder.build_shard(index)
+        done += len(plan.shards[index])
+    return seal_cache(cache)
+
+
+def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
+    progress("samples", before + done, total)

@@ -1,0 +1,275 @@
+"""New kinds of records for the samples of a sealed cache, as a new cache of layered shards.
+
+Promises: the teacher runs over the images and messages that the cache itself holds, in the batches
+that its build had, so that no source is needed and the new planes are those that a build of all
+records would have written; they lie in a second file beside each old one, which is linked or
+copied unopened. Records that the cache has are not stored again, and the old cache stays valid.
+Refuses another teacher than the cache's, records that the cache has, samples that the teacher does
+not accept, settings of records that are not new. Running it again resumes it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import get_args
+
+import torch
+
+from pipeline.build.build import Progress, build_all, no_progress
+from pipeline.build.teacher_identity import load_as, record_settings, require_same_teacher
+from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
+from pipeline.config.stages import CALIBRATION_TOKENS, QUALITY_SAMPLES
+from pipeline.fidelity.shard_quality import measure_shard
+from teacher_cache.codec.columns import planes_of
+from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart, take_file
+from teacher_cache.folder.layout import (
+    SKETCH_FILE,
+    TEMPLATE_FILE,
+    read_commit,
+    read_plan,
+    read_sketch,
+    read_template,
+    shard_keys,
+)
+from teacher_cache.folder.shard_plan import spread_order
+from teacher_cache.folder.writer import commit_shard, write_shard_file
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
+from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.shards.rows import encode_rows, tier_parts
+from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.storage.store import Store
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import VisionOwners
+
+_PIECES = ("topk", "sketch", "hidden")
+"""What records are made of, in the order of their names."""
+
+
+class RecordExtender:
+    """Computes the new planes of one cache, shard by shard."""
+
+    def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
+        self.config = config
+        self.progress = progress
+        if config.torch_threads is not None:
+            torch.set_num_threads(config.torch_threads)
+        self.base = SealedCache.open(config.cache)
+        self.cache: Store = open_apart(config.out, [self.base])
+        records, self._computed = joined(self.base.spec.records, config.records)
+        self.settings = _settings(config, self.base.spec, records)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher of the base, with the basis and template to be used; loaded when used."""
+        teacher = load_as(self.config.teacher, self.base.spec, self.config.device)
+        require_same_teacher(self.base.spec, teacher, self.config.teacher)
+        self._load_assets(teacher)
+        return teacher
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The base's plan with the spec of all records."""
+        base = self.base.spec
+        spec = self.teacher.spec(
+            self.settings, batch_size=base.batch_size, share_vision=base.share_vision
+        )
+        _require_used(self.config, spec)
+        return dataclasses.replace(self.base.plan, spec=spec)
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now."""
+        head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
+        sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
+        template = self.teacher.template if self.plan.spec.template_digest is not None else None
+        begin(self.cache, self.plan, head=head, sketch=sketch, template=template)
+        return self.plan
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Take over the files of a shard, write the new planes beside them, and commit it."""
+        done = read_commit(self.cache, index)
+        if done is not None:
+            return done
+        commit = self.base.seal.shards[index]
+        if killers:
+            keys = [self.base.plan.shards[index][place][0] for place in killers]
+            raise ValueError(
+                f"samples {', '.join(keys)} of {self.base.store} kill the worker that computes "
+                "their new records; leave them out by emkd subset first"
+            )
+        cached = self._cached(index)
+        quality = commit.quality
+        if self._loses_otherwise:
+            quality = measure_shard(self.teacher, cached, self._new_spec, QUALITY_SAMPLES)
+        layer = write_shard_file(
+            self.cache, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
+        )
+        old = [take_file(self.base, file, self.cache, self.plan, index) for file in commit.files]
+        files = (*old, layer)
+        changed = dataclasses.replace(commit, files=files, quality=quality)
+        return commit_shard(self.cache, self.plan, changed)
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        for samples in self._batches(index, start, stop):
+            self.teacher.outputs(samples, self._new_settings)
+            self.progress(f"probe of shard {index}", start, stop)
+
+    @property
+    def _new_planes(self) -> frozenset[str]:
+        return _planes(self.plan.spec) - _planes(self.base.spec)
+
+    @property
+    def _new_settings(self) -> RecordSettings:
+        return dataclasses.replace(self.settings, records=self._computed)
+
+    @property
+    def _new_spec(self) -> CacheSpec:
+        return dataclasses.replace(self.plan.spec, records=self._computed)
+
+    @property
+    def _loses_otherwise(self) -> bool:
+        """Whether top-k records or a sketch are new: what is lost is measured of these, then."""
+        return self._computed != "hidden"
+
+    def _cached(self, index: int) -> list[CachedSample]:
+        """The samples of a shard with what is computed of them."""
+        owners: VisionOwners | None = {} if self.base.spec.share_vision else None
+        cached: list[CachedSample] = []
+        for samples in self._batches(index):
+            outputs = self.teacher.outputs(samples, self._new_settings, owners)
+            for sample, output in zip(samples, outputs, strict=True):
+                if not isinstance(output, TeacherOutput):
+                    raise ValueError(
+                        f"sample {sample.key} ({sample.source_id}) is in {self.base.store}, but "
+                        f"the teacher does not give new records for it: {output.reason}; leave it "
+                        "out by emkd subset first"
+                    )
+                cached.append(CachedSample(sample=sample, output=output))
+            self.progress(f"shard {index}", len(cached), len(self.base.plan.shards[index]))
+        return cached
+
+    def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
+        """These samples with nothing but the new planes."""
+        for row in encode_rows(cached, self._new_spec):
+            planes = {name: row.planes[name] for name in self._new_planes}
+            yield dataclasses.replace(row, images=(), planes=planes)
+
+    def _batches(
+        self, index: int, first: int = 0, last: int | None = None
+    ) -> Iterator[list[Sample]]:
+        """The batches in which the build ran the teacher over a shard; rejected samples are out."""
+        planned = [key for key, _ in self.base.plan.shards[index]][first:last]
+        kept = set(shard_keys(self.base.plan, self.base.seal.shards[index]))
+        size = self.base.spec.batch_size
+        for start in range(0, len(planned), size):
+            keys = [key for key in planned[start : start + size] if key in kept]
+            if keys:
+                yield [self._sample(key) for key in keys]
+
+    def _sample(self, key: str) -> Sample:
+        return self.base.reader.read(self.base.reader.find(key), ()).sample
+
+    def _load_assets(self, teacher: Teacher) -> None:
+        """Basis and template: the base's own, those of a run before, or fitted now."""
+        held, wanted = self.base.spec.records, self.settings.records
+        new = [name for name in ("topk", "sketch") if holds(wanted, name) and not holds(held, name)]
+        if new and not self._load_begun(teacher):
+            self._calibrate(teacher)
+        if "topk" not in new:
+            teacher.template = self.base.template
+        if "sketch" not in new:
+            teacher.sketch = self.base.sketch
+
+    def _load_begun(self, teacher: Teacher) -> bool:
+        """Take basis and template of a run before; False where there is none, or it got not far."""
+        begun = read_plan(self.cache)
+        if begun is None:
+            return False
+        sketched, shaped = begun.spec.sketch_digest, begun.spec.template_digest
+        files = {SKETCH_FILE: sketched, TEMPLATE_FILE: shaped}
+        if not all(self.cache.exists(name) for name, digest in files.items() if digest is not None):
+            return False
+        teacher.sketch = None if sketched is None else read_sketch(self.cache, begun.spec)
+        teacher.template = None if shaped is None else read_template(self.cache, begun.spec)
+        return True
+
+    def _calibrate(self, teacher: Teacher) -> None:
+        """Fit them to the samples that a build would have taken, in its batches."""
+        places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
+        order = sorted(range(len(places)), key=lambda row: places[row][1])
+        spread = (order[place] for place in spread_order(len(order)))
+        samples = (self.base.reader.read(row, ()).sample for row in spread)
+        if any(commit.num_with_images for commit in self.base.seal.shards):
+            samples = (sample for sample in samples if sample.images)
+        batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
+        wanted = self.config.calibration_tokens or CALIBRATION_TOKENS
+        teacher.calibrate(
+            batches,
+            self.settings,
+            wanted,
+            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+        )
+
+
+def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, RecordKind]:
+    """What a cache holds when `wanted` is added, and what has to be computed for it.
+
+    A sketch is made with the top-k records that its shift belongs to. ValueError where nothing is
+    new.
+    """
+    pieces = {name for name in _PIECES if wanted is not None and holds(wanted, name)}
+    new = pieces - set(held.split("+"))
+    if not new:
+        raise ValueError(
+            f"the cache holds {held}, {wanted} adds nothing to it; name records that it has not"
+        )
+    computed = new | ({"topk"} if "sketch" in new else set())
+    return _kind(pieces | set(held.split("+"))), _kind(computed)
+
+
+def extend_records(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
+    """Write a cache with further records of its samples as a new one, in this process."""
+    extender = RecordExtender(config, progress)
+    return build_all(extender, extender.cache)
+
+
+def _kind(pieces: set[str]) -> RecordKind:
+    name = "+".join(piece for piece in _PIECES if piece in pieces)
+    kinds: dict[str, RecordKind] = {kind: kind for kind in get_args(RecordKind)}
+    return kinds[name]
+
+
+def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> RecordSettings:
+    """The base's settings for what it holds, the given ones for what is new."""
+    known = record_settings(base)
+    changes: dict[str, object] = {"records": records}
+    for piece, names in RECORD_SETTINGS.items():
+        new = piece in records.split("+") and piece not in base.records.split("+")
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not new:
+                raise ValueError(
+                    f"{name} is given, but {piece} records are not new: the cache holds "
+                    f"{base.records}, and {records} is to be held"
+                )
+            if value is not None and name != "calibration_tokens":
+                changes[name] = value
+        if piece == "topk" and new:
+            changes["least_logits"] = True  # a cache without logits says that it has none
+    return dataclasses.replace(known, **changes)
+
+
+def _require_used(config: ExtendConfig, spec: CacheSpec) -> None:
+    """Raise ValueError for a setting that was given and is not among those of the new cache."""
+    for names in RECORD_SETTINGS.values():
+        for name in names:
+            idle = getattr(spec, name, "not part of a spec") is None
+            if getattr(config, name) is not None and idle:
+                raise ValueError(f"{name} would have no effect on {spec.records} records of {spec}")
+
+
+def _planes(spec: CacheSpec) -> frozenset[str]:
+    return planes_of(tier_parts(spec), spec)

@@ -1,0 +1,116 @@
+"""New samples for a sealed cache, by the same teacher and the same recipe, as a new cache.
+
+Promises: the old shards are linked or copied unopened and stay what they were, and so does the old
+cache; the new samples are computed exactly as a build would have computed them, by the settings of
+the cache's spec, with its own sketch basis and template, which are never fitted again. Samples
+whose keys the cache has are left out. Refuses a teacher that is not the cache's, with a table of
+the fields, and a source without a new sample. Running it again resumes it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.build.build import CacheBuilder, Progress, build_all, no_progress
+from pipeline.build.teacher_identity import require_same_teacher
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.sources.source import scan
+from teacher_cache.derive.merge import take_shard
+from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart
+from teacher_cache.folder.shard_plan import group_shards
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
+from teacher_cache.schema.options import holds
+
+
+class CacheExtender(CacheBuilder):
+    """A builder whose first shards are those of another cache."""
+
+    def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
+        self.base = SealedCache.open(config.cache)
+        open_apart(config.out, [self.base])
+        super().__init__(_build_config(config, self.base), progress)
+
+    def prepare(self) -> Plan:
+        """Plan the base's samples and those of the source that are new, and check or write that."""
+        spec = self._require_same_spec()
+        known = {key for commit in self.base.seal.shards for key, _ in self.base.kept(commit)}
+        scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+        self._refuse(rejected)
+        new = [sample for sample in scanned if sample.key not in known]
+        if not new:
+            raise ValueError(
+                f"{self.config.source.path}: each of its {len(scanned)} usable samples is in "
+                f"{self.base.store} already, there is nothing to add"
+            )
+        groups = [sample.images if spec.share_vision else None for sample in new]
+        added = group_shards(groups, self.config.samples_per_shard)
+        plan = Plan(
+            spec=spec,
+            format=self.config.format,
+            source=f"{self.base.seal.source} + {self.config.source.path}",
+            shards=(
+                *(self.base.kept(commit) for commit in self.base.seal.shards),
+                *(tuple((new[i].key, new[i].index) for i in shard) for shard in added),
+            ),
+            rejected=(*self.base.seal.rejected, *rejected),
+        )
+        base = self.base
+        begin(self.cache, plan, head=base.head, sketch=base.sketch, template=base.template)
+        return plan
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Take over shard `index` of the base, or run the teacher over a new one."""
+        if index < len(self.base.seal.shards):
+            commit = self.base.seal.shards[index]
+            return take_shard(self.cache, self._plan, index, self.base, commit)
+        return super().build_shard(index, killers)
+
+    def _require_same_spec(self) -> CacheSpec:
+        """The base's spec, which must be what this teacher and these settings give."""
+        require_same_teacher(self.base.spec, self.teacher, self.config.teacher)
+        self.teacher.sketch, self.teacher.template = self.base.sketch, self.base.template
+        found = self.teacher.spec(
+            self.records,
+            batch_size=self.config.batch_size,
+            share_vision=self.config.share_vision,
+        )
+        remedy = "Only the teacher and the recipe of a cache can extend it."
+        require_equal(self.base.spec, found, f"{self.base.store}: its spec", remedy)
+        return found
+
+
+def extend_samples(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
+    """Write the samples of a cache and new ones of a source as one cache, in this process."""
+    extender = CacheExtender(config, progress)
+    return build_all(extender, extender.cache)
+
+
+def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
+    """The settings of a build that computes what the base holds."""
+    if config.source is None:
+        raise ValueError("new samples need a source")
+    known: dict[str, Any] = {
+        field.name: getattr(base.spec, field.name)
+        for field in dataclasses.fields(BuildConfig)
+        if getattr(base.spec, field.name, None) is not None
+    }
+    if not holds(base.spec.records, "topk"):
+        known.pop("least_logits")  # which says no where there is nothing that could have them
+    known["dtype"] = base.spec.compute_dtype
+    if base.spec.grid is not None:
+        grid = dataclasses.asdict(base.spec.grid)
+        known |= {name: grid[name] for name in ("compressor", "ratios")}
+        known |= {f"compress_{name}": grid[name] for name in ("layer", "text", "seed")}
+    size = config.samples_per_shard or max(commit.num_rows for commit in base.seal.shards)
+    return BuildConfig(
+        **known,
+        source=SourceConfig(path=config.source, image_root=config.image_root, limit=config.limit),
+        teacher=config.teacher,
+        out=config.out,
+        format=base.seal.format,
+        samples_per_shard=size,
+        device=config.device,
+        on_bad_sample=config.on_bad_sample,
+        torch_threads=config.torch_threads,
+    )

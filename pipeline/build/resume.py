@@ -1,0 +1,62 @@
+"""With which settings and files a build was begun: what a build that goes on compares first.
+
+Promise: an untouched build is recognised without reading its source or loading its teacher; where
+anything at all differs the build makes its plan again, and that decides (manifest.py). Refuses what
+the plan does not know of and a shard that is written cannot follow.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from pipeline.config.stages import BuildConfig
+from teacher_cache.folder.layout import committed
+from teacher_cache.storage.store import open_store
+
+SETTINGS_FILE = "build.json"
+
+
+def keep_settings(config: BuildConfig) -> None:
+    """Write down, beside the plan, what it was made from."""
+    open_store(config.out).write_atomic(SETTINGS_FILE, _settings(config).encode())
+
+
+def is_unchanged(config: BuildConfig) -> bool:
+    """Whether the cache was begun with these settings, and teacher and source are as they were."""
+    cache = open_store(config.out)
+    known = cache.exists(SETTINGS_FILE) and cache.read(SETTINGS_FILE) == _settings(config).encode()
+    # What is not on a local disk cannot be seen to be unchanged: compare its content again.
+    return known and Path(config.teacher).exists() and Path(config.source.path).exists()
+
+
+def require_same_measuring(config: BuildConfig) -> None:
+    """ValueError where shards are written whose loss was measured on another number of samples."""
+    cache = open_store(config.out)
+    if not cache.exists(SETTINGS_FILE) or not committed(cache):
+        return
+    begun = json.loads(cache.read(SETTINGS_FILE))["config"].get("quality_samples")
+    if begun is not None and begun != config.quality_samples:
+        raise ValueError(
+            f"{config.out}: the quality of its {len(committed(cache))} written shards was measured "
+            f"on {begun} samples of each, found quality_samples {config.quality_samples} now; go "
+            f"on with {begun}, or build into a new folder"
+        )
+
+
+def _settings(config: BuildConfig) -> str:
+    """The build's settings and the state of its input files, as text to compare."""
+    state = {
+        "config": dataclasses.asdict(dataclasses.replace(config, require_quality=False)),
+        "teacher": _files(Path(config.teacher)),
+        "source": _files(Path(config.source.path)),
+    }
+    return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
+
+
+def _files(path: Path) -> list[tuple[str, int, int]] | None:
+    """(name, bytes, time of change) of a file or of a folder's files; None where not local."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if not path.exists():
+        return None
+    stats = [(str(file), file.stat()) for file in found if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -1,0 +1,69 @@
+"""Whether a live teacher is the one that a cache was made with, and its settings from the spec.
+
+Promise: the teacher is loaded with the dtype, attention and system prompt that the cache names, and
+every field of the spec that says who the teacher is, is compared; what is stored of it is not.
+"""
+
+import dataclasses
+
+from pipeline.build.response_grid import with_grid
+from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.manifest import CacheMismatchError, CacheSpec, differences
+from teacher_cache.teacher.teacher import Teacher
+
+TEACHER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "logits_dtype",
+    "teacher_class",
+    "teacher_weights",
+    "teacher_config",
+    "compute_dtype",
+    "attention",
+    "tokenizer",
+    "vocabulary",
+    "chat_template",
+    "image_processor",
+    "system_prompt",
+)
+"""Fields of a spec that are the teacher's, whatever is recorded of it."""
+
+
+def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
+    """The teacher in a folder (or of a hub id), loaded as the cache says its own was."""
+    teacher = Teacher.load(
+        path,
+        device=device,
+        dtype=spec.compute_dtype,
+        attention=spec.attention,
+        system_prompt=spec.system_prompt,
+    )
+    return with_grid(teacher, spec.grid)
+
+
+def other_teacher(spec: CacheSpec, teacher: Teacher) -> list[tuple[str, str, str]]:
+    """(field, stored, found) of every field in which the teacher is not the cache's own."""
+    found = teacher.spec(RecordSettings(records="topk", top_k=1), batch_size=spec.batch_size)
+    stored = dataclasses.replace(found, **{name: getattr(spec, name) for name in TEACHER_FIELDS})
+    return differences(stored, found)
+
+
+def require_same_teacher(spec: CacheSpec, teacher: Teacher, path: str) -> None:
+    """Raise `CacheMismatchError` with a table unless the teacher is the cache's own."""
+    rows = other_teacher(spec, teacher)
+    if rows:
+        table = "\n".join(f"  {name}: stored {have}, found {now}" for name, have, now in rows)
+        raise CacheMismatchError(
+            f"{path} is not the teacher of the cache:\n{table}\n"
+            "Give the teacher that the cache was built with."
+        )
+
+
+def record_settings(spec: CacheSpec) -> RecordSettings:
+    """The settings that a cache's records were made with."""
+    known = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(RecordSettings)
+        if getattr(spec, field.name) is not None
+    }
+    return RecordSettings(**known)

@@ -1,0 +1,1 @@
+"""The settings of the stages; imports nothing heavy."""

@@ -1,0 +1,107 @@
+"""The settings of `emkd plan`: counts to reckon with, or a pilot that measures them.
+
+Which of them are looked at depends on whether a pilot is run; one that would not be is refused.
+Imports nothing heavy.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.stages import Dtype, at_least_one, refuse_changed
+from teacher_cache.schema.options import AffinityDtype, LogitsCodec, require_ratios
+from teacher_cache.schema.strict_json import Strict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig(Strict):
+    """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
+
+    samples: int | None = None
+    """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
+    source."""
+    images_per_sample: float = 1.0
+    samples_per_image: float | None = None
+    """Samples, on average, that ask about the same images behind the same prompt: they share what
+    is stored of the images. Default: 1, or with --pilot what is found among its samples."""
+    vision_tokens: int = 576
+    """Vision tokens of one view of an image."""
+    views: int = 1
+    """Views (base view, tiles) of one image."""
+    text_tokens: int = 128
+    """Tokens of a sample's own text, instructions and responses."""
+    response_tokens: int = 64
+    """Those of them that are responses."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    logits_codec: LogitsCodec = "exact"
+    affinity_dtype: AffinityDtype = "float16"
+    mean_kept: float | None = None
+    """Entries that a position keeps on average, for a cache with --top-mass."""
+    ratios: tuple[float, ...] = ()
+    """Those of a cache with a grid: each response token has a record more for every one."""
+    image_bytes: int = 100_000
+    """Bytes of one encoded image; caches hold the images too."""
+    teacher_seconds_per_sample: float | None = None
+    """Accelerator seconds; --pilot measures them where they are not given."""
+    online_teacher_seconds_per_step: float | None = None
+    """What a live teacher would add to each step of a student: gives the number of student runs
+    from which on the cache is cheaper."""
+    steps_per_run: int | None = None
+    """Steps of one student run, for the same purpose."""
+    pilot: int = 0
+    """Run the teacher on the first so many samples of the source, measure what each tier would
+    lose, and recommend one; 0: arithmetic alone, no model."""
+    source: str | None = None
+    image_root: Path | None = None
+    teacher: str | None = None
+    match_metric: Literal["raw_l1", "prob_l1"] = "raw_l1"
+    """Matching that the cache is to serve: raw logits (the paper's) or probabilities."""
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Dtype | None = None
+    """Dtype of the teacher and so of its logits; default: bfloat16, with --pilot the
+    checkpoint's own."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not 0 <= value < float("inf"):
+                raise ValueError(f"{field.name} must be >= 0 and finite, found {value}")
+        if self.ratios:
+            require_ratios(self.ratios)
+        if self.samples is not None:
+            at_least_one(self, "samples")
+        if self.mean_kept is not None and self.mean_kept < 1:
+            raise ValueError(f"mean_kept must be >= 1, found {self.mean_kept}")
+        if self.samples_per_image is not None and self.samples_per_image < 1:
+            raise ValueError(f"samples_per_image must be >= 1, found {self.samples_per_image}")
+        if self.response_tokens > self.text_tokens:
+            raise ValueError(
+                f"response_tokens is {self.response_tokens}, but text_tokens, which counts the "
+                f"responses too, is {self.text_tokens}"
+            )
+        if (self.online_teacher_seconds_per_step is None) != (self.steps_per_run is None):
+            raise ValueError(
+                "the break-even needs both online_teacher_seconds_per_step and steps_per_run"
+            )
+        if self.pilot:
+            self._require_pilot()
+        else:
+            refuse_changed(self, "pilot is 0", "source", "image_root", "teacher", "match_metric")
+            refuse_changed(self, "pilot is 0", "batch_size", "device", "attention")
+
+    def _require_pilot(self) -> None:
+        if self.pilot < 2 or self.source is None or self.teacher is None:
+            raise ValueError(
+                "a pilot needs source, teacher and at least 2 samples (one half fits the sketch, "
+                f"the other is measured); found pilot {self.pilot}, source {self.source}, "
+                f"teacher {self.teacher}"
+            )
+        counts = ("images_per_sample", "vision_tokens", "views", "text_tokens", "response_tokens")
+        more = ("vocab_size", "hidden_size", "image_bytes", "mean_kept")
+        refuse_changed(self, "the pilot counts it", *counts, *more)
+        refuse_changed(self, "a pilot compares exact ones", "logits_codec", "affinity_dtype")
+        refuse_changed(self, "a pilot compares caches without a grid", "ratios")

@@ -1,0 +1,1 @@
+"""The miniatures' data, models and recipes."""

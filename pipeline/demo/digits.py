@@ -1,0 +1,164 @@
+"""Real images for the demo: grids of the handwritten digits that scikit-learn ships (UCI).
+
+Promises: the same settings give the same bytes; a digit image that appears in the held-out grids
+appears in no training grid; an interrupted run is repeated by running it again, a finished one is
+left as it is. Refuses a folder that holds a set with other settings.
+
+One image is 48 x 48: 4 x 4 cells of 12 x 12 pixels, each one digit enlarged from 8 x 8. A prompt
+names eight random cells ("Fill in bs? dq? ..."), the response repeats them with their digits
+(" bs5 dq2 ..."). Digits straddle patches (8 pixels) and pooling windows (16), so that a student
+with pooled vision tokens sees less than its teacher, by degrees.
+With `rows` a prompt names one row, and then shows the image ("Read d\n<image>"), the response reads
+it (" q7 s2 v9 x1"). A cell's name is itself where to look, and so is read in the first decoder
+layer; here the row must be looked up first, and vision tokens are needed in the layer after it.
+Written: train.json, heldout.json (LLaVA JSON; `digits` holds the 16 digits of a grid for
+pretraining a vision tower), images/*.png, and digits.json, the settings, last.
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pipeline.config.stages import DigitQuestions, DigitsConfig
+
+GRID_SIDE = 4
+CELL_PIXELS = 12
+IMAGE_PIXELS = GRID_SIDE * CELL_PIXELS
+PATCH_PIXELS = 8
+PATCHES_SIDE = IMAGE_PIXELS // PATCH_PIXELS
+NUM_QUESTIONS = 8
+NUM_TRAIN_DIGITS = 1350
+ROW_LETTERS = "bdfg"
+COLUMN_LETTERS = "qsvx"
+CELL_NAMES = tuple(row + column for row in ROW_LETTERS for column in COLUMN_LETTERS)
+"""Names of the 16 cells in raster order; each is meant to be one token of the demo's tokenizer."""
+
+PROMPT_PREFIX = "Fill in"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchLabels:
+    """What stands under each 8 x 8 patch, raster order: the cell at the patch's centre."""
+
+    digit: Int[np.ndarray, "n 36"]
+    row: Int[np.ndarray, " 36"]
+    column: Int[np.ndarray, " 36"]
+
+
+def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path:
+    """Write both splits under `config.out` and return that folder; `progress(done, total)`.
+
+    Raises ValueError where the folder holds a set that was made with other settings.
+    """
+    settings = dataclasses.asdict(config)
+    del settings["out"]
+    settings_file = config.out / "digits.json"
+    if settings_file.exists():
+        # Earlier versions asked for cells and did not say so.
+        stored = {"questions": "cells", **json.loads(settings_file.read_bytes())}
+        if stored != settings:
+            raise ValueError(
+                f"{settings_file}: found digits made with {stored}, wanted {settings}; "
+                "choose another --out or remove the folder"
+            )
+        return config.out
+    (config.out / "images").mkdir(parents=True, exist_ok=True)
+    pixels, labels = load_digits(return_X_y=True)
+    glyphs = np.stack([_enlarge(glyph) for glyph in pixels.reshape(-1, 8, 8)])
+    order = np.random.default_rng(config.seed).permutation(len(glyphs))
+    pools = {"train": order[:NUM_TRAIN_DIGITS], "heldout": order[NUM_TRAIN_DIGITS:]}
+    counts = {"train": config.num_train, "heldout": config.num_heldout}
+    done, total = 0, sum(counts.values())
+    for number, (split, pool) in enumerate(pools.items()):
+        rng = np.random.default_rng([config.seed, number])
+        entries: list[dict[str, object]] = []
+        for index in range(counts[split]):
+            chosen = rng.choice(pool, size=GRID_SIDE**2, replace=False)
+            asked = _asked(config.questions, rng)
+            name = f"{split}-{index:05d}"
+            _write(config.out / "images" / f"{name}.png", _png(_grid(glyphs[chosen])))
+            entries.append(_entry(name, labels[chosen].tolist(), *asked))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        lines = ",\n".join(json.dumps(entry) for entry in entries)
+        _write(config.out / f"{split}.json", f"[\n{lines}\n]\n".encode())
+    _write(settings_file, (json.dumps(settings) + "\n").encode())
+    return config.out
+
+
+def load_grids(path: Path) -> Int[np.ndarray, "n 16"]:
+    """Read the true digits of every grid of a split (train.json or heldout.json), in its order."""
+    entries = json.loads(path.read_bytes())
+    return np.array([entry["digits"] for entry in entries], dtype=np.int64).reshape(-1, 16)
+
+
+def patch_labels(grids: Int[np.ndarray, "n 16"]) -> PatchLabels:
+    """Name digit, row and column of the cell at the centre of each of the 36 patches.
+
+    A centre on the border of two cells belongs to the later one.
+    """
+    centres = np.arange(PATCHES_SIDE) * PATCH_PIXELS + PATCH_PIXELS // 2
+    row, column = np.divmod(np.arange(PATCHES_SIDE**2), PATCHES_SIDE)
+    row, column = (centres // CELL_PIXELS)[row], (centres // CELL_PIXELS)[column]
+    return PatchLabels(digit=grids[:, row * GRID_SIDE + column], row=row, column=column)
+
+
+def _enlarge(glyph: np.ndarray) -> UInt8[np.ndarray, "12 12"]:
+    grey = Image.fromarray(np.round(glyph * (255 / 16)).astype(np.uint8))
+    return np.asarray(grey.resize((CELL_PIXELS, CELL_PIXELS), Image.Resampling.BILINEAR))
+
+
+def _grid(glyphs: UInt8[np.ndarray, "16 12 12"]) -> UInt8[np.ndarray, "48 48"]:
+    cells = glyphs.reshape(GRID_SIDE, GRID_SIDE, CELL_PIXELS, CELL_PIXELS)
+    return cells.transpose(0, 2, 1, 3).reshape(IMAGE_PIXELS, IMAGE_PIXELS)
+
+
+def _png(grey: UInt8[np.ndarray, "48 48"]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(grey).convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _asked(questions: DigitQuestions, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
+    """The prompt, and the cells of its response, each behind the name that it has there."""
+    if questions == "rows":
+        row = int(rng.integers(GRID_SIDE))
+        names = {name: GRID_SIDE * row + column for column, name in enumerate(COLUMN_LETTERS)}
+        return f"Read {ROW_LETTERS[row]}\n<image>", names
+    cells: list[int] = rng.choice(GRID_SIDE**2, size=NUM_QUESTIONS, replace=False).tolist()
+    question = " ".join(f"{CELL_NAMES[cell]}?" for cell in cells)
+    return f"<image>\n{PROMPT_PREFIX} {question}", {CELL_NAMES[cell]: cell for cell in cells}
+
+
+def _entry(
+    name: str, digits: list[int], question: str, cells: Mapping[str, int]
+) -> dict[str, object]:
+    answer = "".join(f" {asked}{digits[cell]}" for asked, cell in cells.items())
+    return {
+        "id": name,
+        "image": f"images/{name}.png",
+        "conversations": [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": answer},
+        ],
+        "digits": digits,
+    }
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Publish by rename: whoever finds the file finds it whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)

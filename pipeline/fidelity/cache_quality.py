@@ -1,0 +1,270 @@
+"""What a cache keeps of its teacher, from its commit records: a table, a judgement, a complaint.
+
+Promises: nothing is computed that the seal does not hold; the numbers of a whole cache are means
+over its shards, weighted by what each was measured on (their largest tail is the largest). Judged
+is the mean, by the very rule that recommends a tier (pilot_report.py); the shard that is furthest
+beyond it is named. A cache that also holds hidden states is shown but not judged: students learn
+from those. Recommended instead is what is known to do, hidden states; a pilot measures the rest.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.fidelity.recommend import (
+    MAX_REGRET,
+    MAX_TAIL,
+    MIN_GRADIENT_COSINE,
+    Recommendation,
+    TierMeasure,
+    faults,
+    recommend,
+)
+from pipeline.fidelity.sizes import SampleShape, Tier, TierSize, asset_bytes, plane_bytes, table
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import holds
+from teacher_cache.schema.shard_quality import (
+    SampledLoss,
+    ShardQuality,
+    TailMass,
+    measured_records,
+    rounded,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheQuality:
+    """What the shards of a cache say, and what follows."""
+
+    tier: Tier
+    """The records that were measured."""
+    mean: ShardQuality
+    shards: tuple[ShardQuality | None, ...]
+    """In their order; None where nobody has measured a shard."""
+    worst: int | None
+    """The shard furthest beyond what is stated, or nearest to it; None where none has images."""
+    faults: tuple[str, ...]
+    """Where the mean misses the stated quality; empty where it does not."""
+    num_missing: int
+    """Shards that miss it by themselves."""
+    instead: Recommendation | None
+    """What to build where there are faults."""
+
+
+def summarise(seal: Seal) -> CacheQuality | None:
+    """The quality of a cache; None where its records keep every logit, or nobody has measured."""
+    shards = tuple(commit.quality for commit in seal.shards)
+    found = [quality for quality in shards if quality is not None]
+    if not found:
+        return None
+    spec = seal.spec
+    records = measured_records(spec.records)
+    rank = spec.sketch_rank if holds(records, "sketch") else None
+    tier = Tier(records=records, top_k=spec.top_k, sketch_rank=rank)
+    mean = _mean(found)
+    judged = not holds(spec.records, "hidden")
+    missed = tuple(_faults(tier, mean)) if judged else ()
+    return CacheQuality(
+        tier=tier,
+        mean=mean,
+        shards=shards,
+        worst=_worst(tier, shards),
+        faults=missed,
+        num_missing=sum(bool(_faults(tier, quality)) for quality in found) if judged else 0,
+        instead=_instead(tier, mean, seal) if missed else None,
+    )
+
+
+def is_unknown(seal: Seal) -> bool:
+    """Whether students would learn from records whose quality nobody has measured."""
+    lossy = not holds(seal.spec.records, "hidden")
+    return lossy and all(commit.quality is None for commit in seal.shards)
+
+
+def render_quality(quality: CacheQuality, num_shards: int = 10) -> str:
+    """A table of the mean and of the worst shards, and what its columns mean."""
+    known = [index for index, each in enumerate(quality.shards) if each is not None]
+    order = sorted(known, key=lambda index: -_severity(quality.tier, quality.shards[index]))
+    rows = [("all", *_cells(quality.mean))]
+    for index in order[:num_shards]:
+        each = quality.shards[index]
+        assert each is not None
+        name = f"{index}, the worst" if index == quality.worst else f"{index}"
+        rows.append((name, *_cells(each)))
+    sampled = quality.mean.sampled
+    lines = [f"What {quality.tier.name} keeps of the teacher:", table(_HEADER, rows)]
+    if len(known) > num_shards:
+        which = "is the worst" if num_shards == 1 else "are the worst"
+        lines.append(f"Shown {which} of {len(known)} shards.")
+    if len(known) < len(quality.shards):
+        lines.append(f"{len(quality.shards) - len(known)} shards were not measured.")
+    if sampled is not None:
+        lines.append(
+            f"samples: compared with every logit. regret, agree: matching by {sampled.metric}; "
+            "gradient: cosine of the reverse KL's."
+        )
+    lines.append("vision, text: probability outside the kept entries, at vision tokens, responses.")
+    return "\n".join(lines)
+
+
+def complaint(quality: CacheQuality, cache: str) -> str | None:
+    """What to print, loudly, of a cache that misses its stated quality; None where it does not."""
+    if quality.instead is None:
+        return None
+    rule = "!" * 80
+    lines = [
+        rule,
+        f"{cache}: its records, {quality.tier.name}, miss their stated quality:",
+        *(f"  {fault}" for fault in quality.faults),
+        f"{quality.num_missing} of {len(quality.shards)} shards miss it by themselves, the worst "
+        f"is shard {quality.worst}.",
+        f"Choose instead, in a new folder: {quality.instead.flags}",
+        "or a tier between the two: emkd plan --pilot measures what each loses and takes.",
+        rule,
+    ]
+    return "\n".join(lines)
+
+
+_HEADER = (
+    *("shard", "samples", "regret", "agree", "gradient", "energy", "spread"),
+    *("vision 50 %", "90 %", "99 %", "max"),
+    *("text 50 %", "90 %", "99 %", "max"),
+)
+
+
+def _cells(quality: ShardQuality) -> tuple[str, ...]:
+    loss = quality.sampled
+    lost = ("-",) * 6
+    if loss is not None:
+        energy = "-" if loss.energy is None else f"{loss.energy:.1%}"
+        lost = (
+            *(f"{loss.num_samples}", f"{loss.regret:.2%}", f"{loss.agreement:.0%}"),
+            *(f"{loss.gradient_cosine:.3f}", energy, f"{loss.row_mean_spread:.3g}"),
+        )
+    return (*lost, *_tail_cells(quality.vision_tail), *_tail_cells(quality.response_tail))
+
+
+def _tail_cells(tail: TailMass | None) -> tuple[str, ...]:
+    if tail is None:
+        return ("-",) * 4
+    return tuple(f"{value:.4f}" for value in (tail.median, tail.p90, tail.p99, tail.max))
+
+
+def _faults(tier: Tier, quality: ShardQuality) -> list[str]:
+    loss = quality.sampled
+    if loss is None:
+        return []
+    return faults(tier, loss.regret, loss.gradient_cosine, _tail_p90(tier, quality))
+
+
+def _tail_p90(tier: Tier, quality: ShardQuality) -> float:
+    """What the rule looks at: the tails of bare top-k records; 0 for others."""
+    bare = tier.records == "topk" and quality.vision_tail is not None
+    return quality.vision_tail.p90 if bare and quality.vision_tail is not None else 0.0
+
+
+def _severity(tier: Tier, quality: ShardQuality | None) -> float:
+    """How far a shard is beyond what is stated: 1 where it just does."""
+    if quality is None or quality.sampled is None:
+        return -1.0
+    loss = quality.sampled
+    return max(
+        loss.regret / MAX_REGRET,
+        (1 - loss.gradient_cosine) / (1 - MIN_GRADIENT_COSINE),
+        _tail_p90(tier, quality) / MAX_TAIL,
+    )
+
+
+def _worst(tier: Tier, shards: Sequence[ShardQuality | None]) -> int | None:
+    measured = [i for i, each in enumerate(shards) if each is not None and each.sampled is not None]
+    return max(measured, key=lambda index: _severity(tier, shards[index]), default=None)
+
+
+def _mean(found: Sequence[ShardQuality]) -> ShardQuality:
+    return ShardQuality(
+        vision_tail=_mean_tail([q.vision_tail for q in found if q.vision_tail is not None]),
+        response_tail=_mean_tail([q.response_tail for q in found if q.response_tail is not None]),
+        sampled=_mean_loss([q.sampled for q in found if q.sampled is not None]),
+    )
+
+
+def _mean_tail(tails: Sequence[TailMass]) -> TailMass | None:
+    if not tails:
+        return None
+    weights = [tail.num_positions for tail in tails]
+    return TailMass(
+        num_positions=sum(weights),
+        median=_weighted([tail.median for tail in tails], weights),
+        p90=_weighted([tail.p90 for tail in tails], weights),
+        p99=_weighted([tail.p99 for tail in tails], weights),
+        max=max(tail.max for tail in tails),
+    )
+
+
+def _mean_loss(losses: Sequence[SampledLoss]) -> SampledLoss | None:
+    if not losses:
+        return None
+    weights = [loss.num_pairs for loss in losses]
+    energies = [loss.energy for loss in losses if loss.energy is not None]
+    return dataclasses.replace(
+        losses[0],
+        num_samples=sum(loss.num_samples for loss in losses),
+        num_pairs=sum(weights),
+        regret=_weighted([loss.regret for loss in losses], weights),
+        agreement=_weighted([loss.agreement for loss in losses], weights),
+        gradient_cosine=_weighted([loss.gradient_cosine for loss in losses], weights),
+        energy=_weighted(energies, weights) if len(energies) == len(losses) else None,
+        row_mean_spread=_weighted([loss.row_mean_spread for loss in losses], weights),
+    )
+
+
+def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
+    return rounded(statistics.fmean(values, weights))
+
+
+def _instead(tier: Tier, mean: ShardQuality, seal: Seal) -> Recommendation:
+    """The rule's choice between what was measured and hidden states in the teacher's own dtype."""
+    loss = mean.sampled
+    assert loss is not None
+    dtype = "bfloat16" if seal.spec.compute_dtype == "bfloat16" else "float32"
+    exact = Tier(records="hidden", hidden_dtype=dtype)
+    return recommend(
+        [
+            _measured(tier, seal, loss.regret, loss.gradient_cosine, _tail_p90(tier, mean)),
+            _measured(exact, seal, 0.0, 1.0, 0.0),
+        ]
+    )
+
+
+def _measured(
+    tier: Tier, seal: Seal, regret: float, gradient_cosine: float, tail_p90: float
+) -> TierMeasure:
+    """A tier with its numbers, and the bytes of its vision and response records by arithmetic."""
+    spec = seal.spec
+    shape = SampleShape(
+        num_views=0,
+        num_vision=sum(commit.num_stored_vision_tokens for commit in seal.shards),
+        num_content=0,
+        num_text=0,
+        num_response=sum(commit.num_response_tokens for commit in seal.shards),
+        hidden_size=spec.hidden_size,
+        logits_dtype=spec.logits_dtype,
+    )
+    once = asset_bytes(tier, spec.vocab_size, spec.hidden_size, spec.logits_dtype)
+    planes = sum(plane_bytes(shape, tier).values())
+    size = TierSize(
+        tier=tier,
+        per_vision_token=planes / max(1, shape.num_vision),
+        per_sample=planes / seal.num_samples,
+        once=once,
+        in_all=float(once + planes),
+    )
+    return TierMeasure(
+        size=size,
+        layout_per_vision_token=size.per_vision_token,
+        regret=regret,
+        agreement=None,
+        gradient_cosine=gradient_cosine,
+        tail_p90=tail_p90,
+    )

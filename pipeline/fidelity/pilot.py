@@ -1,0 +1,278 @@
+"""`emkd plan --pilot`: what each tier of a cache would lose on *this* teacher, measured.
+
+Every second sample fits the sketch's basis, the others are measured, so that no number is
+flattered by its own calibration. Records are made, encoded and turned into signals by the very
+functions that build and training use (tier_loss.py).
+
+Memory: the states of one batch and the records of one sample, whatever the number of samples.
+Refuses a source with fewer than two usable samples, or without images.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.build.build import Progress, no_progress
+from pipeline.config.plan import PlanConfig
+from pipeline.config.stages import SourceConfig
+from pipeline.fidelity.recommend import STAND_IN, PilotReport, Tail, TierMeasure, recommend
+from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
+from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
+from pipeline.sources.source import open_source
+from student_train.matching.quality import row_mean_spread
+from student_train.signals.teacher_signal import DenseSignal, Signal, TeacherAssets, vision_signal
+from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.sketch import HiddenMoments, basis_from_moments
+from teacher_cache.records.tail_template import MeanTail, TailTemplate
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.teacher_output import CachedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.teacher.teacher import Teacher
+from teacher_cache.teacher.vision_sharing import seen_by_vision
+
+SAMPLES_PER_SHARD = 256
+"""As a build has it unless told otherwise."""
+
+
+class Pilot:
+    """One pilot: a pass that calibrates, a pass that measures, a report."""
+
+    def __init__(self, config: PlanConfig, progress: Progress = no_progress) -> None:
+        if config.source is None or config.teacher is None:
+            raise ValueError("a pilot needs a source and a teacher")
+        self.config = config
+        self.progress = progress
+        self.source = open_source(SourceConfig(path=config.source, image_root=config.image_root))
+        self.teacher = Teacher.load(
+            config.teacher, device=config.device, dtype=config.dtype, attention=config.attention
+        )
+        self.head = self.teacher.head
+        self.vocab_size, self.hidden_size = self.head.weight.shape
+        self.tiers = {tier.name: tier for tier in tiers(self.vocab_size, self.hidden_size)}
+        self.sums = {name: TierSums() for name in self.tiers}
+        self.rejected: list[str] = []
+        self.seconds: list[tuple[float, int]] = []
+        self.tails: dict[tuple[int, str], list[Tensor]] = {}
+        self.energy = dict.fromkeys(sorted({min(r, self.hidden_size) for r in SKETCH_RANKS}), 0.0)
+        self.total_energy = 0.0
+        self.spreads: list[float] = []
+        self.num_with_images, self.shown = 0, set[str]()
+        self.num_samples = self.num_vision = self.num_response = 0
+
+    def run(self) -> PilotReport:
+        """Calibrate, measure and recommend."""
+        samples = self._read()
+        moments = HiddenMoments(self.hidden_size)
+        kept = {tier.top_k for tier in self.tiers.values() if tier.top_k is not None}
+        tails = {top_k: MeanTail(self.vocab_size) for top_k in sorted(kept)}
+        for _, encoded, states in self._states(samples[0::2], "calibrate"):
+            moments.update(states[encoded.spans.vision])
+            for top_k, tail in tails.items():
+                tail.update(states[encoded.spans.vision], self.head, top_k)
+        self.teacher.sketch = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
+        self.basis = self.teacher.sketch
+        self.templates: dict[int | None, TailTemplate] = {
+            top_k: TailTemplate(vision=tail.log_shares) for top_k, tail in tails.items()
+        }
+        self.specs: dict[RecordKind, CacheSpec] = {}
+        for tier in self.tiers.values():
+            if tier.records not in self.specs:
+                self.specs[tier.records] = self.teacher.spec(
+                    _settings(tier), batch_size=self.config.batch_size
+                )
+        for sample, encoded, states in self._states(samples[1::2], "measure"):
+            self._measure(sample, encoded, states)
+        if not self.spreads:
+            raise ValueError(
+                f"{self.config.source}: none of the samples that the pilot measured has a view of "
+                "more than one vision token; take more samples, or a source with images"
+            )
+        return self._report(moments.count)
+
+    def _read(self) -> list[Sample]:
+        """The pilot's readable samples."""
+        readable: list[Sample] = []
+        for index in range(min(self.config.pilot, len(self.source))):
+            try:
+                readable.append(self.source[index])
+            except SampleError as error:
+                self.rejected.append(str(error))
+        if len(readable) < 2:
+            raise ValueError(
+                f"{self.config.source}: a pilot needs 2 usable samples, found {len(readable)} "
+                f"among the first {self.config.pilot}: {'; '.join(self.rejected)}"
+            )
+        return readable
+
+    def _states(
+        self, samples: Sequence[Sample], what: str
+    ) -> Iterator[tuple[Sample, EncodedSample, Tensor]]:
+        """Each usable sample with its final states [L, D]; processor and teacher are timed."""
+        size = self.config.batch_size
+        for start in range(0, len(samples), size):
+            begun = time.perf_counter()
+            batch: list[tuple[Sample, EncodedSample]] = []
+            for sample in samples[start : start + size]:
+                try:
+                    batch.append((sample, self.teacher.encoder.encode(sample)))
+                except SampleError as error:
+                    self.rejected.append(str(error))
+            if batch:
+                encoded = [item for _, item in batch]
+                side = collate(encoded, self.teacher.encoder.pad_token_id, "right")
+                states = self.teacher.hidden_states(side)
+                float(states[0, 0, 0])  # waits for an accelerator
+                self.seconds.append((time.perf_counter() - begun, len(batch)))
+                for (sample, item), rows in zip(batch, states, strict=True):
+                    self._count_images(sample, item)
+                    if bool(torch.isfinite(rows[: item.num_tokens]).all()):
+                        yield sample, item, rows
+                    else:
+                        self.rejected.append(f"{sample.source_id}: NaN or infinite states")
+            self.progress(what, min(start + size, len(samples)), len(samples))
+
+    def _count_images(self, sample: Sample, encoded: EncodedSample) -> None:
+        seen = seen_by_vision(sample, encoded)
+        if seen is not None:
+            self.num_with_images += 1
+            self.shown.add(seen)
+
+    def _measure(self, sample: Sample, encoded: EncodedSample, states: Tensor) -> None:
+        """One sample in every tier: its bytes, its tails, and its views against every logit."""
+        spans, device = encoded.spans, self.teacher.device
+        self.num_samples += 1
+        self.num_vision += len(spans.vision)
+        self.num_response += len(spans.predicting)
+        signals: dict[str, Signal] = {}
+        for name, tier in self.tiers.items():
+            rank = tier.sketch_rank
+            sketch = None if rank is None else shortened(self.basis, rank)
+            output = make_output(spans, states, self.head, _settings(tier), sketch)
+            cached = CachedSample(sample=sample, output=output)
+            self.sums[name].weigh(cached, self.specs[tier.records])
+            self._keep_tails(tier, output)
+            template = self.templates.get(tier.top_k)
+            assets = TeacherAssets(head=self.head, sketch=sketch, template=template)
+            signals[name] = vision_signal(output, assets.to(device)).to(device)
+        vision, start = states[spans.vision], 0
+        for view in spans.views:
+            rows = torch.arange(start, start + view.num_tokens, device=device)
+            start += view.num_tokens
+            if view.num_tokens == 1:
+                continue  # the stand-in would be the teacher itself
+            logits = self.head.logits(vision[rows])
+            self.spreads.append(row_mean_spread(logits))
+            held, total = logit_energy(vision[rows], logits, self.basis)
+            self.total_energy += total
+            for rank in self.energy:
+                self.energy[rank] += float(held[rank - 1])
+            here = {name: signal.rows(rows) for name, signal in signals.items()}
+            exact, metric = DenseSignal(logits=logits), self.config.match_metric
+            compare(vision[rows], exact, view, self.head, metric, here, self.sums)
+
+    def _keep_tails(self, tier: Tier, output: TeacherOutput) -> None:
+        if tier.records != "topk" or tier.top_k is None:
+            return
+        for where, record in (("vision", output.vision), ("response", output.response)):
+            if record is not None:
+                tails = self.tails.setdefault((tier.top_k, where), [])
+                tails.append(record.log_tail.to(torch.float64).exp())
+
+    def _report(self, calibration_tokens: int) -> PilotReport:
+        seconds = self.config.teacher_seconds_per_sample
+        seconds = _per_sample(self.seconds) if seconds is None else seconds
+        planned = self.config.samples or len(self.source)
+        measured = tuple(self._tier(name, planned) for name in self.tiers)
+        total = self.total_energy
+        return PilotReport(
+            samples=self.num_samples,
+            rejected=tuple(self.rejected),
+            calibration_tokens=calibration_tokens,
+            vision_tokens=self.num_vision,
+            response_tokens=self.num_response,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            match_metric=self.config.match_metric,
+            student_stand_in=STAND_IN,
+            teacher_seconds_per_sample=seconds,
+            tails=tuple(self._tail(k) for k in sorted({k for k, _ in self.tails})),
+            energy={r: held / total if total else 1.0 for r, held in self.energy.items()},
+            samples_per_image=self.samples_per_image,
+            row_mean_spread=sum(self.spreads) / len(self.spreads),
+            tiers=measured,
+            cost=cost(self.config, planned, seconds),
+            recommendation=recommend(measured),
+        )
+
+    @property
+    def samples_per_image(self) -> float:
+        """Samples for each vision record: as the settings say, or as found so far."""
+        given = self.config.samples_per_image
+        found = self.num_with_images / len(self.shown) if self.shown else 1.0
+        return found if given is None else given
+
+    def _tail(self, top_k: int) -> Tail:
+        vision_median, vision_p90 = _quantiles(self.tails[top_k, "vision"])
+        response_median, response_p90 = _quantiles(self.tails[top_k, "response"])
+        return Tail(
+            top_k=top_k,
+            vision_median=vision_median,
+            vision_p90=vision_p90,
+            response_median=response_median,
+            response_p90=response_p90,
+        )
+
+    def _tier(self, name: str, planned: int) -> TierMeasure:
+        tier, sums = self.tiers[name], self.sums[name]
+        dtype = self.specs[tier.records].logits_dtype
+        once = asset_bytes(tier, self.vocab_size, self.hidden_size, dtype)
+        saved = sums.shareable * (1 - 1 / self.samples_per_image)
+        per_row, per_shard = shard_structure(self.specs[tier.records])
+        structure = per_row + per_shard / SAMPLES_PER_SHARD
+        per_sample = (sums.stored - saved) / self.num_samples + structure
+        bare = tier.records == "topk" and tier.top_k is not None
+        return TierMeasure(
+            size=TierSize(
+                tier=tier,
+                per_vision_token=sums.stored_vision / self.num_vision,
+                per_sample=per_sample,
+                once=once,
+                in_all=once + per_sample * planned,
+            ),
+            layout_per_vision_token=sums.layout_vision / self.num_vision,
+            regret=sums.regret,
+            agreement=sums.agreement,
+            gradient_cosine=sums.gradient_cosine,
+            tail_p90=self._tail(tier.top_k or 0).vision_p90 if bare else 0.0,
+        )
+
+
+def run_pilot(config: PlanConfig, progress: Progress = no_progress) -> PilotReport:
+    """Measure the first `config.pilot` samples of the source with the teacher."""
+    return Pilot(config, progress).run()
+
+
+def _settings(tier: Tier) -> RecordSettings:
+    return RecordSettings(
+        records=tier.records,
+        top_k=tier.top_k or 1,
+        sketch_rank=tier.sketch_rank or 1,
+        hidden_dtype=tier.hidden_dtype or "bfloat16",
+    )
+
+
+def _per_sample(seconds: Sequence[tuple[float, int]]) -> float:
+    """Mean over all batches but the first, which pays for the start too (where there are more)."""
+    counted = seconds[1:] or seconds
+    return sum(spent for spent, _ in counted) / sum(count for _, count in counted)
+
+
+def _quantiles(parts: Sequence[Tensor]) -> tuple[float, float]:
+    """Median and 90th percentile; (0, 0) where there is nothing."""
+    values = torch.cat(list(parts)).sort().values
+    if not len(values):
+        return 0.0, 0.0
+    return float(values[len(values) // 2]), float(values[len(values) * 9 // 10])

@@ -1,0 +1,1 @@
+"""Looks at a sealed cache, and runs the teacher against it again."""

@@ -1,0 +1,133 @@
+"""What `emkd inspect` shows of a cache: its seal, where its bytes are, how flat its teacher is.
+
+Promises: counts and settings are the seal's, bytes of each part are those of the shards' frames,
+tail masses come from a bounded, seeded sample of rows, which have passed the reader's checks, so
+that a cache of any size is described in bounded memory; beside them stands what the build measured
+of each shard (cache_quality.py). Everything is plain data (numbers, strings, lists), ready for
+JSON; `render` lays it out for a terminal.
+"""
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.fidelity.cache_quality import summarise
+from pipeline.inspection.compare_outputs import top_k_by_name
+from teacher_cache.codec.columns import PART_PLANES, Part
+from teacher_cache.folder.layout import open_shard, require_plan
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.shard_quality import quantile
+
+MAX_WORD = 20
+"""Characters of a word that may stand in a list of one line."""
+QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
+_TAILED: frozenset[Part] = frozenset({"vision", "response", "response_grid"})
+
+
+def describe_cache(
+    reader: CacheReader, num_rows: int = 256, num_shards: int = 16
+) -> dict[str, Any]:
+    """The seal of a cache: counts, bytes, every setting that fixed its numbers, the rejects.
+
+    `num_rows` bounds the rows whose tail masses are looked at; `num_shards` the shards of a cache
+    in an object store that are fetched to look into.
+    """
+    seal = reader.seal
+    numbers = list(range(len(seal.shards)))
+    if not reader.cache.in_place:
+        numbers = sorted(random.Random(0).sample(numbers, min(num_shards, len(numbers))))
+    num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
+    quality = summarise(seal)
+    return {
+        "cache": str(reader.cache),
+        "fingerprint": seal.fingerprint,
+        "source": seal.source,
+        "format": seal.format,
+        "samples": seal.num_samples,
+        "shards": len(seal.shards),
+        "bytes": seal.num_bytes,
+        "samples_with_images": sum(shard.num_with_images for shard in seal.shards),
+        "vision_records": sum(shard.num_vision_records for shard in seal.shards),
+        "samples_per_vision_record": round(seal.samples_per_vision_record, 2),
+        "vision_tokens": num_vision,
+        "response_tokens": sum(shard.num_response_tokens for shard in seal.shards),
+        "bytes_per_vision_token": round(seal.num_bytes / num_vision, 1) if num_vision else None,
+        "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
+        "bytes_of_parts": _bytes_of_parts(reader, numbers),
+        "tail_mass": _tail_mass(reader, numbers, num_rows),
+        "quality": None if quality is None else dataclasses.asdict(quality),
+        "spec": dataclasses.asdict(seal.spec),
+        "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
+    }
+
+
+def _bytes_of_parts(reader: CacheReader, numbers: Sequence[int]) -> dict[str, int]:
+    """Where the bytes of some shards are: images, token spans, each part, and what is around."""
+    plan = require_plan(reader.cache)
+    part_of = {plane: part for part, planes in PART_PLANES.items() for plane in planes}
+    found = Counter[str]()
+    whole = 0
+    for number in numbers:
+        commit = reader.seal.shards[number]
+        for plane, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
+            found["images" if plane == "images" else part_of.get(plane, "tokens")] += num_bytes
+        whole += commit.num_bytes
+    return {
+        "shards": len(numbers),
+        **dict(sorted(found.items())),
+        "around": whole - found.total(),
+    }
+
+
+def _tail_mass(reader: CacheReader, numbers: Sequence[int], num_rows: int) -> dict[str, Any] | None:
+    """Quantiles of the probability outside the top-k over rows of some shards; None without it."""
+    parts = _TAILED & reader.parts
+    if not parts:
+        return None
+    starts = [0, *accumulate(reader.shard_sizes)]
+    rows = [row for number in numbers for row in range(starts[number], starts[number + 1])]
+    count = min(num_rows, len(rows))
+    tails: dict[str, list[Tensor]] = {}
+    for index in sorted(random.Random(0).sample(rows, count)):
+        for name, record in top_k_by_name(reader.read(index, parts).output).items():
+            tails.setdefault(name, []).append(record.log_tail.double().exp())
+    return {"rows": count, **{name: _quantiles(torch.cat(each)) for name, each in tails.items()}}
+
+
+def _quantiles(values: Tensor) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    ordered = values.sort().values
+    return {f"{100 * share:g}%": quantile(ordered, share) for share in QUANTILES}
+
+
+def render(described: Mapping[str, Any]) -> str:
+    """Lay a description out as YAML; lists of numbers and of short words stay on their lines."""
+    text: str = yaml.dump(
+        dict(described), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+    return text.rstrip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML; which lists are written in one line is for `_list` to say."""
+
+
+def _list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=_is_short(value))
+
+
+def _is_short(value: object) -> bool:
+    if isinstance(value, list):
+        return all(_is_short(item) for item in value)
+    return not isinstance(value, dict) and len(str(value)) <= MAX_WORD
+
+
+_Dumper.add_representer(list, _list)

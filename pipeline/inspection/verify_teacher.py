@@ -1,0 +1,246 @@
+"""Runs the teacher again over samples of a sealed cache and compares with what is stored.
+
+Samples, images included, come from the shards themselves. Each is computed twice: in the batch that
+the build had it in (A), and in another one (B): alone, or in a pair where the build had it alone.
+How far B is from A is the control: rounding that depends on a batch's shape, and no more. A sample
+is the stored one if, for every quantity (compare_outputs.py), neither the root mean square nor the
+largest difference between what is stored and A passes
+
+    max(4 x the control's over all samples, 4 x eps x the size of the numbers + the codec's error),
+
+eps being that of the coarser of compute and storage dtype. Both runs pass through the cache's codec
+before they are compared, so that a lossy cache is held to what it would store. A teacher whose
+identity differs from the spec is not run at all: the report holds the table of the fields.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.build.build import Progress, no_progress
+from pipeline.build.teacher_identity import load_as, other_teacher, record_settings
+from pipeline.inspection.compare_outputs import (
+    Difference,
+    Spread,
+    differences,
+    replaced_ids,
+    top_k_by_name,
+)
+from teacher_cache.folder.layout import require_plan
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.make_records import DTYPES, RecordSettings
+from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.shards.rows import decode_row, encode_row
+from teacher_cache.teacher.teacher import Teacher
+
+FACTOR = 4.0
+"""Times the control, and times eps, that a stored number may be off."""
+_NOTHING = Spread(rms=0.0, largest=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """One stored quantity over all samples: the largest spread of any sample, and the verdict."""
+
+    name: str
+    stored: Spread
+    """Stored against run again in the same batch."""
+    control: Spread
+    """Run again in two different batches."""
+    failed: int
+    """Samples in which the stored numbers are not this teacher's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherReport:
+    """What came of running the teacher again; a cache of this very teacher has no problems."""
+
+    samples: int
+    other_teacher: tuple[tuple[str, str, str], ...] = ()
+    """(field, stored, found) where the teacher is another one; then nothing was run."""
+    quantities: tuple[Quantity, ...] = ()
+    ids_replaced: tuple[int, int] = (0, 0)
+    """Kept ids that the teacher did not keep again, of how many; near ties are expected."""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What is remembered of the samples that were run: numbers, no tensors."""
+
+    seen: list[tuple[str, dict[str, tuple[Spread, Spread]]]] = field(default_factory=list)
+    """Key; quantity -> (stored against A, least that is allowed)."""
+    control: dict[str, Spread] = field(default_factory=dict)
+    ids: tuple[int, int] = (0, 0)
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_teacher(
+    reader: CacheReader,
+    path: str,
+    *,
+    num_samples: int = 32,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> TeacherReport:
+    """Compare `num_samples` stored records (all, if there are fewer) with the teacher in `path`.
+
+    Raises ValueError where the teacher cannot be loaded or nothing would be compared,
+    `ShardCorruptError` for damaged samples.
+    """
+    if num_samples < 1:
+        raise ValueError(f"samples is {num_samples}, expected at least 1 to compare")
+    spec = reader.spec
+    teacher = load_as(path, spec, device)
+    other = other_teacher(spec, teacher)
+    if other:
+        fields = ", ".join(name for name, _, _ in other)
+        problem = f"{path} is not the teacher of {reader.cache}: it differs in {fields}"
+        return TeacherReport(samples=0, other_teacher=tuple(other), problems=(problem,))
+    if spec.sketch_digest is not None:
+        teacher.sketch = reader.sketch_basis()
+    settings = record_settings(spec)
+    sums, done = _Sums(), 0
+    for batch in _batches(reader, num_samples, seed):
+        stored = [reader.read(index, reader.parts) for index in batch]
+        samples = [cached.sample for cached in stored]
+        beside = reader.read((batch[-1] + 1) % len(reader), ()).sample
+        again = _run(teacher, samples, settings)
+        control = [_alone(teacher, sample, samples, beside, settings) for sample in samples]
+        for cached, first, second in zip(stored, again, control, strict=True):
+            _compare(cached, first, second, spec, sums)
+        done += len(batch)
+        progress("teacher", done, max(done, min(num_samples, len(reader))))
+    return _report(sums, done)
+
+
+def _batches(reader: CacheReader, num_samples: int, seed: int) -> Iterator[list[int]]:
+    """The build's own batches in a seeded order, until there are enough samples."""
+    size = reader.spec.batch_size
+    batches: list[list[int]] = []
+    row = 0
+    for planned, commit in zip(require_plan(reader.cache).shards, reader.seal.shards, strict=True):
+        rejected = {sample.key for sample in commit.rejected}
+        for start in range(0, len(planned), size):
+            count = sum(key not in rejected for key, _ in planned[start : start + size])
+            batches.append(list(range(row, row + count)))
+            row += count
+    random.Random(seed).shuffle(batches)
+    left = num_samples
+    for batch in filter(None, batches):
+        if left <= 0:
+            return
+        left -= len(batch)
+        yield batch
+
+
+def _run(
+    teacher: Teacher, samples: Sequence[Sample], settings: RecordSettings
+) -> list[TeacherOutput | str]:
+    """Outputs of one batch; the reason where the teacher refuses a sample."""
+    outputs = teacher.outputs(samples, settings)
+    return [item if isinstance(item, TeacherOutput) else item.reason for item in outputs]
+
+
+def _alone(
+    teacher: Teacher,
+    sample: Sample,
+    samples: Sequence[Sample],
+    beside: Sample,
+    settings: RecordSettings,
+) -> TeacherOutput | str:
+    return _run(teacher, [sample] if len(samples) > 1 else [sample, beside], settings)[0]
+
+
+def _compare(
+    cached: CachedSample,
+    first: TeacherOutput | str,
+    second: TeacherOutput | str,
+    spec: CacheSpec,
+    sums: _Sums,
+) -> None:
+    sample = cached.sample
+    if isinstance(first, str) or isinstance(second, str):
+        sums.problems.append(f"sample {sample.key}: the teacher refuses it: {first}, {second}")
+        return
+    try:
+        coded = _through_codec(sample, first, spec)
+        stored = differences(cached.output, coded)
+        control = differences(coded, _through_codec(sample, second, spec))
+        codec = differences(first, coded)
+    except ValueError as error:
+        sums.problems.append(f"sample {sample.key}: {error}")
+        return
+    seen: dict[str, tuple[Spread, Spread]] = {}
+    for name, difference in stored.items():
+        seen[name] = (difference.apart, _least(difference, codec[name], spec))
+        known = sums.control.get(name, _NOTHING)
+        sums.control[name] = known.each(control[name].apart, max)
+    if cached.output.sketch is not None:  # int8 codes are part of the record itself
+        steps = Spread.of(cached.output.sketch.scale)
+        apart, least = seen["sketch"]
+        seen["sketch"] = (apart, least.each(steps, lambda left, right: left + right))
+    sums.seen.append((sample.key, seen))
+    theirs = top_k_by_name(coded)
+    for name, record in top_k_by_name(cached.output).items():
+        replaced, kept = replaced_ids(record, theirs[name])
+        sums.ids = (sums.ids[0] + replaced, sums.ids[1] + kept)
+
+
+def _through_codec(sample: Sample, output: TeacherOutput, spec: CacheSpec) -> TeacherOutput:
+    return decode_row(encode_row(CachedSample(sample=sample, output=output), spec), spec).output
+
+
+def _least(stored: Difference, codec: Difference, spec: CacheSpec) -> Spread:
+    """What is allowed even where the control finds nothing."""
+    eps = max(torch.finfo(dtype).eps for dtype in (stored.dtype, DTYPES[spec.compute_dtype]))
+    rounding = stored.scale.times(FACTOR * eps)
+    return rounding.each(codec.apart, lambda left, right: left + right)
+
+
+def _report(sums: _Sums, num_samples: int) -> TeacherReport:
+    problems = list(sums.problems)
+    quantities: list[Quantity] = []
+    for name, control in sums.control.items():
+        largest, failed = _NOTHING, 0
+        for key, quantities_of in sums.seen:
+            if name not in quantities_of:
+                continue
+            apart, least = quantities_of[name]
+            allowed = control.times(FACTOR).each(least, max)
+            largest = largest.each(apart, max)
+            if not apart.within(allowed):
+                failed += 1
+                problems.append(
+                    f"sample {key}: its {name} differ from this teacher's by {apart.rms:.3g} "
+                    f"(rms; at most {apart.largest:.3g}), {allowed.rms:.3g} (at most "
+                    f"{allowed.largest:.3g}) are allowed; the cache is not this teacher's, or "
+                    "its numbers were made elsewhere: build it again"
+                )
+        quantities.append(Quantity(name=name, stored=largest, control=control, failed=failed))
+    return TeacherReport(
+        samples=num_samples,
+        quantities=tuple(quantities),
+        ids_replaced=sums.ids,
+        problems=tuple(problems),
+    )
+
+
+def render_teacher(report: TeacherReport) -> list[str]:
+    """The report as lines of text."""
+    if report.other_teacher:
+        return [f"  {name}: stored {have}, found {now}" for name, have, now in report.other_teacher]
+    heads = ("stored: rms", "largest", "control: rms", "largest")
+    lines = [f"{'quantity':28}" + "".join(f"{head:>14}" for head in heads)]
+    for found in report.quantities:
+        numbers = (found.stored.rms, found.stored.largest, found.control.rms, found.control.largest)
+        failed = f"  {found.failed} samples differ" if found.failed else ""
+        lines.append(f"{found.name:28}" + "".join(f"{x:>14.3g}" for x in numbers) + failed)
+    replaced, kept = report.ids_replaced
+    if kept:
+        lines.append(f"ids that the teacher did not keep again: {replaced} of {kept}")
+    return lines

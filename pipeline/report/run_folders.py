@@ -1,0 +1,280 @@
+"""What a run folder holds, read for comparison: settings, loss terms, answers, pictures, cost.
+
+Promises: nothing is guessed or passed over in silence: every piece that a folder lacks is named in
+`missing`, with what would make it. Three kinds of folders are told apart by their files: a trained
+student (emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json).
+Evaluations of one model under compression lie beside `eval`, in folders whose names begin with
+`eval-`. Refuses files that are there but not what they should be.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.stages import ScoreName
+from pipeline.student.predictions import (
+    PREDICTIONS_FILE,
+    Prediction,
+    read_predictions,
+    score_predictions,
+)
+from pipeline.student.scores import SCORES
+from student_train.config.compression import CompressionSettings
+from student_train.training.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
+from student_train.training.metrics_log import METRICS_FILE
+from teacher_cache.folder.layout import SEAL_FILE, read_seal
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.strict_json import decode_json, decode_mapping
+from teacher_cache.storage.store import open_store
+
+CONFIG_FILE = "config.json"
+"""The settings that `emkd train` was given; says where the cache is."""
+EVALUATION_FOLDER = "eval"
+COMPRESSED_FOLDERS = "eval-*"
+"""Evaluations of the same samples under compression; those without any are not looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The finished evaluation of one model: mean scores, and every sample's score by its key."""
+
+    samples_digest: str
+    num_samples: int
+    seconds: float
+    scores: dict[str, float]
+    by_sample: dict[str, dict[str, float]]
+    """Score name -> sample key -> score."""
+    predictions: dict[str, Prediction]
+    """By sample key."""
+    pictures: dict[str, Any] | None
+    compression: CompressionSettings | None = None
+    """What was dropped inside the language model."""
+    num_vision: float | None = None
+    """Mean vision tokens of a sample; None where an earlier version answered some of them."""
+    num_kept: float | None = None
+    """Those that reached the last layer."""
+    weights: str | None = None
+    """Digest of the model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """One model that is compared: a student that was trained here, or any other model."""
+
+    path: Path
+    identity: RunIdentity | None
+    """None for a model that `emkd train` did not make."""
+    finished: FinishedRun | None
+    metrics: tuple[dict[str, Any], ...]
+    """Lines of metrics.jsonl: step, loss, term/<name>, gradient/<name>, ..."""
+    evaluation: Evaluation | None
+    compressed: tuple[Evaluation, ...] = ()
+    """The same samples with vision tokens dropped; no settings twice."""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFolder:
+    """A sealed teacher cache that some of the runs were trained from."""
+
+    location: str
+    """Folder or URL."""
+    seal: Seal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """Everything found, and what is lacking."""
+
+    runs: tuple[RunFolder, ...]
+    caches: tuple[CacheFolder, ...]
+    missing: tuple[str, ...]
+
+
+def collect(folders: Iterable[Path]) -> Collection:
+    """Read the folders; ValueError where none of them is a run."""
+    folders = list(folders)
+    runs: list[RunFolder] = []
+    caches: dict[str, CacheFolder] = {}
+    missing: list[str] = []
+    for folder in folders:
+        if (folder / SEAL_FILE).exists():
+            _add_cache(caches, folder)
+        elif _is_run(folder):
+            run = _read_run(folder, caches, missing)
+            known = next((other for other in runs if _same(run, other)), None)
+            if known is None:
+                runs.append(run)
+            else:
+                missing.append(
+                    f"{folder}: is left out; it repeats {known.path}, with the same settings and "
+                    "seed, and would count as one more seed"
+                )
+        else:
+            missing.append(
+                f"{folder}: is left out; found neither {RUN_FILE} nor {SEAL_FILE} nor "
+                f"{EVALUATION_FOLDER}/metrics.json in it"
+            )
+    if not runs:
+        raise ValueError(
+            f"found no run in {', '.join(map(str, folders)) or 'an empty list of folders'}; name "
+            "folders that emkd train or emkd evaluate have written"
+        )
+    found = set(caches)
+    wanted = {run.identity.cache for run in runs if run.identity is not None}
+    missing += [
+        f"cache {fingerprint[:12]}: its folder was not found, its cost is unknown; name the "
+        "folder beside the runs"
+        for fingerprint in sorted(wanted - found)
+    ]
+    return Collection(runs=tuple(runs), caches=tuple(caches.values()), missing=tuple(missing))
+
+
+def _same(run: RunFolder, other: RunFolder) -> bool:
+    """Whether both are one run: of one identity, seed included, or one folder named twice."""
+    if run.identity is None or other.identity is None:
+        return run.path.resolve() == other.path.resolve()
+    return run.identity == other.identity
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_FILE).exists() or (folder / EVALUATION_FOLDER / "metrics.json").exists()
+
+
+def _add_cache(caches: dict[str, CacheFolder], location: str | Path) -> None:
+    seal = read_seal(open_store(location))
+    if seal is not None:
+        caches.setdefault(seal.fingerprint, CacheFolder(location=str(location), seal=seal))
+
+
+def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> RunFolder:
+    identity = finished = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    path = folder / RUN_FILE
+    if path.exists():
+        identity = decode_json(RunIdentity, path.read_bytes(), str(path))
+        finished = finished_run(folder)
+        if finished is None:
+            missing.append(f"{folder}: final/ is missing, training has not ended; emkd train it")
+        metrics = _read_metrics(folder, missing)
+        _find_cache(folder, caches, missing)
+    # A vanilla student pairs each token with itself: nothing to draw.
+    draws = identity is not None and identity.recipe.progression is None
+    evaluation = _read_evaluation(folder, draws, missing)
+    return RunFolder(
+        path=folder,
+        identity=identity,
+        finished=finished,
+        metrics=metrics,
+        evaluation=evaluation,
+        compressed=_read_compressed(folder, evaluation, missing),
+    )
+
+
+def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...]:
+    path = folder / METRICS_FILE
+    if not path.exists():
+        missing.append(f"{folder}: {METRICS_FILE} is missing, no loss curves")
+        return ()
+    whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
+    lines = tuple(json.loads(line) for line in whole.splitlines())
+    if not any(name.startswith("gradient/") for line in lines for name in line):
+        missing.append(f"{folder}: no gradient norms were measured; train with grad_norm_steps > 0")
+    return lines
+
+
+def _find_cache(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> None:
+    """Add the cache that the run's settings point to, if it can still be read there."""
+    path = folder / CONFIG_FILE
+    if path.exists():
+        location = str(json.loads(path.read_text())["cache"])
+        try:
+            _add_cache(caches, location)
+        except OSError as error:
+            missing.append(f"{folder}: its cache cannot be read: {error}")
+
+
+def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluation | None:
+    place = folder / EVALUATION_FOLDER
+    if not (place / "metrics.json").exists():
+        missing.append(
+            f"{folder}: {EVALUATION_FOLDER}/metrics.json is missing; emkd evaluate --model "
+            f"{folder}/final --out {place} writes it"
+        )
+        return None
+    evaluation = _read_answers(place)
+    if draws and evaluation.pictures is None:
+        missing.append(
+            f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
+            "a cache of the evaluated samples, draws the matching"
+        )
+    return evaluation
+
+
+def _read_compressed(
+    folder: Path, plain: Evaluation | None, missing: list[str]
+) -> tuple[Evaluation, ...]:
+    """The evaluations under compression, by compressor and stages; each setting once."""
+    found: list[Evaluation] = []
+    for place in sorted(folder.glob(COMPRESSED_FOLDERS)):
+        if not (place / "metrics.json").exists():
+            missing.append(f"{place}: metrics.json is missing, the evaluation has not ended")
+            continue
+        evaluation = _read_answers(place)
+        if evaluation.compression is None:
+            continue
+        if plain is not None and plain.samples_digest != evaluation.samples_digest:
+            missing.append(f"{place}: is left out; its samples are not those of {folder}/eval")
+        elif plain is not None and plain.weights != evaluation.weights:
+            missing.append(f"{place}: is left out; its model is not that of {folder}/eval")
+        elif any(evaluation.compression == other.compression for other in found):
+            missing.append(f"{place}: is left out; another folder of the run has its settings")
+        else:
+            found.append(evaluation)
+    return tuple(sorted(found, key=lambda evaluation: repr(evaluation.compression)))
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
+
+
+def _read_answers(place: Path) -> Evaluation:
+    metrics = _metrics(place / "metrics.json")
+    predictions = read_predictions(place / PREDICTIONS_FILE)
+    if len(predictions) != metrics["num_samples"]:
+        raise ValueError(
+            f"{place}: {PREDICTIONS_FILE} holds {len(predictions)} answers, metrics.json speaks of "
+            f"{metrics['num_samples']}; remove the folder and evaluate again"
+        )
+    names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
+    pictures = place / "pictures.json"
+    # Neither is in the metrics of earlier versions.
+    settings, tokens = metrics.get("compression"), metrics.get("vision_tokens") or {}
+    return Evaluation(
+        samples_digest=metrics["samples_digest"],
+        num_samples=metrics["num_samples"],
+        seconds=metrics["seconds"],
+        scores={name: metrics["scores"][name] for name in names},
+        by_sample={
+            name: {
+                p.key: score
+                for p, score in zip(predictions, score_predictions(predictions, name), strict=True)
+            }
+            for name in names
+        },
+        predictions={prediction.key: prediction for prediction in predictions},
+        pictures=json.loads(pictures.read_text()) if pictures.exists() else None,
+        compression=settings and decode_mapping(CompressionSettings, settings, str(place)),
+        num_vision=tokens.get("before"),
+        num_kept=tokens.get("kept"),
+        weights=metrics.get("weights"),
+    )

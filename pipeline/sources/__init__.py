@@ -1,0 +1,1 @@
+"""Samples from LLaVA JSON, WebDataset and Parquet."""

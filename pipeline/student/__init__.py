@@ -1,0 +1,1 @@
+"""Trains a student, lets it answer, and scores the answers."""

@@ -1,0 +1,236 @@
+"""Generate answers for a source and score them: the evaluation stage.
+
+Promises: greedy answers that do not depend on where an evaluation was killed (batches are fixed by
+the source's order; one with a missing answer is generated again as a whole); metrics.json, written
+last, means that every sample was answered. Vision tokens may be dropped inside the language model
+(`--compressor`); that is part of what an evaluation is. Refuses bad samples (all of them are
+listed, nothing is scored), compression that the model cannot do, and a folder that holds the
+answers of another model, source, prompt or compression.
+
+    evaluation.json    what decides the answers, written first
+    predictions.jsonl  one answer a line
+    pictures.json      whom each student token is matched to, where a cache was given
+    metrics.json       mean scores, vision tokens, compression, samples, seconds; last
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.stages import EvaluateConfig
+from pipeline.sources.source import SampleSource, open_source, scan
+from pipeline.student.generation import Generator
+from pipeline.student.matching_pictures import PICTURES_FILE, draw_pictures
+from pipeline.student.predictions import (
+    PREDICTIONS_FILE,
+    Prediction,
+    append_predictions,
+    drop_torn_line,
+    read_predictions,
+    score_predictions,
+)
+from student_train.config.compression import CompressionSettings
+from student_train.models.student import load_student
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.checkpoint import resolve_device
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.models.digests import (
+    chat_template_digest,
+    image_processor_digest,
+    tokenizer_digest,
+    weights_digest,
+)
+from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.teacher_output import SampleError
+from teacher_cache.storage.store import create_exclusive, write_atomic
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_FILE = "evaluation.json"
+METRICS_FILE = "metrics.json"
+NUM_LISTED = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationIdentity(Strict):
+    """Everything that decides the answers; two attempts of one evaluation agree in every field."""
+
+    model_class: str
+    weights: str
+    tokenizer: str
+    chat_template: str
+    image_processor: str
+    dtype: str
+    samples: str
+    """Digest of the ordered sample keys."""
+    system_prompt: str | None
+    max_new_tokens: int
+    batch_size: int
+    compression: CompressionSettings | None = None
+    """Not in the folders of earlier versions, where nothing was dropped."""
+
+
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Answer every sample of the source and return the metrics, as metrics.json holds them.
+
+    Goes on from the answers that are already there. Raises ValueError with the list of samples
+    that cannot be used, and CacheMismatchError where `config.out` holds another evaluation.
+    """
+    if config.torch_threads is not None:
+        torch.set_num_threads(config.torch_threads)
+    device = resolve_device(config.device)
+    if config.cache is not None:
+        CacheReader.open(config.cache)  # before the answers, which take their time
+    source = open_source(config.source)
+    scanned, rejected = scan(source)
+    keys = [(sample.key, sample.index) for sample in scanned]
+    _refuse(source, [f"{r.source_id}: {r.reason}" for r in rejected])
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    model, processor = load_student(config.model, dtype)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    identity = _identity(config, model, processor, [key for key, _ in keys])
+    generator = Generator(
+        model, processor, config.system_prompt, config.max_new_tokens, config.compression
+    )
+    _claim(config.out, identity)
+    path = config.out / PREDICTIONS_FILE
+    drop_torn_line(path)
+    known = {prediction.key for prediction in read_predictions(path)}
+    for predictions in _answer(generator, source, keys, known, config.batch_size):
+        append_predictions(path, predictions)
+        known |= {prediction.key for prediction in predictions}
+        if progress is not None:
+            progress(len(known), len(keys))
+    if config.cache is not None:
+        pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
+        write_atomic(config.out / PICTURES_FILE, (json.dumps(pictures) + "\n").encode())
+    metrics = _metrics(config, identity, read_predictions(path))
+    text = json.dumps(metrics, indent=1)
+    write_atomic(config.out / METRICS_FILE, f"{text}\n".encode())
+    return json.loads(text)
+
+
+def _answer(
+    generator: Generator,
+    source: SampleSource,
+    keys: Sequence[tuple[str, int]],
+    known: set[str],
+    batch_size: int,
+) -> Iterator[list[Prediction]]:
+    """The answers that are still missing, batch after batch.
+
+    Once a sample cannot be encoded, the others are only encoded, to list all such samples.
+    """
+    bad: list[str] = []
+    stop_ids: list[int] | None = None
+    for start in range(0, len(keys), batch_size):
+        part = keys[start : start + batch_size]
+        if all(key in known for key, _ in part):
+            continue
+        started = time.monotonic()
+        samples = [source[index] for _, index in part]
+        prompts: list[EncodedSample] = []
+        for sample in samples:
+            try:
+                prompts.append(generator.encoder.encode_prompt(sample))
+                stop_ids = stop_ids or generator.stop_ids(sample)
+            except SampleError as error:
+                bad.append(f"{error.sample_id}: {error.reason}")
+        if bad or stop_ids is None:
+            continue
+        answers = generator.answers(prompts, stop_ids)
+        seconds = (time.monotonic() - started) / len(part)
+        yield [
+            Prediction(
+                key=key,
+                source_id=sample.source_id,
+                answer=answer.text,
+                num_vision=answer.num_vision,
+                num_kept=answer.num_kept,
+                reference=sample.messages[-1].text.strip(),
+                seconds=seconds,
+            )
+            for (key, _), sample, answer in zip(part, samples, answers, strict=True)
+            if key not in known
+        ]
+    _refuse(source, bad)
+
+
+def _refuse(source: SampleSource, bad: Sequence[str]) -> None:
+    if bad:
+        lines = "\n".join(f"  {line}" for line in bad[:NUM_LISTED])
+        more = f"\n  ... and {len(bad) - NUM_LISTED} more" if len(bad) > NUM_LISTED else ""
+        raise ValueError(
+            f"{source.name}: {len(bad)} samples cannot be used:\n{lines}{more}\n"
+            "Mend them or take them out; an evaluation leaves nothing out by itself."
+        )
+
+
+def _identity(
+    config: EvaluateConfig, model: Any, processor: Any, keys: Sequence[str]
+) -> EvaluationIdentity:
+    return EvaluationIdentity(
+        model_class=type(model).__name__,
+        weights=weights_digest(model),
+        tokenizer=tokenizer_digest(processor.tokenizer),
+        chat_template=chat_template_digest(processor),
+        image_processor=image_processor_digest(processor),
+        dtype=str(model.dtype).removeprefix("torch."),
+        samples=digest_json(list(keys)),
+        system_prompt=config.system_prompt,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        compression=config.compression,
+    )
+
+
+def _claim(out: Path, identity: EvaluationIdentity) -> None:
+    """Make `out` the folder of this evaluation, or check that it already is."""
+    path = out / IDENTITY_FILE
+    text = json.dumps(dataclasses.asdict(identity), sort_keys=True, indent=1) + "\n"
+    if not create_exclusive(path, text.encode()):
+        stored = decode_json(EvaluationIdentity, path.read_bytes(), str(path))
+        remedy = "Nothing was changed. Give another --out, or remove the folder"
+        require_equal(stored, identity, f"The evaluation in {out}", remedy)
+
+
+def _metrics(
+    config: EvaluateConfig, identity: EvaluationIdentity, predictions: Sequence[Prediction]
+) -> dict[str, Any]:
+    scores = {
+        name: math.fsum(score_predictions(predictions, name)) / len(predictions)
+        for name in config.scores
+    }
+    return {
+        "model": config.model,
+        "weights": identity.weights,
+        "source": config.source.path,
+        "samples_digest": identity.samples,
+        "num_samples": len(predictions),
+        "scores": scores,
+        "compression": identity.compression and dataclasses.asdict(identity.compression),
+        "vision_tokens": _vision_tokens(predictions),
+        "seconds": math.fsum(prediction.seconds for prediction in predictions),
+    }
+
+
+def _vision_tokens(predictions: Sequence[Prediction]) -> dict[str, float] | None:
+    """Mean vision tokens of a sample before and after dropping; None where not all were counted."""
+    counts = [(p.num_vision, p.num_kept) for p in predictions]
+    known = [(n, kept) for n, kept in counts if n is not None and kept is not None]
+    if len(known) < len(counts):
+        return None
+    before, kept = (sum(column) / len(known) for column in zip(*known, strict=True))
+    return {"before": before, "kept": kept}

@@ -1,0 +1,169 @@
+"""How right an answer is: plain functions of (answer, references) with values from 0 to 1.
+
+Promises: where several references are allowed an answer scores as well as against the best of
+them (VQA accuracy counts agreeing annotators instead); runs of white space never matter; an
+answer equal to its only reference scores 1 everywhere. Refuses an empty list of references.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from pipeline.config.stages import ScoreName
+
+Score = Callable[[str, Sequence[str]], float]
+
+ANLS_THRESHOLD = 0.5
+RELAXED_TOLERANCE = 0.05
+
+_NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+_ARTICLES = frozenset({"a", "an", "the"})
+_PUNCTUATION = r""";/[]"{}()=+\_-><@`,?!:"""
+_NUMBER_WITH_COMMA = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer is one of the references, letter for letter but for white space."""
+    return _best(lambda reference: float(_squeeze(answer) == _squeeze(reference)), references)
+
+
+def word_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Share of the reference's words that the answer has at the same place.
+
+    Surplus words of the answer are not counted; an empty reference is met by an empty answer.
+    """
+    found = answer.split()
+
+    def score(reference: str) -> float:
+        expected = reference.split()
+        if not expected:
+            return float(not found)
+        pairs = zip(found, expected, strict=False)
+        return sum(have == want for have, want in pairs) / len(expected)
+
+    return _best(score, references)
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """VQA's soft accuracy (Antol et al. 2015): min(agreeing annotators / 3, 1) on normalised text.
+
+    As in the official evaluation it is averaged over leaving out one annotator at a time, which
+    takes four or more references (VQA has ten) to reach 1. A single reference stands for
+    unanimous annotators; two or three are refused with ValueError. Contractions agree with and
+    without their apostrophe, which is what the official table of contractions brings about.
+    """
+    if len(references) in (2, 3):
+        raise ValueError(
+            f"vqa_accuracy of {len(references)} references can never be 1; give one reference or "
+            "the four or more answers of the annotators"
+        )
+    agrees = [normalise_vqa(answer) == normalise_vqa(reference) for reference in references]
+    if len(agrees) == 1:
+        return float(agrees[0])
+    shares = [min((sum(agrees) - agree) / 3, 1.0) for agree in agrees]
+    return _mean(shares)
+
+
+def anls(answer: str, references: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one answer (Biten et al. 2019, DocVQA).
+
+    One minus edit distance over the longer length, ignoring case; below 0.5 it counts as 0.
+    """
+    found = _squeeze(answer).lower()
+
+    def score(reference: str) -> float:
+        expected = _squeeze(reference).lower()
+        longest = max(len(found), len(expected))
+        if longest == 0:
+            return 1.0
+        similarity = 1 - edit_distance(found, expected) / longest
+        return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+    return _best(score, references)
+
+
+def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
+    """ChartQA's accuracy (Masry et al. 2022): a number may be off by 5 % of the reference.
+
+    "12%" is read as 0.12. Where either side is no number, or the reference is 0, the texts must
+    agree but for case.
+    """
+
+    def score(reference: str) -> float:
+        found, expected = _number(answer), _number(reference)
+        if found is not None and expected:
+            return float(abs(found - expected) <= RELAXED_TOLERANCE * abs(expected))
+        return float(_squeeze(answer).lower() == _squeeze(reference).lower())
+
+    return _best(score, references)
+
+
+SCORES: dict[ScoreName, Score] = {
+    "exact_match": exact_match,
+    "word_accuracy": word_accuracy,
+    "vqa_accuracy": vqa_accuracy,
+    "anls": anls,
+    "relaxed_accuracy": relaxed_accuracy,
+}
+
+
+def normalise_vqa(text: str) -> str:
+    """Lower case, number words as digits, no articles, no punctuation (as the VQA evaluation).
+
+    Punctuation beside a space is dropped and becomes a space elsewhere; inside a text that holds
+    a number such as 1,000 it is always dropped. Full stops stay only in front of a digit.
+    """
+    text = _squeeze(text).replace("'", "").replace("\u2019", "")
+    has_comma_number = _NUMBER_WITH_COMMA.search(text) is not None
+    cleaned = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space or has_comma_number else " ")
+    words = _FULL_STOP.sub("", cleaned).lower().split()
+    return " ".join(_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions of one character."""
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(second, start=1):
+            cost = diagonal + (left != right)
+            diagonal = row[j]
+            row[j] = min(cost, row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def _best(score: Callable[[str], float], references: Sequence[str]) -> float:
+    if not references:
+        raise ValueError("there is no reference to score the answer against")
+    return max(score(reference) for reference in references)
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise ValueError("there is no reference to score the answer against")
+    return math.fsum(values) / len(values)
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    percent = text.endswith("%")
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        return None
+    if not math.isfinite(value):
+        return None
+    return value / 100 if percent else value

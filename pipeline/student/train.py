@@ -1,0 +1,107 @@
+"""The train stage: a sealed cache and a student to begin with in, a trained student out. No Ray.
+
+The same function runs in a plain process, under torchrun and in a Ray Train worker. No teacher is
+loaded: what the losses need of it is in the cache. The resolved settings are written beside the
+run as config.json, ready to be fed back with `--config`.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.stages import TrainConfig
+from student_train.models.student import student_from_vanilla, vanilla_student
+from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
+from student_train.training.run import train_student
+from student_train.training.trainer import Progress, Report
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.checkpoint import load_config
+from teacher_cache.models.digests import vocabulary_digest
+from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.storage.store import sha256_file, write_atomic
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Ends of the names of what a model and its processor are loaded from."""
+
+
+def train(
+    config: TrainConfig, report: Report | None = None, progress: Progress | None = None
+) -> Path:
+    """Train the student of `config`, or go on where it was stopped; returns the final folder.
+
+    Raises `IncompleteCacheError` for a cache that is not sealed, `CacheMismatchError` for a cache,
+    tokenizer or run folder other than the one wanted, `SampleError` for a sample whose text the
+    student's processor reads differently.
+    """
+    if config.torch_threads is not None:
+        torch.set_num_threads(config.torch_threads)
+    reader = CacheReader.open(config.cache)
+    if not reader.fingerprint.startswith(config.expect_cache or ""):
+        raise CacheMismatchError(
+            f"{config.cache} has fingerprint {reader.fingerprint}, expected one that begins with "
+            f"{config.expect_cache}; give the cache that was meant, or drop --expect-cache"
+        )
+
+    def load() -> tuple[Any, Any]:
+        model, processor = _load(config)
+        _require_vocabulary(config, processor, reader)
+        if os.environ.get("RANK", "0") == "0":
+            text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True, default=str)
+            write_atomic(config.out / CONFIG_FILE, f"{text}\n".encode())
+        return model, processor
+
+    train_student(
+        config.out,
+        reader,
+        load,
+        config.settings,
+        student=student_identity(config.student, config.projector, config.stride),
+        report=report,
+        progress=progress,
+    )
+    return config.out / FINAL_FOLDER
+
+
+def _load(config: TrainConfig) -> tuple[Any, Any]:
+    if config.projector == "none":
+        return vanilla_student(config.student, dtype=torch.float32)
+    return student_from_vanilla(
+        config.student, config.projector, config.stride, dtype=torch.float32
+    )
+
+
+def student_identity(path: str, projector: str, stride: int) -> str:
+    """A digest of what a student begins as: weights and settings on disk, or a hub commit.
+
+    Of a student trained before, the record of its training (which holds wall times) is left out.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        files = [file for file in folder.iterdir() if file.suffix in _MODEL_FILES]
+        content: object = {f.name: sha256_file(f) for f in files if f.name != RUN_FILE}
+    else:
+        config = load_config(path)
+        content = {"hub": path, "commit": config._commit_hash}
+    return digest_json({"begins_as": content, "projector": projector, "stride": stride})
+
+
+def _require_vocabulary(config: TrainConfig, processor: Any, reader: CacheReader) -> None:
+    """Refuse a tokenizer whose ids mean other tokens than the teacher's: logits would not align."""
+    num_rows = reader.spec.vocab_size
+    found = vocabulary_digest(processor.tokenizer, num_rows)
+    if found != reader.spec.vocabulary:
+        raise CacheMismatchError(
+            f"the tokenizer of {config.student} differs from that of the teacher of "
+            f"{config.cache} within the {num_rows} shared ids: vocabulary stored "
+            f"{reader.spec.vocabulary[:12]}, found {found[:12]}; use a student with the teacher's "
+            "tokenizer"
+        )
