@@ -36,7 +36,7 @@ def test_each_package_is_ours_and_in_this_repository() -> None:
 
 
 def test_settings_and_the_command_line_import_nothing_heavy() -> None:
-    (loaded,) = imported_by("jobs.cli")
+    (loaded,) = imported_by("jobs.cli.__main__")
     assert not loaded & {"torch", "ray", "transformers", "pyarrow", "numpy", "webdataset"}
 
 

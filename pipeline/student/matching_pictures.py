@@ -1,6 +1,6 @@
 """What the pictures of a report show: whom each student vision token is matched to, and why.
 
-Promises: the same matching that training used (`student_train/matching/matching.py`), on samples whose
+Promises: the same matching that training used (`matching/matching.py`), on samples whose
 teacher outputs come from the cache; plain JSON data, images as PNG. For each view of each image:
 the grid of the teacher's vision tokens with the word each ranks first, the student's grid with
 its words, and the matched pairs. Raw logits decide, or probabilities where the cache holds only

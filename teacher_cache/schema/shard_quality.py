@@ -1,6 +1,6 @@
 """What a shard's records lose of the teacher, in numbers that stand in its commit record.
 
-Measured while the teacher was loaded (pipeline/fidelity/shard_quality.py), of this shard alone: nothing here
+Measured while the teacher was loaded (fidelity/shard_quality.py), of this shard alone: nothing here
 is added up over shards, so that whoever reads a cache may do so from its commit records. Numbers
 have four digits; what counts as too much is not a fact and stands elsewhere
 (pipeline/fidelity/recommend.py). Records that keep every logit lose nothing, and have none of this.

@@ -70,7 +70,7 @@ class Teacher:
     """A model and its processor, on the model's device, ready to give records.
 
     `head` is the LM head cut to the shared vocabulary, `encoder` turns samples into model inputs.
-    `grid_passes` must be set where records of a grid are asked for (pipeline/build/response_grid.py):
+    `grid_passes` must be set where records of a grid are asked for (build/response_grid.py):
     what drops tokens inside a model belongs to students.
     """
 

@@ -1,4 +1,4 @@
-"""Promises of jobs/cache_commands.py: what is asked of a cache is printed, problems exit with 3."""
+"""Promises of cli/cache_commands.py: what is asked of a cache is printed, problems exit with 3."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.cli import main
+from jobs.cli.__main__ import main
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.caches import build_cache

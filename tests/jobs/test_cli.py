@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.cli import main, parse
-from jobs.paths import absolute, to_json
-from jobs.submit import entrypoint, run_flags
+from jobs.cli.__main__ import main, parse
+from jobs.cluster.submit import entrypoint, run_flags
+from jobs.stages.absolute_paths import absolute, to_json
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from tests.conftest import TinyFolder
@@ -153,7 +153,7 @@ def test_what_submit_sends_parses_to_the_same_settings(name: str) -> None:
     submitted: Any = parse(["submit", name, "--address", "http://host:1", "--", *flags.split()])
     sent = entrypoint(name, to_json(submitted.payload.config), run_flags(submitted.payload.run))
     words = shlex.split(sent)
-    assert words[:3] == ["python", "-m", "jobs.cli"]
+    assert words[:3] == ["python", "-m", "jobs.cli.__main__"]
     received: Any = parse(words[3:])
     assert received.config == absolute(submitted.payload.config)
     assert received.run == submitted.payload.run

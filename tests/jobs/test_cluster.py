@@ -36,7 +36,15 @@ class RunningCluster:
         return self._run(str(BIN / "ray"), *arguments)
 
     def submit(self, stage: str, *flags: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "jobs.cli", "submit", stage, "--address", self.address]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.cli.__main__",
+            "submit",
+            stage,
+            "--address",
+            self.address,
+        ]
         return self._run(*command, "--", *flags)
 
     def _run(self, *command: str) -> "subprocess.CompletedProcess[str]":

@@ -28,7 +28,7 @@ RUNS: dict[tuple[str, ...], list[str]] = {
 
 
 def _start(out: Path, flags: Sequence[str]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "jobs.cli", "demo", "--smoke", "--seeds", "0"]
+    command = [sys.executable, "-m", "jobs.cli.__main__", "demo", "--smoke", "--seeds", "0"]
     return subprocess.Popen(
         [*command, *flags, "--out", str(out)],
         cwd=ROOT,

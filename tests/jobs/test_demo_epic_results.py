@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo_epic import ARMS, COMPRESSORS, RATIOS, lines, results
+from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
 from pipeline.config import recipes
 from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.folder.layout import read_seal

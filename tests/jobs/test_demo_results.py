@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo import results
+from jobs.demo.emkd import results
 from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName

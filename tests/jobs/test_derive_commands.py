@@ -1,4 +1,4 @@
-"""Promises of jobs/derive_commands.py: flags choose, a sealed cache is left and told of."""
+"""Promises of jobs/cli/derive_commands.py: flags choose, a sealed cache is left and told of."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli.__main__ import main
 from teacher_cache.folder.reader import CacheReader
 from tests.builders import published
 from tests.conftest import TinyFolder

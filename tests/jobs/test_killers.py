@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.killers import MAX_DEATHS, TooManyDeathsError, find_killers
+from jobs.cluster.crash_bisection import MAX_DEATHS, TooManyDeathsError, find_killers
 
 
 class Victims:

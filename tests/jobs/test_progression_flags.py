@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import main, parse
-from jobs.paths import absolute, to_json
+from jobs.cli.__main__ import main, parse
+from jobs.stages.absolute_paths import absolute, to_json
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.build_cache import run_build, run_extend
-from jobs.evaluate_model import run_evaluate
-from jobs.options import RayOptions
-from jobs.ray_pool import ray_session
-from jobs.train_student import run_train
+from jobs.cluster.actor_pool import ray_session
+from jobs.cluster.options import RayOptions
+from jobs.stages.build import run_build, run_extend
+from jobs.stages.evaluate import run_evaluate
+from jobs.stages.train import run_train
 from pipeline.build.build import build
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig

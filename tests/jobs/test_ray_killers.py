@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs import build_cache
-from jobs.build_cache import run_build
-from jobs.options import RayOptions
-from jobs.ray_pool import WorkerLostError, ray_session
+from jobs.cluster.actor_pool import WorkerLostError, ray_session
+from jobs.cluster.options import RayOptions
+from jobs.stages import build
+from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder
 from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
@@ -52,7 +52,7 @@ def session() -> Iterator[None]:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
-    monkeypatch.setattr(build_cache, "CacheBuilder", Fragile)
+    monkeypatch.setattr(build, "CacheBuilder", Fragile)
     return BuildConfig(
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
         teacher=str(tiny_folder("llava")),

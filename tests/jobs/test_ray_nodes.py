@@ -10,9 +10,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from jobs import build_cache
-from jobs.build_cache import run_build
-from jobs.options import RayOptions
+from jobs.cluster.options import RayOptions
+from jobs.stages import build as build_cache
+from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder, build
 from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit

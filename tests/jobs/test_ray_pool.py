@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.options import RayOptions
-from jobs.ray_pool import ActorPool, WorkerLostError, ray_session, worker_resources
+from jobs.cluster.actor_pool import ActorPool, WorkerLostError, ray_session, worker_resources
+from jobs.cluster.options import RayOptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -1,4 +1,4 @@
-"""Promises of pipeline/build/build.py: same bytes whatever happens, and refusal that names the cause."""
+"""Promises of build/build.py: same bytes whatever happens, and refusal that names the cause."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""Promises of pipeline/fidelity/cache_quality.py: means of what shards say, and no praise without reason."""
+"""Promises of fidelity/cache_quality.py: means of what shards say, and no praise without reason."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli.__main__ import main
 from pipeline.config.stages import BuildConfig, SourceConfig
 from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
 from teacher_cache.folder.layout import read_seal

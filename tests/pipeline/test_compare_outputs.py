@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspection/compare_outputs.py: distances by id, and ties that fall the other way."""
+"""Promises of inspection/compare_outputs.py: distances by id, and ties that fall the other way."""
 
 import dataclasses
 import math

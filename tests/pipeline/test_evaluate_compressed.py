@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import parse
+from jobs.cli.__main__ import parse
 from pipeline.config.stages import EvaluateConfig, SourceConfig
 from pipeline.student.evaluate import evaluate
 from pipeline.student.predictions import read_predictions

@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspection/cache.py: what is shown is what is stored, checked and in words."""
+"""Promises of inspection/cache.py: what is shown is what is stored, checked and in words."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Promises of pipeline/inspection/picture.py: each token has a cell, equal records equal pictures."""
+"""Promises of inspection/picture.py: each token has a cell, equal records equal pictures."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Promises of pipeline/fidelity/sizes.py: sizes are those that the code writes, and time is arithmetic."""
+"""Promises of fidelity/sizes.py: sizes are those that the code writes, and time is arithmetic."""
 
 import subprocess
 import sys

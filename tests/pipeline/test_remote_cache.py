@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.cli import main
-from jobs.paths import absolute
+from jobs.cli.__main__ import main
+from jobs.stages.absolute_paths import absolute
 from pipeline.build.build import build
 from pipeline.config.stages import BuildConfig, SourceConfig, TrainConfig
 from pipeline.student.train import train

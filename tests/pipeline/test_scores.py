@@ -1,4 +1,4 @@
-"""Promises of pipeline/student/scores.py: hand-checked cases, and laws that hold for every score."""
+"""Promises of student/scores.py: hand-checked cases, and laws that hold for every score."""
 
 from functools import cache
 from typing import get_args

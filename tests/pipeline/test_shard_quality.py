@@ -1,4 +1,4 @@
-"""Promises of pipeline/fidelity/shard_quality.py: plain loops find the same, whoever builds a shard."""
+"""Promises of fidelity/shard_quality.py: plain loops find the same, whoever builds a shard."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Promises of pipeline/student/train.py: no teacher, the right cache and vocabulary, settings fed back."""
+"""Promises of student/train.py: no teacher, the right cache and vocabulary, settings fed back."""
 
 import dataclasses
 import json

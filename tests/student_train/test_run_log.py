@@ -1,4 +1,4 @@
-"""Promises of student_train/training/metrics_log.py that other processes rely on while a run is going on."""
+"""Promises of training/metrics_log.py that other processes rely on while a run is going on."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import main
+from jobs.cli.__main__ import main
 from teacher_cache.folder.garbage import collect_garbage
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_plan

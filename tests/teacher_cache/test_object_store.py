@@ -15,7 +15,7 @@ import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from jobs.cli import main
+from jobs.cli.__main__ import main
 from teacher_cache.folder.garbage import collect_garbage
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader

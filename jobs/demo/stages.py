@@ -15,9 +15,9 @@ from typing import Any
 
 import ray
 
-from jobs.paths import absolute
-from jobs.progress import Bars
-from jobs.ray_pool import get
+from jobs.cluster.actor_pool import get
+from jobs.cluster.progress import Bars
+from jobs.stages.absolute_paths import absolute
 from pipeline.config.stages import DigitsConfig, EvaluateConfig, TrainConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from jobs.progress import complain, say
+from jobs.cluster.progress import complain, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Verify:
 
     def __call__(self) -> int:
         """Verify, and print what was found."""
-        from jobs.progress import Bars
+        from jobs.cluster.progress import Bars
         from teacher_cache.folder.verify import verify_cache
 
         with Bars() as bars:

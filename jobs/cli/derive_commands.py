@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import tyro
 
-from jobs.options import RayOptions
-from jobs.progress import say
+from jobs.cluster.options import RayOptions
+from jobs.cluster.progress import say
 from pipeline.config.extend import ExtendConfig
 from teacher_cache.schema.options import ShardFormatName
 
@@ -47,7 +47,7 @@ class Subset:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.progress import Bars
+        from jobs.cluster.progress import Bars
         from teacher_cache.derive.subset import Selection, subset_cache
 
         keys = None if self.keys is None else _read_keys(self.keys)
@@ -81,7 +81,7 @@ class Export:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.progress import Bars
+        from jobs.cluster.progress import Bars
         from teacher_cache.derive.export import export_cache
 
         with Bars() as bars:
@@ -108,7 +108,7 @@ class Merge:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.progress import Bars
+        from jobs.cluster.progress import Bars
         from teacher_cache.derive.merge import merge_caches
 
         with Bars() as bars:
@@ -136,7 +136,7 @@ class Extend:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.build_cache import run_extend
+        from jobs.stages.build import run_extend
 
         seal = run_extend(self.config, self.run)
         return say_seal(self.config.out, seal, self.json)

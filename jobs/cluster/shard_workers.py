@@ -16,10 +16,10 @@ from typing import Any
 
 import ray
 
-from jobs.killers import TooManyDeathsError, find_killers
-from jobs.options import RayOptions
-from jobs.progress import Bars
-from jobs.ray_pool import ActorPool, WorkerLostError, get, worker_resources
+from jobs.cluster.actor_pool import ActorPool, WorkerLostError, get, worker_resources
+from jobs.cluster.crash_bisection import TooManyDeathsError, find_killers
+from jobs.cluster.options import RayOptions
+from jobs.cluster.progress import Bars
 from pipeline.build.build import Progress, missing_shards
 from teacher_cache.folder.writer import seal_cache
 from teacher_cache.schema.manifest import Plan, Seal

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from jobs.options import RayOptions
+from jobs.cluster.options import RayOptions
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.options import RayOptions
+from jobs.cluster.options import RayOptions
 from teacher_cache.schema.fingerprint import digest_json
 
 
 def entrypoint(stage: str, settings: str, flags: Sequence[str]) -> str:
     """The shell command of the job; `settings` is the JSON of the stage's resolved config."""
-    return shlex.join(["python", "-m", "jobs.cli", stage, "--config", settings, *flags])
+    return shlex.join(["python", "-m", "jobs.cli.__main__", stage, "--config", settings, *flags])
 
 
 def run_flags(options: RayOptions) -> list[str]:

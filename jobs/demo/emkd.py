@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from jobs.build_cache import run_build
-from jobs.demo_stages import (
+from jobs.cluster.actor_pool import ray_session
+from jobs.cluster.options import RayOptions
+from jobs.demo.stages import (
     FULL,
     DemoSizes,
     cache_result,
@@ -29,9 +30,8 @@ from jobs.demo_stages import (
     unfinished,
     unscored,
 )
-from jobs.options import RayOptions
-from jobs.paths import absolute
-from jobs.ray_pool import ray_session
+from jobs.stages.absolute_paths import absolute
+from jobs.stages.build import run_build
 from pipeline.build.build import finished
 from pipeline.config import recipes
 from pipeline.config.stages import DigitsConfig, ReportConfig, TrainConfig

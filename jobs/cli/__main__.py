@@ -21,8 +21,8 @@ from typing import Any
 import tyro
 import yaml
 
-from jobs import commands, flags
-from jobs.commands import Submit
+from jobs.cli import flags, stage_commands
+from jobs.cli.stage_commands import Submit
 from teacher_cache.schema.strict_json import decode_json, decode_mapping
 
 _FRAME = " |+\u2502\u256d\u256e\u2570\u256f"
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def parse(arguments: Sequence[str]) -> commands.Command:
+def parse(arguments: Sequence[str]) -> stage_commands.Command:
     """Build the command that the arguments describe; exits with usage and code 2 where they err.
 
     What follows `--` belongs to the stage that `emkd submit` sends, and is parsed as that stage's
@@ -51,13 +51,13 @@ def parse(arguments: Sequence[str]) -> commands.Command:
     """
     arguments, behind = _split(list(arguments))
     config_text, arguments = _take_config(arguments)
-    defaults = commands.defaults()
+    defaults = stage_commands.defaults()
     if config_text is not None:
         name = arguments[0] if arguments else ""
-        config_class = commands.CONFIG_CLASSES.get(name)
+        config_class = stage_commands.CONFIG_CLASSES.get(name)
         if config_class is None:
             raise ValueError(
-                f"--config goes with {', '.join(commands.CONFIG_CLASSES)}; found {name!r}"
+                f"--config goes with {', '.join(stage_commands.CONFIG_CLASSES)}; found {name!r}"
             )
         config = _decode(config_class, config_text)
         defaults[name] = dataclasses.replace(defaults[name], config=config)
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> commands.Command:
         command: Any = tyro.cli(
             kind,
             prog="emkd",
-            description=commands.__doc__,
+            description=stage_commands.__doc__,
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )

@@ -17,10 +17,10 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from jobs.options import RayOptions
-from jobs.paths import absolute, to_json
-from jobs.progress import Bars
-from jobs.ray_pool import ray_session, worker_resources
+from jobs.cluster.actor_pool import ray_session, worker_resources
+from jobs.cluster.options import RayOptions
+from jobs.cluster.progress import Bars
+from jobs.stages.absolute_paths import absolute, to_json
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER

@@ -4,10 +4,10 @@ from typing import Any
 
 import ray
 
-from jobs.options import RayOptions
-from jobs.paths import absolute
-from jobs.progress import Bars
-from jobs.ray_pool import get, ray_session, worker_resources
+from jobs.cluster.actor_pool import get, ray_session, worker_resources
+from jobs.cluster.options import RayOptions
+from jobs.cluster.progress import Bars
+from jobs.stages.absolute_paths import absolute
 from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 

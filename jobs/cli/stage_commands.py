@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.cache_commands import Gc, Inspect, Verify
-from jobs.derive_commands import Export, Extend, Merge, Subset
-from jobs.options import RayOptions
-from jobs.progress import complain, say
+from jobs.cli.cache_commands import Gc, Inspect, Verify
+from jobs.cli.derive_commands import Export, Extend, Merge, Subset
+from jobs.cluster.options import RayOptions
+from jobs.cluster.progress import complain, say
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
@@ -46,7 +46,7 @@ class Data:
 
     def __call__(self) -> int:
         """Write the images and the JSON files."""
-        from jobs.progress import Bars
+        from jobs.cluster.progress import Bars
         from pipeline.demo.digits import write_digits
 
         with Bars() as bars:
@@ -66,7 +66,7 @@ class Plan:
     def __call__(self) -> int:
         """Print the report."""
         if self.config.pilot:
-            from jobs.progress import Bars
+            from jobs.cluster.progress import Bars
             from pipeline.fidelity.pilot import run_pilot
             from pipeline.fidelity.recommend import render_pilot
 
@@ -91,7 +91,7 @@ class Build:
 
     def __call__(self) -> int:
         """Build, and print the seal and what the records keep; 4: not enough, as was asked."""
-        from jobs.build_cache import run_build
+        from jobs.stages.build import run_build
         from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
 
         seal = run_build(self.config, self.run)
@@ -124,7 +124,7 @@ class Train:
 
     def __call__(self) -> int:
         """Train, and say where the student is."""
-        from jobs.train_student import run_train
+        from jobs.stages.train import run_train
 
         final = run_train(self.config, self.run)
         say(f"student written to {final}")
@@ -143,7 +143,7 @@ class Recipe:
 
     def __call__(self) -> int:
         """Print the settings as JSON."""
-        from jobs.paths import to_json
+        from jobs.stages.absolute_paths import to_json
         from pipeline.config.recipes import paper_epic, paper_phase_one, paper_phase_two
 
         recipes = {
@@ -167,7 +167,7 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Evaluate, and print the scores."""
-        from jobs.evaluate_model import run_evaluate
+        from jobs.stages.evaluate import run_evaluate
 
         say(json.dumps(run_evaluate(self.config, self.run), indent=1))
         return 0
@@ -214,8 +214,8 @@ class Submit:
 
     def __call__(self) -> int:
         """Submit the stage; exit code 0 when the job succeeded."""
-        from jobs.paths import to_json
-        from jobs.submit import Echo, entrypoint, run_flags, submit
+        from jobs.cluster.submit import Echo, entrypoint, run_flags, submit
+        from jobs.stages.absolute_paths import to_json
 
         if self.payload is None:
             raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")
@@ -248,17 +248,17 @@ class Demo:
 
     def __call__(self) -> int:
         """Run what is missing of the demo."""
-        from jobs.demo_stages import FULL, SMOKE
+        from jobs.demo.stages import FULL, SMOKE
 
         sizes = SMOKE if self.smoke else FULL
         if self.epic:
-            from jobs.demo_epic import lines, run_demo_epic
+            from jobs.demo.epic import lines, run_demo_epic
 
             page = run_demo_epic(self.out or Path("demo-epic"), self.seeds, sizes)
             for line in lines(page.parent):
                 say(line)
         else:
-            from jobs.demo import run_demo
+            from jobs.demo.emkd import run_demo
 
             page = run_demo(self.out or Path("demo"), self.seeds, sizes)
         say(f"open {page}")

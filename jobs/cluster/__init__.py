@@ -1,0 +1,1 @@
+"""Ray: options, actors, workers and submission."""

@@ -1,0 +1,1 @@
+"""One stage, in this process or on Ray."""
