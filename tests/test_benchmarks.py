@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.containers import Container, containers, decode, fields
-from benchmarks.made_up import PARTS, VOCAB_SIZE, make_samples, tensors
-from benchmarks.token_by_token import pack, unpack
+from benchmarks.cache.containers import Container, containers, decode, fields
+from benchmarks.cache.distillkit_codec import pack, unpack
+from benchmarks.synthetic.cached_samples import PARTS, VOCAB_SIZE, make_samples, tensors
 from teacher_cache.schema.teacher_output import CachedSample
 from tests.strategies import assert_same_bits
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.moved import (
+from benchmarks.gpu import gpu
+from benchmarks.gpu.bytes_moved import (
     bytes_moved,
     l1_additions,
     l1_least_bytes,
     l1_pair_bytes,
     l1_tile_bytes,
 )
-from benchmarks.moved_by_losses import kernel_readings, make_head_problem, torch_readings
+from benchmarks.gpu.loss_bytes import kernel_readings, make_head_problem, torch_readings
 from student_train.head import chunked_pass
 from student_train.head.fused_loss import head_loss
 from student_train.losses import logit_terms

@@ -10,7 +10,7 @@
 
 The last two are there to be measured, not to train with: under reverse KL they pull a peaked
 student towards uniform, and point a flat one away from its teacher. `docs/method.md` has figures,
-and `benchmarks/tails.py` takes them. A run says by name which policy its values rest on
+and `benchmarks/training/tails.py` takes them. A run says by name which policy its values rest on
 (`LossTerms.tails`), for values under two policies do not compare. Dimensions as in schema.py.
 """
 

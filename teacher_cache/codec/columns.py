@@ -5,7 +5,7 @@ A plane is one tensor, stored as one frame (frames.py). Planes of a cache are fi
 spec may ask for numbers of eight bits (quantize.py; error_gate.py measures the error), and for as
 many entries at each position as hold some mass, of which only the kept ones are stored. Which form
 a part has is told by the names of its planes. Layouts are chosen by what a plane means and by what
-benchmarks/codec.py measures; frames say which one they took, so readers need no table.
+benchmarks/cache/codec.py measures; frames say which one they took, so readers need no table.
 
 Refuses planes that do not fit together, before memory is taken for what they claim.
 """

@@ -1,12 +1,12 @@
 """When is a matching arbitrary? Constants added to the student's logits, and what they destroy.
 
-    python -m benchmarks.matching_health [--vocab 32064]
+    python -m benchmarks.matching.arbitrariness [--vocab 32064]
 
 A constant added to all logits of a token changes no probability, and nothing trains it, but it
 moves raw costs. `common` adds one constant to all tokens, `own` another one to each (normal, of the
 given spread). Near: share of student tokens whose partner stands within 2.5 cells of their own
 place in the image. Equal: share of the pairs that are those without the constant. Models and images
-are made up (benchmarks/vision_field.py). One thread.
+are made up (benchmarks/synthetic/vision_states.py). One thread.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks.vision_field import Models, Problem
+from benchmarks.synthetic.vision_states import Models, Problem
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.cost import cost_matrix

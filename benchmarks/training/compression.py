@@ -7,7 +7,7 @@ tokens and the text of a short question; its vision tower is one small layer, so
 are about the language model. A cell is the median over rounds; a speed-up is the median of the
 rounds' own ratios A / B, with their quartiles.
 
-    python -m benchmarks.compression [--quick] [--json PATH]
+    python -m benchmarks.training.compression [--quick] [--json PATH]
 """
 
 import argparse

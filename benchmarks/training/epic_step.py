@@ -11,7 +11,7 @@ The model is a LLaVA with random weights, one picture of 576 vision tokens and a
 one thread, its own processor time. A cell is the median over rounds, a ratio the median of the
 rounds' own ratios. Memory is what a step adds to the resident set, in a child of its own. Linux.
 
-    python -m benchmarks.epic_step [--quick] [--json PATH]
+    python -m benchmarks.training.epic_step [--quick] [--json PATH]
 """
 
 import argparse
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
-from benchmarks.losses import status_mib
+from benchmarks.training.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
+from benchmarks.training.losses import status_mib
 from student_train.compression.compression import compress
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
@@ -165,7 +165,7 @@ def child_memory(size: str, checkpointing: bool, way: str) -> float:
     """MiB that a step in the middle of the training adds, in a process of its own."""
     request = json.dumps([size, checkpointing, way])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.epic_step", "--child", request],
+        [sys.executable, "-m", "benchmarks.training.epic_step", "--child", request],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         check=True,
         capture_output=True,

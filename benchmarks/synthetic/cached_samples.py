@@ -1,6 +1,6 @@
 """Samples with made-up teacher outputs of realistic size, the same for every benchmark of reading.
 
-An image has 576 or 729 vision tokens from `benchmarks.codec`'s correlated field of states: top-k
+An image has 576 or 729 vision tokens from `benchmarks.cache.codec`'s correlated field of states: top-k
 records over 151,936 vocabulary rows (24,576 of them in use), sketch codes of rank 128, float16
 affinities of every text token, and a response of 12 to 256 tokens with top-k records of its own.
 Pictures are noise, as compressed ones are to any container. Everything follows from the seed.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
+from benchmarks.cache.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.affinity import cosine_affinity

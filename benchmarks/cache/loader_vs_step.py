@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.miniature import make_miniature
+from benchmarks.synthetic.demo_student import make_miniature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

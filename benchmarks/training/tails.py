@@ -1,13 +1,13 @@
 """What each tail policy makes of a divergence: its gradient and value beside the exact ones.
 
-    python -m benchmarks.tails [--vocab 151936] [--top-k 64] [--text] [--json PATH]
+    python -m benchmarks.training.tails [--vocab 151936] [--top-k 64] [--text] [--json PATH]
 
 Gradients are those by the student's states, cosine with the exact gradient, mean over matched
 pairs; values are shares of the exact value. `far` is a student as made up, `near` one whose logits
 are 0.3 its own and 0.7 its teacher's, `early` one of almost flat logits (its own times 0.35). The
 sketch's rank is 128; the template is fitted to other images. The last lines are the bounds that a
-record gives whatever the policy. Models and images are made up (benchmarks/vision_field.py); with
---text they are word statistics of real text (benchmarks/text_model.py), which have no sketch. About
+record gives whatever the policy. Models and images are made up (benchmarks/synthetic/vision_states.py); with
+--text they are word statistics of real text (benchmarks/synthetic/text_model.py), which have no sketch. About
 a minute at V = 32,064.
 """
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.text_model import TextProblem
-from benchmarks.vision_field import NUM_IMAGES, Models, Problem, field
+from benchmarks.synthetic.text_model import TextProblem
+from benchmarks.synthetic.vision_states import NUM_IMAGES, Models, Problem, field
 from student_train.config.objective import DivergenceName, MatchingConfig, TailPolicy
 from student_train.divergence.divergence import DIVERGENCES
 from student_train.divergence.tail_policies import STUDY_TAILS

@@ -1,6 +1,6 @@
 """Bytes and speed of the records' layouts: plain zstd frames (A) against the transforms (B).
 
-    python -m benchmarks.codec [--quick] [--json PATH]
+    python -m benchmarks.cache.codec [--quick] [--json PATH]
 
 Prints two tables: the top-k record of vision tokens over k and dtypes, with a decoder that walks
 token by token in plain Python as the naive reference (checked to give the same numbers), and every

@@ -1,6 +1,6 @@
 """Head and losses: time and peak memory of six ways from states to gradients, on one thread.
 
-    python -m benchmarks.losses [--vocab 32064] [--rows 1152 --teacher top-64] [--large]
+    python -m benchmarks.training.losses [--vocab 32064] [--rows 1152 --teacher top-64] [--large]
 
 A is autograd over all logits at once (dense log-softmax), B `torch.utils.checkpoint` on chunks of
 64 rows, C the way of public fused kernels in plain torch (as many chunks as the vocabulary is

@@ -1,6 +1,6 @@
 """What of a training step's time matching takes, where threads solve it and where nobody helps.
 
-    python -m benchmarks.matching_step [--steps 12] [--large]
+    python -m benchmarks.matching.share_of_step [--steps 12] [--large]
 
 By default a step of the demo's EM-KD student (miniature.py). With `--large` forward and
 backward pass of a language model of 24 layers and width 896 with random weights, V = 151,936, one
@@ -29,8 +29,8 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
-from benchmarks.miniature import make_miniature
-from benchmarks.vision_field import Models, Problem
+from benchmarks.synthetic.demo_student import make_miniature
+from benchmarks.synthetic.vision_states import Models, Problem
 from student_train.config.objective import preset
 from student_train.data.sample_states import SampleStates
 from student_train.losses import batch_matching, objective_loss

@@ -1,6 +1,6 @@
 """One training micro-step, whole: time and peak memory of five ways, on one thread.
 
-    python -m benchmarks.step [--vocab 32064] [--large] [--frozen] [--json PATH]
+    python -m benchmarks.training.step [--vocab 32064] [--large] [--frozen] [--json PATH]
 
 A step begins at a student's final states of one sample (N vision tokens, 96 text tokens, 64 of them
 response) and ends with gradients of states and LM head: matching, supervised loss, RLD, VSD, VLAD.
@@ -14,7 +14,7 @@ response) and ends with gradients of states and LM head: matching, supervised lo
 
 Only `dense` and `broadcast` compute what `emkd hidden` computes but for its shared ids. Processor
 time of all threads, after a small one; memory is what a pass adds at its peak, as in
-benchmarks/losses.py. Models and images are made up (benchmarks/vision_field.py, width 512). Needs
+benchmarks/training/losses.py. Models and images are made up (benchmarks/synthetic/vision_states.py, width 512). Needs
 Linux; --large takes 16 GiB and many times as long.
 """
 
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.losses import in_child, keep_freed_memory, peak_mib, return_freed_memory
-from benchmarks.vision_field import WIDTH, Models, field
+from benchmarks.synthetic.vision_states import WIDTH, Models, field
+from benchmarks.training.losses import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from student_train.config.objective import ObjectiveConfig
 from student_train.data.sample_states import SampleStates
 from student_train.head.linear_head import LinearHead

@@ -1,6 +1,6 @@
 """Costs of matching: time, peak memory and what each loses, against the exact cost, in one run.
 
-    python -m benchmarks.matching [--goals] [--all] [--large] [--images 12] [--json PATH]
+    python -m benchmarks.matching.cost_and_regret [--goals] [--all] [--large] [--images 12] [--json PATH]
 
 `cdist` is `torch.cdist(p=1)` over whole rows and `bcast` is `(s[:, None] - t).abs().sum(2)`, both
 timed on a few pairs and scaled; `strips` is the same sum by `l1_distances`, the exact cost that the
@@ -29,8 +29,8 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
-from benchmarks.losses import status_mib
-from benchmarks.vision_field import WIDTH, Models, Problem
+from benchmarks.synthetic.vision_states import WIDTH, Models, Problem
+from benchmarks.training.losses import status_mib
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.certificate import certified_pairs

@@ -1,7 +1,7 @@
 """What a CUDA device takes for distances, head with losses and a whole step, beside its limits.
 
-    python -m benchmarks.gpu [--vocab 32064] [--json PATH]     needs CUDA
-    python -m benchmarks.gpu --counts [--vocab 151936]         needs none: bytes moved, by counting
+    python -m benchmarks.gpu.gpu [--vocab 32064] [--json PATH]     needs CUDA
+    python -m benchmarks.gpu.gpu --counts [--vocab 151936]         needs none: bytes moved, by counting
 
 The limits are the device's own in the same run: bytes a second of a large copy, operations a second
 of a bfloat16 product, and half those of a float32 product without TF32 for additions, which count
@@ -27,15 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.moved import l1_additions, l1_least_bytes
-from benchmarks.moved_by_losses import (
-    L1_SHAPES,
-    HeadProblem,
-    make_head_problem,
-    print_counts,
-)
-from benchmarks.step import Step, cdist, dense, make_step, ours
-from benchmarks.vision_field import Models
+from benchmarks.gpu.bytes_moved import l1_additions, l1_least_bytes
+from benchmarks.gpu.loss_bytes import L1_SHAPES, HeadProblem, make_head_problem, print_counts
+from benchmarks.synthetic.vision_states import Models
+from benchmarks.training.step import Step, cdist, dense, make_step, ours
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead
 from student_train.ops.l1 import l1_distances
@@ -267,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "benchmarks.gpu measures a CUDA device, and torch finds none here; run it on a machine "
+            "benchmarks.gpu.gpu measures a CUDA device, and torch finds none here; run it on a machine "
             "with one, or take --counts for what can be known without",
             file=sys.stderr,
         )

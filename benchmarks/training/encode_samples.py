@@ -5,7 +5,7 @@ made anew for each sample, all of the processor's outputs as tensors, and masks 
 B is `teacher_cache.tokens.SampleEncoder`. Both are held to the same bits before they are timed,
 sample by sample in turns; a cell is the mean over samples of the quickest of several rounds.
 
-    python -m benchmarks.encode_samples [--quick] [--json PATH]
+    python -m benchmarks.training.encode_samples [--quick] [--json PATH]
 """
 
 import argparse

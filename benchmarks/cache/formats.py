@@ -1,6 +1,6 @@
 """What containers cost in bytes and time: ours and those of others, on the same samples.
 
-    python -m benchmarks.cache_formats [--quick] [--json PATH]
+    python -m benchmarks.cache.formats [--quick] [--json PATH]
 
 One table. Times of writing and reading are processor time (all threads), of the first sample wall
 and processor time; each is the least of some rounds, in which the containers take turns. `first
@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.codec import print_table
-from benchmarks.containers import ROWS_PER_SHARD, Container, containers, fields
-from benchmarks.first_sample import first_sample
-from benchmarks.made_up import make_samples
+from benchmarks.cache.codec import print_table
+from benchmarks.cache.containers import ROWS_PER_SHARD, Container, containers, fields
+from benchmarks.cache.first_sample import first_sample
+from benchmarks.synthetic.cached_samples import make_samples
 from teacher_cache.schema.teacher_output import CachedSample
 
 COLUMNS = (

@@ -1,6 +1,6 @@
 """How much of a cache's bytes is information that no coder of single bytes can take away.
 
-    python -m benchmarks.entropy [--k 128]
+    python -m benchmarks.cache.entropy_bound [--k 128]
 
 Prints, for every plane that EM-KD reads, its bytes per sample raw, as stored, and its bound: the
 entropy of each of its bytes on their own (lowest byte, next one, ...), counted over all samples.
@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.codec import print_table
-from benchmarks.made_up import make_samples, tensors
+from benchmarks.cache.codec import print_table
+from benchmarks.synthetic.cached_samples import make_samples, tensors
 from teacher_cache.codec.columns import encode_plane
 from teacher_cache.schema.teacher_output import CachedSample
 

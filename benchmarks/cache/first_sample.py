@@ -1,6 +1,6 @@
 """How soon the first sample of a cache is there: ours against MDS, in shards of two sizes.
 
-    python -m benchmarks.first_sample [--k 128]
+    python -m benchmarks.cache.first_sample [--k 128]
 
 To open a folder and read one sample is what a resumed run, a notebook and `emkd inspect` do first.
 MDS unpacks the whole shard for it, so that its time grows with the shard: `ROWS_PER_SHARD` samples
@@ -20,9 +20,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.codec import print_table
-from benchmarks.containers import MDS_SHARD_BYTES, ROWS_PER_SHARD, Container, Mds, Ours, fields
-from benchmarks.made_up import make_samples
+from benchmarks.cache.codec import print_table
+from benchmarks.cache.containers import (
+    MDS_SHARD_BYTES,
+    ROWS_PER_SHARD,
+    Container,
+    Mds,
+    Ours,
+    fields,
+)
+from benchmarks.synthetic.cached_samples import make_samples
 from teacher_cache.schema.teacher_output import CachedSample
 
 OUR_DEFAULT_ROWS = 256

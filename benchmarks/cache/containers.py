@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.made_up import PARTS, build_cache, tensors
+from benchmarks.synthetic.cached_samples import PARTS, build_cache, tensors
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample

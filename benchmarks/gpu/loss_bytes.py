@@ -1,6 +1,6 @@
 """Bytes that distances and losses move, way by way, counted without any GPU.
 
-    python -m benchmarks.gpu --counts
+    python -m benchmarks.gpu.gpu --counts
 
 A chunk of logits goes through the terms of a block as `head_loss` sends it: values, and the
 gradient where the logits were, but for the products with the head. Told as multiples of one reading
@@ -13,7 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.moved import bytes_moved, l1_additions, l1_least_bytes, l1_pair_bytes, l1_tile_bytes
+from benchmarks.gpu.bytes_moved import (
+    bytes_moved,
+    l1_additions,
+    l1_least_bytes,
+    l1_pair_bytes,
+    l1_tile_bytes,
+)
 from student_train.config.objective import DivergenceName, ObjectiveConfig
 from student_train.divergence.divergence import DIVERGENCES
 from student_train.divergence.tail_policies import teacher_parts
@@ -139,7 +145,7 @@ def _estimate_bytes(vocab_size: int) -> float:
 
 def print_counts(vocab_size: int) -> None:
     """The tables of docs/gpu.md."""
-    from benchmarks.compiled import compiled_kernels  # need triton
+    from benchmarks.gpu.compiled_kernels import compiled_kernels
     from student_train.ops import l1_triton
     from student_train.ops.logit_rows_triton import COLUMNS
 

@@ -1,6 +1,6 @@
 """What each option of a cache takes and loses: bytes per vision token, error, speed.
 
-    python -m benchmarks.codec_options [--quick]
+    python -m benchmarks.cache.codec_options [--quick]
 
 Prints one table of top-k records over k, with a packing in DistillKit's manner beside them, one of
 sketches, cosines and hidden states, on the synthetic images of benchmarks.codec (V = 151,936,
@@ -19,7 +19,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from benchmarks.codec import (
+from benchmarks.cache.codec import (
     DTYPES,
     GRID,
     VOCAB_SIZE,

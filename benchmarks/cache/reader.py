@@ -1,6 +1,6 @@
 """How fast a cache is read, held to what could limit it and to what others do.
 
-    python -m benchmarks.reader [--quick] [--json PATH]
+    python -m benchmarks.cache.reader [--quick] [--json PATH]
 
 Prints the goals of reading as ratios of two times taken in turns on the same made-up samples
 (V = 151,936; 576 or 729 vision tokens): goal, measured, verdict. Then where a sequential read
@@ -23,13 +23,13 @@ import pyarrow as pa
 import torch
 import zstandard
 
-from benchmarks import entropy, first_sample, student
-from benchmarks.cache_formats import Row, compare, seconds, take
-from benchmarks.codec import decode_naively, print_table
-from benchmarks.containers import ROWS_PER_SHARD, Container, LitData, Mds, Ours, ParquetZstd
-from benchmarks.first_sample import FirstSample, compare_first
-from benchmarks.made_up import PARTS, VOCAB_SIZE, build_cache, make_samples
-from benchmarks.token_by_token import pack, unpack
+from benchmarks.cache import entropy_bound, first_sample, loader_vs_step
+from benchmarks.cache.codec import decode_naively, print_table
+from benchmarks.cache.containers import ROWS_PER_SHARD, Container, LitData, Mds, Ours, ParquetZstd
+from benchmarks.cache.distillkit_codec import pack, unpack
+from benchmarks.cache.first_sample import FirstSample, compare_first
+from benchmarks.cache.formats import Row, compare, seconds, take
+from benchmarks.synthetic.cached_samples import PARTS, VOCAB_SIZE, build_cache, make_samples
 from student_train.data.prefetch import read_ahead
 from teacher_cache.codec.frames import decode_frame, encode_frame
 from teacher_cache.folder.reader import CacheReader
@@ -234,7 +234,7 @@ def wall_seconds(reader: CacheReader, num_threads: int, rounds: int) -> float:
 
 def loader_feeds_the_student(quick: bool) -> Verdict:
     """The demo's student against one loader process."""
-    found = student.measure(num_samples=64, num_steps=3 if quick else 20)
+    found = loader_vs_step.measure(num_samples=64, num_steps=3 if quick else 20)
     return Verdict(
         goal="one loader process, over what the demo's student consumes",
         wanted=1.0,
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str]) -> int:
         parts += lines
         rows = compare(samples, present, 1 if options.quick else 3)
         verdicts += against_peers({row.name: row for row in rows}, missing, k)
-        bounds += entropy.lines(few, k)
+        bounds += entropy_bound.lines(few, k)
         found = compare_first(samples, rounds)
         verdicts.append(first_of_defaults(found, k))
         firsts += [each.cells(k) for each in found]
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str]) -> int:
     print("From a closed folder to its first sample\n")
     print_table(first_sample.COLUMNS, firsts)
     print("Bytes, and how few they could be\n")
-    print_table(entropy.COLUMNS, bounds)
+    print_table(entropy_bound.COLUMNS, bounds)
     if options.json:
         numbers = {"goals": [{**asdict(each), "met": each.met} for each in verdicts]}
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")
