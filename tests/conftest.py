@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from tests.s3_server import S3Server
+    from tests.support.s3_server import S3Server
 
 # Triton asks once, when it is imported, which transformers does: before any conftest below this.
 if not torch.cuda.is_available():
@@ -21,7 +21,7 @@ TinyFolder = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
     """Folder of the tiny model of a family, by model type."""
-    from tests.tiny import FAMILIES
+    from tests.support.tiny import FAMILIES
 
     built: dict[str, Path] = {}
 
@@ -36,7 +36,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
 @pytest.fixture(scope="session")
 def s3_server() -> "Generator[S3Server]":
     """A real S3 server on this machine; only the tests that ask for it load its libraries."""
-    from tests.s3_server import S3Server
+    from tests.support.s3_server import S3Server
 
     server = S3Server()
     with pytest.MonkeyPatch.context() as patch:

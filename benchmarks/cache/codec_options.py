@@ -43,7 +43,7 @@ from teacher_cache.schema.teacher_output import (
     TopKRecord,
     ViewGrid,
 )
-from tests.strategies import make_spec
+from tests.support.strategies import make_spec
 
 TOP_K = (16, 32, 64, 128)
 NUM_TEXT, STATE_WIDTH, OUTLIERS = 64, 896, 4

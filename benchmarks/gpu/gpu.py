@@ -1,7 +1,7 @@
 """What a CUDA device takes for distances, head with losses and a whole step, beside its limits.
 
     python -m benchmarks.gpu.gpu [--vocab 32064] [--json PATH]     needs CUDA
-    python -m benchmarks.gpu.gpu --counts [--vocab 151936]         needs none: bytes moved, by counting
+    python -m benchmarks.gpu.gpu --counts [--vocab 151936]    needs none: counts bytes moved
 
 The limits are the device's own in the same run: bytes a second of a large copy, operations a second
 of a bfloat16 product, and half those of a float32 product without TF32 for additions, which count
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "benchmarks.gpu.gpu measures a CUDA device, and torch finds none here; run it on a machine "
+            "benchmarks.gpu.gpu needs a CUDA device; torch finds none here. Run it on a machine "
             "with one, or take --counts for what can be known without",
             file=sys.stderr,
         )

@@ -1,6 +1,7 @@
 """Costs of matching: time, peak memory and what each loses, against the exact cost, in one run.
 
-    python -m benchmarks.matching.cost_and_regret [--goals] [--all] [--large] [--images 12] [--json PATH]
+    python -m benchmarks.matching.cost_and_regret [--goals] [--all] [--large] [--images 12]
+        [--json PATH]
 
 `cdist` is `torch.cdist(p=1)` over whole rows and `bcast` is `(s[:, None] - t).abs().sum(2)`, both
 timed on a few pairs and scaled; `strips` is the same sum by `l1_distances`, the exact cost that the

@@ -1,6 +1,6 @@
 """Samples with made-up teacher outputs of realistic size, the same for every benchmark of reading.
 
-An image has 576 or 729 vision tokens from `benchmarks.cache.codec`'s correlated field of states: top-k
+An image has 576 or 729 vision tokens from codec.py's correlated field of states: top-k
 records over 151,936 vocabulary rows (24,576 of them in use), sketch codes of rank 128, float16
 affinities of every text token, and a response of 12 to 256 tokens with top-k records of its own.
 Pictures are noise, as compressed ones are to any container. Everything follows from the seed.
@@ -29,8 +29,8 @@ from teacher_cache.schema.teacher_output import (
     ViewGrid,
     make_sample,
 )
-from tests.builders import build
-from tests.strategies import make_spec
+from tests.support.builders import build
+from tests.support.strategies import make_spec
 
 GRIDS = (24, 27)
 """Sides of an image's grid of vision tokens: CLIP at 336 pixels, SigLIP at 384."""

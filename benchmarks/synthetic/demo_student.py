@@ -23,7 +23,7 @@ from student_train.training.trainer import student_loss
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.caches import build_cache
+from tests.support.caches import build_cache
 
 SKETCH_RANK = 32
 

@@ -14,7 +14,7 @@ response) and ends with gradients of states and LM head: matching, supervised lo
 
 Only `dense` and `broadcast` compute what `emkd hidden` computes but for its shared ids. Processor
 time of all threads, after a small one; memory is what a pass adds at its peak, as in
-benchmarks/training/losses.py. Models and images are made up (benchmarks/synthetic/vision_states.py, width 512). Needs
+losses.py. Models and images are made up (synthetic/vision_states.py, width 512). Needs
 Linux; --large takes 16 GiB and many times as long.
 """
 

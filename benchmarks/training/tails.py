@@ -6,8 +6,8 @@ Gradients are those by the student's states, cosine with the exact gradient, mea
 pairs; values are shares of the exact value. `far` is a student as made up, `near` one whose logits
 are 0.3 its own and 0.7 its teacher's, `early` one of almost flat logits (its own times 0.35). The
 sketch's rank is 128; the template is fitted to other images. The last lines are the bounds that a
-record gives whatever the policy. Models and images are made up (benchmarks/synthetic/vision_states.py); with
---text they are word statistics of real text (benchmarks/synthetic/text_model.py), which have no sketch. About
+record gives whatever the policy. Models and images are made up (synthetic/vision_states.py); with
+--text they are word statistics of real text (synthetic/text_model.py), which have no sketch. About
 a minute at V = 32,064.
 """
 

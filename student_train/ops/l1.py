@@ -2,7 +2,7 @@
 
 `torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum; over strips
 of 16 columns the sum is a single vector and the rows lie in cache: 2.5 times faster here at
-V = 151,936 (benchmarks/matching/cost_and_regret.py), and closer to the true sum, since partial sums are added in
+V = 151,936 (benchmarks/matching), and closer to the true sum, since partial sums are added in
 two levels. On GPUs a kernel of our own does so by tiles (kernels_l1.py). Promises: no tensor of
 N x M x C entries, no gradient, inputs untouched; a pair's distance depends on no other pair.
 Dimensions as in schema.py, C any number of columns.

@@ -3,7 +3,7 @@
 A transform turns the bits of a tensor (as unsigned integers of the same width) into blocks of
 bytes, and the joined blocks back into the bits. It knows nothing of what the bits mean, only where
 alike bytes can be put side by side; which plane takes which transform is in codec.py, what each
-saves is printed by benchmarks/cache/codec.py. All are vectorised, and all refuse (`ShardCorruptError`)
+saves is printed by benchmarks/cache/codec.py. All are vectorised and refuse (`ShardCorruptError`)
 a payload that does not fit the shape before they take memory; the result is at most 8 times the
 payload. Dimensions as in schema.py: N rows, K kept entries.
 

@@ -8,7 +8,7 @@ import torch
 
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
-from tests.runs import tiny_cache, train
+from tests.support.runs import tiny_cache, train
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,188 @@
+"""Promises of the command line: flags become settings, and bad input is named with exit code 2."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.cli.__main__ import main, parse
+from jobs.cluster.submit import entrypoint, run_flags
+from jobs.stages.absolute_paths import absolute, to_json
+from pipeline.config.stages import TrainConfig
+from student_train.config.objective import preset
+from tests.conftest import TinyFolder
+from tests.support.llava_json import write_llava_json
+from tests.support.tiny import tiny_samples
+
+BUILD = "build --source data.json --teacher teacher --out cache"
+TRAIN = "train --cache cache --student teacher --out run"
+
+
+def _train(text: str) -> TrainConfig:
+    command: Any = parse(f"{TRAIN} {text}".split())
+    return command.config
+
+
+def test_the_commands_of_readme_parse() -> None:
+    build: Any = parse(
+        f"{BUILD} --format webdataset --records topk+sketch --top-k 64 --num-workers 2".split()
+    )
+    assert build.config.format == "webdataset"
+    assert build.config.source.path == "data.json"
+    assert (build.run.ray, build.run.num_workers) == (True, 2)
+    local: Any = parse(f"{BUILD} --no-ray".split())
+    assert local.run.ray is False
+    data: Any = parse(["data", "digits", "--out", "data"])
+    assert (data.config.out, data.config.num_heldout) == (Path("data"), 512)
+    report: Any = parse(["report", "runs/a", "runs/b", "--out", "page.html"])
+    assert report.runs == (Path("runs/a"), Path("runs/b"))
+
+
+def test_an_objective_is_a_preset_with_overrides() -> None:
+    assert _train("").objective == preset("emkd")
+    assert _train("--objective supervised").objective == preset("supervised")
+    changed = _train("--vsd-weight 0 --temperature 2 --match-metric prob_l1").objective
+    assert changed.temperature == 2
+    assert changed.matching.metric == "prob_l1"
+    assert changed.vsd_weight == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"{BUILD} --topk 3",
+        f"{BUILD} --top-k 0",
+        f"{BUILD} --num-workers 0",
+        f"{TRAIN} --max-retries -1",
+        f"{TRAIN} --match-shared-ids 0",
+        f"{BUILD} --format parquet",
+        "build --source data.json",
+        f"{TRAIN} --objective rld --vsd-weight 1",
+        f"{TRAIN} --vlad-weight heavy",
+        "frobnicate",
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (f"{BUILD} --top-k 0", "emkd build: --top-k must be >= 1, found 0\n"),
+        (f"{BUILD} --num-workers=0", "emkd build: --num-workers must be >= 1, found 0\n"),
+        (f"{TRAIN} --temperature 0", "emkd train: --temperature must be > 0, found 0.0\n"),
+        ("data digits --out d --num-train 0", "emkd data: --num-train must be >= 1, found 0\n"),
+        (
+            f"{BUILD} --worker-timeout 5 --no-ray",
+            "emkd build: --worker-timeout must be > 0, and there must be workers: found 5.0 "
+            "without ray\n",
+        ),
+    ],
+)
+def test_what_settings_refuse_is_said_in_one_line_that_opens_with_the_flag(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(arguments.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == message
+
+
+def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"{BUILD} --topk 3".split())
+    assert "--top-k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["json", "yaml", "inline"])
+def test_settings_written_by_a_run_can_be_fed_back(form: str, tmp_path: Path) -> None:
+    config = _train("--objective rld --seed 3 --train-parts projector")
+    file = tmp_path / f"config.{form}"
+    plain = json.loads(to_json(config))
+    file.write_text(yaml.safe_dump(plain) if form == "yaml" else json.dumps(plain))
+    given = json.dumps(plain) if form == "inline" else str(file)
+    again: Any = parse(["train", "--config", given])
+    assert again.config == absolute(config)
+    other: Any = parse(["train", "--config", given, "--seed", "4"])
+    assert other.config == dataclasses.replace(absolute(config), seed=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sede": 1}, "sede: unknown field; did you mean 'seed'?"),
+        ({"seed": "1"}, "seed: "),
+        ({"objective": {"naem": "rld"}}, "objective.naem: unknown field"),
+        ({"cache": None}, "cache: "),
+    ],
+)
+def test_a_config_file_is_read_strictly(
+    change: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**json.loads(to_json(_train(""))), **change}))
+    assert main(["train", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(file) in error
+
+
+def test_a_missing_config_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "nowhere.json"]) == 2
+    assert "nowhere.json: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["build", "extend", "train", "evaluate"])
+def test_what_submit_sends_parses_to_the_same_settings(name: str) -> None:
+    flags = {
+        "build": "--source s.json --teacher t --out o --top-k 7 --num-workers 3",
+        "extend": "--cache c --source s.json --teacher t --out o --num-workers 2",
+        "train": "--cache c --student s --out o --objective rld --gpus-per-worker 0.5",
+        "evaluate": "--model m --source s.json --out o --scores anls --ray",
+    }[name]
+    submitted: Any = parse(["submit", name, "--address", "http://host:1", "--", *flags.split()])
+    sent = entrypoint(name, to_json(submitted.payload.config), run_flags(submitted.payload.run))
+    words = shlex.split(sent)
+    assert words[:3] == ["python", "-m", "jobs.cli.__main__"]
+    received: Any = parse(words[3:])
+    assert received.config == absolute(submitted.payload.config)
+    assert received.run == submitted.payload.run
+
+
+def test_submit_checks_the_flags_of_the_stage_before_sending() -> None:
+    with pytest.raises(SystemExit):
+        parse(["submit", *BUILD.split()[:1], "--", *BUILD.split()[1:], "--bogus", "3"])
+    assert main(["submit", "build"]) == 2
+
+
+def test_build_verify_inspect_as_commands(
+    tmp_path: Path, tiny_folder: TinyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_llava_json(tmp_path, tiny_samples(5))
+    cache = tmp_path / "cache"
+    build = ["build", "--source", str(source), "--teacher", str(tiny_folder("llava"))]
+    assert main([*build, "--out", str(cache), "--no-ray", "--top-k", "4"]) == 0
+    assert main(["verify", str(cache)]) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert main(["inspect", str(cache), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 5
+    key = tiny_samples(1)[0].key
+    assert main(["inspect", str(cache), "--sample", key[:8]]) == 0
+    assert "what is picture 0?" in capsys.readouterr().out
+    assert main(["inspect", str(cache), "--sample", "zz"]) == 2
+    shard = next((cache / "shards").glob("[0-9]*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    assert main(["verify", str(cache)]) == 3
+    assert shard.name in capsys.readouterr().out

@@ -1,0 +1,160 @@
+"""A cache with a grid is resumed, extended, held against its teacher and shown like others."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.build.build import build
+from pipeline.build.extend_records import extend_records
+from pipeline.build.extend_samples import extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig
+from pipeline.inspection.cache import describe_cache
+from pipeline.inspection.sample import describe_sample
+from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
+from teacher_cache.codec.columns import output_planes
+from teacher_cache.folder.reader import CacheReader
+from teacher_cache.folder.verify import verify_cache
+from teacher_cache.schema.options import RecordKind
+from tests.conftest import TinyFolder
+from tests.support.builders import build as build_of
+from tests.support.extended import build_config
+from tests.support.llava_json import shard_bytes
+from tests.support.strategies import assert_same, assert_same_bits
+from tests.support.tiny import tiny_llava
+
+GRID: dict[str, Any] = {"compressor": "dart", "ratios": (0.3, 0.6), "compress_layer": 1}
+
+
+def config(folder: Path, model: Path, records: RecordKind, count: int = 6) -> BuildConfig:
+    return dataclasses.replace(build_config(folder, model, records, count), **GRID)
+
+
+def sound(path: Path | str, model: Path) -> CacheReader:
+    assert verify_cache(path).problems == ()
+    reader = CacheReader.open(path)
+    report = verify_teacher(reader, str(model), device="cpu")
+    assert report.problems == ()
+    assert all(quantity.stored.largest == 0 for quantity in report.quantities)
+    return reader
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def test_a_build_that_is_cut_off_and_run_again_has_the_same_bytes(
+    tmp_path: Path, tiny_folder: TinyFolder
+) -> None:
+    whole = config(tmp_path, tiny_folder("llava"), "topk+hidden", 12)
+    build(whole)
+    for steps in (1, 2, 3):
+        cut = dataclasses.replace(whole, out=str(tmp_path / f"cut-{steps}"))
+        left = steps
+
+        def progress(what: str, _done: int, _all: int) -> None:
+            nonlocal left
+            left -= what == "samples"
+            if left < 0:
+                raise Killed
+
+        with pytest.raises(Killed):
+            build(cut, progress)
+        build(cut)
+        assert shard_bytes(cut.out) == shard_bytes(whole.out)
+
+
+def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    model = tiny_folder("llava")
+    base, everything = (config(tmp_path, model, "topk+hidden", count) for count in (6, 12))
+    build(base)
+    build(everything)
+    more = ExtendConfig(
+        cache=base.out,
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        source=everything.source.path,
+        device="cpu",
+    )
+    extend_samples(more)
+    found, expected = sound(more.out, model), CacheReader.open(everything.out)
+    same = {"template_digest": found.spec.template_digest}  # that of the six old samples
+    assert found.spec == dataclasses.replace(expected.spec, **same)
+    assert found.keys == expected.keys
+    for index in range(len(found)):
+        ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("held", "added"), [("topk", "hidden"), ("hidden", "topk")])
+def test_new_records_get_a_grid_too(
+    tmp_path: Path, tiny_folder: TinyFolder, held: RecordKind, added: RecordKind
+) -> None:
+    model = tiny_folder("llava")
+    base, both = (config(tmp_path, model, records) for records in (held, "topk+hidden"))
+    build(base)
+    build(both)
+    settings: dict[str, Any] = {"top_k": 6} if added == "topk" else {"hidden_dtype": "float32"}
+    more = ExtendConfig(
+        cache=base.out,
+        out=str(tmp_path / "more"),
+        teacher=str(model),
+        records=added,
+        device="cpu",
+        **settings,
+    )
+    extend_records(more)
+    found, expected = sound(more.out, model), CacheReader.open(both.out)
+    assert found.spec == expected.spec
+    assert found.parts == expected.parts >= {"response_grid", "hidden_grid"}
+    for index in range(len(found)):
+        planes = output_planes(expected.read(index, expected.parts).output)
+        for name, values in output_planes(found.read(index, found.parts).output).items():
+            assert_same_bits(values, planes[name])
+
+
+@pytest.mark.parametrize("records", ["topk", "hidden"])
+def test_a_grid_of_another_teacher_is_found(
+    tmp_path: Path, tiny_folder: TinyFolder, records: RecordKind
+) -> None:
+    model = tiny_folder("llava")
+    ours = config(tmp_path / "own", model, records)
+    theirs = config(tmp_path / "other", tiny_llava(tmp_path / "model", seed=1), records)
+    build(ours)
+    build(theirs)
+    own, other = CacheReader.open(ours.out), CacheReader.open(theirs.out)
+    rows = [own.read(index, own.parts) for index in range(len(own))]
+    for number, row in enumerate(rows):
+        lies = other.read(number, other.parts).output
+        grids = {"response_grid": lies.response_grid, "hidden_grid": lies.hidden_grid}
+        output = dataclasses.replace(row.output, **grids)  # pyright: ignore[reportArgumentType]
+        rows[number] = dataclasses.replace(row, output=output)
+    head = own.head() if records == "hidden" else None
+    forged, template = tmp_path / "forged", own.tail_template()
+    build_of(forged, [rows[:3], rows[3:]], spec=own.spec, head=head, template=template)
+    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
+    failed = {quantity.name for quantity in report.quantities if quantity.failed}
+    assert failed
+    assert all(" at 0.3" in name or " at 0.6" in name for name in failed)
+    assert any("at 0.6" in line for line in render_teacher(report))
+
+
+def test_a_grid_is_shown(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+    settings = config(tmp_path, tiny_folder("llava"), "topk+hidden")
+    build(settings)
+    reader = CacheReader.open(settings.out)
+    shown = describe_cache(reader)
+    assert shown["spec"]["grid"]["compressor"] == "dart"
+    assert {"response", "response at 0.3", "response at 0.6"} <= shown["tail_mass"].keys()
+    parts = shown["bytes_of_parts"]
+    assert parts["response_grid"] > parts["response"]
+    assert parts["hidden_grid"] > 0
+    sample = describe_sample(reader, reader.keys[0])
+    positions = sample["response_top_k"]["positions"]
+    for ratio in ("0.3", "0.6"):
+        assert sample["response_top_k_at_ratio"][ratio]["positions"] == positions
+        assert sample["predicting_states_at_ratio"][ratio][0] == positions
+    json.dumps([shown, sample])

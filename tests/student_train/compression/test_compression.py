@@ -1,0 +1,162 @@
+"""Dropping tokens is running the remaining layers on what is left, with original positions."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from student_train.compression.compression import compress
+from student_train.compression.decoder import decoder_of
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.models.student import final_hidden
+from teacher_cache.models.collate import EncodedSample
+from tests.conftest import TinyFolder
+from tests.support.deep import batch_of, deep_model, encode
+
+COMPRESSORS = ("dart", "fastv", "random")
+FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3")
+MODELS = [
+    *((f, None) for f in FAMILIES),
+    ("llava", "llama"),
+    ("llava", "mistral"),
+    ("llava", "qwen3"),
+    ("qwen2_5_vl", "qwen2_vl"),
+]
+PYRAMID = (Stage(layer=1, ratio=0.25), Stage(layer=3, ratio=0.5))
+
+
+def at(ratio: float, compressor: str = "dart", layer: int = 2) -> CompressionSettings:
+    return CompressionSettings(compressor=compressor, stages=(Stage(layer=layer, ratio=ratio),))
+
+
+@torch.no_grad()
+def by_hand(model: Any, sample: EncodedSample, kept: dict[int, Tensor]) -> Tensor:
+    """Final states of one sample, alone: before layer k only the positions `kept[k]` go on."""
+    decoder = decoder_of(model)
+    inputs: dict[str, Any] = {}
+
+    def catch(_module: Any, args: Any, kwargs: Any) -> None:
+        inputs.update(kwargs, hidden=args[0])
+
+    hook = decoder.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    model(**batch_of([sample]).inputs, use_cache=False)
+    hook.remove()
+    hidden, (cos, sin) = inputs["hidden"], inputs["position_embeddings"]
+    here = torch.arange(sample.num_tokens)
+    for number, layer in enumerate(decoder.layers):
+        if number in kept:
+            rows = torch.tensor([here.tolist().index(place) for place in kept[number].tolist()])
+            hidden, cos, sin = hidden[:, rows], cos[:, rows], sin[:, rows]
+            here = kept[number]
+        causal = hidden.new_full((len(here), len(here)), -torch.inf).triu(1)[None, None]
+        hidden = layer(hidden, attention_mask=causal, position_embeddings=(cos, sin))
+    return decoder.norm(hidden)[0]
+
+
+@pytest.mark.parametrize(("family", "decoder"), MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_each_samples_remaining_layers_on_its_own_kept_tokens(
+    family: str, decoder: str | None, side: Literal["left", "right"], tiny_folder: TinyFolder
+) -> None:
+    model, processor = deep_model(tiny_folder(family), decoder)
+    samples = encode(model, processor)
+    batch = batch_of(samples, side)
+    for compressor in COMPRESSORS:
+        settings = at(0.5, compressor)
+        with compress(model, settings, batch) as found, torch.no_grad():
+            hidden = final_hidden(model, batch.inputs)
+        for row, sample in enumerate(samples):
+            kept = found.layout.rows[row]
+            vision = sample.spans.vision
+            text = torch.arange(sample.num_tokens)
+            text = text[~torch.isin(text, vision)]
+            assert bool(found.layout.kept(row, text).all())
+            assert (len(kept) < sample.num_tokens) == (len(vision) > 0)
+            wanted = by_hand(model, sample, {2: kept})
+            states = hidden[row, found.layout.columns(row, kept)]
+            torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
+            alone = batch_of([sample])
+            with compress(model, settings, alone) as one, torch.no_grad():
+                states = final_hidden(model, alone.inputs)[0]
+            assert one.layout.rows[0].tolist() == kept.tolist()
+            torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
+
+
+def test_in_double_precision_the_difference_is_rounding(tiny_folder: TinyFolder) -> None:
+    model, processor = deep_model(tiny_folder("qwen2_5_vl"))
+    model.double()
+    samples = encode(model, processor)
+    batch = batch_of(samples)
+    with compress(model, at(0.5), batch) as found, torch.no_grad():
+        hidden = final_hidden(model, batch.inputs)
+    for row, sample in enumerate(samples):
+        kept = found.layout.rows[row]
+        states = hidden[row, found.layout.columns(row, kept)]
+        torch.testing.assert_close(states, by_hand(model, sample, {2: kept}), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pyramid_drops_at_each_stage_a_share_of_what_is_left(
+    attention: str, tiny_folder: TinyFolder
+) -> None:
+    model, processor = deep_model(tiny_folder("llava"), attention=attention)
+    samples = encode(model, processor)
+    batch = batch_of(samples, "left")
+    both = CompressionSettings(compressor="fastv", stages=PYRAMID)
+    with compress(model, replace(both, stages=PYRAMID[:1]), batch) as first, torch.no_grad():
+        final_hidden(model, batch.inputs)
+    with compress(model, both, batch) as found, torch.no_grad():
+        hidden = final_hidden(model, batch.inputs)
+    for row, sample in enumerate(samples):
+        vision = sample.spans.vision
+        kept = found.layout.rows[row]
+        assert int(first.layout.kept(row, vision).sum()) == len(vision) * 3 // 4
+        assert int(found.layout.kept(row, vision).sum()) == len(vision) * 3 // 8
+        assert bool(first.layout.kept(row, kept).all())
+        wanted = by_hand(model, sample, {1: first.layout.rows[row], 3: kept})
+        states = hidden[row, found.layout.columns(row, kept)]
+        torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_at_ratio_0_and_behind_the_last_layer_not_a_bit_changes(
+    compressor: str, tiny_folder: TinyFolder
+) -> None:
+    model, processor = deep_model(tiny_folder("llava_next"))
+    batch = batch_of(encode(model, processor))
+    with torch.no_grad():
+        untouched = final_hidden(model, batch.inputs)
+        for settings in (at(0.0, compressor), at(0.75, compressor, layer=4)):
+            with compress(model, settings, batch) as found:
+                assert torch.equal(final_hidden(model, batch.inputs), untouched)
+            assert bool((found.layout.is_token == batch.inputs["attention_mask"].bool()).all())
+
+
+def test_text_alone_is_untouched_to_the_bit(tiny_folder: TinyFolder) -> None:
+    model, processor = deep_model(tiny_folder("llava"))
+    batch = batch_of([encode(model, processor)[2]])
+    with torch.no_grad():
+        untouched = final_hidden(model, batch.inputs)
+        with compress(model, at(0.9), batch):
+            assert torch.equal(final_hidden(model, batch.inputs), untouched)
+
+
+def test_afterwards_the_model_is_as_before_also_when_the_pass_failed(
+    tiny_folder: TinyFolder,
+) -> None:
+    model, processor = deep_model(tiny_folder("llava"))
+    batch = batch_of(encode(model, processor))
+    names = list(model.state_dict())
+    with torch.no_grad():
+        untouched = final_hidden(model, batch.inputs)  # puts transformers' own hooks in place
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+        with compress(model, at(0.5), batch):
+            assert not torch.equal(final_hidden(model, batch.inputs), untouched)
+            assert list(model.state_dict()) == names
+        with pytest.raises(RuntimeError, match="stop"), compress(model, at(0.5), batch):
+            raise RuntimeError("stop")
+        assert torch.equal(final_hidden(model, batch.inputs), untouched)
+    after = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    assert after == hooks

@@ -1,0 +1,92 @@
+"""Running the upper layers once more is a second whole pass, without the layers below."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings, Stage
+from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.models.student import final_hidden
+from teacher_cache.models.collate import ModelBatch
+from tests.conftest import TinyFolder
+from tests.support.deep import batch_of, deep_model, encode
+
+LAYER = 2
+
+
+def at(ratio: float, compressor: str = "dart", layer: int = LAYER) -> CompressionSettings:
+    return CompressionSettings(compressor=compressor, stages=(Stage(layer=layer, ratio=ratio),))
+
+
+@torch.no_grad()
+def whole_pass(
+    model: Any, settings: CompressionSettings, batch: ModelBatch, draw: int
+) -> tuple[Tensor, Tensor]:
+    with compress(model, settings, batch, draw) as found:
+        return final_hidden(model, batch.inputs), found.layout.positions
+
+
+@pytest.mark.parametrize("compressor", ["dart", "fastv", "random"])
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
+    family: str, compressor: str, checkpointing: bool, tiny_folder: TinyFolder
+) -> None:
+    model, processor = deep_model(tiny_folder(family))
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(encode(model, processor), "left")
+    student_settings = at(0.75, compressor)
+    expected = whole_pass(model, student_settings, batch, 0)
+    # This order is the harder one: the hooks of `compress` are there first.
+    with compress(model, student_settings, batch) as found, record_entry(model, LAYER) as entry:
+        student = final_hidden(model, batch.inputs)
+    assert torch.equal(student, expected[0])
+    assert torch.equal(found.layout.positions, expected[1])
+    ran: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, layer in enumerate(model.get_decoder().layers)
+    ]
+    for ratio, layer, draw in ((0.5, LAYER, 1), (0.0, LAYER, 1), (0.5, LAYER + 1, 2)):
+        ran.clear()
+        with torch.no_grad():
+            hidden, layout = rerun(model, entry, at(ratio, compressor, layer), batch, draw)
+        assert ran == [2, 3]
+        wanted = whole_pass(model, at(ratio, compressor, layer), batch, draw)
+        assert torch.equal(hidden, wanted[0])
+        assert torch.equal(layout.positions, wanted[1])
+    for hook in hooks:
+        hook.remove()
+    student.sum().backward()
+
+
+def test_the_second_pass_has_the_precision_of_the_first(tiny_folder: TinyFolder) -> None:
+    model, processor = deep_model(tiny_folder("llava"))
+    batch = batch_of(encode(model, processor))
+    with record_entry(model, LAYER) as entry, torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            final_hidden(model, batch.inputs)
+            wanted = whole_pass(model, at(0.5), batch, 0)[0]
+        assert torch.equal(rerun(model, entry, at(0.5), batch)[0], wanted)
+
+
+def test_what_cannot_be_run_again_is_refused(tiny_folder: TinyFolder) -> None:
+    model, processor = deep_model(tiny_folder("llava"))
+    batch = batch_of(encode(model, processor))
+    with record_entry(model, LAYER) as entry, torch.no_grad():
+        with pytest.raises(ValueError, match="no pass was recorded"):
+            rerun(model, entry, at(0.5), batch)
+        with compress(model, at(0.5, layer=1), batch):
+            final_hidden(model, batch.inputs)
+        with pytest.raises(ValueError, match="a stage is at layer 1, but"):
+            rerun(model, entry, at(0.5, layer=1), batch)
+        with pytest.raises(ValueError, match="give it the whole batch"):
+            rerun(model, entry, at(0.5), batch)
+    for layer in (0, 4):
+        with pytest.raises(ValueError, match="choose 1 to 3"), record_entry(model, layer):
+            pass

@@ -1,0 +1,74 @@
+"""Terms row by row: how rows are cut into chunks changes neither values nor gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from student_train.config.objective import MatchingConfig, ObjectiveConfig
+from student_train.head import chunked_pass
+from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
+from student_train.losses.objective_loss import LossTerms, distillation_loss
+from student_train.losses.reductions import token_mean, vsd_loss
+from student_train.signals.teacher_signal import DenseSignal
+from tests.support.batches import RandomBatch, RecordForm, random_batch
+
+OBJECTIVE = ObjectiveConfig(matching=MatchingConfig(metric="prob_l1", num_shared_ids=None))
+
+
+def losses(batch: RandomBatch, form: RecordForm) -> tuple[LossTerms, list[Tensor]]:
+    found = distillation_loss(
+        batch.states, batch.outputs(form), batch.student_head, OBJECTIVE, batch.assets(form)
+    )
+    gradients = torch.autograd.grad(
+        found.total, batch.parameters, allow_unused=True, materialize_grads=True
+    )
+    return found, list(gradients)
+
+
+@pytest.mark.parametrize("form", ["hidden", "topk", "topk+sketch"])
+def test_chunks_change_nothing(form: RecordForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = random_batch(3)
+    whole, expected = losses(batch, form)
+    monkeypatch.setattr(chunked_pass, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(chunked_pass, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
+    cut, found = losses(batch, form)
+    for name, term in whole.terms.items():
+        torch.testing.assert_close(cut.terms[name], term, rtol=1e-12, atol=1e-12)
+    assert cut.diagnostics == pytest.approx(whole.diagnostics, rel=1e-12)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_for_a_head_gives_what_the_fused_head_gives() -> None:
+    batch = random_batch(4)
+    fused, expected = losses(batch, "topk+sketch")
+    called = distillation_loss(
+        batch.states,
+        batch.outputs("topk+sketch"),
+        lambda hidden: batch.student_head(hidden),
+        OBJECTIVE,
+        batch.assets("topk+sketch"),
+    )
+    torch.testing.assert_close(called.total, fused.total, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(
+        called.total, batch.parameters, allow_unused=True, materialize_grads=True
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_each_rows_weight_is_its_share_of_the_mean() -> None:
+    hidden, logits = torch.zeros(5, 3), torch.zeros(5, 4)
+    labels = torch.zeros(5, dtype=torch.int64)
+    teacher = DenseSignal(logits=logits)
+    pairs = [2, 0, 3]
+    terms = [
+        supervised_term(0.5, labels, token_mean),
+        divergence_term(
+            "vsd", 0.25, teacher, OBJECTIVE, lambda rows: vsd_loss(rows, pairs, rows.sum())
+        ),
+    ]
+    weights = head_rows(hidden, terms).weights
+    torch.testing.assert_close(weights["supervised"], torch.full((5,), 0.1))
+    expected = [0.25 / 2 / num for num in pairs for _ in range(num)]
+    torch.testing.assert_close(weights["vsd"], torch.tensor(expected))

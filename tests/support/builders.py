@@ -1,0 +1,150 @@
+"""Builds small caches, in this process or in processes that are killed or race one another.
+
+Run as a script (`python -m tests.builders kill|race FOLDER FORMAT`) it forks builders from one
+warm process, so that a kill costs milliseconds; it fails by an assertion.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.folder.writer import committed, seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal
+from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.storage.store import Location, open_store
+from tests.support.strategies import make_cached, make_plan
+
+NUM_SHARDS, ROWS_PER_SHARD = 3, 2
+
+
+def make_shards(num_shards: int = NUM_SHARDS) -> list[list[CachedSample]]:
+    """The rows of a small cache, shard by shard."""
+    starts = range(0, num_shards * ROWS_PER_SHARD, ROWS_PER_SHARD)
+    return [[make_cached(start + row) for row in range(ROWS_PER_SHARD)] for start in starts]
+
+
+def build(
+    location: Location,
+    shards: Sequence[Sequence[CachedSample]],
+    form: ShardFormatName = "arrow",
+    spec: CacheSpec | None = None,
+    head: LmHead | None = None,
+    sketch: SketchBasis | None = None,
+    template: TailTemplate | None = None,
+) -> Seal:
+    """What a build does with rows that are there: plan, assets, missing shards, seal."""
+    cache = open_store(location)
+    plan: Plan = write_plan(cache, make_plan(shards, spec, form))
+    write_assets(cache, head, sketch, template)
+    for index, rows in enumerate(shards):
+        if index not in committed(cache):
+            write_shard(cache, plan, index, rows, [], 0.0)
+    return seal_cache(cache)
+
+
+def published(cache: Path) -> dict[str, bytes]:
+    """Every file of a cache that has a public name, with its bytes."""
+    files = [file for file in sorted(cache.rglob("*")) if file.is_file()]
+    return {
+        str(file.relative_to(cache)): file.read_bytes()
+        for file in files
+        if not file.name.startswith(".")
+    }
+
+
+def edit_record(file: Path, old: str, new: str, count: int = -1) -> None:
+    """Change the text of a plan, commit record or seal, and give it a check that fits again.
+
+    What is found then is that records disagree, not that a byte is damaged.
+    """
+    first, fields = file.read_text().split("\n", 2)[1:]
+    assert '"check"' in first
+    assert old in fields
+    changed = fields.replace(old, new, count)
+    digest = hashlib.sha256(changed.encode()).hexdigest()
+    file.write_text(f'{{\n "check": "{digest}",\n{changed}')
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run `work` in a child process and return the child's id."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def exit_status(child: int) -> int:
+    return os.waitpid(child, 0)[1]
+
+
+def _kill_at_event(number: int) -> None:
+    """Let this process kill itself just before its `number`th step in the file system."""
+    events = {"open", "os.link", "os.rename", "os.remove", "os.mkdir"}
+    left = number
+
+    def hook(event: str, _arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in events:
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _kill_everywhere(folder: Path, form: ShardFormatName) -> None:
+    shards = make_shards(2)
+    build(folder / "undisturbed", shards, form)
+    wanted = published(folder / "undisturbed")
+    # One kill before each step of a build, every time from the beginning.
+    step, killed = 0, True
+    while killed:
+        cache = folder / f"step-{step}"
+
+        def interrupted(cache: Path = cache, step: int = step) -> None:
+            _kill_at_event(step)
+            build(cache, shards, form)
+
+        killed = exit_status(forked(interrupted)) == signal.SIGKILL
+        build(cache, shards, form)
+        assert published(cache) == wanted, f"killed before step {step}"
+        step += 1
+    assert step > 10 * len(shards)
+    # Kills at random times, one after the other, in one cache.
+    draws = random.Random(0)
+    for _ in range(12):
+        child = forked(lambda: build(folder / "random", shards, form))
+        time.sleep(draws.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        exit_status(child)
+    build(folder / "random", shards, form)
+    assert published(folder / "random") == wanted
+
+
+def _race(folder: Path, form: ShardFormatName) -> None:
+    shards = make_shards()
+    build(folder / "alone", shards, form)
+    children = [forked(lambda: build(folder / "raced", shards, form)) for _ in range(4)]
+    assert [exit_status(child) for child in children] == [0] * 4
+    assert published(folder / "raced") == published(folder / "alone")
+
+
+if __name__ == "__main__":
+    scenario = {"kill": _kill_everywhere, "race": _race}[sys.argv[1]]
+    scenario(Path(sys.argv[2]), "arrow" if sys.argv[3] == "arrow" else "webdataset")

@@ -1,0 +1,90 @@
+"""The tiny models of tiny.py with more decoder layers, or another decoder, and batches.
+
+Two layers are too few to drop tokens between them at two stages. Weights are drawn anew.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2VLConfig,
+    Qwen3Config,
+)
+
+from teacher_cache.models.checkpoint import load_model
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.teacher_output import Sample
+from tests.support.tiny import tiny_samples
+
+NUM_LAYERS = 4
+DECODERS: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+
+
+def deep_model(
+    folder: Path, decoder: str | None = None, attention: str = "sdpa", **text: Any
+) -> tuple[Any, Any]:
+    """A saved tiny model made anew with four decoder layers, and its processor.
+
+    `decoder` replaces the family's text decoder by one of `DECODERS`, or Qwen2.5-VL by `qwen2_vl`;
+    `text` are fields of the text config.
+    """
+    loaded: Any = load_model(str(folder))
+    vanilla, processor = loaded
+    config = vanilla.config
+    names = (
+        "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads "
+        "max_position_embeddings initializer_range pad_token_id bos_token_id eos_token_id"
+    )
+    if decoder == "qwen2_vl":
+        config = _qwen2_vl(config)
+    elif decoder is not None:
+        fields = {name: getattr(config.text_config, name) for name in names.split()}
+        fields |= {"sliding_window": None} if decoder == "mistral" else {}
+        config.text_config = DECODERS[decoder](**fields, head_dim=8)
+    changes = {"num_hidden_layers": NUM_LAYERS, "layer_types": ["full_attention"] * NUM_LAYERS}
+    for name, value in {**changes, **text}.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(1)
+    model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    model.generation_config = vanilla.generation_config
+    return model.eval(), processor
+
+
+def _qwen2_vl(config: Any) -> Any:
+    """The config of a Qwen2-VL that takes what a tiny Qwen2.5-VL's processor gives."""
+    text = config.text_config.to_dict()
+    del text["model_type"]
+    marks = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": config.text_config.hidden_size,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": config.vision_config.patch_size,
+            "spatial_merge_size": config.vision_config.spatial_merge_size,
+        },
+        text_config=text,
+        **{mark: getattr(config, mark) for mark in marks},
+    )
+
+
+def encode(
+    model: Any, processor: Any, samples: Sequence[Sample] | None = None
+) -> list[EncodedSample]:
+    """Samples as the model's own encoder gives them: by default one of each kind."""
+    encoder = SampleEncoder(processor, model.config)
+    return [encoder.encode(sample) for sample in samples or tiny_samples(5)]
+
+
+def batch_of(
+    samples: Sequence[EncodedSample], side: Literal["left", "right"] = "right"
+) -> ModelBatch:
+    return collate(samples, 0, side)

@@ -1,0 +1,128 @@
+"""Small caches of a tiny teacher to extend, and sources with what they have and what is new.
+
+Run as a script (`python -m tests.extended samples|records FOLDER`) it kills `emkd extend` at some
+of its steps, from one warm process, and compares what running it again leaves with an undisturbed
+run.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline.build.build import build
+from pipeline.build.extend_records import extend_records
+from pipeline.build.extend_samples import extend_samples
+from pipeline.config.extend import ExtendConfig
+from pipeline.config.stages import BuildConfig, SourceConfig
+from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from tests.support.builders import exit_status, forked
+from tests.support.faults import Watch, points_of
+from tests.support.llava_json import write_llava_json
+from tests.support.tiny import tiny_llava, tiny_samples
+
+BATCH = 3
+
+
+def samples_to_cache() -> list[Sample]:
+    """Twelve samples, the last six with new images; four are further questions about one image."""
+    found = tiny_samples(12, seed=7)
+    owner = found[0]
+    for number in (3, 4, 8, 9):
+        messages = (
+            Message(role="user", text=f"{IMAGE_PLACEHOLDER}\nhow many? {number}"),
+            Message(role="assistant", text="two."),
+        )
+        images = owner.images if number < 6 else found[6].images
+        found[number] = make_sample(f"again-{number}", images, messages)
+    return found
+
+
+def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> BuildConfig:
+    """A build over the first samples."""
+    source = write_llava_json(folder / f"source-{count}", samples_to_cache()[:count])
+    return BuildConfig(
+        source=SourceConfig(path=str(source)),
+        teacher=str(model),
+        out=str(folder / f"{records}-{count}"),
+        records=records,
+        top_k=6 if holds(records, "topk") else 64,
+        sketch_rank=4 if holds(records, "sketch") else 128,
+        hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
+        samples_per_shard=BATCH,
+        batch_size=BATCH,
+        device="cpu",
+    )
+
+
+def built(folder: Path, model: Path, records: RecordKind, count: int = 6) -> Path:
+    """A sealed cache of the first samples."""
+    config = build_config(folder, model, records, count)
+    build(config)
+    return Path(config.out)
+
+
+def more_samples(folder: Path, model: Path, out: Path, records: RecordKind = "topk+sketch") -> Seal:
+    """The base of six samples extended by a source that has these and six more."""
+    source = build_config(folder, model, records, 12).source.path
+    base = str(folder / f"{records}-6")
+    return extend_samples(
+        ExtendConfig(cache=base, out=str(out), teacher=str(model), source=source, device="cpu")
+    )
+
+
+def more_records(folder: Path, model: Path, out: Path) -> Seal:
+    """The base of six samples extended by hidden states."""
+    config = ExtendConfig(
+        cache=str(folder / "topk+sketch-6"),
+        out=str(out),
+        teacher=str(model),
+        records="hidden",
+        hidden_dtype="float32",
+        device="cpu",
+    )
+    return extend_records(config)
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    """Every public file but those that tell how long something took, by name."""
+    files = [*cache.glob("*.safetensors"), cache / "plan.json", *cache.glob("shards/[0-9]*")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def kill_sometimes(
+    folder: Path, model: Path, extend: Callable[[Path, Path, Path], Seal], num_kills: int
+) -> None:
+    """Kill an extension at steps that are spread over it, and run it again each time."""
+    watch = Watch()
+    with watch():
+        extend(folder, model, folder / "undisturbed")
+    points = points_of(watch.steps)
+    for point in points[:: -(-len(points) // num_kills)]:
+        out = folder / f"{point[0]}-{point[1]}"
+
+        def die() -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(point: tuple[int, str] = point, out: Path = out) -> None:
+            with Watch(point, die)():
+                extend(folder, model, out)
+
+        assert exit_status(forked(work)) == signal.SIGKILL, point
+        extend(folder, model, out)
+        assert content(out) == content(folder / "undisturbed"), point
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    place = Path(sys.argv[2])
+    teacher = tiny_llava(place / "model")
+    built(place, teacher, "topk+sketch")
+    kill_sometimes(
+        place, teacher, more_samples if sys.argv[1] == "samples" else more_records, num_kills=8
+    )

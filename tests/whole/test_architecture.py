@@ -1,0 +1,84 @@
+"""The house rules that a reader relies on: who imports what, what --help costs, README's tree."""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+PACKAGES = ("pipeline", "teacher_cache", "student_train", "jobs")
+
+
+def imported_by(*names: str) -> list[set[str]]:
+    """All modules of a fresh interpreter after each of these imports, one after the other."""
+    code = "import sys, json\n"
+    code += "".join(f"import {name}\nprint(json.dumps(list(sys.modules)))\n" for name in names)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [set(json.loads(line)) for line in done.stdout.splitlines()[-len(names) :]]
+
+
+def test_each_package_is_ours_and_in_this_repository() -> None:
+    owners = importlib.metadata.packages_distributions()
+    for package in PACKAGES:
+        assert set(owners.get(package, [])) <= {"emkd"}, package
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, package
+        assert Path(str(spec.origin)).resolve().parent == ROOT / package
+
+
+def test_settings_and_the_command_line_import_nothing_heavy() -> None:
+    (loaded,) = imported_by("jobs.cli.__main__")
+    assert not loaded & {"torch", "ray", "transformers", "pyarrow", "numpy", "webdataset"}
+
+
+def test_training_knows_no_teacher_and_its_stream_not_even_transformers() -> None:
+    stream, training = imported_by("student_train.data.stream", "student_train.training.run")
+    forbidden = {"ray", "teacher_cache.teacher.teacher", "teacher_cache.folder.writer"}
+    assert not stream & {"transformers", *forbidden}
+    assert not training & forbidden
+    assert "transformers" in training  # the test can fail
+
+
+def test_package_docstrings_are_all_that_an_init_file_holds() -> None:
+    for package in PACKAGES:
+        lines = (ROOT / package / "__init__.py").read_text().strip().splitlines()
+        assert len(lines) == 1, package
+        assert lines[0].startswith('"""'), package
+
+
+def test_no_file_is_longer_than_the_ceiling() -> None:
+    files = [
+        f for folder in (*PACKAGES, "tests", "benchmarks") for f in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    assert files
+    long = {
+        str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 350
+    }
+    assert not long
+
+
+def test_the_tree_in_readme_is_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
+    shown = set(re.findall(r"([\w./-]+\.(?:py|md|j2|txt|toml))\b", block))
+    for package in PACKAGES:
+        for file in (ROOT / package).glob("*.py"):
+            if file.name != "__init__.py":
+                assert file.name in shown, f"README's tree lacks {package}/{file.name}"
+    known = {f.name for f in ROOT.rglob("*") if f.is_file() and ".venv" not in f.parts}
+    assert shown <= known, f"README's tree shows what is not there: {sorted(shown - known)}"
+
+
+def test_importing_the_command_line_does_not_take_the_standard_modules_names() -> None:
+    names = {f.stem for package in PACKAGES for f in (ROOT / package).glob("*.py")}
+    assert not names & (set(sys.stdlib_module_names) - {"__init__"})
