@@ -35,13 +35,13 @@ from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import decode_logits, encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_from_hidden, top_k_record
+from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     HiddenRecord,
     SketchRecord,
     TeacherOutput,
     TopKRecord,
-    ViewGrid,
 )
 from tests.support.strategies import make_spec
 

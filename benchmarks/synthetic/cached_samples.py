@@ -18,16 +18,13 @@ from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, ViewGrid, make_sample
 from teacher_cache.schema.teacher_output import (
-    IMAGE_PLACEHOLDER,
     AffinityRecord,
     CachedSample,
-    Message,
     SketchRecord,
     TeacherOutput,
     TopKRecord,
-    ViewGrid,
-    make_sample,
 )
 from tests.support.builders import build
 from tests.support.strategies import make_spec

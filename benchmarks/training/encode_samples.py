@@ -31,13 +31,7 @@ from teacher_cache.models.chat_rendering import locate, to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.view_geometry import ImageInputs, layout_images
-from teacher_cache.schema.teacher_output import (
-    IMAGE_PLACEHOLDER,
-    Message,
-    Sample,
-    TokenSpans,
-    make_sample,
-)
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, TokenSpans, make_sample
 
 NUM_TURNS = 5
 PHOTO_SIZE = (640, 480)

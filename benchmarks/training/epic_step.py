@@ -38,7 +38,8 @@ from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.losses.objective_loss import distillation_loss
 from student_train.models.student import final_hidden, output_head
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema.teacher_output import TeacherOutput, TokenSpans, ViewGrid
+from teacher_cache.schema.samples import TokenSpans, ViewGrid
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 IMAGE_ID = 3
 QUESTION, ANSWER = 40, 64

@@ -41,12 +41,8 @@ from student_train.signals.teacher_signal import TeacherAssets
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.sketch import encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden
-from teacher_cache.schema.teacher_output import (
-    AffinityRecord,
-    HiddenRecord,
-    TeacherOutput,
-    ViewGrid,
-)
+from teacher_cache.schema.samples import ViewGrid
+from teacher_cache.schema.teacher_output import AffinityRecord, HiddenRecord, TeacherOutput
 
 VOCABS = (32_064, 151_936)
 GRIDS = (((12, 12), (24, 24)), ((14, 14), (27, 27)))

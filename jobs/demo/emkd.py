@@ -39,7 +39,7 @@ from pipeline.report.report import write_report
 from student_train.config.objective import ObjectiveName
 from student_train.training.checkpoint import FINAL_FOLDER
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")
 NUM_PICTURES = 4

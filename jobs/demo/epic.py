@@ -44,7 +44,7 @@ from pipeline.student.evaluate import METRICS_FILE
 from student_train.config.objective import ObjectiveName
 from student_train.training.checkpoint import FINAL_FOLDER
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 LANGUAGE_STEPS = 400
 """Of the teacher: looking up the row before reading it takes a few more than naming cells."""

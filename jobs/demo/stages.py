@@ -26,7 +26,7 @@ from pipeline.student.train import train
 from student_train.training.checkpoint import finished_run
 from student_train.training.metrics_log import logged_step
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from teacher_cache.schema.strict_json import decode_json
-from teacher_cache.storage.store import is_url
+from teacher_cache.storage.open_store import is_url
 
 Config = TypeVar("Config")
 

@@ -18,7 +18,7 @@ from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import BuildConfig
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 
 
 def run_build(config: BuildConfig, options: RayOptions) -> Seal:

@@ -35,17 +35,14 @@ from teacher_cache.folder.layout import (
 from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
 from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
 from teacher_cache.schema.options import holds
-from teacher_cache.schema.teacher_output import (
-    CachedSample,
-    RejectedSample,
-    Sample,
-    SampleError,
-    TeacherOutput,
-)
+from teacher_cache.schema.samples import RejectedSample, Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.rows import content_key
-from teacher_cache.storage.store import Store, open_store
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 

@@ -22,7 +22,8 @@ from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
 from pipeline.config.stages import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.fidelity.shard_quality import measure_shard
 from teacher_cache.codec.columns import planes_of
-from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart, take_file
+from teacher_cache.derive.derive import begin, take_file
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.layout import (
     SKETCH_FILE,
     TEMPLATE_FILE,
@@ -37,9 +38,10 @@ from teacher_cache.folder.writer import commit_shard, write_shard_file
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.options import RecordKind, holds
-from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
+from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.rows import encode_rows, tier_parts
-from teacher_cache.shards.shard import EncodedRow
 from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners

@@ -16,8 +16,9 @@ from pipeline.build.teacher_identity import require_same_teacher
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import BuildConfig, SourceConfig
 from pipeline.sources.source import scan
+from teacher_cache.derive.derive import begin
 from teacher_cache.derive.merge import take_shard
-from teacher_cache.derive.sealed_cache import SealedCache, begin, open_apart
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.shard_plan import group_shards
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.options import holds

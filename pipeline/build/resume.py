@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.config.stages import BuildConfig
 from teacher_cache.folder.layout import committed
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 
 SETTINGS_FILE = "build.json"
 

@@ -8,7 +8,8 @@ import dataclasses
 
 from pipeline.build.response_grid import with_grid
 from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.manifest import CacheMismatchError, CacheSpec, differences
+from teacher_cache.schema.errors import CacheMismatchError
+from teacher_cache.schema.manifest import CacheSpec, differences
 from teacher_cache.teacher.teacher import Teacher
 
 TEACHER_FIELDS = (

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pipeline.demo.digits import IMAGE_PIXELS, PATCH_PIXELS, PATCHES_SIDE
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER
 
 WIDTH = 64
 NUM_LAYERS = 2

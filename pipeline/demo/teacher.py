@@ -33,7 +33,7 @@ from pipeline.demo.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.demo.model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.sources.source import open_source
 from teacher_cache.models.chat_rendering import to_turns
-from teacher_cache.schema.teacher_output import Sample
+from teacher_cache.schema.samples import Sample
 
 Progress = Callable[[int, int], None]
 

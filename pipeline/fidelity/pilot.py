@@ -27,9 +27,11 @@ from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.make_records import RecordSettings, make_output
 from teacher_cache.records.sketch import HiddenMoments, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import RecordKind
-from teacher_cache.schema.teacher_output import CachedSample, Sample, SampleError, TeacherOutput
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import seen_by_vision
 

@@ -19,10 +19,11 @@ from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy
 from student_train.signals.teacher_signal import HiddenSignal, Signal, TeacherAssets, vision_signal
 from teacher_cache.codec.columns import output_from_planes, output_planes
 from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.lm_head import row_chunks
 from teacher_cache.records.make_records import make_output
-from teacher_cache.records.top_k import row_chunks
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import holds
+from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.shard_quality import (
     MatchName,
     SampledLoss,
@@ -31,7 +32,7 @@ from teacher_cache.schema.shard_quality import (
     measured_records,
     rounded,
 )
-from teacher_cache.schema.teacher_output import CachedSample, Sample, TopKRecord
+from teacher_cache.schema.teacher_output import CachedSample, TopKRecord
 from teacher_cache.teacher.teacher import Teacher
 
 _TIER = "records"

@@ -24,15 +24,15 @@ from student_train.matching.assignment import solve_assignment
 from student_train.matching.cost import cost_matrix
 from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import VISION_PLANES, output_planes, planes_of
-from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.records.top_k import row_chunks
 from teacher_cache.schema.manifest import CacheSpec, to_json
+from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.shard_quality import MatchName
-from teacher_cache.schema.teacher_output import CachedSample, ViewGrid
+from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.arrow import ArrowFormat
+from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.rows import encode_row, tier_parts
-from teacher_cache.shards.shard import EncodedRow
 
 
 @dataclass(slots=True)

@@ -21,8 +21,7 @@ from torch import Tensor
 from pipeline.inspection.sample import find_sample
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.top_k import row_chunks
+from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 
 MAX_VIEWS = 8

@@ -19,7 +19,8 @@ from teacher_cache.models.digests import vocabulary_digest
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord, ViewGrid
+from teacher_cache.schema.samples import ViewGrid
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
 
 NUM_VISION_SHOWN = 6
 """Vision tokens, evenly spread over the sample, whose first words are shown."""

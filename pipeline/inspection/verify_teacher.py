@@ -32,7 +32,8 @@ from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import DTYPES, RecordSettings
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.rows import decode_row, encode_row
 from teacher_cache.teacher.teacher import Teacher
 

@@ -31,7 +31,7 @@ from pipeline.report.comparison import (
 from pipeline.report.figures import COLOURS, Curve, MatchingPicture, draw_curves, lay_out_matching
 from pipeline.report.run_folders import CacheFolder, Collection, RunFolder, collect
 from pipeline.report.token_budgets import budgets_of
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

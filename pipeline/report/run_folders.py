@@ -27,7 +27,7 @@ from student_train.training.metrics_log import METRICS_FILE
 from teacher_cache.folder.layout import SEAL_FILE, read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.strict_json import decode_json, decode_mapping
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 
 CONFIG_FILE = "config.json"
 """The settings that `emkd train` was given; says where the cache is."""

@@ -12,14 +12,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from teacher_cache.schema.teacher_output import (
-    IMAGE_PLACEHOLDER,
-    Message,
-    Role,
-    Sample,
-    SampleError,
-    make_sample,
-)
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Role, Sample, make_sample
 
 TURN_COLUMNS = ("conversations", "messages")
 """Where a source may keep the turns; the first that is there is read."""

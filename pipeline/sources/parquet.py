@@ -16,7 +16,8 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from pipeline.sources.conversations import TURN_COLUMNS, build_sample, entry_id
-from teacher_cache.schema.teacher_output import Sample, SampleError
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import Sample
 
 IMAGE_COLUMNS = ("image", "images")
 

@@ -19,7 +19,8 @@ from pipeline.config.stages import SourceConfig
 from pipeline.sources.conversations import build_sample, entry_id
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import TarSource
-from teacher_cache.schema.teacher_output import RejectedSample, Sample, SampleError
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import RejectedSample, Sample
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.sources.conversations import build_sample, entry_id
-from teacher_cache.schema.teacher_output import Sample, SampleError
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import Sample
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 

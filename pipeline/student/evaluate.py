@@ -48,11 +48,11 @@ from teacher_cache.models.digests import (
     tokenizer_digest,
     weights_digest,
 )
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.strict_json import Strict, decode_json
-from teacher_cache.schema.teacher_output import SampleError
-from teacher_cache.storage.store import create_exclusive, write_atomic
+from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from student_train.compression.decoder import decoder_of, require_compressible
 from student_train.config.compression import CompressionSettings
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.teacher_output import Sample
+from teacher_cache.schema.samples import Sample
 
 
 def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.options import tier_to_learn_from
-from teacher_cache.schema.teacher_output import CachedSample, ViewGrid
+from teacher_cache.schema.samples import ViewGrid
+from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.store import Location
 
 PICTURES_FILE = "pictures.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config.stages import ScoreName
 from pipeline.student.scores import SCORES
 from teacher_cache.schema.strict_json import Strict, decode_json
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 PREDICTIONS_FILE = "predictions.jsonl"
 

@@ -22,9 +22,9 @@ from student_train.training.trainer import Progress, Report
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.digests import vocabulary_digest
+from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.fingerprint import digest_json
-from teacher_cache.schema.manifest import CacheMismatchError
-from teacher_cache.storage.store import sha256_file, write_atomic
+from teacher_cache.storage.durable_files import sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from student_train.data.token_layout import TokenLayout
-from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
+from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

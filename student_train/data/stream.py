@@ -19,14 +19,16 @@ import torch
 
 from student_train.config.objective import MatchScope, ObjectiveConfig
 from student_train.data.prefetch import read_ahead
+from student_train.data.sample_order import SampleOrder, micro_batches, owned_positions
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.folder.shard_plan import SampleOrder, micro_batches, owned_positions
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import GridSettings, TierName, tier_to_learn_from
+from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.strict_json import Strict
-from teacher_cache.schema.teacher_output import Sample, SampleError, TeacherOutput
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 Encoder = Callable[[Sample], EncodedSample]
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.head.linear_head import LinearHead, LogitsOf
-from teacher_cache.records.top_k import row_chunks
+from teacher_cache.records.lm_head import row_chunks
 
 
 def autocast_here(device: torch.device) -> torch.autocast:

@@ -21,12 +21,12 @@ from student_train.signals.teacher_signal import (
 )
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import TierName, tier_to_learn_from
+from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import (
     HiddenRecord,
     SketchRecord,
     TeacherOutput,
     TopKRecord,
-    ViewGrid,
 )
 
 

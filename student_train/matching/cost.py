@@ -34,7 +34,7 @@ from student_train.matching.top_k_l1_cost import sparse_probability_l1
 from student_train.ops.l1 import l1_distances, l1_rounding
 from student_train.signals.teacher_signal import HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal, at_least_float32
-from teacher_cache.records.top_k import row_chunks
+from teacher_cache.records.lm_head import row_chunks
 
 _SHARED_IDS_SEED = 20251121
 _COLUMNS_AT_ONCE = 8192

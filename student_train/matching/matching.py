@@ -37,7 +37,7 @@ from student_train.matching.cost import CostError, cost_error, pair_costs, probl
 from student_train.matching.problems import Problem, Problems, VisionTokens, find_problems, rows_of
 from student_train.matching.separability import hubness, separability
 from student_train.signals.teacher_signal import Signal
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 
 _SOLVED_AT_ONCE = 2**16
 """Most costs whose problems one thread solves in one go, a single problem apart: a millisecond's

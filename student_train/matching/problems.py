@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from student_train.config.objective import MatchScope
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 
 _Spans = dict[tuple[int, ...], list[range]]
 """Rows by (image, view) or by (image,)."""

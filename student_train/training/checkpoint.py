@@ -22,7 +22,12 @@ from student_train.config.recipe import TrainerSettings, TrainRecipe
 from student_train.data.stream import StreamState
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.strict_json import Strict, decode_json
-from teacher_cache.storage.store import create_exclusive, sync_file, sync_folder, write_atomic
+from teacher_cache.storage.durable_files import (
+    create_exclusive,
+    sync_file,
+    sync_folder,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 

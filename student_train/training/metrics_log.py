@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_cache.storage.store import write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 

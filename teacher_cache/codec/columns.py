@@ -32,13 +32,13 @@ from teacher_cache.codec.transforms import (
 )
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import MAX_RATIOS, RecordKind
+from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     HiddenRecord,
     SketchRecord,
     TeacherOutput,
     TopKRecord,
-    ViewGrid,
 )
 
 Part = Literal["vision", "sketch", "affinity", "response", "hidden", "response_grid", "hidden_grid"]

@@ -23,8 +23,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from teacher_cache.codec.transforms import PLAIN, TRANSFORMS, Transform
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.fingerprint import tensor_bytes
-from teacher_cache.schema.manifest import ShardCorruptError
 
 DTYPES: dict[int, torch.dtype] = {
     1: torch.float32,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 
 Octets = npt.NDArray[np.uint8]
 Bits = npt.NDArray[np.unsignedinteger]

@@ -6,17 +6,12 @@ the bytes of the files that were exported first. Layers of a shard stay layers.
 
 import dataclasses
 
-from teacher_cache.derive.sealed_cache import (
-    Progress,
-    SealedCache,
-    derive,
-    no_progress,
-    open_apart,
-    take_file,
-)
+from teacher_cache.derive.derive import derive, take_file
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.writer import commit_shard
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.storage.store import Location
 
 

@@ -11,19 +11,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from teacher_cache.derive.sealed_cache import (
-    Progress,
-    SealedCache,
-    derive,
-    no_progress,
-    open_apart,
-    rehomed,
-    take_file,
-)
+from teacher_cache.derive.derive import derive, rehomed, take_file
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.layout import read_rows
 from teacher_cache.folder.writer import commit_shard, write_encoded_shard
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.storage.store import Location, Store
 
 OnDuplicate = Literal["refuse", "first"]

@@ -7,43 +7,26 @@ else is checked while it is read; equal inputs give equal bytes. The caches that
 never written to. Refuses inputs that are not sealed.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from teacher_cache.folder.layout import (
-    REMEDY,
-    committed,
     open_shard,
     read_head,
     read_sketch,
     read_template,
     require_plan,
     shard_keys,
-    shard_name,
 )
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.folder.writer import seal_cache, write_assets, write_plan
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
-from teacher_cache.schema.manifest import (
-    CacheSpec,
-    Plan,
-    Seal,
-    ShardCommit,
-    ShardCorruptError,
-    ShardFile,
-)
-from teacher_cache.shards.shard import EncodedRow, Shard, shard_format
-from teacher_cache.storage.store import LocalStore, Location, Store, open_store, sha256_file
-
-Progress = Callable[[int, int], None]
-"""Called with (shards that are there, shards in all)."""
-
-
-def no_progress(_done: int, _total: int) -> None:
-    """Report nothing."""
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
+from teacher_cache.shards.shard import Shard
+from teacher_cache.storage.local_store import LocalStore
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,99 +88,3 @@ def open_apart(out: Location, sources: Iterable[SealedCache]) -> Store:
 
 def _place(store: Store) -> str:
     return str(store.folder.resolve()) if isinstance(store, LocalStore) else store.url
-
-
-def begin(
-    out: Store,
-    plan: Plan,
-    *,
-    head: LmHead | None,
-    sketch: SketchBasis | None,
-    template: TailTemplate | None = None,
-) -> None:
-    """Write plan and assets; `CacheMismatchError` where `out` was begun with another plan."""
-    out.require_writable()
-    write_plan(out, plan)
-    write_assets(out, head=head, sketch=sketch, template=template)
-
-
-def derive(
-    out: Store,
-    plan: Plan,
-    make: Callable[[int], object],
-    *,
-    head: LmHead | None,
-    sketch: SketchBasis | None,
-    template: TailTemplate | None = None,
-    progress: Progress = no_progress,
-) -> Seal:
-    """Write plan and assets, `make` every shard that is not committed yet, and seal.
-
-    `make` is given a shard number and commits that shard. Raises `CacheMismatchError` where `out`
-    was begun with another plan.
-    """
-    begin(out, plan, head=head, sketch=sketch, template=template)
-    done = committed(out)
-    for index in range(len(plan.shards)):
-        if index not in done:
-            make(index)
-        progress(index + 1, len(plan.shards))
-    return seal_cache(out)
-
-
-def take_file(
-    source: SealedCache, file: ShardFile, out: Store, plan: Plan, index: int
-) -> ShardFile:
-    """Give a file of another cache to shard `index` of `out`.
-
-    Unopened where the format is the plan's: as a second name on one disk, as a copy by the server
-    in one object store, else as a copy. In the other format: the same frames, metadata and rows,
-    and every byte that is read is checked. Raises `ShardCorruptError`.
-    """
-    if source.seal.format != plan.format:
-        return _translate(source, file, out, plan, index)
-    name = shard_name(index, file.sha256, plan.format)
-    out.copy_from(source.store, file.file, name)
-    return dataclasses.replace(file, file=name)
-
-
-def _translate(
-    source: SealedCache, file: ShardFile, out: Store, plan: Plan, index: int
-) -> ShardFile:
-    path = source.store.local(file.file, file.num_bytes, file.sha256)
-    if sha256_file(path) != file.sha256:
-        raise ShardCorruptError(f"{path} is not the file that was committed; {REMEDY}")
-    shard = shard_format(source.plan.format).open(path)
-    rows = (shard.read(row, file.planes) for row in range(shard.num_rows))
-    target = shard_format(plan.format)
-    with out.attempt(f"shards/{index:05d}{target.suffix}") as attempt:
-        target.write(attempt, rows, file.planes, shard.metadata)
-        written = target.open(attempt)
-        found = [written.read(row, file.planes).key for row in range(written.num_rows)]
-        if found != list(shard.keys):
-            raise ShardCorruptError(f"{attempt}: what was written does not read back")
-        sha256 = sha256_file(attempt)
-        name = shard_name(index, sha256, plan.format)
-        translated = dataclasses.replace(
-            file, file=name, num_bytes=attempt.stat().st_size, sha256=sha256
-        )
-        out.publish(attempt, name)
-    return translated
-
-
-def rehomed(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
-    """Rows of one new shard whose owners may have stayed behind.
-
-    Where the row that stored the shared images and vision record is not among them, the first of
-    those that shared it stores them, and the others share from that one.
-    """
-    here: set[str] = set()
-    heirs: dict[str, str] = {}
-    for row in rows:
-        owner = row.shared_from
-        if owner is None:
-            here.add(row.key)
-        elif owner not in here:
-            heir = heirs.setdefault(owner, row.key)
-            row = dataclasses.replace(row, shared_from=None if heir == row.key else heir)
-        yield row

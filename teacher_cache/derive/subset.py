@@ -10,21 +10,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from teacher_cache.derive.sealed_cache import (
-    Progress,
-    SealedCache,
-    derive,
-    no_progress,
-    open_apart,
-    rehomed,
-)
+from teacher_cache.derive.derive import derive, rehomed
+from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.shard_plan import shard_of
 from teacher_cache.folder.writer import write_encoded_shard
-from teacher_cache.schema.manifest import Plan, Seal, ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import Plan, Seal
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.strict_json import Strict
-from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.storage.store import Location
 
 

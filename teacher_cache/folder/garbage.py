@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 
 from teacher_cache.folder.layout import require_same_plan, require_seal
-from teacher_cache.storage.store import Location, open_store
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location
 
 _PRIVATE = re.compile(r"((commits|shards)/)?\.[^/]+\.[0-9a-f]{16}\.tmp")
 _SHARD = re.compile(r"shards/[0-9]+-[0-9a-f]+\.(arrow|tar)")

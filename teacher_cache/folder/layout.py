@@ -22,13 +22,12 @@ from torch import Tensor
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.errors import DecodeError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.manifest import (
     CacheSpec,
-    IncompleteCacheError,
     Plan,
     Seal,
     ShardCommit,
-    ShardCorruptError,
     ShardFile,
     cache_fingerprint,
     read_record,
@@ -36,10 +35,11 @@ from teacher_cache.schema.manifest import (
     to_json,
 )
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.schema.strict_json import DecodeError
-from teacher_cache.schema.teacher_output import RejectedSample
+from teacher_cache.schema.samples import RejectedSample
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.layered import LayeredShard
-from teacher_cache.shards.shard import EncodedRow, Shard, shard_format
+from teacher_cache.shards.shard import Shard
 from teacher_cache.storage.store import Store
 
 PLAN_FILE = "plan.json"

@@ -27,18 +27,13 @@ from teacher_cache.folder.shard_plan import shard_of
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
-from teacher_cache.schema.manifest import (
-    LAYOUT_VERSION,
-    CacheMismatchError,
-    CacheSpec,
-    Plan,
-    Seal,
-    ShardCorruptError,
-)
+from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
+from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec, Plan, Seal
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.rows import read_sample, require_parts, tier_parts
 from teacher_cache.shards.shard import Shard
-from teacher_cache.storage.store import Location, Store, open_store
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location, Store
 
 _MAX_OPEN_SHARDS = 64
 

@@ -15,7 +15,6 @@ not promise that `Generator.permutation` stays the same from version to version.
 
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -60,81 +59,3 @@ def spread_order(count: int) -> Iterator[int]:
 def shard_of(starts: Sequence[int], index: int) -> int:
     """The shard that holds row `index`; `starts` are the shards' first rows, then the total."""
     return bisect_right(starts, index) - 1
-
-
-class SampleOrder:
-    """The endless shuffled order: position p -> row, rows counted over all shards in order."""
-
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
-        if sum(shard_sizes) < 1 or min(shard_sizes) < 0:
-            raise ValueError(f"an order needs rows; found shards of {list(shard_sizes)[:10]}")
-        if window < 1 or not 0 <= seed < 2**64:
-            raise ValueError(f"expected window >= 1, 0 <= seed < 2**64; found {window}, {seed}")
-        self.num_rows = sum(shard_sizes)
-        self._sizes = np.array(shard_sizes, dtype=np.int64)
-        self._starts = [0, *accumulate(shard_sizes)]
-        self._seed = seed
-        self._window = window
-        # The latest epoch's shard order and the latest window's rows, with what they belong to.
-        self._epoch: tuple[int, _Ints, list[int]] | None = None
-        self._rows: tuple[int, int, _Ints] | None = None
-
-    def index_at(self, position: int) -> int:
-        """The row at a position of the endless order."""
-        if position < 0:
-            raise ValueError(f"positions count from 0, found {position}")
-        epoch, offset = divmod(position, self.num_rows)
-        shards, starts = self._shards_of(epoch)
-        number = bisect_right(starts, offset) - 1
-        return int(self._rows_of(epoch, number, shards)[offset - starts[number]])
-
-    def _shards_of(self, epoch: int) -> tuple[_Ints, list[int]]:
-        """Order of the shards in an epoch, and the offset at which each window begins."""
-        cached = self._epoch
-        if cached is None or cached[0] != epoch:
-            shards = self._permutation(epoch, 0, len(self._sizes))
-            ends = np.cumsum(self._sizes[shards])[self._window - 1 :: self._window]
-            cached = (epoch, shards, [0, *ends.tolist()])
-            self._epoch = cached
-        return cached[1], cached[2]
-
-    def _rows_of(self, epoch: int, number: int, shards: _Ints) -> _Ints:
-        cached = self._rows
-        if cached is None or cached[:2] != (epoch, number):
-            members: list[int] = shards[
-                number * self._window : (number + 1) * self._window
-            ].tolist()
-            rows = np.concatenate(
-                [np.arange(self._starts[shard], self._starts[shard + 1]) for shard in members]
-            )
-            cached = (epoch, number, rows[self._permutation(epoch, number + 1, len(rows))])
-            self._rows = cached
-        return cached[2]
-
-    def _permutation(self, epoch: int, stream: int, count: int) -> _Ints:
-        # Key and counter make every (seed, epoch, stream) a sequence of its own.
-        words = np.random.Philox(
-            key=np.array([self._seed, epoch], dtype=np.uint64),
-            counter=np.array([0, 0, 0, stream], dtype=np.uint64),
-        ).random_raw(count)
-        return np.argsort(words, kind="stable")
-
-
-def owned_positions(start: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Rank `rank`'s contiguous share of the global batch that begins at position `start`."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers")
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"a global batch of {batch_size} samples cannot be shared evenly by {world_size} "
-            f"workers; make batch_size a multiple of {world_size}"
-        )
-    share = batch_size // world_size
-    return range(start + rank * share, start + (rank + 1) * share)
-
-
-def micro_batches(positions: range, size: int) -> tuple[range, ...]:
-    """Cut a worker's share into forward passes of `size` samples; the last may be smaller."""
-    if size < 1:
-        raise ValueError(f"a forward pass of {size} samples; give at least 1")
-    return tuple(positions[start : start + size] for start in range(0, len(positions), size))

@@ -28,9 +28,12 @@ from teacher_cache.folder.layout import (
     require_shard_file,
     shard_keys,
 )
-from teacher_cache.schema.manifest import Plan, Seal, ShardCommit, ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
 from teacher_cache.shards.rows import read_sample, tier_parts
-from teacher_cache.storage.store import Location, Store, open_store, sha256_file
+from teacher_cache.storage.durable_files import sha256_file
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location, Store
 
 NUM_THREADS = 8
 """Shards that are looked at at a time, at most; of a remote cache, that many are on this disk."""

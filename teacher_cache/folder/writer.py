@@ -36,23 +36,24 @@ from teacher_cache.folder.layout import (
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.manifest import (
-    CacheMismatchError,
-    IncompleteCacheError,
     Plan,
     Seal,
     ShardCommit,
-    ShardCorruptError,
     ShardFile,
     read_record,
     record_bytes,
     require_equal,
 )
+from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
-from teacher_cache.schema.teacher_output import CachedSample, RejectedSample
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_rows, tier_parts
-from teacher_cache.shards.shard import EncodedRow, shard_format
-from teacher_cache.storage.store import Store, sha256_file
+from teacher_cache.storage.durable_files import sha256_file
+from teacher_cache.storage.store import Store
 
 
 def write_plan(cache: Store, plan: Plan) -> Plan:

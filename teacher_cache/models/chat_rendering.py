@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Sample
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Sample
 
 Turn = dict[str, Any]
 """One message as chat templates take it: its role and a list of image and text parts."""

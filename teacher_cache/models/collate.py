@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teacher_cache.schema.teacher_output import TokenSpans
+from teacher_cache.schema.samples import TokenSpans
 
 SEQUENCE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Model inputs with one entry for each position of the sequence."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from teacher_cache.models.chat_rendering import Rendering, Skeletons, Turn, locate, to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.view_geometry import ImageInputs, layout_images, require_supported
-from teacher_cache.schema.teacher_output import Sample, SampleError, TokenSpans, ViewGrid
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 
 
 class SampleEncoder:

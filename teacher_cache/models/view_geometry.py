@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

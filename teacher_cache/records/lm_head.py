@@ -5,7 +5,7 @@ teacher logit without the teacher. Only plain affine heads qualify; see `teacher
 this against the model's own logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -50,3 +50,14 @@ class LmHead:
     def digest(self) -> str:
         """Content digest of weight and bias."""
         return digest_tensors(self.tensors().items())
+
+
+MAX_LOGITS = 2**25
+"""Most logits held at once (128 MiB in float32)."""
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Cut rows into slices whose logits stay within `MAX_LOGITS` entries (one row at least)."""
+    step = max(1, MAX_LOGITS // max(1, vocab_size))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))

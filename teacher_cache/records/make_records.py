@@ -21,13 +21,13 @@ from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis, encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, holds, require_cut
+from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     CachedSample,
     HiddenRecord,
     SketchRecord,
     TeacherOutput,
-    TokenSpans,
     TopKRecord,
 )
 

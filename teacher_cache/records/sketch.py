@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.top_k import row_chunks
+from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.schema.fingerprint import digest_tensors
 from teacher_cache.schema.teacher_output import SketchRecord, TopKRecord
 

@@ -8,25 +8,15 @@ Work is cut into chunks of rows, so that no logits tensor of more than
 `MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.schema.options import require_cut
 from teacher_cache.schema.teacher_output import TopKRecord
-
-MAX_LOGITS = 2**25
-"""Most logits held at once (128 MiB in float32)."""
-
-
-def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Cut rows into slices whose logits stay within `MAX_LOGITS` entries (one row at least)."""
-    step = max(1, MAX_LOGITS // max(1, vocab_size))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
 
 
 def top_k_from_hidden(

@@ -20,26 +20,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
+from teacher_cache.schema.errors import CacheMismatchError, DecodeError
 from teacher_cache.schema.fingerprint import ABSENT, canonical, digest_json, short
 from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, ShardFormatName
+from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
-from teacher_cache.schema.strict_json import DecodeError, Strict, decode_json
-from teacher_cache.schema.teacher_output import RejectedSample
+from teacher_cache.schema.strict_json import Strict, decode_json
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a shard or the meaning of a field change."""
-
-
-class CacheMismatchError(ValueError):
-    """Two descriptions that must agree do not; the message is a table of the fields."""
-
-
-class IncompleteCacheError(ValueError):
-    """The cache has no seal: its build has not finished."""
-
-
-class ShardCorruptError(ValueError):
-    """A stored file does not hold what its record says."""
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept

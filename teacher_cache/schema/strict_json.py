@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pydantic
 
+from teacher_cache.schema.errors import DecodeError
+
 T = TypeVar("T")
 
 
@@ -20,10 +22,6 @@ class Strict:
 
     __slots__ = ()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
-
-
-class DecodeError(ValueError):
-    """A file does not describe the record that was expected; names file, field and remedy."""
 
 
 def decode_json(cls: type[T], text: str | bytes, where: str) -> T:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.shards.arrow_layout import Block, batch_blocks, require_plain
-from teacher_cache.shards.shard import EncodedRow, Shard, ShardFormat, StoredRow, stored_rows
+from teacher_cache.shards.encoded_row import EncodedRow, StoredRow, stored_rows
+from teacher_cache.shards.shard import Shard, ShardFormat
 
 _TEXTS = ("key", "source_id", "messages", "checks", "shared_from")
 _NO_ROW = -1

@@ -8,8 +8,9 @@ are not asked for a plane are not touched. Refuses layers of other lengths and o
 import dataclasses
 from collections.abc import Collection, Sequence
 
-from teacher_cache.schema.manifest import ShardCorruptError
-from teacher_cache.shards.shard import EncodedRow, Shard, StoredRow
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.shards.encoded_row import EncodedRow, StoredRow
+from teacher_cache.shards.shard import Shard
 
 
 class LayeredShard(Shard):

@@ -26,17 +26,13 @@ from teacher_cache.codec.columns import (
 )
 from teacher_cache.codec.error_bounds import require_within_bounds
 from teacher_cache.codec.frames import decode_frame
-from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import holds
-from teacher_cache.schema.teacher_output import (
-    CachedSample,
-    Message,
-    Sample,
-    TeacherOutput,
-    TopKRecord,
-    sample_key,
-)
-from teacher_cache.shards.shard import EncodedRow, Shard
+from teacher_cache.schema.samples import Message, Sample, sample_key
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.shard import Shard
 
 
 def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[EncodedRow]:

@@ -19,15 +19,9 @@ from typing import BinaryIO
 
 from webdataset.writer import TarWriter
 
-from teacher_cache.schema.manifest import ShardCorruptError
-from teacher_cache.shards.shard import (
-    KEY_PATTERN,
-    EncodedRow,
-    Shard,
-    ShardFormat,
-    StoredRow,
-    stored_rows,
-)
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.shards.encoded_row import KEY_PATTERN, EncodedRow, StoredRow, stored_rows
+from teacher_cache.shards.shard import Shard, ShardFormat
 
 _METADATA = "__shard__/metadata"
 _MEMBER = re.compile(

@@ -25,8 +25,9 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from teacher_cache.schema.manifest import ShardCorruptError
-from teacher_cache.storage.store import Store, private_path, sha256_file
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.storage.durable_files import private_path, sha256_file
+from teacher_cache.storage.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from teacher_cache.models.checkpoint import load_model, resolve_device
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
@@ -34,19 +34,15 @@ from teacher_cache.models.digests import (
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.calibration import Calibration
-from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import DTYPES, RecordSettings, make_output
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
 from teacher_cache.schema.options import GridSettings, holds
-from teacher_cache.schema.teacher_output import (
-    CachedSample,
-    RejectedSample,
-    Sample,
-    SampleError,
-    TeacherOutput,
-)
+from teacher_cache.schema.samples import RejectedSample, Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
+from teacher_cache.teacher.plain_head import require_plain_head, shared_head
 from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
 
 logger = logging.getLogger(__name__)
@@ -295,53 +291,6 @@ class Teacher:
         if owners is not None and seen is not None:
             owners.setdefault(seen, CachedSample(sample=sample, output=output))
         return output
-
-
-def shared_head(model: Any, tokenizer: Any) -> LmHead:
-    """The model's LM head, cut to the rows that its tokenizer has ids for."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{type(model).__name__} has {type(head).__name__} for an LM head, expected one "
-            "linear layer; its logits cannot be rebuilt from hidden states"
-        )
-    num_rows = min(len(head.weight), 1 + max(tokenizer.get_vocab().values()))
-    bias: Any = head.bias  # declared a Parameter, None where the layer has no bias
-    return LmHead(
-        weight=head.weight.detach()[:num_rows],
-        bias=None if bias is None else bias.detach()[:num_rows],
-    )
-
-
-def require_plain_head(model: Any, tokenizer: Any) -> None:
-    """Run a few text tokens and refuse a model whose logits are not head(last hidden state).
-
-    What enters and leaves the head is compared with the backbone's output and the model's logits:
-    to the bit, since a soft-cap hardly moves small logits.
-    """
-    head = model.get_output_embeddings()
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def remember(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
-
-    ids = tokenizer("1 2 3", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = ids.to(model.device)
-    mask = torch.ones_like(ids)
-    hook = head.register_forward_hook(remember)
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            states = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        hook.remove()
-    entered, left = seen[0] if len(seen) == 1 else (torch.zeros(0), torch.zeros(0))
-    hidden = states.last_hidden_state
-    if not torch.equal(left.to(logits.dtype), logits) or not torch.equal(entered, hidden):
-        raise ValueError(
-            f"the logits of {type(model).__name__} are not its LM head applied to the last hidden "
-            "state (a scaled or soft-capped head?); such teachers are not supported"
-        )
 
 
 def _name(dtype: torch.dtype) -> str:

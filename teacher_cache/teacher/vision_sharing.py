@@ -12,7 +12,8 @@ import hashlib
 import json
 
 from teacher_cache.models.collate import EncodedSample
-from teacher_cache.schema.teacher_output import CachedSample, Sample
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import CachedSample
 
 VisionOwners = dict[str, CachedSample]
 """Samples with a vision record of their own, by what the teacher saw up to its end."""

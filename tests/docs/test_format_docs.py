@@ -28,7 +28,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import LAYOUT_VERSION
 from teacher_cache.schema.options import RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
-from teacher_cache.shards.shard import shard_format
+from teacher_cache.shards.formats import shard_format
 from tests.support.builders import build
 from tests.support.paths import DOCS
 from tests.support.strategies import TIERS, asked_again, make_cached, make_output, make_spec

@@ -15,7 +15,7 @@ from teacher_cache.codec.transforms import STAIRS
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import GridSettings
 from teacher_cache.schema.teacher_output import CachedSample
-from teacher_cache.shards.shard import shard_format
+from teacher_cache.shards.formats import shard_format
 from tests.docs.test_format_docs import DOCS, run_alone
 from tests.support.builders import build
 from tests.support.strategies import VOCAB_SIZE, make_cached, make_output, make_spec, with_least

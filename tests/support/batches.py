@@ -17,12 +17,8 @@ from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_from_hidden
-from teacher_cache.schema.teacher_output import (
-    AffinityRecord,
-    HiddenRecord,
-    TeacherOutput,
-    ViewGrid,
-)
+from teacher_cache.schema.samples import ViewGrid
+from teacher_cache.schema.teacher_output import AffinityRecord, HiddenRecord, TeacherOutput
 from tests.support.references import ReferenceSample, ReferenceSide
 
 RecordForm = Literal["hidden", "topk", "topk+sketch"]

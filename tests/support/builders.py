@@ -22,7 +22,8 @@ from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
-from teacher_cache.storage.store import Location, open_store
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location
 from tests.support.strategies import make_cached, make_plan
 
 NUM_SHARDS, ROWS_PER_SHARD = 3, 2

@@ -12,8 +12,10 @@ from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, wr
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.manifest import Plan
 from teacher_cache.schema.options import ShardFormatName, holds
-from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
-from teacher_cache.storage.store import Location, open_store
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Location
 from teacher_cache.teacher.teacher import Teacher
 
 

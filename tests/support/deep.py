@@ -19,7 +19,7 @@ from transformers import (
 from teacher_cache.models.checkpoint import load_model
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.teacher_output import Sample
+from teacher_cache.schema.samples import Sample
 from tests.support.tiny import tiny_samples
 
 NUM_LAYERS = 4

@@ -23,7 +23,7 @@ from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
-from teacher_cache.shards.shard import EncodedRow
+from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.storage.store import Location
 from tests.support.builders import build, exit_status, forked, published
 from tests.support.faults import Watch, points_of

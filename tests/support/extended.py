@@ -20,7 +20,7 @@ from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, holds
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.support.builders import exit_status, forked
 from tests.support.faults import Watch, points_of
 from tests.support.llava_json import write_llava_json

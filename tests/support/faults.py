@@ -26,7 +26,7 @@ import torch
 
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.manifest import IncompleteCacheError
+from teacher_cache.schema.errors import IncompleteCacheError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.shards.arrow import ArrowFormat
 from teacher_cache.shards.webdataset import WebDatasetFormat

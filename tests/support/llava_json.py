@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from teacher_cache.schema.teacher_output import Sample
+from teacher_cache.schema.samples import Sample
 
 _NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.codec.columns import TIER_PARTS, encode_plane, output_planes, parts_in, planes_of
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_row, encode_rows, read_sample
-from teacher_cache.shards.shard import ShardFormat, shard_format
+from teacher_cache.shards.shard import ShardFormat
 from tests.support.strategies import TIERS, assert_same, cached_samples, make_cached, make_spec
 
 METADATA = {"emkd.shard": "3", "emkd.spec": '{"a": "b"}'}

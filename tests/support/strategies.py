@@ -17,18 +17,14 @@ from teacher_cache.codec.columns import output_planes, parts_in
 from teacher_cache.schema.fingerprint import tensor_bytes
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec, Plan
 from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, ViewGrid, make_sample
 from teacher_cache.schema.teacher_output import (
-    IMAGE_PLACEHOLDER,
     AffinityRecord,
     CachedSample,
     HiddenRecord,
-    Message,
-    Sample,
     SketchRecord,
     TeacherOutput,
     TopKRecord,
-    ViewGrid,
-    make_sample,
 )
 
 BEARTYPE_DRAWS = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strat")

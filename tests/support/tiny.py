@@ -41,7 +41,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.support.tiny_processors import (
     StillInternVLProcessor,
     StillOnevisionProcessor,

@@ -9,7 +9,7 @@ from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
 from pipeline.config import recipes
 from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.folder.layout import read_seal
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
 
 

@@ -10,7 +10,7 @@ from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName
 from teacher_cache.folder.layout import read_seal
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.support.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run, write_json
 
 

@@ -14,9 +14,9 @@ from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError
-from teacher_cache.schema.teacher_output import Sample
-from teacher_cache.storage.store import open_store
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError
+from teacher_cache.schema.samples import Sample
+from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.children import start

@@ -21,7 +21,7 @@ from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.records.calibration import Calibration
-from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.options import RecordKind
 from tests.conftest import TinyFolder
 from tests.support.builders import published

@@ -15,7 +15,7 @@ from pipeline.build.build import build
 from pipeline.config.stages import BuildConfig, SourceConfig, TrainConfig
 from pipeline.student.train import train
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.children import finish, start
 from tests.support.llava_json import write_llava_json

@@ -20,8 +20,9 @@ from teacher_cache.models.collate import collate
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.options import GridSettings, RecordKind
-from teacher_cache.schema.teacher_output import Sample, TeacherOutput
-from teacher_cache.storage.store import open_store
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import TeacherOutput
+from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache

@@ -13,9 +13,10 @@ from teacher_cache.codec.columns import VISION_PLANES, encode_plane, output_plan
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.manifest import CacheMismatchError, Seal, ShardCorruptError
+from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
+from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.teacher_output import CachedSample
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.strategies import assert_same_bits

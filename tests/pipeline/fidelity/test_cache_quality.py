@@ -14,7 +14,7 @@ from teacher_cache.folder.layout import read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.builders import build, make_shards
 from tests.support.llava_json import write_llava_json

@@ -24,9 +24,10 @@ from teacher_cache.records.make_records import RecordSettings, make_output
 from teacher_cache.records.sketch import decode_logits
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality
-from teacher_cache.schema.teacher_output import CachedSample, Sample, TeacherOutput
-from teacher_cache.storage.store import open_store
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
+from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 from tests.conftest import TinyFolder
@@ -337,7 +338,7 @@ def test_no_more_logits_than_allowed_are_held(
         most = max(most, found.numel())
         return found
 
-    monkeypatch.setattr("teacher_cache.records.top_k.MAX_LOGITS", 3 * teacher.head.vocab_size)
+    monkeypatch.setattr("teacher_cache.records.lm_head.MAX_LOGITS", 3 * teacher.head.vocab_size)
     rows, spec = _rows(teacher, tiny_samples(4), settings), teacher.spec(settings, batch_size=1)
     monkeypatch.setattr(type(teacher.head), "logits", watch)
     cut = measure_shard(teacher, rows, spec, 2)

@@ -14,9 +14,10 @@ from pipeline.inspection.sample import describe_sample
 from teacher_cache.codec.columns import PART_PLANES
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.schema.manifest import IncompleteCacheError, ShardCorruptError
+from teacher_cache.schema.errors import IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.options import RecordKind, ShardFormatName
-from teacher_cache.schema.teacher_output import CachedSample, Message, Sample, make_sample
+from teacher_cache.schema.samples import Message, Sample, make_sample
+from teacher_cache.schema.teacher_output import CachedSample
 from tests.support.builders import build
 from tests.support.derived import base_cache, rows_of
 from tests.support.strategies import asked_again, make_cached, make_output, make_spec

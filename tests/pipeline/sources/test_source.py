@@ -16,7 +16,8 @@ from PIL import Image
 
 from pipeline.config.stages import SourceConfig
 from pipeline.sources.source import SampleSource, open_source, scan
-from teacher_cache.schema.teacher_output import Message, Sample, SampleError, sample_key
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import Message, Sample, sample_key
 
 
 def _image(seed: int, kind: str = "PNG") -> bytes:

@@ -23,9 +23,9 @@ from pipeline.student.predictions import (
 )
 from student_train.models.student import student_from_vanilla
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.manifest import CacheMismatchError, IncompleteCacheError
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
 from teacher_cache.schema.options import holds
-from teacher_cache.schema.teacher_output import Sample, SampleError
+from teacher_cache.schema.samples import Sample
 from tests.support.tiny import tiny_samples
 
 TinyFolder = Callable[[str], Path]

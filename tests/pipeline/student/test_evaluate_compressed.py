@@ -13,7 +13,7 @@ from pipeline.student.evaluate import evaluate
 from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept
 from student_train.config.compression import CompressionSettings, Stage
-from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
 from tests.support.llava_json import write_llava_json

@@ -16,11 +16,7 @@ from student_train.models.student import PART_PREFIXES, Part
 from teacher_cache.codec.columns import encode_plane, output_planes
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.schema.manifest import (
-    CacheMismatchError,
-    IncompleteCacheError,
-    ShardCorruptError,
-)
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.strict_json import decode_json
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

@@ -6,7 +6,7 @@ import torch
 
 from student_train.compression.image_turns import Turn, turns_of
 from teacher_cache.models.collate import EncodedSample
-from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
+from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
 # <bos> V V u u <ctl> r r | u V V V u <ctl> r r
 VISION = [[1, 2], [9, 10, 11]]

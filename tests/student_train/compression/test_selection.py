@@ -23,7 +23,7 @@ from student_train.data.token_layout import layout_of
 from student_train.models.student import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.teacher_output import Message, Sample, TokenSpans, ViewGrid, make_sample
+from teacher_cache.schema.samples import Message, Sample, TokenSpans, ViewGrid, make_sample
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
 from tests.support.epic_references import (

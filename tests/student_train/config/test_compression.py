@@ -3,7 +3,8 @@
 import pytest
 
 from student_train.config.compression import CompressionSettings, Stage
-from teacher_cache.schema.strict_json import DecodeError, decode_json
+from teacher_cache.schema.errors import DecodeError
+from teacher_cache.schema.strict_json import decode_json
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

@@ -9,7 +9,7 @@ from student_train.config.objective import MatchingConfig, ObjectiveConfig
 from student_train.data.sample_states import SampleStates, gather_states
 from student_train.data.token_layout import TokenLayout
 from student_train.losses.objective_loss import distillation_loss
-from teacher_cache.schema.teacher_output import TokenSpans
+from teacher_cache.schema.samples import TokenSpans
 from tests.support.batches import random_batch
 
 EMKD = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=None))

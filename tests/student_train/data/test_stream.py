@@ -26,14 +26,9 @@ from teacher_cache.codec.frames import decode_frame
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.manifest import CacheMismatchError
-from teacher_cache.schema.teacher_output import (
-    Sample,
-    SampleError,
-    TeacherOutput,
-    TokenSpans,
-    ViewGrid,
-)
+from teacher_cache.schema.errors import CacheMismatchError, SampleError
+from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
+from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.shards import rows
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

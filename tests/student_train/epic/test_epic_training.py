@@ -14,7 +14,7 @@ from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.epic.step_plan import plan_step
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError
 from tests.support.children import finish, kill_in_mid_run, start, start_ranks
 from tests.support.epic import fixed, save_deep, train_vanilla, train_vanilla_on_one_thread
 from tests.support.runs import SETTINGS, assert_same_run, lines, tiny_cache, weights

@@ -18,7 +18,7 @@ from student_train.losses.objective_loss import distillation_loss
 from student_train.models.student import output_head, student_from_vanilla
 from student_train.signals.teacher_signal import TeacherAssets
 from student_train.training.trainer import student_loss
-from teacher_cache.schema.teacher_output import Message, Sample, make_sample
+from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model, encode
 from tests.support.epic import fixed, gradients, plan, settings, student_batch, two_passes

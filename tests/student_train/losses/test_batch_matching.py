@@ -28,7 +28,7 @@ from student_train.matching.matching import Assignment, PendingMatching, match_t
 from student_train.matching.quality import matching_quality
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 from tests.support.batches import (
     ONE_IMAGE,
     TEXT_ONLY,

@@ -19,7 +19,7 @@ from student_train.signals.teacher_signal import (
     vision_signal,
 )
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 from tests.support import references
 from tests.support.batches import ONE_IMAGE, random_batch
 

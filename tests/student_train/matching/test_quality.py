@@ -14,7 +14,7 @@ from student_train.matching.quality import (
 )
 from student_train.matching.separability import hubness, separability
 from student_train.signals.teacher_signal import DenseSignal, TeacherAssets, vision_signal
-from teacher_cache.schema.teacher_output import ViewGrid
+from teacher_cache.schema.samples import ViewGrid
 from tests.support.batches import ONE_IMAGE, random_batch
 
 

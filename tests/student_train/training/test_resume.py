@@ -11,7 +11,7 @@ import torch
 
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError
 from tests.support.children import finish, kill_in_mid_run, start, start_ranks
 from tests.support.runs import SETTINGS, assert_same_run, lines, train, train_on_one_thread, weights
 

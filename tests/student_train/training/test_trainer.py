@@ -21,7 +21,7 @@ from student_train.training.run import train_student
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.manifest import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import student_loader
 from tests.support.runs import SETTINGS, lines, tiny_cache, train, weights

@@ -22,7 +22,7 @@ from teacher_cache.codec.columns import (
 )
 from teacher_cache.codec.frames import DTYPES, decode_frame, encode_frame
 from teacher_cache.codec.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform, stairs
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind
 from tests.support.strategies import (
     BEARTYPE_DRAWS,

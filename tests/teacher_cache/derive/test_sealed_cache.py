@@ -18,13 +18,9 @@ from teacher_cache.derive.sealed_cache import SealedCache
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.manifest import (
-    CacheMismatchError,
-    IncompleteCacheError,
-    ShardCorruptError,
-)
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, published
 from tests.support.derived import TOOLS, base_cache, content_of, rows_of
 from tests.support.s3_server import BUCKET, S3Server

@@ -19,16 +19,18 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from teacher_cache.derive.derive import derive
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import OnDuplicate, merge_caches, take_shard
-from teacher_cache.derive.sealed_cache import SealedCache, derive
+from teacher_cache.derive.sealed_cache import SealedCache
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_shard
-from teacher_cache.schema.manifest import IncompleteCacheError, Plan
+from teacher_cache.schema.errors import IncompleteCacheError
+from teacher_cache.schema.manifest import Plan
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.storage.store import open_store
+from teacher_cache.storage.open_store import open_store
 from tests.support.builders import build
 from tests.support.faults import Watch
 from tests.support.strategies import assert_same, make_cached, make_spec

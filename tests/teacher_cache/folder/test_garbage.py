@@ -11,8 +11,8 @@ from jobs.cli.__main__ import main
 from teacher_cache.folder.garbage import collect_garbage
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_plan
-from teacher_cache.schema.manifest import IncompleteCacheError
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.schema.errors import IncompleteCacheError
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, make_shards, published
 from tests.support.strategies import make_plan
 

@@ -18,8 +18,9 @@ import pytest
 
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import seal_cache, write_plan, write_shard
-from teacher_cache.schema.teacher_output import CachedSample, make_sample
-from teacher_cache.storage.store import open_store
+from teacher_cache.schema.samples import make_sample
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.storage.open_store import open_store
 from tests.support.strategies import make_cached, make_plan
 
 ROWS_PER_SHARD, IMAGE_BYTES = 8, 500_000

@@ -13,15 +13,15 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import write_plan, write_shard
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.schema.manifest import (
-    LAYOUT_VERSION,
+from teacher_cache.schema.errors import (
     CacheMismatchError,
+    DecodeError,
     IncompleteCacheError,
     ShardCorruptError,
 )
+from teacher_cache.schema.manifest import LAYOUT_VERSION
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.schema.strict_json import DecodeError
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, edit_record, make_shards
 from tests.support.strategies import assert_same, make_cached, make_plan, make_spec
 

@@ -6,14 +6,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.folder.shard_plan import (
-    SampleOrder,
-    group_shards,
-    micro_batches,
-    owned_positions,
-    shard_of,
-    spread_order,
-)
+from student_train.data.sample_order import SampleOrder, micro_batches, owned_positions
+from teacher_cache.folder.shard_plan import group_shards, shard_of, spread_order
 
 SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 SEEDS = st.integers(0, 2**64 - 1)

@@ -9,9 +9,9 @@ import torch
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_plan
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.manifest import IncompleteCacheError
+from teacher_cache.schema.errors import IncompleteCacheError
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, edit_record, make_shards
 from tests.support.strategies import make_plan, make_spec
 

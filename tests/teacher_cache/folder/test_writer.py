@@ -11,14 +11,10 @@ import torch
 from teacher_cache.folder.layout import committed, read_plan, read_seal
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.manifest import (
-    CacheMismatchError,
-    IncompleteCacheError,
-    ShardCorruptError,
-)
+from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.schema.teacher_output import RejectedSample
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.schema.samples import RejectedSample
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, make_shards, published
 from tests.support.strategies import make_cached, make_output, make_plan, make_spec
 

@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from teacher_cache.models.chat_rendering import Render, Skeletons, Turn, locate, to_turns
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, make_sample
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, make_sample
 from tests.support.tiny_processors import template
 
 CHATML = template("<image>")

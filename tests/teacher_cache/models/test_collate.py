@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_cache.models.collate import EncodedSample, collate
-from teacher_cache.schema.teacher_output import TokenSpans
+from teacher_cache.schema.samples import TokenSpans
 
 PAD = 9
 

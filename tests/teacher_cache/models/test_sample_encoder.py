@@ -15,13 +15,8 @@ from transformers import AutoConfig, AutoProcessor
 from teacher_cache.models.chat_rendering import to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.teacher_output import (
-    IMAGE_PLACEHOLDER,
-    Message,
-    Sample,
-    SampleError,
-    make_sample,
-)
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.tiny import FAMILIES, tiny_image, tiny_samples
 

@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.view_geometry import Block, ImageInputs, layout_images, register_geometry
-from teacher_cache.schema.teacher_output import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.tiny import tiny_image, tiny_llava, tiny_llava_next
 

@@ -10,7 +10,7 @@ from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import RecordSettings, make_output
 from teacher_cache.records.sketch import decode_logits, fit_basis
 from teacher_cache.schema.options import RecordKind
-from teacher_cache.schema.teacher_output import TokenSpans, ViewGrid
+from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
 LENGTH, WIDTH, VOCAB, KEPT = 14, 6, 19, 4
 

@@ -13,7 +13,7 @@ from teacher_cache.folder.verify import verify_cache
 from teacher_cache.records import top_k
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
-from teacher_cache.schema.manifest import CacheMismatchError, ShardCorruptError
+from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from tests.support import references
 from tests.support.builders import build
 from tests.support.strategies import make_cached, make_spec

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teacher_cache.records import top_k
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.top_k import row_chunks, top_k_from_hidden, top_k_record
+from teacher_cache.records.lm_head import LmHead, row_chunks
+from teacher_cache.records.top_k import top_k_from_hidden, top_k_record
 
 
 def _reference(row: list[float], k: int) -> tuple[list[int], float, float]:

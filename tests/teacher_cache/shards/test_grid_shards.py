@@ -19,11 +19,12 @@ from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.garbage import collect_garbage
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import GridSettings, RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import decode_row, encode_row, read_sample, tier_parts
-from teacher_cache.shards.shard import shard_format
 from tests.docs.test_format_forms import CODES, MASS
 from tests.support.builders import build
 from tests.support.strategies import (

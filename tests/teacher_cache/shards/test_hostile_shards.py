@@ -20,11 +20,12 @@ import torch
 import zstandard
 
 from teacher_cache.codec.columns import TIER_PARTS, encode_plane, output_planes, planes_of
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.shards.arrow_layout import batch_blocks
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_row, read_sample
-from teacher_cache.shards.shard import EncodedRow, shard_format
 from tests.support.hostile import Trap, little_memory, rebound, rewrite_arrow, rewrite_tar
 from tests.support.strategies import VOCAB_SIZE, assert_same, make_cached, make_spec
 

@@ -17,12 +17,14 @@ from teacher_cache.folder.writer import (
     write_shard,
     write_shard_file,
 )
-from teacher_cache.schema.manifest import Plan, ShardCommit, ShardCorruptError, ShardFile
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import Plan, ShardCommit, ShardFile
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.schema.teacher_output import CachedSample, RejectedSample
+from teacher_cache.schema.samples import RejectedSample
+from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.rows import encode_row
-from teacher_cache.shards.shard import EncodedRow
-from teacher_cache.storage.store import LocalStore
+from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, make_shards, published
 from tests.support.strategies import assert_same, make_plan, make_spec
 

@@ -19,10 +19,11 @@ from teacher_cache.codec.columns import (
     planes_of,
 )
 from teacher_cache.codec.error_bounds import CodecError
-from teacher_cache.schema.manifest import CacheSpec, ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import decode_row, encode_row, read_sample
-from teacher_cache.shards.shard import shard_format
 from tests.support.strategies import (
     BEARTYPE_DRAWS,
     VOCAB_SIZE,

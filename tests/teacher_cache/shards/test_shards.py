@@ -11,8 +11,9 @@ import pytest
 import zstandard
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from teacher_cache.schema.manifest import ShardCorruptError
-from teacher_cache.shards.shard import EncodedRow, shard_format
+from teacher_cache.schema.errors import ShardCorruptError
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.formats import shard_format
 from tests.support.shard_contract import METADATA, ShardContract
 from tests.support.strategies import BEARTYPE_DRAWS, make_cached
 

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.codec.columns import TIER_PARTS, VISION_PLANES, planes_of
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.shards.encoded_row import EncodedRow
+from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.layered import LayeredShard
 from teacher_cache.shards.rows import encode_row, encode_rows, read_sample
-from teacher_cache.shards.shard import EncodedRow, Shard, shard_format
+from teacher_cache.shards.shard import Shard
 from tests.support.hostile import rebound, rewrite_arrow, rewrite_tar
 from tests.support.strategies import (
     BEARTYPE_DRAWS,

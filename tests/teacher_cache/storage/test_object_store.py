@@ -21,11 +21,13 @@ from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_plan, write_shard
-from teacher_cache.schema.manifest import ShardCorruptError
+from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage import object_store
+from teacher_cache.storage.local_store import LocalStore
 from teacher_cache.storage.object_store import ObjectStore
-from teacher_cache.storage.store import LocalStore, Store, open_store
+from teacher_cache.storage.open_store import open_store
+from teacher_cache.storage.store import Store
 from tests.support.builders import build, exit_status, forked, make_shards, published
 from tests.support.s3_server import BUCKET, NOT_FOUND, SLOW_DOWN, S3Server, at_first
 from tests.support.strategies import assert_same, make_plan

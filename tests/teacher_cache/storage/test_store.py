@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.storage import store as storage
-from teacher_cache.storage.store import (
-    LocalStore,
+from teacher_cache.storage.durable_files import (
     create_exclusive,
     make_folder,
-    open_store,
     private_path,
     publish,
     sha256_file,
     write_atomic,
     write_durable,
 )
+from teacher_cache.storage.local_store import LocalStore
+from teacher_cache.storage.open_store import open_store
 
 
 def test_exactly_one_of_many_creators_wins_and_its_bytes_stay(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from teacher_cache.codec.columns import VISION_PLANES, output_planes
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.options import RecordKind
-from teacher_cache.schema.teacher_output import Sample, TeacherOutput
+from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
 from tests.conftest import TinyFolder

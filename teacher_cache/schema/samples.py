@@ -1,0 +1,154 @@
+"""A sample before it meets a model: messages, images, and where its tokens will be."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.strict_json import Strict
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks the place of one image inside the text of a message, as in LLaVA's JSON files."""
+
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation; `<image>` in the text stands for one image."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """An image-text conversation as the source gave it.
+
+    `key` is a content digest (see `sample_key`), `source_id` what the source calls it, `images`
+    the encoded bytes (JPEG, PNG, ...) in the order of the placeholders.
+    """
+
+    key: str
+    source_id: str
+    images: tuple[bytes, ...]
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in self.messages)
+        if placeholders != len(self.images):
+            raise SampleError(
+                self.source_id,
+                f"found {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(self.images)} "
+                f"images; write one {IMAGE_PLACEHOLDER} in the text for each image",
+            )
+        turns = [message.role for message in self.messages if message.role != "system"]
+        expected = ["user", "assistant"] * (len(turns) // 2)
+        if not turns or turns != expected:
+            raise SampleError(
+                self.source_id,
+                f"found turns {turns}, expected user and assistant in alternation, beginning "
+                "with user and ending with assistant",
+            )
+        if any(IMAGE_PLACEHOLDER in m.text for m in self.messages if m.role != "user"):
+            raise SampleError(
+                self.source_id, f"{IMAGE_PLACEHOLDER} may stand in the user's messages only"
+            )
+
+
+def sample_key(images: Iterable[bytes], messages: Iterable[Message]) -> str:
+    """The content digest that names a sample: 32 hex digits over image bytes and messages."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(hashlib.sha256(image).digest())
+    turns = [[message.role, message.text] for message in messages]
+    digest.update(json.dumps(turns, ensure_ascii=False).encode())
+    return digest.hexdigest()[:32]
+
+
+def make_sample(source_id: str, images: Iterable[bytes], messages: Iterable[Message]) -> Sample:
+    """Build a `Sample` with its content key; raises `SampleError` where it does not add up."""
+    images, messages = tuple(images), tuple(messages)
+    key = sample_key(images, messages)
+    return Sample(key=key, source_id=source_id, images=images, messages=messages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewGrid:
+    """One rectangle of vision tokens: a whole image, its base view, a tile or the tiles' mosaic.
+
+    `image` counts the images of the sample, `view` the views of that image (0 is the base view
+    where a family has one). Newline and separator positions are not part of the grid.
+    """
+
+    image: int
+    view: int
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1 or self.image < 0 or self.view < 0:
+            raise ValueError(f"a view needs rows, cols >= 1 and image, view >= 0; found {self}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Vision tokens in this view."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSpans:
+    """Which positions of one tokenised sample are what (positions count from 0, no padding).
+
+    `vision` lists the vision tokens view after view, raster order inside a view. `content` lists
+    the tokens of the messages' own text (no control tokens of the template), ascending; an
+    assistant's tokens, its end-of-turn token included, are the response. VLAD reads the content
+    tokens `after_image`: text before the first image has not seen it (causal attention).
+    """
+
+    views: tuple[ViewGrid, ...]
+    vision: Int[Tensor, " M"]
+    content: Int[Tensor, " T"]
+    content_ids: Int[Tensor, " T"]
+    is_response: Bool[Tensor, " T"]
+    after_image: Bool[Tensor, " T"]
+
+    def __post_init__(self) -> None:
+        num_tokens = sum(view.num_tokens for view in self.views)
+        if num_tokens != len(self.vision):
+            raise ValueError(
+                f"the views {self.views} hold {num_tokens} vision tokens, "
+                f"the sequence has {len(self.vision)}"
+            )
+        if len(self.content) and bool((self.content[self.is_response] < 1).any()):
+            raise ValueError("a response token at position 0 has no position that predicts it")
+
+    @property
+    def response(self) -> Int[Tensor, " R"]:
+        """Positions of the response tokens (the labels)."""
+        return self.content[self.is_response]
+
+    @property
+    def predicting(self) -> Int[Tensor, " R"]:
+        """Positions whose logits predict the response tokens: one to the left of each."""
+        return self.response - 1
+
+    @property
+    def vlad_text(self) -> Int[Tensor, " X"]:
+        """Positions of the text tokens whose affinity to vision tokens is distilled."""
+        return self.content[self.after_image]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedSample(Strict):
+    """A sample that the build could not use; counted and listed, never silently dropped."""
+
+    key: str
+    source_id: str
+    reason: str

@@ -1,0 +1,134 @@
+"""One row of a shard: its encoded fields, and how it is stored."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import xxhash
+
+from teacher_cache.codec.columns import VISION_PLANES
+from teacher_cache.schema.errors import ShardCorruptError
+
+KEY_PATTERN = re.compile(r"[0-9a-f]{32}(-[1-9][0-9]*)?")
+"""A content digest; samples that repeat another one's content are numbered from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRow:
+    """One row as bytes: `messages` is JSON, `planes` maps plane names to zstd frames.
+
+    Complete, whether or not its images and vision planes are those of the row `shared_from`.
+    """
+
+    key: str
+    source_id: str
+    messages: str
+    images: tuple[bytes, ...]
+    planes: Mapping[str, bytes]
+    shared_from: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in (self.key, self.shared_from):
+            if key is not None and not KEY_PATTERN.fullmatch(key):
+                raise ValueError(f"row key {key!r} is not a sample key (32 hex digits, -n)")
+
+    @property
+    def own(self) -> "EncodedRow":
+        """The row without what another one stores for it."""
+        if self.shared_from is None:
+            return self
+        planes = {name: frame for name, frame in self.planes.items() if name not in VISION_PLANES}
+        return dataclasses.replace(self, images=(), planes=planes)
+
+    def completed(self, owner: "EncodedRow") -> "EncodedRow":
+        """The row with the images of its owner, and with those vision planes that `owner` has."""
+        if self.images or not VISION_PLANES.isdisjoint(self.planes):
+            raise ValueError(f"it has a vision record beside that of {self.shared_from}")
+        shared = {name: owner.planes[name] for name in VISION_PLANES & owner.planes.keys()}
+        return dataclasses.replace(self, images=owner.images, planes={**self.planes, **shared})
+
+    @property
+    def checks(self) -> str:
+        """The text that is stored beside the row and binds its pieces together."""
+        images = [_sum(image) for image in self.images]
+        planes = {name: _sum(frame) for name, frame in sorted(self.planes.items())}
+        return json.dumps({"images": images, "planes": planes, "row": self._sum(images, planes)})
+
+    def verify(self, checks: str) -> None:
+        """Raise `ShardCorruptError` unless each piece is the one that `checks` was made of.
+
+        Planes that the row was read without need not be there.
+        """
+        try:
+            stored = json.loads(checks)
+            images, planes = stored["images"], stored["planes"]
+            intact = stored["row"] == self._sum(images, planes)
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: JSON in JSON in JSON
+            intact, images, planes = False, [], {}
+        if not intact:
+            raise ShardCorruptError("its key, id, messages or checks are damaged")
+        if images != [_sum(image) for image in self.images]:
+            raise ShardCorruptError("its images are damaged")
+        damaged = [name for name, frame in self.planes.items() if planes.get(name) != _sum(frame)]
+        if damaged:
+            raise ShardCorruptError(f"its planes {', '.join(sorted(damaged))} are damaged")
+
+    @property
+    def vision_sums(self) -> tuple[str, ...]:
+        """Sums of the images and of the vision planes: equal in rows that share them."""
+        shared = sorted(VISION_PLANES & self.planes.keys())
+        return (
+            *(_sum(image) for image in self.images),
+            *(f"{name} {_sum(self.planes[name])}" for name in shared),
+        )
+
+    def _sum(self, images: list[str], planes: dict[str, str]) -> str:
+        texts = [self.key, self.source_id, self.shared_from, self.messages]
+        return _sum(json.dumps([*texts, images, sorted(planes.items())]).encode())
+
+
+def _sum(data: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRow:
+    """What is in a file of a row: its own pieces, its checks, the number of the row it shares from.
+
+    A row that shares has neither images nor vision planes here.
+    """
+
+    row: EncodedRow
+    checks: str
+    owner: int | None
+
+    def __post_init__(self) -> None:
+        if (self.owner is None) != (self.row.shared_from is None):
+            raise ValueError(f"it shares from {self.row.shared_from}, row {self.owner}")
+
+
+def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator[StoredRow]:
+    """What is to be written of each row, whose owner must have come before it.
+
+    Raises ValueError for a row with other planes, and for one that does not have its owner's
+    images and vision planes.
+    """
+    owners: dict[str, tuple[int, tuple[str, ...]]] = {}
+    for number, row in enumerate(rows):
+        if set(row.planes) != set(planes):
+            raise ValueError(
+                f"row {row.key} has planes {sorted(row.planes)}, the shard holds {sorted(planes)}"
+            )
+        owner: int | None = None
+        if row.shared_from is None:
+            owners[row.key] = (number, row.vision_sums)
+        else:
+            owner, sums = owners.get(row.shared_from, (None, None))
+            if sums != row.vision_sums:
+                raise ValueError(
+                    f"row {row.key} shares the vision record of {row.shared_from}, which is no "
+                    "earlier row with the same images and vision planes"
+                )
+        yield StoredRow(row=row.own, checks=row.checks, owner=owner)

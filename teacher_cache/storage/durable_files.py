@@ -1,0 +1,116 @@
+"""Writes files on a local disk so that each is whole or absent after a crash."""
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+STEPS = ("write_new", "sync_file", "sync_folder", "link", "replace", "remove", "make_one_folder")
+"""Functions of this module through which every change of a disk goes, each of them one step."""
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a new file; FileExistsError where there is one."""
+    with path.open("xb") as file:
+        file.write(data)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk."""
+    _sync(folder)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a file a second name; FileExistsError where that is taken."""
+    os.link(path, name)
+
+
+def replace(path: Path, name: Path) -> None:
+    """Give a file another name, in place of what has it."""
+    os.replace(path, name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def make_one_folder(folder: Path) -> None:
+    """Create a folder whose parent is there, unless it is there itself."""
+    folder.mkdir(exist_ok=True)
+
+
+def private_path(path: Path) -> Path:
+    """A fresh name beside `path` that no other process uses and no reader looks at."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Write a new file down to the disk; FileExistsError where there is one."""
+    write_new(path, data)
+    sync_file(path)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put `data` under `path`, replacing what is there; readers see the old bytes or the new."""
+    make_folder(path.parent)
+    attempt = private_path(path)
+    try:
+        write_durable(attempt, data)
+        publish(attempt, path)
+    finally:
+        remove(attempt)
+
+
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Create `path` with `data` unless it exists; True for the one process that created it.
+
+    A hard link to a finished private file: exclusive like O_EXCL, but never half-written.
+    """
+    make_folder(path.parent)
+    attempt = private_path(path)
+    try:
+        write_durable(attempt, data)
+        try:
+            link(attempt, path)
+        except FileExistsError:
+            # A network file system may repeat a call that had succeeded: then the link is ours.
+            return attempt.stat().st_nlink == 2
+        sync_folder(path.parent)
+        return True
+    finally:
+        remove(attempt)
+
+
+def publish(attempt: Path, path: Path) -> None:
+    """Give a finished private file its public name, durably."""
+    sync_file(attempt)
+    replace(attempt, path)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents where missing, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        make_one_folder(folder)
+        sync_folder(folder.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """64 hex digits over a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
