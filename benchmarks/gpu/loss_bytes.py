@@ -27,7 +27,8 @@ from student_train.head.fused_loss import HeadRows, head_loss
 from student_train.head.linear_head import LinearHead
 from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
 from student_train.losses.reductions import token_mean
-from student_train.signals.top_k import SketchCode, TopKSignal
+from student_train.signals.sketch_code import SketchCode
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
 
 TOP_K, CHUNK_ROWS = 64, 144

@@ -16,9 +16,11 @@ from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
 from pipeline.sources.source import open_source
 from student_train.config.recipe import TrainerSettings
-from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
-from student_train.models.student import set_trainable, student_from_vanilla
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import StudentBatch, TrainingStream
+from student_train.models.student import student_from_vanilla
+from student_train.models.trainable import set_trainable
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.make_records import RecordSettings

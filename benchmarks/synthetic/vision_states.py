@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.head.linear_head import LinearHead
+from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import HiddenSignal, TopKSignal
-from student_train.signals.top_k import SketchCode
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis, encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_from_hidden

@@ -36,7 +36,7 @@ from student_train.config.progression import ProgressionConfig
 from student_train.epic.step_passes import StudentPass, student_pass
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.losses.objective_loss import distillation_loss
-from student_train.models.student import final_hidden, output_head
+from student_train.models.forward import final_hidden, output_head
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 from teacher_cache.schema.teacher_output import TeacherOutput

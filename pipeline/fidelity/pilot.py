@@ -22,7 +22,8 @@ from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, c
 from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
 from pipeline.sources.source import open_source
 from student_train.matching.quality import row_mean_spread
-from student_train.signals.teacher_signal import DenseSignal, Signal, TeacherAssets, vision_signal
+from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.teacher_signal import DenseSignal, Signal
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.make_records import RecordSettings, make_output
 from teacher_cache.records.sketch import HiddenMoments, basis_from_moments

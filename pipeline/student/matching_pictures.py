@@ -20,8 +20,9 @@ from torch import Tensor
 from pipeline.student.generation import model_inputs
 from student_train.config.objective import MatchingConfig
 from student_train.matching.matching import Assignment, match_tokens
-from student_train.models.student import final_hidden, output_head
-from student_train.signals.teacher_signal import Signal, TeacherAssets, TopKSignal, vision_signal
+from student_train.models.forward import final_hidden, output_head
+from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate

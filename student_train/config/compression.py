@@ -6,6 +6,7 @@ no model could carry out are refused here; those that one model cannot, by `deco
 forward pass. Imports nothing heavy: `emkd --help` reads this.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,3 +57,11 @@ class CompressionSettings(Strict):
         layers = [stage.layer for stage in self.stages]
         if any(low >= high for low, high in pairwise(layers)):
             raise ValueError(f"stages are at layers {layers}, expected ascending, each only once")
+
+
+def grid_ratio(ratios: Iterable[float], wanted: float) -> float:
+    """The largest of the ratios that is at most `wanted`, or 0, which every cache has.
+
+    Differences such as 0.7 - 0.2 count as the decimals that they stand for.
+    """
+    return max((ratio for ratio in ratios if ratio <= wanted + 1e-9), default=0.0)

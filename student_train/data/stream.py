@@ -13,17 +13,16 @@ is due: no hang, no early end. Reaches neither transformers nor ray.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-
-import torch
+from itertools import islice
 
 from student_train.config.objective import MatchScope, ObjectiveConfig
+from student_train.data.batch_plan import BatchPlan
 from student_train.data.prefetch import read_ahead
-from student_train.data.sample_order import SampleOrder, micro_batches, owned_positions
+from student_train.data.same_text import check_against_teacher
+from student_train.data.sample_order import SampleOrder
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import GridSettings, TierName, tier_to_learn_from
 from teacher_cache.schema.samples import Sample
@@ -56,46 +55,6 @@ class StudentBatch:
             raise ValueError(
                 f"{len(self.model.samples)} encoded samples for {len(self.outputs)} teacher outputs"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchPlan:
-    """How the endless order is cut: `batch_size` samples a step, over all ranks and micro-batches.
-
-    ValueError unless every rank gets the same number of full micro-batches in every step: then a
-    step's gradient, the mean over ranks and micro-batches, weighs all samples alike.
-    """
-
-    batch_size: int
-    micro_batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} of {self.world_size} workers")
-        if self.batch_size % (self.micro_batch_size * self.world_size):
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {self.world_size} workers; choose a micro_batch_size "
-                f"that divides {self.batch_size / self.world_size:g}"
-            )
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches that one rank computes for one optimizer step."""
-        return self.batch_size // (self.micro_batch_size * self.world_size)
-
-    def positions(self, start: int) -> Iterator[range]:
-        """Positions of this rank's micro-batches from position `start` on, endless.
-
-        ValueError where `start` is not the beginning of a step.
-        """
-        if start < 0 or start % self.batch_size:
-            raise ValueError(f"position {start} is not a multiple of batch_size {self.batch_size}")
-        for begin in count(start, self.batch_size):
-            share = owned_positions(begin, self.batch_size, self.rank, self.world_size)
-            yield from micro_batches(share, self.micro_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,51 +167,3 @@ def parts_needed(
     if objective.needs_vision:  # also VLAD's pairs come from matching vision logits
         parts |= {"vision", "sketch"} if records == "topk+sketch" else {"vision"}
     return frozenset(parts)
-
-
-def check_against_teacher(
-    encoded: EncodedSample, output: TeacherOutput, scope: MatchScope | None
-) -> None:
-    """Refuse a sample whose student tokens do not correspond to the teacher's (SampleError).
-
-    The text of the messages must be the same tokens, of the same roles, on the same side of the
-    first image. `scope` is the matching's, None where no vision tokens are matched: a matching per
-    view needs the same views in the same order, one per image the same images.
-    """
-    spans = encoded.spans
-    if not torch.equal(spans.content_ids, output.content_ids):
-        raise SampleError(encoded.source_id, _first_difference(spans.content_ids, output))
-    for name in ("is_response", "after_image"):
-        if not torch.equal(getattr(spans, name), getattr(output, name)):
-            raise SampleError(
-                encoded.source_id,
-                f"student and teacher have the same text tokens but differ in which of them are "
-                f"{name}; use the teacher's chat template for the student",
-            )
-    student = [(view.image, view.view) for view in spans.views]
-    teacher = [(view.image, view.view) for view in output.views]
-    if {image for image, _ in student} != {image for image, _ in teacher}:
-        raise SampleError(
-            encoded.source_id,
-            f"the student sees {len({image for image, _ in student})} images, the teacher saw "
-            f"{len({image for image, _ in teacher})}",
-        )
-    if scope == "view" and student != teacher:
-        raise SampleError(
-            encoded.source_id,
-            f"the student sees the (image, view) pairs {student}, the teacher saw {teacher}; "
-            "use matching scope `global`, or image settings that give equal views",
-        )
-
-
-def _first_difference(student_ids: torch.Tensor, output: TeacherOutput) -> str:
-    common = min(len(student_ids), len(output.content_ids))
-    differs = student_ids[:common] != output.content_ids[:common]
-    where = int(differs.nonzero()[0]) if bool(differs.any()) else common
-    found = student_ids[where : where + 5].tolist()
-    expected = output.content_ids[where : where + 5].tolist()
-    return (
-        f"the student's tokenizer gives {len(student_ids)} text tokens, the teacher's gave "
-        f"{len(output.content_ids)}; from token {where} on found ids {found}, expected {expected}; "
-        "use a student with the tokenizer and chat template of the cache's teacher"
-    )

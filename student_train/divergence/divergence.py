@@ -37,8 +37,9 @@ from student_train.divergence.tail_bounds import (
     least_tail,
 )
 from student_train.divergence.tail_policies import TeacherParts, resolve_tail, teacher_parts
+from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import Signal
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.signals.top_k import TopKSignal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.config.objective import TailPolicy, UsedTail
+from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import Signal
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.signals.top_k import TopKSignal
 
 STUDY_TAILS: frozenset[TailPolicy] = frozenset({"uniform", "mean_logit"})
 """Policies whose gradient misleads under reverse KL."""

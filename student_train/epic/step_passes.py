@@ -23,7 +23,7 @@ from student_train.data.sample_states import SampleStates, gather_states
 from student_train.data.token_layout import TokenLayout, layout_of
 from student_train.epic.partial_rerun import record_entry, rerun
 from student_train.epic.step_plan import StepPlan
-from student_train.models.student import final_hidden
+from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import ModelBatch
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, Stage, grid_ratio
 from student_train.config.progression import ProgressionConfig
 from student_train.config.schedules import Difficulty
 from student_train.data.seeded_random import uniform
-from student_train.signals.teacher_signal import grid_ratio
 from teacher_cache.schema.options import GridSettings
 
 

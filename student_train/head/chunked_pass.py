@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from student_train.head.grad_accumulation import nothing
 from student_train.head.linear_head import LinearHead, compute_dtype
+from student_train.ops.precision import at_least_float32
 from student_train.ops.use_kernels import use_kernels
-from student_train.signals.top_k import at_least_float32
 
 CHUNK_ROWS = 144
 """Most rows whose logits one matrix product computes."""

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from student_train.head.chunked_pass import HeadRows, Kept, Walk, even_slices
 from student_train.head.grad_accumulation import gradient_that_waits, gradient_to_add_to
 from student_train.head.linear_head import LinearHead, LogitsOf, as_linear
-from student_train.signals.top_k import at_least_float32
+from student_train.ops.precision import at_least_float32
 
 CALLED_ROWS = 48
 """Most rows of one call of a head that is not fused; the losses see these all at once."""

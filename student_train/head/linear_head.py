@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
 from student_train.head import zero3
-from student_train.signals.top_k import at_least_float32
+from student_train.ops.precision import at_least_float32
 
 LogitsOf = Callable[[Tensor], Tensor]
 """The student's LM head: final hidden states [n, D] to logits [n, W], with gradient."""

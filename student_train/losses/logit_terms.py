@@ -30,8 +30,7 @@ from student_train.divergence.tail_policies import needs_sketch, resolve_tail, t
 from student_train.head.chunked_pass import HeadRows, InPlaceLosses, RowLosses
 from student_train.head.linear_head import LogitsOf, without_gradient
 from student_train.losses.reductions import supervised_rows
-from student_train.matching.quality import kept_mass
-from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal, kept_mass
 from student_train.signals.top_k import TopKSignal
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.signals.top_k import at_least_float32
+from student_train.ops.precision import at_least_float32
 
 
 def supervised_rows(

@@ -32,8 +32,9 @@ from student_train.head.student_logits import StudentLogits
 from student_train.matching.l2_cost import l2_distances
 from student_train.matching.top_k_l1_cost import sparse_probability_l1
 from student_train.ops.l1 import l1_distances, l1_rounding
+from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import HiddenSignal, Signal
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import row_chunks
 
 _SHARED_IDS_SEED = 20251121

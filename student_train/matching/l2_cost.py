@@ -19,8 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from student_train.ops.precision import at_least_float32
+from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
-from student_train.signals.top_k import SketchCode, TopKSignal, at_least_float32
+from student_train.signals.top_k import TopKSignal
 
 _GRAM_ROWS = 8192
 _grams = WeakTensorKeyDictionary()

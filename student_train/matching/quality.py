@@ -4,17 +4,16 @@ Promise: detached Python floats, computed without gradient (`term_gradient_norms
 asks autograd and leaves every `.grad` alone). Dimensions as in schema.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from student_train.matching.matching import Assignment
 from student_train.matching.separability import LEAST_SEPARABILITY
-from student_train.signals.teacher_signal import Signal
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.ops.precision import at_least_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,42 +86,11 @@ def matching_quality(chosen: Assignment, exact: Assignment) -> MatchingQuality:
 
 
 @torch.no_grad()
-def kept_mass(signal: Signal) -> float:
-    """Mean teacher probability inside what the record keeps; 1 for exact signals, 0 for no rows."""
-    if signal.num_rows == 0:
-        return 0.0
-    if not isinstance(signal, TopKSignal) or signal.exact:
-        return 1.0
-    return 1.0 - float(at_least_float32(signal.log_tail).exp().mean())
-
-
-@torch.no_grad()
 def row_mean_spread(logits: Float[Tensor, "N V"]) -> float:
     """Standard deviation over positions of the mean logit, the constant that softmax ignores."""
     if len(logits) < 2:
         return 0.0
     return float(at_least_float32(logits).mean(dim=1).std())
-
-
-def term_gradient_norms(
-    terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
-) -> dict[str, float]:
-    """Norm of each term's own gradient over the trainable parameters, unweighted.
-
-    Costs one backward pass per term and keeps the graph, so call it before the real backward.
-    """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    norms: dict[str, float] = {}
-    for name, term in terms.items():
-        if not term.requires_grad:
-            norms[name] = 0.0
-            continue
-        gradients = torch.autograd.grad(
-            term, trainable, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        squares = [float(gradient.to(torch.float64).square().sum()) for gradient in gradients]
-        norms[name] = sum(squares) ** 0.5
-    return norms
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.ops.l1_to_constants import ConstantDistances
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.ops.precision import at_least_float32
+from student_train.signals.top_k import TopKSignal
 
 _GATHERED = 2**18
 """Most gathered probabilities held at once: a mebibyte in float32, a core's second cache."""

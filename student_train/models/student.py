@@ -13,15 +13,11 @@ states and the head, both of which work under DistributedDataParallel.
 """
 
 import logging
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
-from jaxtyping import Float
-from torch import Tensor, nn
 from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
@@ -45,22 +41,7 @@ from teacher_cache.models.view_geometry import require_supported
 logger = logging.getLogger(__name__)
 
 ProjectorName = Literal["avgpool", "none"]
-Part = Literal["vision_tower", "projector", "language_model"]
 
-PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
-PART_PREFIXES: dict[Part, tuple[str, ...]] = {
-    "vision_tower": ("model.vision_tower.", "model.visual.", "model.vision_model."),
-    "projector": (
-        "model.multi_modal_projector.",
-        "model.image_newline",
-        "model.visual.merger.",
-        "model.connector.",
-    ),
-    "language_model": ("model.language_model.", "model.text_model.", "lm_head."),
-}
-"""Parameter names that begin so belong to the part, the longest beginning counts: LLaVA's family
-and InternVL; Qwen-VL, whose merger is the projector; Idefics3. A newline embedding is the
-projector's."""
 
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
 """How vision towers of transformers call the parameter of their class token."""
@@ -264,50 +245,3 @@ def _require_placeholders_match(path: str, model: PreTrainedModel, processor: An
             "its preprocessor / processor configuration (patch_size, num_additional_image_tokens, "
             "vision_feature_select_strategy, size, image_grid_pinpoints)"
         )
-
-
-def set_trainable(model: PreTrainedModel, parts: Collection[Part]) -> dict[Part, int]:
-    """Train the named parts and freeze all others; return each part's number of trained weights.
-
-    A head that is tied to the input embeddings is counted once. Raises `ValueError` when no part
-    is named and for models with parameters that belong to no part.
-    """
-    if not parts:
-        raise ValueError(f"nothing to train; name at least one of {', '.join(PARTS)}")
-    counts: dict[Part, int] = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        owner = _owner(name)
-        if owner is None:
-            raise ValueError(
-                f"parameter {name} of {type(model).__name__} belongs to none of the parts "
-                f"{', '.join(PARTS)}; models whose parameters begin otherwise cannot be trained"
-            )
-        parameter.requires_grad_(owner in parts)
-        counts[owner] += parameter.numel() if owner in parts else 0
-    return counts
-
-
-def _owner(name: str) -> Part | None:
-    """The part that a parameter belongs to, by the longest beginning of its name that is known."""
-    begins: dict[str, Part] = {
-        begin: part for part in PARTS for begin in PART_PREFIXES[part] if name.startswith(begin)
-    }
-    return begins[max(begins, key=len)] if begins else None
-
-
-def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:
-    """Run the model and return the states that enter its head, after the final norm.
-
-    Goes through `forward`, as wrappers such as DistributedDataParallel need. The library keeps the
-    last of its hidden states only. It computes logits on the way; it is told to do so at one
-    position only, and they are dropped.
-    """
-    output = model(
-        **inputs, output_hidden_states=[-1], logits_to_keep=1, use_cache=False, return_dict=True
-    )
-    return output.hidden_states[-1]
-
-
-def output_head(model: nn.Module) -> nn.Module:
-    """The language-model head, also of a model wrapped by DistributedDataParallel or compiled."""
-    return extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()

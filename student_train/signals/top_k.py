@@ -11,56 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from teacher_cache.records.sketch import SketchBasis, decode_codes
-
-_COLUMNS_AT_ONCE = 8192
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Widen half precision before anything is summed; float32 and float64 pass unchanged."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SketchCode:
-    """A `SketchRecord` (schema.py) together with the basis that decodes it."""
-
-    codes: Int8[Tensor, "N S"]
-    scale: Float[Tensor, " N"]
-    tail_shift: Float[Tensor, " N"]
-    basis: SketchBasis
-    decoded: Float[Tensor, "N V"] | None = None
-    """All logits, where `decode` has put them."""
-
-    def decode(self) -> "SketchCode":
-        """The same with all N x V logits at hand, for few positions that are asked in turns."""
-        known = self.scale.new_empty(len(self.codes), self.basis.vocab_size, dtype=torch.float32)
-        every = torch.arange(self.basis.vocab_size, device=known.device)
-        # The directions are widened block by block.
-        for columns, ids in zip(
-            known.split(_COLUMNS_AT_ONCE, dim=1), every.split(_COLUMNS_AT_ONCE), strict=True
-        ):
-            columns.copy_(self.logits(ids))
-        return replace(self, decoded=known)
-
-    def logits(self, ids: Int[Tensor, " C"] | None = None) -> Float[Tensor, "N columns"]:
-        """Approximate raw logits at the vocabulary rows `ids`, or at all of them."""
-        if self.decoded is not None:
-            return self.decoded if ids is None else self.decoded[:, ids]
-        return decode_codes(self.basis, self.codes, self.scale, ids)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "SketchCode":
-        """Apply `change` (an index, a device move) to every tensor with one row per position."""
-        return replace(
-            self,
-            codes=change(self.codes),
-            scale=change(self.scale),
-            tail_shift=change(self.tail_shift),
-            decoded=None if self.decoded is None else change(self.decoded),
-        )
+from student_train.ops.precision import at_least_float32
+from student_train.signals.sketch_code import SketchCode, _concatenate_codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,13 +207,4 @@ def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
         log_least=torch.cat(floors) if floors else None,
         sketch=_concatenate_codes(codes) if codes else None,
         template=signals[0].template,
-    )
-
-
-def _concatenate_codes(codes: Sequence[SketchCode]) -> SketchCode:
-    return SketchCode(
-        codes=torch.cat([code.codes for code in codes]),
-        scale=torch.cat([code.scale for code in codes]),
-        tail_shift=torch.cat([code.tail_shift for code in codes]),
-        basis=codes[0].basis,
     )

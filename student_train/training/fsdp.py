@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from student_train.compression.decoder import decoder_of
 from student_train.head.linear_head import LinearHead, as_linear
-from student_train.models.student import output_head
+from student_train.models.forward import output_head
 
 Group = Sequence[nn.Parameter]
 """Parameters of one of an optimizer's groups."""

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.data.stream import BatchPlan, TrainingStream, parts_needed
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import TrainingStream, parts_needed
 from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
-from student_train.models.student import output_head, set_trainable
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.models.forward import output_head
+from student_train.models.trainable import set_trainable
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import (
     FINAL_FOLDER,
     FinishedRun,

@@ -37,9 +37,8 @@ from student_train.epic.step_passes import student_pass
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.head.linear_head import LogitsOf
 from student_train.losses.objective_loss import LossTerms, distillation_loss
-from student_train.matching.quality import term_gradient_norms
-from student_train.models.student import output_head
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.models.forward import output_head
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import (
     CheckpointRecord,
     RunIdentity,
@@ -47,6 +46,7 @@ from student_train.training.checkpoint import (
     mark_complete,
     prune_checkpoints,
 )
+from student_train.training.gradient_norms import term_gradient_norms
 from student_train.training.metrics_log import MetricsLog, Window, means, merge
 from teacher_cache.models.checkpoint import load_model
 

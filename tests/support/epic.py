@@ -15,7 +15,8 @@ from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import StudentBatch
 from student_train.epic.step_plan import StepPlan, plan_step
-from student_train.models.student import final_hidden, output_head, vanilla_student
+from student_train.models.forward import final_hidden, output_head
+from student_train.models.student import vanilla_student
 from student_train.training.checkpoint import FinishedRun
 from student_train.training.run import train_student
 from teacher_cache.folder.reader import CacheReader

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from student_train.config.objective import preset
-from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.losses.require_served import require_served
-from student_train.signals.teacher_signal import HiddenSignal, TeacherAssets, vision_signal
+from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.teacher_signal import HiddenSignal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.folder.reader import CacheReader

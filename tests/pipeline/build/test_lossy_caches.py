@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from student_train.divergence.divergence import reverse_kl
-from student_train.signals.teacher_signal import TeacherAssets, vision_signal
+from student_train.signals.from_cache import TeacherAssets, vision_signal
 from teacher_cache.codec.columns import TIER_PARTS
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import RecordSettings

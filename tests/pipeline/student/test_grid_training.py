@@ -11,10 +11,11 @@ from pipeline.build.response_grid import compression_at, with_grid
 from student_train.compression.compression import compress
 from student_train.config.objective import preset
 from student_train.config.progression import ProgressionConfig
-from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.epic.step_plan import StepPlan, plan_step
-from student_train.models.student import final_hidden, output_head
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.models.forward import final_hidden, output_head
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.records.make_records import RecordSettings

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import CONFIG_FILE, student_identity, train
-from student_train.models.student import PART_PREFIXES, Part
+from student_train.models.trainable import PART_PREFIXES, Part
 from teacher_cache.codec.columns import encode_plane, output_planes
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader

@@ -16,7 +16,8 @@ from transformers.masking_utils import flash_attention_mask
 
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, Stage
-from student_train.models.student import final_hidden, output_head, student_from_vanilla
+from student_train.models.forward import final_hidden, output_head
+from student_train.models.student import student_from_vanilla
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode

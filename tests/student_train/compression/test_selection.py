@@ -20,7 +20,7 @@ from student_train.compression.selection import Chooser
 from student_train.config.compression import CompressionSettings, Stage
 from student_train.data.seeded_random import words
 from student_train.data.token_layout import layout_of
-from student_train.models.student import final_hidden
+from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Message, Sample, TokenSpans, ViewGrid, make_sample

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import ObjectiveConfig, ObjectiveName, preset
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import (
     READ_AHEAD,
-    BatchPlan,
     Encoder,
     StudentBatch,
     TrainingStream,
-    check_against_teacher,
     parts_needed,
 )
 from teacher_cache.codec.columns import planes_of

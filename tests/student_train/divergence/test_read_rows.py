@@ -16,8 +16,9 @@ from student_train.head.linear_head import LinearHead
 from student_train.losses.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
 from student_train.losses.reductions import token_mean
 from student_train.ops.use_kernels import SWITCH
+from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import DenseSignal, Signal
-from student_train.signals.top_k import SketchCode, TopKSignal
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
 
 pytest.importorskip("triton")

@@ -14,7 +14,8 @@ from student_train.config.objective import MatchingConfig, preset
 from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.divergence.tail_policies import resolve_tail
 from student_train.losses.objective_loss import distillation_loss
-from student_train.signals.teacher_signal import DenseSignal, TeacherAssets, concatenate
+from student_train.signals.from_cache import TeacherAssets
+from student_train.signals.teacher_signal import DenseSignal, concatenate
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.records.top_k import top_k_record

@@ -13,9 +13,10 @@ from student_train.compression.compression import compress
 from student_train.config.objective import EpicName, ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings, TrainRecipe
-from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream, parts_needed
-from student_train.models.student import final_hidden, output_head
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import StudentBatch, TrainingStream, parts_needed
+from student_train.models.forward import final_hidden, output_head
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder

@@ -9,7 +9,7 @@ from torch import Tensor
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, Stage
 from student_train.epic.partial_rerun import record_entry, rerun
-from student_train.models.student import final_hidden
+from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode

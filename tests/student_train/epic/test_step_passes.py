@@ -15,8 +15,9 @@ from student_train.epic.partial_rerun import LayerEntry, rerun
 from student_train.epic.step_passes import student_pass
 from student_train.epic.step_plan import StepPlan
 from student_train.losses.objective_loss import distillation_loss
-from student_train.models.student import output_head, student_from_vanilla
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.models.forward import output_head
+from student_train.models.student import student_from_vanilla
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder

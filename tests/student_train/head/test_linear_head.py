@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 from student_train.head.chunked_pass import HeadRows, RowLosses
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead, as_linear, without_gradient
-from student_train.models.student import output_head, student_from_vanilla
+from student_train.models.forward import output_head
+from student_train.models.student import student_from_vanilla
 from tests.conftest import TinyFolder
 from tests.support import children
 

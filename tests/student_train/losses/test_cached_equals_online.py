@@ -13,16 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from student_train.config.objective import ObjectiveConfig
+from student_train.data.batch_plan import BatchPlan
 from student_train.data.sample_states import SampleStates, gather_states
-from student_train.data.stream import BatchPlan, StudentBatch, TrainingStream
+from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.data.token_layout import layout_of
 from student_train.divergence.divergence import reverse_kl
 from student_train.losses.objective_loss import distillation_loss
 from student_train.losses.reductions import supervised_rows, token_mean, vlad_means, vsd_loss
 from student_train.losses.vlad import padded
 from student_train.matching.matching import match_tokens
-from student_train.models.student import final_hidden, output_head
-from student_train.signals.teacher_signal import DenseSignal, TeacherAssets
+from student_train.models.forward import final_hidden, output_head
+from student_train.signals.from_cache import TeacherAssets
+from student_train.signals.teacher_signal import DenseSignal
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder

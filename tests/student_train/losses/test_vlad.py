@@ -14,7 +14,8 @@ from student_train.losses import vlad
 from student_train.losses.batch_matching import Matched, start_batch_matching
 from student_train.losses.objective_loss import distillation_loss
 from student_train.losses.vlad import batch_vlad, padded
-from student_train.signals.teacher_signal import HiddenSignal, vision_signal
+from student_train.signals.from_cache import vision_signal
+from student_train.signals.teacher_signal import HiddenSignal
 from teacher_cache.codec.quantize import from_scale, to_scale
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.schema.teacher_output import AffinityRecord

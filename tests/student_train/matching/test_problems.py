@@ -14,7 +14,8 @@ from student_train.matching import cost, matching
 from student_train.matching.cost import problems_at_once
 from student_train.matching.matching import Assignment, match_tokens, start_matching
 from student_train.matching.problems import VisionTokens, find_problems, rows_of
-from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate, vision_signal
+from student_train.signals.from_cache import vision_signal
+from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate
 from teacher_cache.schema.samples import ViewGrid
 from tests.support.batches import RandomBatch, RecordForm, Shape, View, random_batch
 

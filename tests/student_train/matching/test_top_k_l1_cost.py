@@ -12,8 +12,9 @@ from torch import Tensor
 from student_train.config.objective import MatchingConfig
 from student_train.matching.cost import cost_matrix
 from student_train.matching.top_k_l1_cost import sparse_probability_l1
+from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import DenseSignal
-from student_train.signals.top_k import TopKSignal, at_least_float32
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.schema.teacher_output import TopKRecord
 from tests.support.strategies import true_record
 

@@ -14,15 +14,10 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from student_train.models.forward import final_hidden, output_head
 from student_train.models.projectors import average_pool
-from student_train.models.student import (
-    Part,
-    final_hidden,
-    load_student,
-    output_head,
-    set_trainable,
-    student_from_vanilla,
-)
+from student_train.models.student import load_student, student_from_vanilla
+from student_train.models.trainable import Part, set_trainable
 from tests.support.tiny import FAMILIES, tiny_image, tiny_llava, tiny_llava_next
 
 Folder = Callable[[str], Path]

@@ -12,15 +12,9 @@ import torch
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, Stage
 from student_train.config.objective import preset
-from student_train.models.student import (
-    PARTS,
-    Part,
-    final_hidden,
-    load_student,
-    set_trainable,
-    student_from_vanilla,
-    vanilla_student,
-)
+from student_train.models.forward import final_hidden
+from student_train.models.student import load_student, student_from_vanilla, vanilla_student
+from student_train.models.trainable import PARTS, Part, set_trainable
 from teacher_cache.models.checkpoint import load_model
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, encode

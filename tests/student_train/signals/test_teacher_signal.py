@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from student_train.signals.from_cache import TeacherAssets, response_signal, vision_signal
 from student_train.signals.teacher_signal import (
     DenseSignal,
     HiddenSignal,
     Signal,
-    TeacherAssets,
     TopKSignal,
     concatenate,
-    response_signal,
-    vision_signal,
 )
 from tests.support.batches import ONE_IMAGE, TWO_IMAGES, RandomBatch, random_batch
 

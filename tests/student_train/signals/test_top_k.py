@@ -17,9 +17,9 @@ from student_train.divergence.divergence import Divergence, forward_kl, jensen_s
 from student_train.divergence.tail_policies import resolve_tail
 from student_train.losses.objective_loss import distillation_loss
 from student_train.matching.cost import cost_matrix
-from student_train.matching.quality import kept_mass
-from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate
-from student_train.signals.top_k import SketchCode, TopKSignal
+from student_train.signals.sketch_code import SketchCode
+from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate, kept_mass
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_record

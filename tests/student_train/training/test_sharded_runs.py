@@ -20,9 +20,10 @@ from transformers import AutoModelForImageTextToText
 from student_train.config.objective import ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.data.stream import BatchPlan, TrainingStream
-from student_train.models.student import set_trainable
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import TrainingStream
+from student_train.models.trainable import set_trainable
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader

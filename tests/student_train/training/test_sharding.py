@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from student_train.compression.decoder import decoder_of
-from student_train.models.student import output_head, vanilla_student
+from student_train.models.forward import output_head
+from student_train.models.student import vanilla_student
 from student_train.training.fsdp import (
     average_gradients,
     gathered_head,

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from student_train.config.objective import ObjectiveConfig, preset
-from student_train.data.stream import BatchPlan, TrainingStream
-from student_train.models.student import set_trainable
-from student_train.signals.teacher_signal import TeacherAssets
+from student_train.data.batch_plan import BatchPlan
+from student_train.data.stream import TrainingStream
+from student_train.models.trainable import set_trainable
+from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import RunIdentity
 from student_train.training.run import train_student
 from student_train.training.trainer import student_loss

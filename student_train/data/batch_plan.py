@@ -1,0 +1,47 @@
+"""Which positions of the sample order form a batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from student_train.data.sample_order import micro_batches, owned_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """How the endless order is cut: `batch_size` samples a step, over all ranks and micro-batches.
+
+    ValueError unless every rank gets the same number of full micro-batches in every step: then a
+    step's gradient, the mean over ranks and micro-batches, weighs all samples alike.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size} workers")
+        if self.batch_size % (self.micro_batch_size * self.world_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {self.world_size} workers; choose a micro_batch_size "
+                f"that divides {self.batch_size / self.world_size:g}"
+            )
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that one rank computes for one optimizer step."""
+        return self.batch_size // (self.micro_batch_size * self.world_size)
+
+    def positions(self, start: int) -> Iterator[range]:
+        """Positions of this rank's micro-batches from position `start` on, endless.
+
+        ValueError where `start` is not the beginning of a step.
+        """
+        if start < 0 or start % self.batch_size:
+            raise ValueError(f"position {start} is not a multiple of batch_size {self.batch_size}")
+        for begin in count(start, self.batch_size):
+            share = owned_positions(begin, self.batch_size, self.rank, self.world_size)
+            yield from micro_batches(share, self.micro_batch_size)

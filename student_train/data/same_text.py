@@ -1,0 +1,56 @@
+"""Requires that the student reads the same text tokens as the teacher did."""
+
+import torch
+
+from student_train.config.objective import MatchScope
+from teacher_cache.models.collate import EncodedSample
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.teacher_output import TeacherOutput
+
+
+def check_against_teacher(
+    encoded: EncodedSample, output: TeacherOutput, scope: MatchScope | None
+) -> None:
+    """Refuse a sample whose student tokens do not correspond to the teacher's (SampleError).
+
+    The text of the messages must be the same tokens, of the same roles, on the same side of the
+    first image. `scope` is the matching's, None where no vision tokens are matched: a matching per
+    view needs the same views in the same order, one per image the same images.
+    """
+    spans = encoded.spans
+    if not torch.equal(spans.content_ids, output.content_ids):
+        raise SampleError(encoded.source_id, _first_difference(spans.content_ids, output))
+    for name in ("is_response", "after_image"):
+        if not torch.equal(getattr(spans, name), getattr(output, name)):
+            raise SampleError(
+                encoded.source_id,
+                f"student and teacher have the same text tokens but differ in which of them are "
+                f"{name}; use the teacher's chat template for the student",
+            )
+    student = [(view.image, view.view) for view in spans.views]
+    teacher = [(view.image, view.view) for view in output.views]
+    if {image for image, _ in student} != {image for image, _ in teacher}:
+        raise SampleError(
+            encoded.source_id,
+            f"the student sees {len({image for image, _ in student})} images, the teacher saw "
+            f"{len({image for image, _ in teacher})}",
+        )
+    if scope == "view" and student != teacher:
+        raise SampleError(
+            encoded.source_id,
+            f"the student sees the (image, view) pairs {student}, the teacher saw {teacher}; "
+            "use matching scope `global`, or image settings that give equal views",
+        )
+
+
+def _first_difference(student_ids: torch.Tensor, output: TeacherOutput) -> str:
+    common = min(len(student_ids), len(output.content_ids))
+    differs = student_ids[:common] != output.content_ids[:common]
+    where = int(differs.nonzero()[0]) if bool(differs.any()) else common
+    found = student_ids[where : where + 5].tolist()
+    expected = output.content_ids[where : where + 5].tolist()
+    return (
+        f"the student's tokenizer gives {len(student_ids)} text tokens, the teacher's gave "
+        f"{len(output.content_ids)}; from token {where} on found ids {found}, expected {expected}; "
+        "use a student with the tokenizer and chat template of the cache's teacher"
+    )

@@ -1,0 +1,105 @@
+"""Makes the teacher's signals from a record of a cache."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_train.config.compression import grid_ratio
+from student_train.signals.sketch_code import SketchCode
+from student_train.signals.teacher_signal import HiddenSignal, Signal, _move_head
+from student_train.signals.top_k import TopKSignal
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherAssets:
+    """What a cache stores once: the head of tier `hidden`, the basis of tier `topk+sketch`, and of
+    both top-k tiers the template of their tails, unless the cache is of an earlier day."""
+
+    head: LmHead | None = None
+    sketch: SketchBasis | None = None
+    template: TailTemplate | None = None
+
+    def to(self, device: torch.device) -> "TeacherAssets":
+        """The same assets on another device."""
+        return TeacherAssets(
+            head=None if self.head is None else _move_head(self.head, device),
+            sketch=None if self.sketch is None else self.sketch.to(device),
+            template=None if self.template is None else self.template.to(device),
+        )
+
+
+def vision_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
+    """The teacher at its M vision positions; ValueError where the record or its asset is absent."""
+    if output.hidden is not None:
+        return HiddenSignal(hidden=output.hidden.vision, head=_require_head(assets))
+    if output.vision is None:
+        raise ValueError("the cached sample was read without its part `vision` (or `hidden`)")
+    sketch = None
+    if output.sketch is not None:
+        if assets.sketch is None:
+            raise ValueError("sketch codes need the cache's basis: CacheReader.sketch_basis()")
+        sketch = SketchCode(
+            codes=output.sketch.codes,
+            scale=output.sketch.scale,
+            tail_shift=output.sketch.tail_shift,
+            basis=assets.sketch,
+        )
+    template = None if assets.template is None else assets.template.vision
+    return _from_record(output.vision, template, sketch)
+
+
+def response_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
+    """The teacher over its R response tokens; ValueError where the record is absent."""
+    if output.hidden is not None:
+        return HiddenSignal(hidden=output.hidden.predicting, head=_require_head(assets))
+    if output.response is None:
+        raise ValueError("the cached sample was read without its part `response` (or `hidden`)")
+    return _from_record(output.response, _response_template(assets))
+
+
+def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: float) -> Signal:
+    """The teacher over its R response tokens, dropping at most the share `wanted` of its own vision
+    tokens: at the largest ratio of the sample's grid that is no more than that (`grid_ratio`).
+
+    What was read without its grid, or is of a cache that has none, is at ratio 0, which drops
+    nothing: `response_signal`. ValueError where the record or its asset is absent.
+    """
+    grid = output.hidden_grid if output.hidden is not None else output.response_grid
+    ratio = grid_ratio(grid or (), wanted)
+    if ratio == 0:
+        return response_signal(output, assets)
+    if output.hidden is not None and output.hidden_grid is not None:
+        return HiddenSignal(hidden=output.hidden_grid[ratio], head=_require_head(assets))
+    assert output.response_grid is not None
+    return _from_record(output.response_grid[ratio], _response_template(assets))
+
+
+def _response_template(assets: TeacherAssets) -> Tensor | None:
+    return None if assets.template is None else assets.template.response
+
+
+def _from_record(
+    record: TopKRecord, template: Tensor | None, sketch: SketchCode | None = None
+) -> TopKSignal:
+    return TopKSignal(
+        ids=record.ids,
+        logits=record.logits,
+        logsumexp=record.logsumexp,
+        log_tail=record.log_tail,
+        vocab_size=record.vocab_size,
+        num_kept=record.num_kept,
+        log_least=record.log_least,
+        sketch=sketch,
+        template=template,
+    )
+
+
+def _require_head(assets: TeacherAssets) -> LmHead:
+    if assets.head is None:
+        raise ValueError("hidden records need the cache's LM head: CacheReader.head()")
+    return assets.head
