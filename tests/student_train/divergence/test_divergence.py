@@ -14,7 +14,7 @@ from student_train.config.objective import TailPolicy
 from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.divergence.tail_policies import resolve_tail
 from student_train.signals.sketch_code import SketchCode
-from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, , TopKSignal
+from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis, encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_record
