@@ -7,7 +7,6 @@ is called. Exit codes as of every command (cli.py); 3 is a cache that something 
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tyro
@@ -41,7 +40,7 @@ class Verify:
         from teacher_cache.folder.verify import verify_cache
 
         with Bars() as bars:
-            report = verify_cache(self.cache, partial(bars.update, "verify"), self.workers)
+            report = verify_cache(self.cache, bars.update, self.workers)
             problems, plain = list(report.problems), dataclasses.asdict(report)
             lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
             if self.teacher is not None and not problems:

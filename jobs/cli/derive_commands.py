@@ -7,7 +7,6 @@ here loads a heavy library before its command is called. Exit codes as of every 
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +84,7 @@ class Export:
         from teacher_cache.derive.export import export_cache
 
         with Bars() as bars:
-            seal = export_cache(self.cache, self.out, self.format, partial(bars.update, "shards"))
+            seal = export_cache(self.cache, self.out, self.format, bars.update)
         return say_seal(self.out, seal, self.json)
 
 
@@ -117,7 +116,7 @@ class Merge:
                 self.out,
                 on_duplicate=self.on_duplicate,
                 form=self.format,
-                progress=partial(bars.update, "shards"),
+                progress=bars.update,
             )
         return say_seal(self.out, seal, self.json)
 

@@ -10,7 +10,7 @@ samples is refused with the fields that differ; a bad sample is named, never sil
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
@@ -38,6 +38,7 @@ from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
 from teacher_cache.schema.options import holds
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.rows import content_key
@@ -47,13 +48,6 @@ from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, done so far, total)."""
-
-
-def no_progress(_what: str, _done: int, _total: int) -> None:
-    """Report nothing."""
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from typing import get_args
 
 import torch
 
-from pipeline.build.build import Progress, build_all, no_progress
+from pipeline.build.build import build_all
 from pipeline.build.teacher_identity import load_as, record_settings, require_same_teacher
 from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
 from pipeline.config.stages import CALIBRATION_TOKENS, QUALITY_SAMPLES
@@ -38,6 +38,7 @@ from teacher_cache.folder.writer import commit_shard, write_shard_file
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.encoded_row import EncodedRow

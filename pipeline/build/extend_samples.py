@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.build.build import CacheBuilder, Progress, build_all, no_progress
+from pipeline.build.build import CacheBuilder, build_all
 from pipeline.build.teacher_identity import require_same_teacher
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import BuildConfig, SourceConfig
@@ -22,6 +22,7 @@ from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.shard_plan import group_shards
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.options import holds
+from teacher_cache.schema.progress import Progress, no_progress
 
 
 class CacheExtender(CacheBuilder):

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.build.build import Progress, no_progress
 from pipeline.config.plan import PlanConfig
 from pipeline.config.stages import SourceConfig
 from pipeline.fidelity.recommend import STAND_IN, PilotReport, Tail, TierMeasure, recommend
@@ -31,6 +30,7 @@ from teacher_cache.records.tail_template import MeanTail, TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.teacher import Teacher

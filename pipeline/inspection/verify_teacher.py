@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.build.build import Progress, no_progress
 from pipeline.build.teacher_identity import load_as, other_teacher, record_settings
 from pipeline.inspection.compare_outputs import (
     Difference,
@@ -32,6 +31,7 @@ from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import DTYPES, RecordSettings
 from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.rows import decode_row, encode_row

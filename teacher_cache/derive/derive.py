@@ -56,7 +56,7 @@ def derive(
     for index in range(len(plan.shards)):
         if index not in done:
             make(index)
-        progress(index + 1, len(plan.shards))
+        progress("shards", index + 1, len(plan.shards))
     return seal_cache(out)
 
 

@@ -7,7 +7,7 @@ shares it. Refuses keys that the base does not have and choices that leave nothi
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from teacher_cache.derive.derive import derive, rehomed
@@ -100,7 +100,7 @@ def choose(
 
 def _admitted(reader: CacheReader, index: int, selection: Selection, progress: Progress) -> bool:
     output = reader.read(index, ()).output
-    progress(index + 1, len(reader))
+    progress("choose", index + 1, len(reader))
     num_vision = sum(view.num_tokens for view in output.views)
     return selection.admits(num_vision, int(output.is_response.sum()))
 
@@ -112,7 +112,7 @@ def subset_cache(
     *,
     form: ShardFormatName | None = None,
     samples_per_shard: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda _what, _done, _total: None,
+    progress: Progress = no_progress,
 ) -> Seal:
     """Write the chosen rows of a sealed cache as a cache of their own.
 
@@ -121,7 +121,7 @@ def subset_cache(
     if samples_per_shard is not None and samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
     base = SealedCache.open(location)
-    chosen = choose(base.reader, selection, lambda done, total: progress("choose", done, total))
+    chosen = choose(base.reader, selection, progress)
     size = samples_per_shard or max(base.reader.shard_sizes)
     parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     positions = [place for commit in base.seal.shards for place in base.kept(commit)]
@@ -139,7 +139,7 @@ def subset_cache(
         head=base.head,
         sketch=base.sketch,
         template=base.template,
-        progress=lambda done, total: progress("shards", done, total),
+        progress=progress,
     )
 
 

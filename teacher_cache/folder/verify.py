@@ -8,7 +8,7 @@ functions, so that what passes here can be read. Refuses a cache that is not sea
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.shards.rows import read_sample, tier_parts
 from teacher_cache.storage.durable_files import sha256_file
 from teacher_cache.storage.open_store import open_store
@@ -50,10 +51,10 @@ class VerifyReport:
 
 def verify_cache(
     location: Location,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
     num_threads: int | None = None,
 ) -> VerifyReport:
-    """Check every byte of a sealed cache; `progress` is called with (samples done, in all).
+    """Check every byte of a sealed cache; `progress` counts samples.
 
     `num_threads` look at one shard each; by default `NUM_THREADS`, or as many as there are CPUs.
     The report is in the order of the shards, whatever the number of threads.
@@ -72,9 +73,9 @@ def verify_cache(
         for problem in _shard_problems(cache, plan, commit):
             if problem is not None:
                 problems.append(problem)
-            elif progress is not None:
+            else:
                 with lock:
-                    progress(next(done), seal.num_samples)
+                    progress("verify", next(done), seal.num_samples)
         return problems
 
     # Fetching, hashing and decompression leave the interpreter to other threads.

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int], None]
-"""Called with (shards that are there, shards in all)."""
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done so far, total)."""
 
 
-def no_progress(_done: int, _total: int) -> None:
+def no_progress(_what: str, _done: int, _total: int) -> None:
     """Report nothing."""
