@@ -23,58 +23,20 @@ import torch
 import zstandard
 from torch import Tensor
 
+from benchmarks.synthetic.correlated_states import DTYPES, GRID, VOCAB_SIZE, WIDTH, planes, states
+from benchmarks.synthetic.tables import print_table
 from teacher_cache.codec import frames
 from teacher_cache.codec.columns import encode_plane
 from teacher_cache.codec.frames import decode_frame, encode_frame
 from teacher_cache.codec.transforms import DICTIONARY, PLAIN, PLANES, RANKS
 from teacher_cache.records.affinity import cosine_affinity
-from teacher_cache.records.top_k import top_k_record
 
-VOCAB_SIZE, NUM_USED = 151_936, 24_576
-GRID, CELL, WIDTH = 24, 4, 32
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 COLUMNS = (
     *("tokens", "logits", "k", "shared", "raw", "A: plain", "B: ids + logits + normaliser"),
     *("B / A", "encode A", "encode B", "decode A", "decode B", "naive", "B / naive"),
 )
 GOAL_BYTES = 160
 """Per token: ids, logits and normaliser at k = 64 where logits have 16 bits (correlated data)."""
-
-
-def states(seed: int, correlated: bool, grid: int = GRID) -> Tensor:
-    """[M, D] states of one image: random vectors on a coarse lattice, interpolated, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(grid, grid, WIDTH, generator=generator)
-    if not correlated:
-        return noise.reshape(-1, WIDTH)
-    side = grid // CELL + 1
-    coarse = torch.randn(1, WIDTH, side, side, generator=generator)
-    smooth = torch.nn.functional.interpolate(
-        coarse, size=(grid, grid), mode="bilinear", align_corners=True
-    )
-    field = smooth[0].permute(1, 2, 0) + 0.22 * noise
-    return (field / field.square().mean().sqrt()).reshape(-1, WIDTH)
-
-
-def made_up_logits(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [M, NUM_USED] of states, and the vocabulary rows that are in use; all else is -inf."""
-    generator = torch.Generator().manual_seed(20)
-    head = torch.randn(WIDTH, NUM_USED, generator=generator) * 4.3 / WIDTH**0.5
-    bias = torch.randn(NUM_USED, generator=generator) * 1.5
-    used = torch.randperm(VOCAB_SIZE, generator=generator)[:NUM_USED].sort().values
-    return hidden @ head + bias, used
-
-
-def planes(hidden: Tensor, dtype: torch.dtype, k: int) -> dict[str, Tensor]:
-    """The vision planes of an image whose logits were computed in `dtype`."""
-    logits, used = made_up_logits(hidden)
-    record = top_k_record(logits.to(dtype), k)
-    return {
-        "v_ids": used[record.ids.long()].to(torch.int32),
-        "v_logits": record.logits,
-        "v_lse": record.logsumexp,
-        "v_tail": record.log_tail,
-    }
 
 
 def other_planes(hidden: Tensor) -> dict[str, Tensor]:
@@ -236,14 +198,6 @@ def by_layout(correlated: bool) -> dict[str, dict[str, float]]:
         }
         for plane, values in every.items()
     }
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in Markdown."""
-    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print()
 
 
 def main(arguments: Sequence[str]) -> int:

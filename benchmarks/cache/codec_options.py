@@ -19,16 +19,16 @@ import torch
 import zstandard
 from torch import Tensor
 
-from benchmarks.cache.codec import (
+from benchmarks.cache.codec import seconds
+from benchmarks.synthetic.correlated_states import (
     DTYPES,
     GRID,
     VOCAB_SIZE,
     WIDTH,
     made_up_logits,
-    print_table,
-    seconds,
     states,
 )
+from benchmarks.synthetic.tables import print_table
 from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.affinity import cosine_affinity

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.cache.codec import print_table
 from benchmarks.synthetic.cached_samples import make_samples, tensors
+from benchmarks.synthetic.tables import print_table
 from teacher_cache.codec.columns import encode_plane
 from teacher_cache.schema.teacher_output import CachedSample
 

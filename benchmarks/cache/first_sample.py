@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache.codec import print_table
 from benchmarks.cache.containers import (
     MDS_SHARD_BYTES,
     ROWS_PER_SHARD,
@@ -30,6 +29,7 @@ from benchmarks.cache.containers import (
     fields,
 )
 from benchmarks.synthetic.cached_samples import make_samples
+from benchmarks.synthetic.tables import print_table
 from teacher_cache.schema.teacher_output import CachedSample
 
 OUR_DEFAULT_ROWS = 256

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache.codec import print_table
 from benchmarks.cache.containers import ROWS_PER_SHARD, Container, containers, fields
 from benchmarks.cache.first_sample import first_sample
 from benchmarks.synthetic.cached_samples import make_samples
+from benchmarks.synthetic.tables import print_table
 from teacher_cache.schema.teacher_output import CachedSample
 
 COLUMNS = (

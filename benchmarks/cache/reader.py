@@ -24,12 +24,13 @@ import torch
 import zstandard
 
 from benchmarks.cache import entropy_bound, first_sample, loader_vs_step
-from benchmarks.cache.codec import decode_naively, print_table
+from benchmarks.cache.codec import decode_naively
 from benchmarks.cache.containers import ROWS_PER_SHARD, Container, LitData, Mds, Ours, ParquetZstd
 from benchmarks.cache.distillkit_codec import pack, unpack
 from benchmarks.cache.first_sample import FirstSample, compare_first
 from benchmarks.cache.formats import Row, compare, seconds, take
 from benchmarks.synthetic.cached_samples import PARTS, VOCAB_SIZE, build_cache, make_samples
+from benchmarks.synthetic.tables import print_table
 from student_train.data.prefetch import read_ahead
 from teacher_cache.codec.frames import decode_frame, encode_frame
 from teacher_cache.folder.reader import CacheReader

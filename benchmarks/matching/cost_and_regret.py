@@ -30,8 +30,8 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
+from benchmarks.synthetic.memory import status_mib
 from benchmarks.synthetic.vision_states import WIDTH, Models, Problem
-from benchmarks.training.losses import status_mib
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.certificate import certified_pairs

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cache.codec import DTYPES, VOCAB_SIZE, WIDTH, planes, states
+from benchmarks.synthetic.correlated_states import DTYPES, VOCAB_SIZE, WIDTH, planes, states
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.affinity import cosine_affinity

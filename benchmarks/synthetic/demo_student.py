@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import recipes
-from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.config.build import SourceConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
 from pipeline.sources.source import open_source

@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaConfig, SiglipVisionConfig
 
-from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.config.build import SourceConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import IMAGE_PIXELS, PATCH_PIXELS, write_digits
 from pipeline.demo.model import build_processor, build_tokenizer
 from pipeline.sources.source import open_source

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.synthetic.memory import status_mib
 from benchmarks.training.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
-from benchmarks.training.losses import status_mib
 from student_train.compression.compression import compress
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig

@@ -20,20 +20,19 @@ gradients included. Time is processor time, best of some rounds in turns. Needs 
 """
 
 import argparse
-import ctypes
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.synthetic.memory import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from student_train.config.objective import DivergenceName, ObjectiveConfig
 from student_train.head.chunked_pass import HeadRows, even_slices
 from student_train.head.fused_loss import head_loss
@@ -221,7 +220,6 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "E renormalised": renormalised,
     "F squared": squared,
 }
-Found = TypeVar("Found")
 SLOW, OTHERS = ("B checkpoint", "C chunked"), ("E renormalised", "F squared")
 
 
@@ -229,56 +227,6 @@ def ways_of(cell: Cell, large: bool) -> list[str]:
     """The ways that are measured; the slow ones where they end soon."""
     soon = large or (cell.num_rows * cell.vocab_size < 10**7 and cell.teacher == "top-64")
     return [name for name in WAYS if soon or name not in SLOW]
-
-
-def status_mib(field: str) -> float:
-    """A field of /proc/self/status, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def in_child(work: Callable[[], Found]) -> Found:
-    """What `work` returns in a forked child, which has no threads of ours."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    child = fork.Process(target=lambda: theirs.send(work()))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        child.join()
-
-
-def return_freed_memory() -> None:
-    """Let glibc map every larger block and unmap it when it is freed, here and in children.
-
-    Call it before anything is allocated: what lies free in the heap would be used again.
-    """
-    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-
-
-def keep_freed_memory() -> None:
-    """What glibc comes to by itself: blocks of up to 32 MiB are used again."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 2**25)
-    libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
-
-
-def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
-    """What `work` adds to the resident set at its peak, in a child; see `return_freed_memory`.
-
-    `before` is done first: code that the child loads at first use is no part of it.
-    """
-
-    def measure() -> float:
-        before()
-        Path("/proc/self/clear_refs").write_text("5")
-        resident = status_mib("VmRSS")
-        work()
-        return status_mib("VmHWM") - resident
-
-    return in_child(measure)
 
 
 def measure_times(problem: Problem, names: list[str], rounds: int) -> dict[str, float]:

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.synthetic.memory import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from benchmarks.synthetic.vision_states import WIDTH, Models, field
-from benchmarks.training.losses import in_child, keep_freed_memory, peak_mib, return_freed_memory
 from student_train.config.objective import ObjectiveConfig
 from student_train.data.sample_states import SampleStates
 from student_train.head.linear_head import LinearHead

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from jobs.cluster.progress import complain, say
+from jobs.cli.output import complain, say
 
 
 @dataclass(frozen=True, kw_only=True)

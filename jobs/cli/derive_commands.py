@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import tyro
 
+from jobs.cli.output import say
 from jobs.cluster.options import RayOptions
-from jobs.cluster.progress import say
 from pipeline.config.extend import ExtendConfig
 from teacher_cache.schema.options import ShardFormatName
 

@@ -21,7 +21,8 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from pipeline.config.stages import SourceConfig, TrainConfig
+from pipeline.config.build import SourceConfig
+from pipeline.config.stages import TrainConfig
 from student_train.config.compression import TextSource
 from student_train.config.objective import (
     TERMS,

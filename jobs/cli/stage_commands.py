@@ -18,11 +18,13 @@ import tyro
 
 from jobs.cli.cache_commands import Gc, Inspect, Verify
 from jobs.cli.derive_commands import Export, Extend, Merge, Subset
+from jobs.cli.output import complain, say
 from jobs.cluster.options import RayOptions
-from jobs.cluster.progress import complain, say
+from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
+from pipeline.demo.config import DigitsConfig
 
 Command = Callable[[], int]
 Stage = Literal["build", "extend", "train", "evaluate"]

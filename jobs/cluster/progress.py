@@ -1,21 +1,9 @@
 """What commands show: answers on stdout; on stderr a bar for each thing that is done, in turn."""
 
-import sys
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
-
-
-def complain(text: str | None) -> None:
-    """Print what must not be overlooked beside the answer; nothing where there is nothing."""
-    if text is not None:
-        print(text, file=sys.stderr, flush=True)
-
-
-def say(text: str) -> None:
-    """Print a command's answer at once, whoever reads it."""
-    print(text, flush=True)
 
 
 class Bars:

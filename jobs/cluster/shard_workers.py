@@ -20,7 +20,7 @@ from jobs.cluster.actor_pool import ActorPool, WorkerLostError, get, worker_reso
 from jobs.cluster.crash_bisection import TooManyDeathsError, find_killers
 from jobs.cluster.options import RayOptions
 from jobs.cluster.progress import Bars
-from pipeline.build.build import missing_shards
+from pipeline.build.shard_builder import missing_shards
 from teacher_cache.folder.writer import seal_cache
 from teacher_cache.schema.manifest import Plan, Seal
 from teacher_cache.schema.progress import Progress

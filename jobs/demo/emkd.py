@@ -33,8 +33,9 @@ from jobs.demo.stages import (
 from jobs.stages.absolute_paths import absolute
 from jobs.stages.build import run_build
 from pipeline.build.build import finished
-from pipeline.config import recipes
-from pipeline.config.stages import DigitsConfig, ReportConfig, TrainConfig
+from pipeline.config.stages import ReportConfig, TrainConfig
+from pipeline.demo import recipes as demo_recipes
+from pipeline.demo.config import DigitsConfig
 from pipeline.report.report import write_report
 from student_train.config.objective import ObjectiveName
 from student_train.training.checkpoint import FINAL_FOLDER
@@ -54,7 +55,7 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
     make_teacher(digits, teacher, sizes.teacher)
     configs = {
         (objective, seed): sizes.resized(
-            recipes.demo_student(
+            demo_recipes.demo_student(
                 cache=out / "cache",
                 teacher=teacher / FINAL_FOLDER,
                 out=out / "runs" / f"{objective}-{seed}",
@@ -68,7 +69,7 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
     models = {out / "runs" / "teacher": teacher / FINAL_FOLDER}
     models.update({config.out: config.out / FINAL_FOLDER for config in configs.values()})
     evaluations = [
-        recipes.demo_evaluation(
+        demo_recipes.demo_evaluation(
             model=model,
             source=data / "heldout.json",
             out=run / "eval",
@@ -77,13 +78,13 @@ def run_demo(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
         for run, model in models.items()
     ]
     caches = [
-        recipes.demo_cache(
+        demo_recipes.demo_cache(
             source=data / "heldout.json",
             teacher=teacher / FINAL_FOLDER,
             out=out / "cache-pictures",  # a few held-out samples, to draw matchings of
             limit=NUM_PICTURES,
         ),
-        recipes.demo_cache(
+        demo_recipes.demo_cache(
             source=data / "train.json", teacher=teacher / FINAL_FOLDER, out=out / "cache"
         ),
     ]

@@ -37,8 +37,9 @@ from jobs.demo.stages import (
 from jobs.stages.absolute_paths import absolute
 from jobs.stages.build import run_build
 from pipeline.build.build import finished
-from pipeline.config import recipes
-from pipeline.config.stages import DigitsConfig, EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.demo import recipes as demo_recipes
+from pipeline.demo.config import DigitsConfig
 from pipeline.report.report import write_report
 from pipeline.student.evaluate import METRICS_FILE
 from student_train.config.objective import ObjectiveName
@@ -76,7 +77,7 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
     teacher = make_teacher(digits, out / "teacher", settings)
     configs = {
         (arm, seed): sizes.resized(
-            recipes.demo_epic_student(
+            demo_recipes.demo_epic_student(
                 cache=out / "cache",
                 teacher=teacher,
                 out=out / "runs" / f"{arm}-{seed}",
@@ -95,7 +96,9 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
         for run, model in models.items()
         for evaluation in _evaluations(run, model, data / "heldout.json")
     ]
-    cache = recipes.demo_epic_cache(source=data / "train.json", teacher=teacher, out=out / "cache")
+    cache = demo_recipes.demo_epic_cache(
+        source=data / "train.json", teacher=teacher, out=out / "cache"
+    )
     students, questions = unfinished(list(configs.values())), unscored(evaluations)
     built = finished(absolute(cache)) is not None
     # one session for all stages, none where nothing is left to do
@@ -143,9 +146,9 @@ def lines(out: Path) -> list[str]:
 
 def _evaluations(run: Path, model: Path, source: Path) -> Iterator[EvaluateConfig]:
     """All vision tokens, and every compressor at every ratio."""
-    yield recipes.demo_epic_evaluation(model=model, source=source, out=run / "eval")
+    yield demo_recipes.demo_epic_evaluation(model=model, source=source, out=run / "eval")
     for compressor, ratio, out in _compressed(run):
-        yield recipes.demo_epic_evaluation(
+        yield demo_recipes.demo_epic_evaluation(
             model=model, source=source, out=out, compressor=compressor, ratio=ratio
         )
 

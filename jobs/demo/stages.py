@@ -18,7 +18,8 @@ import ray
 from jobs.cluster.actor_pool import get
 from jobs.cluster.progress import Bars
 from jobs.stages.absolute_paths import absolute
-from pipeline.config.stages import DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
 from pipeline.student.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate

@@ -14,8 +14,8 @@ from jobs.stages.absolute_paths import absolute
 from pipeline.build.build import CacheBuilder, build, finished
 from pipeline.build.extend_records import RecordExtender, extend_records
 from pipeline.build.extend_samples import CacheExtender, extend_samples
+from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.storage.open_store import open_store

@@ -12,19 +12,18 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from pipeline.build.response_grid import require_compressor, with_grid
 from pipeline.build.resume import is_unchanged, keep_settings, require_same_measuring
-from pipeline.config.stages import BuildConfig
+from pipeline.build.shard_builder import build_all
+from pipeline.config.build import BuildConfig
 from pipeline.fidelity.shard_quality import measure_shard
 from pipeline.sources.source import SampleSource, ScannedSample, open_source, scan
 from teacher_cache.folder.layout import (
-    committed,
     read_commit,
     read_plan,
     read_seal,
@@ -33,7 +32,7 @@ from teacher_cache.folder.layout import (
     require_plan,
 )
 from teacher_cache.folder.shard_plan import group_shards, spread_order
-from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.folder.writer import write_assets, write_plan, write_shard
 from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
@@ -48,21 +47,6 @@ from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class ShardBuilder(Protocol):
-    """Whoever can write a cache shard by shard: builds, and the two kinds of extensions."""
-
-    progress: Progress
-
-    def prepare(self) -> Plan:
-        """Write the plan, or check that the one that is there is the one wanted now."""
-        ...
-
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Write and commit a shard of the plan; `killers`: its samples that kill their worker."""
-        ...
 
 
 class CacheBuilder:
@@ -273,31 +257,9 @@ def finished(config: BuildConfig) -> Seal | None:
     return seal if seal is not None and is_unchanged(config) else None
 
 
-def missing_shards(cache: Store) -> list[int]:
-    """Numbers of the planned shards that are not committed yet."""
-    done = committed(cache)
-    return [index for index in range(len(require_plan(cache).shards)) if index not in done]
-
-
 def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
     """Build the whole cache in this process, shard after shard; resumes what is there."""
     seal = finished(config)
     if seal is not None:
         return seal
     return build_all(CacheBuilder(config, progress), open_store(config.out))
-
-
-def build_all(builder: ShardBuilder, cache: Store) -> Seal:
-    """Plan, build every shard that is missing, one after the other, and seal; tells of samples."""
-    progress, plan = builder.progress, builder.prepare()
-    missing = missing_shards(cache)
-    done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
-    for index in missing:
-        builder.progress = partial(_in_all, progress, done, plan.num_samples)
-        builder.build_shard(index)
-        done += len(plan.shards[index])
-    return seal_cache(cache)
-
-
-def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
-    progress("samples", before + done, total)

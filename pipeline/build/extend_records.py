@@ -16,10 +16,10 @@ from typing import get_args
 
 import torch
 
-from pipeline.build.build import build_all
-from pipeline.build.teacher_identity import load_as, record_settings, require_same_teacher
+from pipeline.build.shard_builder import build_all
+from pipeline.build.teacher_identity import load_as, require_same_teacher
+from pipeline.config.checks import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
-from pipeline.config.stages import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.fidelity.shard_quality import measure_shard
 from teacher_cache.codec.columns import planes_of
 from teacher_cache.derive.derive import begin, take_file
@@ -35,7 +35,7 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import spread_order
 from teacher_cache.folder.writer import commit_shard, write_shard_file
-from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.records.make_records import RecordSettings, record_settings
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.options import RecordKind, holds
 from teacher_cache.schema.progress import Progress, no_progress

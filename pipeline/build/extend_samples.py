@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.build.build import CacheBuilder, build_all
+from pipeline.build.build import CacheBuilder
+from pipeline.build.shard_builder import build_all
 from pipeline.build.teacher_identity import require_same_teacher
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig, SourceConfig
 from pipeline.sources.source import scan
 from teacher_cache.derive.derive import begin
 from teacher_cache.derive.merge import take_shard

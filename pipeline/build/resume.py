@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pipeline.config.stages import BuildConfig
+from pipeline.config.build import BuildConfig
 from teacher_cache.folder.layout import committed
 from teacher_cache.storage.open_store import open_store
 

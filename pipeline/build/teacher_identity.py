@@ -58,13 +58,3 @@ def require_same_teacher(spec: CacheSpec, teacher: Teacher, path: str) -> None:
             f"{path} is not the teacher of the cache:\n{table}\n"
             "Give the teacher that the cache was built with."
         )
-
-
-def record_settings(spec: CacheSpec) -> RecordSettings:
-    """The settings that a cache's records were made with."""
-    known = {
-        field.name: getattr(spec, field.name)
-        for field in dataclasses.fields(RecordSettings)
-        if getattr(spec, field.name) is not None
-    }
-    return RecordSettings(**known)

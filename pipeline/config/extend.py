@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.stages import refuse_changed
+from pipeline.config.checks import refuse_changed
 from teacher_cache.schema.options import AffinityDtype, HiddenDtype, LogitsCodec, RecordKind
 from teacher_cache.schema.strict_json import Strict
 

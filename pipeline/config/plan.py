@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.stages import Dtype, at_least_one, refuse_changed
+from pipeline.config.checks import Dtype, at_least_one, refuse_changed
 from teacher_cache.schema.options import AffinityDtype, LogitsCodec, require_ratios
 from teacher_cache.schema.strict_json import Strict
 

@@ -28,7 +28,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config.stages import DigitQuestions, DigitsConfig
+from pipeline.demo.config import DigitQuestions, DigitsConfig
 
 GRID_SIDE = 4
 CELL_PIXELS = 12

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pipeline.config.stages import SourceConfig
+from pipeline.config.build import SourceConfig
 from pipeline.demo.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.demo.model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.sources.source import open_source

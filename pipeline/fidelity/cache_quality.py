@@ -21,7 +21,8 @@ from pipeline.fidelity.recommend import (
     faults,
     recommend,
 )
-from pipeline.fidelity.sizes import SampleShape, Tier, TierSize, asset_bytes, plane_bytes, table
+from pipeline.fidelity.sizes import SampleShape, Tier, TierSize, asset_bytes, plane_bytes
+from pipeline.fidelity.tables import table
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import holds
 from teacher_cache.schema.shard_quality import (

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pipeline.config.build import SourceConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.config.stages import SourceConfig
 from pipeline.fidelity.recommend import STAND_IN, PilotReport, Tail, TierMeasure, recommend
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened

@@ -7,7 +7,8 @@ always names what ruled out the cheaper tiers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.fidelity.sizes import Cost, Tier, TierSize, cost_lines, human_bytes, table
+from pipeline.fidelity.sizes import Cost, Tier, TierSize, cost_lines
+from pipeline.fidelity.tables import human_bytes, table
 
 STAND_IN = "the teacher's own vision states, average-pooled 2 x 2 per view"
 """What takes the place of a student that does not exist yet."""

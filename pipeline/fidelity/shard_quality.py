@@ -14,14 +14,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.build.teacher_identity import record_settings
 from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy
 from student_train.signals.from_cache import TeacherAssets, vision_signal
 from student_train.signals.teacher_signal import HiddenSignal, Signal
 from teacher_cache.codec.columns import output_from_planes, output_planes
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.lm_head import row_chunks
-from teacher_cache.records.make_records import make_output
+from teacher_cache.records.make_records import make_output, record_settings
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import holds
 from teacher_cache.schema.samples import Sample

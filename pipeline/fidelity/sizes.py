@@ -6,10 +6,10 @@ what is small beside them is left out: texts, frame headers, checksums. Imports 
 that the answer is there at once. Units are decimal.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.plan import PlanConfig
+from pipeline.fidelity.tables import human_bytes, table
 from teacher_cache.schema.options import AffinityDtype, LogitsCodec, RecordKind
 
 PAPER_SAMPLES = 779_000
@@ -302,24 +302,3 @@ def cost_lines(spent: Cost) -> list[str]:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds:.3g} seconds"
-
-
-def human_bytes(count: int | float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} PB"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *rest])
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.build.teacher_identity import load_as, other_teacher, record_settings
+from pipeline.build.teacher_identity import load_as, other_teacher
 from pipeline.inspection.compare_outputs import (
     Difference,
     Spread,
@@ -29,7 +29,7 @@ from pipeline.inspection.compare_outputs import (
 )
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import DTYPES, RecordSettings
+from teacher_cache.records.make_records import DTYPES, RecordSettings, record_settings
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
-from teacher_cache.folder.shard_plan import _Ints
+_Ints = npt.NDArray[np.int64]
 
 
 class SampleOrder:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from student_train.config.compression import grid_ratio
 from student_train.signals.sketch_code import SketchCode
-from student_train.signals.teacher_signal import HiddenSignal, Signal, _move_head
+from student_train.signals.teacher_signal import HiddenSignal, Signal, move_head
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
@@ -27,7 +27,7 @@ class TeacherAssets:
     def to(self, device: torch.device) -> "TeacherAssets":
         """The same assets on another device."""
         return TeacherAssets(
-            head=None if self.head is None else _move_head(self.head, device),
+            head=None if self.head is None else move_head(self.head, device),
             sketch=None if self.sketch is None else self.sketch.to(device),
             template=None if self.template is None else self.template.to(device),
         )

@@ -51,7 +51,8 @@ class SketchCode:
         )
 
 
-def _concatenate_codes(codes: Sequence[SketchCode]) -> SketchCode:
+def concatenate_codes(codes: Sequence[SketchCode]) -> SketchCode:
+    """The codes of several sketches of one basis, one after the other."""
     return SketchCode(
         codes=torch.cat([code.codes for code in codes]),
         scale=torch.cat([code.scale for code in codes]),

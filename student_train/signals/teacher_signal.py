@@ -100,7 +100,7 @@ class HiddenSignal:
 
     def to(self, device: torch.device) -> "HiddenSignal":
         """The same signal on another device (free where it is already there)."""
-        return HiddenSignal(hidden=self.hidden.to(device), head=_move_head(self.head, device))
+        return HiddenSignal(hidden=self.hidden.to(device), head=move_head(self.head, device))
 
 
 Signal = DenseSignal | HiddenSignal | TopKSignal
@@ -136,7 +136,8 @@ def _concatenated(signals: Sequence[Signal]) -> Signal:
     raise ValueError(f"cannot concatenate {len(signals)} signals of kinds {kinds} into one")
 
 
-def _move_head(head: LmHead, device: torch.device) -> LmHead:
+def move_head(head: LmHead, device: torch.device) -> LmHead:
+    """The same head on another device."""
     return LmHead.from_tensors({name: value.to(device) for name, value in head.tensors().items()})
 
 

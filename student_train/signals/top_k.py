@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from student_train.ops.precision import at_least_float32
-from student_train.signals.sketch_code import SketchCode, _concatenate_codes
+from student_train.signals.sketch_code import SketchCode, concatenate_codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +205,6 @@ def concatenate_top_k(signals: Sequence[TopKSignal]) -> TopKSignal:
         vocab_size=signals[0].vocab_size,
         num_kept=None if rectangular else torch.cat([signal.counts for signal in signals]),
         log_least=torch.cat(floors) if floors else None,
-        sketch=_concatenate_codes(codes) if codes else None,
+        sketch=concatenate_codes(codes) if codes else None,
         template=signals[0].template,
     )

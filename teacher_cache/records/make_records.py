@@ -20,6 +20,7 @@ from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis, encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden
+from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, holds, require_cut
 from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import (
@@ -171,3 +172,13 @@ def _on_cpu(record: TopKRecord) -> TopKRecord:
         num_kept=None if record.num_kept is None else record.num_kept.cpu(),
         log_least=None if record.log_least is None else record.log_least.cpu(),
     )
+
+
+def record_settings(spec: CacheSpec) -> RecordSettings:
+    """The settings that a cache's records were made with."""
+    known = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(RecordSettings)
+        if getattr(spec, field.name) is not None
+    }
+    return RecordSettings(**known)

@@ -16,8 +16,8 @@ import torch
 from pipeline.build.build import build
 from pipeline.build.extend_records import extend_records
 from pipeline.build.extend_samples import extend_samples
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, holds
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample

@@ -1,6 +1,6 @@
 """Every point at which a build changes a disk, and all that can go wrong there.
 
-The points are the calls of `storage.STEPS` and, between them, every row that is written into a
+The points are the calls of `durable_files.STEPS` and, between them, every row written into a
 shard. A *kill* ends the process just before a step, just after it, or half-way through its bytes;
 an *error* is raised there instead. Each try begins with an empty folder: the build is struck, a
 reader is refused or reads everything, nothing that has a public name is half there, and the same
@@ -30,7 +30,7 @@ from teacher_cache.schema.errors import IncompleteCacheError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.shards.arrow import ArrowFormat
 from teacher_cache.shards.webdataset import WebDatasetFormat
-from teacher_cache.storage import store
+from teacher_cache.storage import durable_files
 from teacher_cache.storage.store import Location
 from tests.support.builders import build, exit_status, forked, published
 from tests.support.strategies import VOCAB_SIZE, WIDTH, make_cached, make_spec
@@ -101,17 +101,17 @@ class Watch:
     @contextmanager
     def __call__(self) -> Generator[None]:
         """Let every step pass by here."""
-        steps = {name: getattr(store, name) for name in store.STEPS}
+        steps = {name: getattr(durable_files, name) for name in durable_files.STEPS}
         formats: dict[Any, Any] = {form: form.write for form in (ArrowFormat, WebDatasetFormat)}
         try:
             for name, work in steps.items():
-                setattr(store, name, self.step(name, work))
+                setattr(durable_files, name, self.step(name, work))
             for form, write in formats.items():
                 form.write = self.write(write)
             yield
         finally:
             for name, work in steps.items():
-                setattr(store, name, work)
+                setattr(durable_files, name, work)
             for form, write in formats.items():
                 form.write = write
 

@@ -12,13 +12,8 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from pipeline.build.build import build
-from pipeline.config.stages import (
-    BuildConfig,
-    EvaluateConfig,
-    ReportConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
 from pipeline.inspection.cache import describe_cache
 from pipeline.report.report import write_report
 from pipeline.student.evaluate import evaluate

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.build.build import build
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig, SourceConfig
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.paths import ROOT

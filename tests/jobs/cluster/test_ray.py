@@ -14,8 +14,9 @@ from jobs.stages.build import run_build, run_extend
 from jobs.stages.evaluate import run_evaluate
 from jobs.stages.train import run_train
 from pipeline.build.build import build
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig, EvaluateConfig, SourceConfig, TrainConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.student.train import train
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder

@@ -14,7 +14,7 @@ from jobs.cluster.options import RayOptions
 from jobs.stages import build
 from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

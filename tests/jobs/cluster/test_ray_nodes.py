@@ -14,7 +14,7 @@ from jobs.cluster.options import RayOptions
 from jobs.stages import build as build_cache
 from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder, build
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json

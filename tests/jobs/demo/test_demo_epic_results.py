@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
-from pipeline.config import recipes
+from pipeline.demo import recipes as demo_recipes
 from student_train.config.compression import CompressionSettings, Stage
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
@@ -33,7 +33,7 @@ def _evaluated(run: Path, num_right: int) -> None:
 
 def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_path: Path) -> None:
     configs = {
-        (arm, seed): recipes.demo_epic_student(
+        (arm, seed): demo_recipes.demo_epic_student(
             cache=tmp_path / "cache",
             teacher=tmp_path / "teacher" / "final",
             out=tmp_path / "runs" / f"{arm}-{seed}",

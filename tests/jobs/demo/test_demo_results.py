@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from jobs.demo.emkd import results
-from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
+from pipeline.demo import recipes as demo_recipes
 from student_train.config.objective import ObjectiveName
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
@@ -15,7 +15,7 @@ from tests.support.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run
 
 
 def _student(out: Path, objective: ObjectiveName, seed: int) -> TrainConfig:
-    return recipes.demo_student(
+    return demo_recipes.demo_student(
         cache=out / "cache",
         teacher=out / "teacher" / "final",
         out=out / "runs" / f"{objective}-{seed}",

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.build.build import CacheBuilder, build, missing_shards
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.build.build import CacheBuilder, build
+from pipeline.build.shard_builder import missing_shards
+from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader

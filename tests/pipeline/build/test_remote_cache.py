@@ -12,7 +12,8 @@ import torch
 from jobs.cli.__main__ import main
 from jobs.stages.absolute_paths import absolute
 from pipeline.build.build import build
-from pipeline.config.stages import BuildConfig, SourceConfig, TrainConfig
+from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.storage.open_store import open_store

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.build import build as build_module
-from pipeline.build.build import CacheBuilder, build, missing_shards
+from pipeline.build.build import CacheBuilder, build
 from pipeline.build.response_grid import compression_at, with_grid
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.build.shard_builder import missing_shards
+from pipeline.config.build import BuildConfig, SourceConfig
 from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
 from teacher_cache.folder.reader import CacheReader

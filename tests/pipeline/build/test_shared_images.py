@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.build.build import CacheBuilder, build, missing_shards
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.build.build import CacheBuilder, build
+from pipeline.build.shard_builder import missing_shards
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.inspection.verify_teacher import verify_teacher
 from teacher_cache.codec.columns import VISION_PLANES, encode_plane, output_planes
 from teacher_cache.folder.layout import require_plan

@@ -9,7 +9,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipeline.build.build import build
 from pipeline.config import recipes
-from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.config.build import BuildConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
+from pipeline.demo import recipes as demo_recipes
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
 from pipeline.student.evaluate import evaluate
@@ -34,12 +37,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     teacher = train_demo_teacher(root / "data", root / "teacher", settings)
     source = root / "data/train.json"
-    build(recipes.demo_epic_cache(source=source, teacher=teacher, out=root / "cache"))
+    build(demo_recipes.demo_epic_cache(source=source, teacher=teacher, out=root / "cache"))
     return root
 
 
 def student(objective: ObjectiveName, progressive: bool, root: Path = Path("r")) -> TrainConfig:
-    return recipes.demo_epic_student(
+    return demo_recipes.demo_epic_student(
         cache=root / "cache",
         teacher=root / "teacher/final",
         out=root / f"{objective}-{progressive}",
@@ -57,7 +60,7 @@ def test_the_demo_goes_from_rows_to_a_score_at_a_budget(
     plain = AutoModelForImageTextToText.from_pretrained(final)
     assert type(plain).__name__ == "LlavaForConditionalGeneration"
     metrics = evaluate(
-        recipes.demo_epic_evaluation(
+        demo_recipes.demo_epic_evaluation(
             model=final,
             source=root / "data/heldout.json",
             out=final.parent / "eval-random-0.75",
@@ -82,7 +85,7 @@ def test_the_demo_allows_exactly_the_tokens_of_an_answer(root: Path) -> None:
     tokenizer = AutoProcessor.from_pretrained(root / "teacher/final").tokenizer
     for entry in json.loads((root / "data/heldout.json").read_bytes()):
         answer = entry["conversations"][1]["value"] + tokenizer.eos_token
-        assert len(tokenizer(answer)["input_ids"]) == recipes.EPIC_ANSWER_TOKENS
+        assert len(tokenizer(answer)["input_ids"]) == demo_recipes.EPIC_ANSWER_TOKENS
 
 
 def test_the_papers_training_states_the_papers_numbers() -> None:
@@ -100,9 +103,9 @@ def test_the_papers_training_states_the_papers_numbers() -> None:
 def test_every_recipe_can_be_written_and_fed_back() -> None:
     out = Path("o")
     found: list[BuildConfig | TrainConfig | EvaluateConfig] = [
-        recipes.demo_epic_cache(source=Path("s.json"), teacher=Path("t"), out=out),
+        demo_recipes.demo_epic_cache(source=Path("s.json"), teacher=Path("t"), out=out),
         *(student(objective, progressive) for objective, progressive in ARMS),
-        recipes.demo_epic_evaluation(
+        demo_recipes.demo_epic_evaluation(
             model=Path("m"), source=Path("s.json"), out=out, compressor="dart", ratio=0.9
         ),
         recipes.paper_epic(cache=Path("c"), student="s", out=out),

@@ -10,7 +10,10 @@ from transformers import AutoProcessor
 
 from pipeline.build.build import build
 from pipeline.config import recipes
-from pipeline.config.stages import BuildConfig, DigitsConfig, EvaluateConfig, TrainConfig
+from pipeline.config.build import BuildConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
+from pipeline.demo import recipes as demo_recipes
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
 from pipeline.student.evaluate import evaluate
@@ -32,7 +35,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vision_steps=1, vision_batch_size=8, language_steps=1, language_batch_size=8
     )
     teacher = train_demo_teacher(root / "data", root / "teacher", settings)
-    build(recipes.demo_cache(source=root / "data/train.json", teacher=teacher, out=root / "cache"))
+    build(
+        demo_recipes.demo_cache(
+            source=root / "data/train.json", teacher=teacher, out=root / "cache"
+        )
+    )
     return root
 
 
@@ -50,7 +57,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def test_the_demo_goes_from_data_to_a_score(
     root: Path, tmp_path: Path, objective: ObjectiveName
 ) -> None:
-    config = recipes.demo_student(
+    config = demo_recipes.demo_student(
         cache=root / "cache",
         teacher=root / "teacher/final",
         out=tmp_path / "run",
@@ -61,7 +68,7 @@ def test_the_demo_goes_from_data_to_a_score(
     frozen = {name for name in weights(final) if "vision_tower" in name}
     assert not changed(weights(root / "teacher/final"), weights(final)) & frozen
     metrics = evaluate(
-        recipes.demo_evaluation(
+        demo_recipes.demo_evaluation(
             model=final, source=root / "data/heldout.json", out=tmp_path / "eval"
         )
     )
@@ -100,7 +107,7 @@ def test_the_papers_phases_state_the_papers_numbers() -> None:
 
 def test_the_demos_objectives_differ_in_the_loss_alone() -> None:
     def fields(objective: ObjectiveName) -> dict[str, object]:
-        config = recipes.demo_student(
+        config = demo_recipes.demo_student(
             cache=Path("c"), teacher=Path("t"), out=Path("o"), objective=objective, seed=3
         )
         return dataclasses.asdict(config)
@@ -115,17 +122,17 @@ def test_the_demo_allows_exactly_the_tokens_of_an_answer(root: Path) -> None:
     tokenizer = AutoProcessor.from_pretrained(root / "teacher/final").tokenizer
     for entry in json.loads((root / "data/heldout.json").read_bytes()):
         answer = entry["conversations"][1]["value"] + tokenizer.eos_token
-        assert len(tokenizer(answer)["input_ids"]) == recipes.DEMO_ANSWER_TOKENS
+        assert len(tokenizer(answer)["input_ids"]) == demo_recipes.DEMO_ANSWER_TOKENS
 
 
 def test_every_recipe_can_be_written_and_fed_back() -> None:
-    student = recipes.demo_student(
+    student = demo_recipes.demo_student(
         cache=Path("c"), teacher=Path("t"), out=Path("o"), objective="emkd", seed=1
     )
     found: list[BuildConfig | TrainConfig | EvaluateConfig] = [
-        recipes.demo_cache(source=Path("s.json"), teacher=Path("t"), out=Path("o"), limit=4),
+        demo_recipes.demo_cache(source=Path("s.json"), teacher=Path("t"), out=Path("o"), limit=4),
         student,
-        recipes.demo_evaluation(model=Path("m"), source=Path("s.json"), out=Path("o")),
+        demo_recipes.demo_evaluation(model=Path("m"), source=Path("s.json"), out=Path("o")),
         recipes.paper_phase_one(cache=Path("c"), student="hub/model", out=Path("o")),
         recipes.paper_phase_two(cache=Path("c"), student="s", out=Path("o")),
     ]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.config.stages import DigitsConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import CELL_NAMES, load_grids, patch_labels, write_digits
 
 

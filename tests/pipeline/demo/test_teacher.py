@@ -19,10 +19,16 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from pipeline.config.stages import DigitsConfig, SourceConfig
+from pipeline.config.build import SourceConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import CELL_NAMES, PATCHES_SIDE, write_digits
 from pipeline.demo.model import ASSISTANT, END, VOCAB_SIZE, build_processor, build_tokenizer
-from pipeline.demo.teacher import NO_LABEL, TeacherSettings, _encode, train_demo_teacher
+from pipeline.demo.teacher import (
+    NO_LABEL,
+    TeacherSettings,
+    _encode,  # pyright: ignore[reportPrivateUsage]
+    train_demo_teacher,
+)
 from pipeline.sources.source import open_source
 from teacher_cache.models.sample_encoder import SampleEncoder
 

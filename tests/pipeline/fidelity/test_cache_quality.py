@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.__main__ import main
-from pipeline.config.stages import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.schema.manifest import Seal

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.build.build import build
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.config.stages import BuildConfig, DigitsConfig, SourceConfig
+from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.fidelity.pilot import run_pilot
 from pipeline.fidelity.recommend import PilotReport, TierMeasure, recommend, render_pilot

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.build.build import CacheBuilder, build, missing_shards
+from pipeline.build.build import CacheBuilder, build
 from pipeline.build.extend_records import extend_records
+from pipeline.build.shard_builder import missing_shards
+from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig, SourceConfig
 from pipeline.fidelity.shard_quality import measure_shard, sampled_rows
 from pipeline.fidelity.tier_loss import stand_in
 from teacher_cache.derive.export import export_cache

@@ -10,8 +10,8 @@ import pytest
 from pipeline.build.build import build
 from pipeline.build.extend_records import extend_records
 from pipeline.build.extend_samples import extend_samples
+from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
-from pipeline.config.stages import BuildConfig
 from pipeline.inspection.cache import describe_cache
 from pipeline.inspection.sample import describe_sample
 from pipeline.inspection.verify_teacher import render_teacher, verify_teacher

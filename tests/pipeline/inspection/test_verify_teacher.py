@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build.teacher_identity import record_settings
 from pipeline.inspection.verify_teacher import TeacherReport, render_teacher, verify_teacher
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.records.make_records import RecordSettings, record_settings
 from teacher_cache.schema.options import RecordKind
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config.stages import SourceConfig
+from pipeline.config.build import SourceConfig
 from pipeline.sources.source import SampleSource, open_source, scan
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Message, Sample, sample_key

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipeline.build.build import build
-from pipeline.config.stages import BuildConfig, EvaluateConfig, SourceConfig
+from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 from pipeline.student.generation import Generator
 from pipeline.student.predictions import (

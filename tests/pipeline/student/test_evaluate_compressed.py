@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.cli.__main__ import parse
-from pipeline.config.stages import EvaluateConfig, SourceConfig
+from pipeline.config.build import SourceConfig
+from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept

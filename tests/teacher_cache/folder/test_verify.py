@@ -29,7 +29,7 @@ def test_a_sound_cache_has_no_problems(
 ) -> None:
     build(tmp_path, make_shards(), form)
     seen: list[tuple[int, int]] = []
-    report = verify_cache(store, lambda done, total: seen.append((done, total)))
+    report = verify_cache(store, lambda _what, done, total: seen.append((done, total)))
     assert (report.shards, report.samples, report.problems) == (3, 6, ())
     assert seen == [(done, 6) for done in range(1, 7)]
 

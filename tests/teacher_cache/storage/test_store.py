@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.storage import store as storage
+from teacher_cache.storage import durable_files
 from teacher_cache.storage.durable_files import (
     create_exclusive,
     make_folder,
@@ -98,7 +98,7 @@ def test_a_copy_on_one_disk_is_a_second_name_and_elsewhere_the_same_bytes(
     def refused(_path: Path, _name: Path) -> None:
         raise OSError(errno.EXDEV, "another disk")
 
-    monkeypatch.setattr(storage, "link", refused)
+    monkeypatch.setattr(durable_files, "link", refused)
     other.copy_from(one, "shards/a", "shards/b")
     assert not (tmp_path / "one/shards/a").samefile(tmp_path / "other/shards/b")
     assert other.read("shards/b") == b"content"

@@ -1,0 +1,59 @@
+"""Peak memory of a call, measured in a process of its own."""
+
+import ctypes
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+Found = TypeVar("Found")
+
+
+def status_mib(field: str) -> float:
+    """A field of /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def in_child(work: Callable[[], Found]) -> Found:
+    """What `work` returns in a forked child, which has no threads of ours."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: theirs.send(work()))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        child.join()
+
+
+def return_freed_memory() -> None:
+    """Let glibc map every larger block and unmap it when it is freed, here and in children.
+
+    Call it before anything is allocated: what lies free in the heap would be used again.
+    """
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+
+
+def keep_freed_memory() -> None:
+    """What glibc comes to by itself: blocks of up to 32 MiB are used again."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**25)
+    libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
+
+
+def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
+    """What `work` adds to the resident set at its peak, in a child; see `return_freed_memory`.
+
+    `before` is done first: code that the child loads at first use is no part of it.
+    """
+
+    def measure() -> float:
+        before()
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = status_mib("VmRSS")
+        work()
+        return status_mib("VmHWM") - resident
+
+    return in_child(measure)

@@ -1,0 +1,51 @@
+"""Builds the shards that are missing."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+from teacher_cache.folder.layout import (
+    committed,
+    require_plan,
+)
+from teacher_cache.folder.writer import seal_cache
+from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema.progress import Progress
+from teacher_cache.storage.store import Store
+
+
+@runtime_checkable
+class ShardBuilder(Protocol):
+    """Whoever can write a cache shard by shard: builds, and the two kinds of extensions."""
+
+    progress: Progress
+
+    def prepare(self) -> Plan:
+        """Write the plan, or check that the one that is there is the one wanted now."""
+        ...
+
+    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+        """Write and commit a shard of the plan; `killers`: its samples that kill their worker."""
+        ...
+
+
+def missing_shards(cache: Store) -> list[int]:
+    """Numbers of the planned shards that are not committed yet."""
+    done = committed(cache)
+    return [index for index in range(len(require_plan(cache).shards)) if index not in done]
+
+
+def build_all(builder: ShardBuilder, cache: Store) -> Seal:
+    """Plan, build every shard that is missing, one after the other, and seal; tells of samples."""
+    progress, plan = builder.progress, builder.prepare()
+    missing = missing_shards(cache)
+    done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)
+    for index in missing:
+        builder.progress = partial(_in_all, progress, done, plan.num_samples)
+        builder.build_shard(index)
+        done += len(plan.shards[index])
+    return seal_cache(cache)
+
+
+def _in_all(progress: Progress, before: int, total: int, _what: str, done: int, _: int) -> None:
+    progress("samples", before + done, total)
