@@ -10,7 +10,7 @@ from torch import Tensor
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.records import top_k
+from teacher_cache.records import lm_head
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
 from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
@@ -54,7 +54,7 @@ def test_shares_are_those_of_the_loops(k: int, mass: float | None) -> None:
 def test_pieces_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = LmHead(weight=normal(3, VOCAB, WIDTH)), normal(4, 30, WIDTH)
     whole = mean_tail(hidden, head, 3)
-    monkeypatch.setattr(top_k, "MAX_LOGITS", 4 * VOCAB)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 4 * VOCAB)
     pieces = MeanTail(VOCAB)
     for part in (hidden[:1], hidden[1:1], hidden[1:23], hidden[23:]):
         pieces.update(part, head, 3)

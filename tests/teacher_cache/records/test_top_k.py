@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.records import top_k
+from teacher_cache.records import lm_head
 from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.records.top_k import top_k_from_hidden, top_k_record
 
@@ -97,7 +97,7 @@ def test_chunks_of_rows_change_nothing_of_a_cut_by_mass(monkeypatch: pytest.Monk
     head = LmHead(weight=torch.randn(11, 6), bias=torch.randn(11))
     hidden = torch.randn(7, 6)
     whole = top_k_from_hidden(hidden, head, 8, 0.8, 2)
-    monkeypatch.setattr(top_k, "MAX_LOGITS", 25)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 25)
     parts = top_k_from_hidden(hidden, head, 8, 0.8, 2)
     assert whole.counts.tolist() == parts.counts.tolist()
     assert len(set(whole.counts.tolist())) > 1
@@ -129,7 +129,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     head = LmHead(weight=torch.randn(11, 6), bias=torch.randn(11))
     hidden = torch.randn(7, 6)
     whole = top_k_from_hidden(hidden, head, 4)
-    monkeypatch.setattr(top_k, "MAX_LOGITS", 25)
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 25)
     assert [s.stop - s.start for s in row_chunks(7, 11)] == [2, 2, 2, 1]
     assert [s.stop - s.start for s in row_chunks(2, 100)] == [1, 1]
     parts = top_k_from_hidden(hidden, head, 4)
