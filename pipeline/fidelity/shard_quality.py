@@ -4,7 +4,7 @@ Promises: tail masses are those of the shard's own records; some of its samples,
 those with images, go through the teacher once more, alone, and what readers will decode of them is
 compared with every logit (tier_loss.py). Which samples and what is found follow from the shard's
 rows: whoever builds it, in whatever order, finds the same, up to what the number of threads changes
-in the last bits. No logits of more than `lm_head.MAX_LOGITS` entries are held. Records without a top k
+in the last bits. It holds at most `lm_head.MAX_LOGITS` logits at a time. Records without a top k
 keep everything, and are not measured; where they keep both, the top k is.
 """
 
