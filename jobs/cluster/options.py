@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayOptions(Strict):
+class RayOptions(StrictRecord):
     """Where a stage runs, never what it computes."""
 
     ray: bool = True

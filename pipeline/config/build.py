@@ -23,11 +23,11 @@ from teacher_cache.schema.options import (
     holds,
     require_cut,
 )
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceConfig(Strict):
+class SourceConfig(StrictRecord):
     """Where samples come from: LLaVA JSON, WebDataset tars or Parquet, told by the path's end."""
 
     path: str
@@ -40,7 +40,7 @@ class SourceConfig(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildConfig(Strict):
+class BuildConfig(StrictRecord):
     """Run the teacher once over a source and write a cache of its outputs."""
 
     source: SourceConfig

@@ -10,11 +10,11 @@ from typing import Literal
 
 from pipeline.config.checks import refuse_changed
 from teacher_cache.schema.options import AffinityDtype, HiddenDtype, LogitsCodec, RecordKind
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtendConfig(Strict):
+class ExtendConfig(StrictRecord):
     """Add to a sealed cache, as a new one: samples of a source, or records of a further kind."""
 
     cache: str

@@ -10,11 +10,11 @@ from typing import Literal
 
 from pipeline.config.checks import Dtype, at_least_one, refuse_changed
 from teacher_cache.schema.options import AffinityDtype, LogitsCodec, require_ratios
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConfig(Strict):
+class PlanConfig(StrictRecord):
     """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
 
     samples: int | None = None

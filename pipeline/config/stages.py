@@ -16,7 +16,7 @@ from student_train.config.recipe import TrainerSettings
 from teacher_cache.schema.options import (
     TextSource,
 )
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
 
@@ -52,7 +52,7 @@ class TrainConfig(TrainerSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(Strict):
+class EvaluateConfig(StrictRecord):
     """Generate answers for a source and score them against the last assistant turn."""
 
     model: str
@@ -133,7 +133,7 @@ def _stage(pair: str) -> Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportConfig(Strict):
+class ReportConfig(StrictRecord):
     """Compare runs in one self-contained HTML page."""
 
     runs: tuple[Path, ...]

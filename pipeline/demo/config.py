@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.checks import at_least_one
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 DigitQuestions = Literal["cells", "rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DigitsConfig(Strict):
+class DigitsConfig(StrictRecord):
     """Write the demo's data: grids of scikit-learn's handwritten digits, as LLaVA JSON."""
 
     out: Path

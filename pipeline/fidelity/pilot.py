@@ -34,7 +34,7 @@ from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
-from teacher_cache.teacher.vision_sharing import seen_by_vision
+from teacher_cache.teacher.vision_sharing import vision_digest
 
 SAMPLES_PER_SHARD = 256
 """As a build has it unless told otherwise."""
@@ -138,7 +138,7 @@ class Pilot:
             self.progress(what, min(start + size, len(samples)), len(samples))
 
     def _count_images(self, sample: Sample, encoded: EncodedSample) -> None:
-        seen = seen_by_vision(sample, encoded)
+        seen = vision_digest(sample, encoded)
         if seen is not None:
             self.num_with_images += 1
             self.shown.add(seen)

@@ -51,7 +51,7 @@ from teacher_cache.models.digests import (
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
-from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationIdentity(Strict):
+class EvaluationIdentity(StrictRecord):
     """Everything that decides the answers; two attempts of one evaluation agree in every field."""
 
     model_class: str

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from pipeline.config.stages import ScoreName
 from pipeline.student.scores import SCORES
-from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import write_atomic
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction(Strict):
+class Prediction(StrictRecord):
     """What a model answered to one sample, and the assistant's turn it is scored against."""
 
     key: str
@@ -36,7 +36,7 @@ class Prediction(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PredictionLines(Strict):
+class PredictionLines(StrictRecord):
     """All lines of a file, decoded together."""
 
     lines: tuple[Prediction, ...]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from teacher_cache.schema.options import TextSource
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage(Strict):
+class Stage(StrictRecord):
     """Drop a share of the vision tokens at the input of one decoder layer."""
 
     layer: int
@@ -39,7 +39,7 @@ class Stage(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompressionSettings(Strict):
+class CompressionSettings(StrictRecord):
     """Which compressor, at which stages, and what it may look at."""
 
     compressor: str = "dart"

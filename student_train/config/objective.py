@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from student_train.config.schedules import ScheduleName
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
@@ -40,7 +40,7 @@ _ABSENT_TERMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MatchingConfig(Strict):
+class MatchingConfig(StrictRecord):
     """How student vision tokens are paired with teacher vision tokens."""
 
     metric: MatchMetric = "raw_l1"
@@ -67,7 +67,7 @@ class MatchingConfig(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig(Strict):
+class ObjectiveConfig(StrictRecord):
     """loss = supervised_weight * supervised + rld_weight * RLD + kd_weight * KD
     + vsd_weight * VSD + vlad_weight * VLAD; a term of weight 0 is not computed."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from student_train.config.compression import TextSource
 from student_train.config.schedules import Schedule, ScheduleName, SchedulePreset, fixed, preset
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 ProgressionPreset = SchedulePreset | Literal["fixed"]
 
@@ -22,7 +22,7 @@ FIXED_GAP = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressionConfig(Strict):
+class ProgressionConfig(StrictRecord):
     """Compression inside the language model while training; part of a run's identity."""
 
     schedule: ScheduleName = "tcd"

@@ -12,7 +12,7 @@ from typing import Literal
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.progression import ProgressionConfig
 from teacher_cache.schema.options import TierName
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 TrainDtype = Literal["float32", "bfloat16", "float16"]
 TrainPart = Literal["vision_tower", "projector", "language_model"]
@@ -20,7 +20,7 @@ ShardName = Literal["none", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRecipe(Strict):
+class TrainRecipe(StrictRecord):
     """Everything that shapes the trained weights, besides the cache, the student and the steps."""
 
     objective: ObjectiveConfig = ObjectiveConfig()

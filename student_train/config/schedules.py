@@ -16,7 +16,7 @@ outside [0, 1) and layers that the model does not have. `emkd --help` reads this
 from dataclasses import dataclass
 from typing import Literal
 
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 SchedulePreset = Literal["paper_notes", "released_code"]
 ScheduleName = Literal["tcd", "lcd", "icd"]
@@ -32,7 +32,7 @@ class Difficulty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ramp(Strict):
+class Ramp(StrictRecord):
     """A ratio that goes linearly from `start` to `end` and stays there from progress `until` on."""
 
     start: float
@@ -56,7 +56,7 @@ class Ramp(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RatioRamps(Strict):
+class RatioRamps(StrictRecord):
     """Where the student's ratio is drawn from, and how far the teacher's lies below it."""
 
     low: Ramp
@@ -82,7 +82,7 @@ class RatioRamps(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenSchedule(Strict):
+class TokenSchedule(StrictRecord):
     """TCD: ever more tokens dropped at one layer."""
 
     ratios: RatioRamps
@@ -95,7 +95,7 @@ class TokenSchedule(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSchedule(Strict):
+class LayerSchedule(StrictRecord):
     """LCD: tokens dropped ever earlier, from behind the last layer (nothing) down to `layer`."""
 
     ratios: RatioRamps
@@ -114,7 +114,7 @@ class LayerSchedule(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntegratedSchedule(Strict):
+class IntegratedSchedule(StrictRecord):
     """ICD: layers outside, tokens inside; each layer has an equal share of the training."""
 
     ratios: RatioRamps

@@ -26,7 +26,7 @@ from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import GridSettings, TierName, tier_to_learn_from
 from teacher_cache.schema.samples import Sample
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 from teacher_cache.schema.teacher_output import TeacherOutput
 
 Encoder = Callable[[Sample], EncodedSample]
@@ -58,7 +58,7 @@ class StudentBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamState(Strict):
+class StreamState(StrictRecord):
     """Where a stream stands: which order it runs through, and how many samples were consumed."""
 
     cache: str

@@ -21,7 +21,7 @@ from pathlib import Path
 from student_train.config.recipe import TrainerSettings, TrainRecipe
 from student_train.data.stream import StreamState
 from teacher_cache.schema.manifest import require_equal
-from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import (
     create_exclusive,
     sync_file,
@@ -41,7 +41,7 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunIdentity(Strict):
+class RunIdentity(StrictRecord):
     """Everything that decides the final weights; two attempts of one run agree in every field."""
 
     cache: str
@@ -55,7 +55,7 @@ class RunIdentity(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointRecord(Strict):
+class CheckpointRecord(StrictRecord):
     """Makes a checkpoint count: whose it is, how far it came, and the open logging window.
 
     `window` holds the sum and the count of every value since the last logged line, so that a
@@ -70,7 +70,7 @@ class CheckpointRecord(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRun(Strict):
+class FinishedRun(StrictRecord):
     """Stored in `final/`: what was trained, with which settings, and what it took."""
 
     identity: RunIdentity

@@ -19,13 +19,13 @@ from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import Plan, Seal
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.progress import Progress, no_progress
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.storage.store import Location
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Selection(Strict):
+class Selection(StrictRecord):
     """Which rows: those that pass everything that is given; a share is drawn of what is left."""
 
     keys: tuple[str, ...] | None = None

@@ -25,14 +25,14 @@ from teacher_cache.schema.fingerprint import ABSENT, canonical, digest_json, sho
 from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, ShardFormatName
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
-from teacher_cache.schema.strict_json import Strict, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_json
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a shard or the meaning of a field change."""
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
-class CacheSpec(Strict):
+class CacheSpec(StrictRecord):
     """Every setting that changes the numbers in a cache. Digests are over content, not names."""
 
     layout_version: int
@@ -105,7 +105,7 @@ class CacheSpec(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
-class Plan(Strict):
+class Plan(StrictRecord):
     """Which samples make up which shard, fixed before the teacher sees any of them.
 
     `shards[k]` lists (key, position in the source) of shard k in order. `rejected` lists the
@@ -134,7 +134,7 @@ class Plan(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardFile(Strict):
+class ShardFile(StrictRecord):
     """One file of a shard: its size and checksum, whom it was written for, what it holds."""
 
     file: str
@@ -150,7 +150,7 @@ class ShardFile(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardCommit(Strict):
+class ShardCommit(StrictRecord):
     """The record that makes shard `index` exist: its files, its rows.
 
     The first file holds samples and planes. Others are layers: the same keys in the same order,
@@ -180,7 +180,7 @@ class ShardCommit(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seal(Strict):
+class Seal(StrictRecord):
     """A finished cache: its identity and every shard's commit record, in shard order."""
 
     fingerprint: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 RecordKind = Literal["topk", "topk+sketch", "hidden", "topk+hidden", "topk+sketch+hidden"]
 """What a cache holds: K largest logits; those and a PCA sketch; the final hidden states; or both
@@ -38,7 +38,7 @@ MAX_RATIOS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GridSettings(Strict):
+class GridSettings(StrictRecord):
     """How a teacher drops its own vision tokens for the further response records of a cache.
 
     Besides the ordinary record (ratio 0) each response token has one for every ratio.

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from teacher_cache.schema.errors import SampleError
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of one image inside the text of a message, as in LLaVA's JSON files."""
@@ -146,7 +146,7 @@ class TokenSpans:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RejectedSample(Strict):
+class RejectedSample(StrictRecord):
     """A sample that the build could not use; counted and listed, never silently dropped."""
 
     key: str

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teacher_cache.schema.options import RecordKind, holds
-from teacher_cache.schema.strict_json import Strict
+from teacher_cache.schema.strict_json import StrictRecord
 
 MatchName = Literal["raw_l1", "prob_l1"]
 
@@ -36,7 +36,7 @@ def quantile(ascending: Float[Tensor, " N"], share: float) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailMass(Strict):
+class TailMass(StrictRecord):
     """Quantiles, over positions, of the probability outside what a record keeps."""
 
     num_positions: int
@@ -61,7 +61,7 @@ class TailMass(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledLoss(Strict):
+class SampledLoss(StrictRecord):
     """Some samples of a shard, as readers will have them, against every logit of the teacher.
 
     In place of a student: the teacher's own vision states, average-pooled 2 x 2 per view.
@@ -87,7 +87,7 @@ class SampledLoss(Strict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardQuality(Strict):
+class ShardQuality(StrictRecord):
     """What is said of one shard; a part is None where the shard has nothing to measure it on."""
 
     vision_tail: TailMass | None

@@ -1,7 +1,7 @@
-"""JSON and YAML into frozen dataclasses, strictly: unknown, missing and mistyped fields are named.
+"""Decodes JSON and YAML into frozen dataclasses; names unknown, missing and mistyped fields.
 
-Dataclasses that are read from files inherit from `Strict`. Pydantic does the checking; nothing is
-coerced (a "3" is not a 3) and nothing unknown is ignored.
+Dataclasses that are read from files inherit from `StrictRecord`. Pydantic checks them. It coerces
+nothing (a "3" is not a 3) and ignores nothing.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from teacher_cache.schema.errors import DecodeError
 T = TypeVar("T")
 
 
-class Strict:
-    """Base of the dataclasses that are decoded from files: extra fields forbidden, types exact."""
+class StrictRecord:
+    """Base of the dataclasses that are read from files: no extra fields, exact types."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}

@@ -43,7 +43,7 @@ from teacher_cache.schema.options import GridSettings, holds
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.plain_head import require_plain_head, shared_head
-from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
+from teacher_cache.teacher.vision_sharing import VisionOwners, vision_digest
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class Teacher:
         settings: RecordSettings,
         owners: VisionOwners | None,
     ) -> TeacherOutput | RejectedSample:
-        seen = None if owners is None else seen_by_vision(sample, encoded)
+        seen = None if owners is None else vision_digest(sample, encoded)
         owner = None if owners is None or seen is None else owners.get(seen)
         try:
             output = make_output(

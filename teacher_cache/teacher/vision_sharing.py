@@ -19,7 +19,7 @@ VisionOwners = dict[str, CachedSample]
 """Samples with a vision record of their own, by what the teacher saw up to its end."""
 
 
-def seen_by_vision(sample: Sample, encoded: EncodedSample) -> str | None:
+def vision_digest(sample: Sample, encoded: EncodedSample) -> str | None:
     """Digest of all that a sample's vision record depends on; None without vision tokens.
 
     That is: the bytes of every image, the grids, the token ids up to the last vision token.

@@ -12,7 +12,7 @@ from teacher_cache.schema.options import RecordKind
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
-from teacher_cache.teacher.vision_sharing import VisionOwners, seen_by_vision
+from teacher_cache.teacher.vision_sharing import VisionOwners, vision_digest
 from tests.conftest import TinyFolder
 from tests.support.strategies import TIERS, assert_same_bits
 from tests.support.tiny import FAMILIES, ask
@@ -85,7 +85,7 @@ def test_what_the_teacher_saw_decides_who_shares(family: str, tiny_folder: TinyF
     encoder = Teacher.load(str(tiny_folder(family)), device="cpu").encoder
 
     def seen(sample: Sample) -> str | None:
-        return seen_by_vision(sample, encoder.encode(sample))
+        return vision_digest(sample, encoder.encode(sample))
 
     assert seen(FIRST) is not None
     assert seen(FIRST) == seen(SECOND)
