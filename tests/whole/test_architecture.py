@@ -1,9 +1,8 @@
-"""The house rules that a reader relies on: who imports what, what --help costs, README's tree."""
+"""The house rules that a reader relies on: who imports what, what --help costs."""
 
 import importlib.metadata
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tests.support.paths import ROOT
 
 PACKAGES = ("pipeline", "teacher_cache", "student_train", "jobs")
+HEAVY = {"torch", "ray", "transformers", "pyarrow", "numpy", "webdataset"}
 
 
 def imported_by(*names: str) -> list[set[str]]:
@@ -29,7 +29,7 @@ def imported_by(*names: str) -> list[set[str]]:
 
 def test_each_package_is_ours_and_in_this_repository() -> None:
     owners = importlib.metadata.packages_distributions()
-    for package in PACKAGES:
+    for package in ("emkd", *PACKAGES):
         assert set(owners.get(package, [])) <= {"emkd"}, package
         spec = importlib.util.find_spec(package)
         assert spec is not None, package
@@ -38,7 +38,7 @@ def test_each_package_is_ours_and_in_this_repository() -> None:
 
 def test_settings_and_the_command_line_import_nothing_heavy() -> None:
     (loaded,) = imported_by("jobs.cli.__main__")
-    assert not loaded & {"torch", "ray", "transformers", "pyarrow", "numpy", "webdataset"}
+    assert not loaded & HEAVY
 
 
 def test_training_knows_no_teacher_and_its_stream_not_even_transformers() -> None:
@@ -65,18 +65,6 @@ def test_no_file_is_longer_than_the_ceiling() -> None:
         str(f.relative_to(ROOT)): n for f in files if (n := len(f.read_text().splitlines())) > 350
     }
     assert not long
-
-
-def test_the_tree_in_readme_is_the_tree() -> None:
-    readme = (ROOT / "README.md").read_text()
-    block = readme.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
-    shown = set(re.findall(r"([\w./-]+\.(?:py|md|j2|txt|toml))\b", block))
-    for package in PACKAGES:
-        for file in (ROOT / package).glob("*.py"):
-            if file.name != "__init__.py":
-                assert file.name in shown, f"README's tree lacks {package}/{file.name}"
-    known = {f.name for f in ROOT.rglob("*") if f.is_file() and ".venv" not in f.parts}
-    assert shown <= known, f"README's tree shows what is not there: {sorted(shown - known)}"
 
 
 def test_importing_the_command_line_does_not_take_the_standard_modules_names() -> None:
