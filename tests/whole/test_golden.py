@@ -1,11 +1,17 @@
-"""Caches of an earlier day, kept in tests/golden, are read as they were written, for ever.
+"""Sealed caches of earlier versions are read as before; new caches have the bytes they always had.
 
-Beside each cache lie the numbers that it held, as safetensors, so that nothing of today is needed
-to know them. `python -m tests.test_golden FOLDER` writes a new set; a layout version gets one of
-its own, and the old ones stay for as long as their layout is read.
+Each cache in tests/golden lies beside the numbers that it holds, as safetensors. `written.json` has
+the SHA-256 of every file of the caches that `write_again` makes from these records, taken with the
+code of December 2026 before it moved into rooms. It holds for zstd 1.5.7; where another zstd packs
+a frame to other bytes, `written-zstd-VERSION.json` has the caches that differ.
+
+`python -m tests.whole.test_golden FOLDER` writes a new set of golden caches. Each layout version
+keeps its own set for as long as that layout is read.
 """
 
 import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +19,32 @@ from typing import cast
 
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from teacher_cache.codec.columns import output_from_planes, output_planes
 from teacher_cache.derive.export import export_cache
+from teacher_cache.derive.merge import merge_caches
+from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.manifest import LAYOUT_VERSION
-from tests.docs.test_format_forms import FORMS, form_cache
-from tests.support.builders import build
+from teacher_cache.schema.teacher_output import CachedSample
+from tests.docs.test_format_forms import FORMS, GRID, form_cache
+from tests.support.builders import build, published
 from tests.support.paths import GOLDEN
-from tests.support.strategies import asked_again, make_cached, make_spec
+from tests.support.strategies import (
+    RANK,
+    VOCAB_SIZE,
+    WIDTH,
+    asked_again,
+    make_cached,
+    make_spec,
+)
 
 NUMBERS = "numbers.safetensors"
 
@@ -78,7 +99,7 @@ def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "name", sorted(str(file.parent.relative_to(GOLDEN)) for file in GOLDEN.rglob(NUMBERS))
 )
-def test_shards_of_an_earlier_day_are_read(name: str) -> None:
+def test_sealed_caches_of_earlier_versions_are_read(name: str) -> None:
     cache = GOLDEN / name
     same(numbers_of(cache), load_file(cache / NUMBERS))
     assert not verify_cache(cache).problems
@@ -86,6 +107,83 @@ def test_shards_of_an_earlier_day_are_read(name: str) -> None:
 
 def test_this_layout_has_golden_caches() -> None:
     assert {file.name for file in (GOLDEN / f"layout-{LAYOUT_VERSION}").iterdir()} >= set(FORMS)
+
+
+def stored_shards(cache: Path) -> list[list[CachedSample]]:
+    """Every record of a golden cache, shard by shard: the same on every processor."""
+    reader = CacheReader.open(cache)
+    rows = (reader.read(index, reader.parts) for index in range(len(reader)))
+    return [[next(rows) for _ in range(size)] for size in reader.shard_sizes]
+
+
+def halved(cached: CachedSample, ratios: tuple[float, ...] = ()) -> CachedSample:
+    """The row with logits and states in bfloat16."""
+    wide = ("_logits", "_predicting", "h_text", "h_vision")
+    planes = {
+        name: values.bfloat16() if name.endswith(wide) else values
+        for name, values in output_planes(cached.output).items()
+    }
+    output = output_from_planes(planes, VOCAB_SIZE, None, ratios)
+    owner = cached.output.shared_from
+    return dataclasses.replace(cached, output=dataclasses.replace(output, shared_from=owner))
+
+
+def counted(*shape: int) -> Tensor:
+    """0, 1/8, 2/8, ... in a shape."""
+    return torch.arange(torch.Size(shape).numel()).reshape(shape) / 8
+
+
+HEAD = LmHead(weight=counted(VOCAB_SIZE, WIDTH))
+TEMPLATE = TailTemplate(vision=counted(VOCAB_SIZE), response=-counted(VOCAB_SIZE))
+SKETCH = SketchBasis(
+    hidden_mean=counted(WIDTH),
+    projection=counted(WIDTH, RANK),
+    mean_logits=counted(VOCAB_SIZE),
+    directions=counted(VOCAB_SIZE, RANK),
+)
+
+
+def write_again(folder: Path) -> None:
+    """The records of every golden cache in both formats, with assets, in bfloat16, and derived."""
+    golden = GOLDEN / "layout-1"
+    for form in ("arrow", "webdataset"):
+        for name in (*FORMS, "shared"):
+            spec = CacheReader.open(golden / name).spec
+            build(folder / f"{name}-{form}", stored_shards(golden / name), form, spec)
+    shards = [[halved(row) for row in rows] for rows in stored_shards(golden / "shared")]
+    digests = {"sketch_digest": SKETCH.digest, "template_digest": TEMPLATE.digest}
+    spec = make_spec("topk+sketch", logits_dtype="bfloat16", **digests)
+    build(folder / "half-sketch", shards, "arrow", spec, None, SKETCH, TEMPLATE)
+    ratios = GRID["grid"].ratios
+    shards = [[halved(row, ratios) for row in rows] for rows in stored_shards(golden / "grid")]
+    dtypes = {"logits_dtype": "bfloat16", "hidden_dtype": "bfloat16"}
+    spec = make_spec("topk+hidden", head_digest=HEAD.digest, **dtypes, **GRID)
+    build(folder / "half-grid", shards, "arrow", spec, HEAD)
+    shared = folder / "shared-arrow"
+    export_cache(shared, folder / "exported", "webdataset")
+    keys = CacheReader.open(shared).keys
+    for name, chosen in (("first", keys[:1]), ("rest", keys[1:])):
+        subset_cache(shared, folder / name, Selection(keys=chosen))
+    merge_caches([folder / "rest", folder / "first"], folder / "merged")
+
+
+def digests_of(folder: Path) -> dict[str, dict[str, str]]:
+    """SHA-256 of every published file, by cache and name."""
+    return {
+        cache.name: {
+            name: hashlib.sha256(data).hexdigest() for name, data in published(cache).items()
+        }
+        for cache in sorted(folder.iterdir())
+    }
+
+
+def test_new_caches_have_the_bytes_they_always_had(tmp_path: Path) -> None:
+    write_again(tmp_path)
+    wanted = json.loads((GOLDEN / "written.json").read_text())
+    version = ".".join(map(str, zstandard.ZSTD_VERSION))
+    for file in GOLDEN.glob(f"written-zstd-{version}.json"):
+        wanted |= json.loads(file.read_text())
+    assert digests_of(tmp_path) == wanted
 
 
 if __name__ == "__main__":
