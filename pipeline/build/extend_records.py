@@ -22,7 +22,7 @@ from pipeline.config.checks import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard
 from teacher_cache.codec.columns import planes_of
-from teacher_cache.derive.derive import begin, take_file
+from teacher_cache.derive.derive import adopt_file, begin
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.layout import (
     SKETCH_FILE,
@@ -109,7 +109,7 @@ class RecordExtender:
         layer = write_shard_file(
             self.cache, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
         )
-        old = [take_file(self.base, file, self.cache, self.plan, index) for file in commit.files]
+        old = [adopt_file(self.base, file, self.cache, self.plan, index) for file in commit.files]
         files = (*old, layer)
         changed = dataclasses.replace(commit, files=files, quality=quality)
         return commit_shard(self.cache, self.plan, changed)

@@ -18,7 +18,7 @@ from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.sources.source import scan
 from teacher_cache.derive.derive import begin
-from teacher_cache.derive.merge import take_shard
+from teacher_cache.derive.merge import adopt_shard
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.shard_plan import group_shards
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
@@ -66,7 +66,7 @@ class CacheExtender(CacheBuilder):
         """Take over shard `index` of the base, or run the teacher over a new one."""
         if index < len(self.base.seal.shards):
             commit = self.base.seal.shards[index]
-            return take_shard(self.cache, self._plan, index, self.base, commit)
+            return adopt_shard(self.cache, self._plan, index, self.base, commit)
         return super().build_shard(index, killers)
 
     def _require_same_spec(self) -> CacheSpec:

@@ -60,7 +60,7 @@ def derive(
     return seal_cache(out)
 
 
-def take_file(
+def adopt_file(
     source: SealedCache, file: ShardFile, out: Store, plan: Plan, index: int
 ) -> ShardFile:
     """Give a file of another cache to shard `index` of `out`.
@@ -100,19 +100,19 @@ def _translate(
     return translated
 
 
-def rehomed(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
+def reassign_owners(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
     """Rows of one new shard whose owners may have stayed behind.
 
     Where the row that stored the shared images and vision record is not among them, the first of
     those that shared it stores them, and the others share from that one.
     """
     here: set[str] = set()
-    heirs: dict[str, str] = {}
+    new_owners: dict[str, str] = {}
     for row in rows:
         owner = row.shared_from
         if owner is None:
             here.add(row.key)
         elif owner not in here:
-            heir = heirs.setdefault(owner, row.key)
-            row = dataclasses.replace(row, shared_from=None if heir == row.key else heir)
+            new_owner = new_owners.setdefault(owner, row.key)
+            row = dataclasses.replace(row, shared_from=None if new_owner == row.key else new_owner)
         yield row

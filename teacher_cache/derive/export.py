@@ -6,7 +6,7 @@ the bytes of the files that were exported first. Layers of a shard stay layers.
 
 import dataclasses
 
-from teacher_cache.derive.derive import derive, take_file
+from teacher_cache.derive.derive import adopt_file, derive
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.writer import commit_shard
 from teacher_cache.schema.manifest import Seal
@@ -25,7 +25,7 @@ def export_cache(
 
     def make(index: int) -> None:
         commit = base.seal.shards[index]
-        files = tuple(take_file(base, file, store, plan, index) for file in commit.files)
+        files = tuple(adopt_file(base, file, store, plan, index) for file in commit.files)
         commit_shard(store, plan, dataclasses.replace(commit, files=files))
 
     return derive(

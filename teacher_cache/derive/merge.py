@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from teacher_cache.derive.derive import derive, rehomed, take_file
+from teacher_cache.derive.derive import adopt_file, derive, reassign_owners
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
-from teacher_cache.folder.layout import read_rows
+from teacher_cache.folder.layout import read_encoded_rows
 from teacher_cache.folder.writer import commit_shard, write_encoded_shard
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.options import ShardFormatName
@@ -63,7 +63,7 @@ def merge_caches(
     return derive(
         store,
         plan,
-        lambda index: take_shard(store, plan, index, parts[index].cache, parts[index].commit),
+        lambda index: adopt_shard(store, plan, index, parts[index].cache, parts[index].commit),
         head=first.head,
         sketch=first.sketch,
         template=first.template,
@@ -71,15 +71,17 @@ def merge_caches(
     )
 
 
-def take_shard(
+def adopt_shard(
     out: Store, plan: Plan, index: int, cache: SealedCache, commit: ShardCommit
 ) -> ShardCommit:
     """Make a shard of another cache, or the rows of it that are planned, shard `index` of `out`."""
     keys = {key for key, _ in plan.shards[index]}
     if len(keys) < commit.num_rows:
-        rows = (row for row in read_rows(cache.store, cache.plan, commit) if row.key in keys)
-        return write_encoded_shard(out, plan, index, rehomed(rows), seconds=commit.seconds)
-    files = tuple(take_file(cache, file, out, plan, index) for file in commit.files)
+        rows = (
+            row for row in read_encoded_rows(cache.store, cache.plan, commit) if row.key in keys
+        )
+        return write_encoded_shard(out, plan, index, reassign_owners(rows), seconds=commit.seconds)
+    files = tuple(adopt_file(cache, file, out, plan, index) for file in commit.files)
     whole = dataclasses.replace(commit, index=index, files=files, rejected=())
     return commit_shard(out, plan, whole)
 

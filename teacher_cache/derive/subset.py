@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from teacher_cache.derive.derive import derive, rehomed
+from teacher_cache.derive.derive import derive, reassign_owners
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.shard_plan import shard_of
@@ -135,7 +135,9 @@ def subset_cache(
     return derive(
         store,
         plan,
-        lambda index: write_encoded_shard(store, plan, index, rehomed(rows_at(base, parts[index]))),
+        lambda index: write_encoded_shard(
+            store, plan, index, reassign_owners(rows_at(base, parts[index]))
+        ),
         head=base.head,
         sketch=base.sketch,
         template=base.template,

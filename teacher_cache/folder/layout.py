@@ -55,8 +55,8 @@ _ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same 
 _NUM_REQUESTS = 8
 """Files that are asked for at a time; object stores take their time for each."""
 
-A = TypeVar("A", LmHead, SketchBasis, TailTemplate)
-R = TypeVar("R", Plan, Seal, ShardCommit)
+_A = TypeVar("_A", LmHead, SketchBasis, TailTemplate)
+_R = TypeVar("_R", Plan, Seal, ShardCommit)
 
 
 def read_plan(cache: Store) -> Plan | None:
@@ -192,7 +192,7 @@ def open_files(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Shard:
     return LayeredShard(layers, [file.planes for file in commit.files])
 
 
-def read_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[EncodedRow]:
+def read_encoded_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[EncodedRow]:
     """The rows of a committed shard in order, with all their planes, as frames that stay unopened.
 
     Every byte has been checked and every key is the planned one: `write_encoded_shard` of another
@@ -278,8 +278,8 @@ def read_template(cache: Store, spec: CacheSpec) -> TailTemplate:
 
 
 def _asset(
-    cache: Store, name: str, digest: str | None, build: Callable[[Mapping[str, Tensor]], A]
-) -> A:
+    cache: Store, name: str, digest: str | None, build: Callable[[Mapping[str, Tensor]], _A]
+) -> _A:
     if digest is None:
         raise ValueError(f"this cache has no {name}: its records need none")
     try:
@@ -296,7 +296,7 @@ def _asset(
     return asset
 
 
-def _read(cache: Store, name: str, kind: type[R]) -> R | None:
+def _read(cache: Store, name: str, kind: type[_R]) -> _R | None:
     try:
         data = cache.read(name)
     except FileNotFoundError:

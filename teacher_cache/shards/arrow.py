@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from teacher_cache.schema.errors import ShardCorruptError
-from teacher_cache.shards.arrow_layout import Block, batch_blocks, require_plain
+from teacher_cache.shards.arrow_layout import BatchBlock, batch_blocks, require_plain
 from teacher_cache.shards.encoded_row import EncodedRow, StoredRow, stored_rows
 from teacher_cache.shards.shard import Shard, ShardFormat
 
@@ -86,7 +86,7 @@ class ArrowShard(Shard):
         metadata: Mapping[str, str],
         reader: Any,
         data: memoryview,
-        blocks: Sequence[Block],
+        blocks: Sequence[BatchBlock],
     ) -> None:
         super().__init__(path, metadata, len(blocks))
         self._reader, self._data, self._blocks = reader, data, blocks

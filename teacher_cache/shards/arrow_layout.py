@@ -20,7 +20,7 @@ _COMPRESSION = 3  # field of RecordBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class BatchBlock:
     """One record batch: its flatbuffer begins at `start`, its buffers at `body`."""
 
     start: int
@@ -28,7 +28,7 @@ class Block:
     end: int
 
 
-def batch_blocks(data: memoryview) -> tuple[Block, ...]:
+def batch_blocks(data: memoryview) -> tuple[BatchBlock, ...]:
     """The record batches of a file in order; ValueError unless they lie in it one after another."""
     try:
         (length,) = struct.unpack_from("<i", data, len(data) - len(_MAGIC) - 4)
@@ -39,7 +39,7 @@ def batch_blocks(data: memoryview) -> tuple[Block, ...]:
         if _structs(data, root, _DICTIONARIES):
             raise ValueError("it has dictionaries")
         blocks = tuple(
-            Block(start=start, body=start + metadata, end=start + metadata + body)
+            BatchBlock(start=start, body=start + metadata, end=start + metadata + body)
             for start, metadata, body in _structs(data, root, _BATCHES)
         )
     except struct.error as error:
@@ -50,7 +50,7 @@ def batch_blocks(data: memoryview) -> tuple[Block, ...]:
     return blocks
 
 
-def require_plain(data: memoryview, block: Block) -> None:
+def require_plain(data: memoryview, block: BatchBlock) -> None:
     """Raise ValueError unless a block holds a record batch that is not compressed."""
     try:
         message = _follow(data, block.start + 8)  # after the mark and the length of what follows

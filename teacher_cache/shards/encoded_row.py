@@ -35,14 +35,14 @@ class EncodedRow:
                 raise ValueError(f"row key {key!r} is not a sample key (32 hex digits, -n)")
 
     @property
-    def own(self) -> "EncodedRow":
+    def without_shared(self) -> "EncodedRow":
         """The row without what another one stores for it."""
         if self.shared_from is None:
             return self
         planes = {name: frame for name, frame in self.planes.items() if name not in VISION_PLANES}
         return dataclasses.replace(self, images=(), planes=planes)
 
-    def completed(self, owner: "EncodedRow") -> "EncodedRow":
+    def with_owner(self, owner: "EncodedRow") -> "EncodedRow":
         """The row with the images of its owner, and with those vision planes that `owner` has."""
         if self.images or not VISION_PLANES.isdisjoint(self.planes):
             raise ValueError(f"it has a vision record beside that of {self.shared_from}")
@@ -131,4 +131,4 @@ def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator
                     f"row {row.key} shares the vision record of {row.shared_from}, which is no "
                     "earlier row with the same images and vision planes"
                 )
-        yield StoredRow(row=row.own, checks=row.checks, owner=owner)
+        yield StoredRow(row=row.without_shared, checks=row.checks, owner=owner)

@@ -46,7 +46,7 @@ class Shard(ABC):
             stored = self._fetch(row, planes)
             encoded = stored.row
             if stored.owner is not None:
-                encoded = self._completed(encoded, row, stored.owner, planes)
+                encoded = self._with_owner(encoded, row, stored.owner, planes)
             missing = set(planes) - encoded.planes.keys()
             if missing:
                 raise ValueError(f"planes {', '.join(sorted(missing))} are missing")
@@ -60,7 +60,7 @@ class Shard(ABC):
             ) from error
         return encoded
 
-    def _completed(
+    def _with_owner(
         self, encoded: EncodedRow, row: int, owner: int, planes: Collection[str]
     ) -> EncodedRow:
         """The row with what its owner stores for it."""
@@ -72,7 +72,7 @@ class Shard(ABC):
                 f"it shares from {encoded.shared_from}, but row {owner} is {found.key} and "
                 f"{'has its own record' if found.shared_from is None else 'shares one itself'}"
             )
-        return encoded.completed(found)
+        return encoded.with_owner(found)
 
     @abstractmethod
     def stored_bytes(self) -> dict[str, int]:

@@ -55,7 +55,7 @@ _HOPELESS = {
     errno.ENOTDIR,
 }
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class ObjectStore(Store):
@@ -237,10 +237,10 @@ class ObjectStore(Store):
         self,
         done: str,
         name: str,
-        operation: Callable[[Any, str], T],
+        operation: Callable[[Any, str], _T],
         *,
         may_be_late: bool = False,
-    ) -> T:
+    ) -> _T:
         """`operation(file system, path)`, repeated while its failure may pass; OSError at last."""
         for wait_s in (*WAITS_S, None):
             try:

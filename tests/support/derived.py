@@ -17,7 +17,7 @@ from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.sealed_cache import SealedCache
 from teacher_cache.derive.subset import Selection, subset_cache
-from teacher_cache.folder.layout import read_rows
+from teacher_cache.folder.layout import read_encoded_rows
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import Seal
@@ -55,7 +55,9 @@ def base_cache(
 def rows_of(cache: SealedCache) -> list[EncodedRow]:
     """Every row of a cache, in order, as frames."""
     return [
-        row for commit in cache.seal.shards for row in read_rows(cache.store, cache.plan, commit)
+        row
+        for commit in cache.seal.shards
+        for row in read_encoded_rows(cache.store, cache.plan, commit)
     ]
 
 

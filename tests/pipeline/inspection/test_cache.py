@@ -72,7 +72,7 @@ def test_bytes_of_parts_are_those_of_the_frames(tmp_path: Path, form: ShardForma
     cache = base_cache(tmp_path, form=form)  # some of its rows share their images and vision states
     shown = describe_cache(CacheReader.open(tmp_path))["bytes_of_parts"]
     expected = Counter[str]()
-    for row in (row.own for row in rows_of(cache)):
+    for row in (row.without_shared for row in rows_of(cache)):
         expected["images"] += sum(len(image) for image in row.images)
         for name, frame in row.planes.items():
             expected["hidden" if name in PART_PLANES["hidden"] else "tokens"] += len(frame)

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from teacher_cache.derive.derive import derive
 from teacher_cache.derive.export import export_cache
-from teacher_cache.derive.merge import OnDuplicate, merge_caches, take_shard
+from teacher_cache.derive.merge import OnDuplicate, adopt_shard, merge_caches
 from teacher_cache.derive.sealed_cache import SealedCache
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
@@ -196,7 +196,7 @@ class Caches(RuleBasedStateMachine):
 
         def make(index: int) -> None:
             if index < len(old):
-                take_shard(store, plan, index, base, base.seal.shards[index])
+                adopt_shard(store, plan, index, base, base.seal.shards[index])
             else:
                 cached = [SAMPLES[number] for number in new[index - len(old)]]
                 write_shard(store, plan, index, cached, [], 0.0)

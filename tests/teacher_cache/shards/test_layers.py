@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.folder.layout import open_shard, read_rows, shard_name
+from teacher_cache.folder.layout import open_shard, read_encoded_rows, shard_name
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import (
@@ -78,7 +78,7 @@ def test_a_layered_shard_reads_as_one(tmp_path: Path, form: ShardFormatName) -> 
     reader = CacheReader.open(store)
     for index, row in enumerate(rows):
         assert_same(reader.read(index, reader.parts), row)
-    assert list(read_rows(store, plan, commit)) == encoded(rows)
+    assert list(read_encoded_rows(store, plan, commit)) == encoded(rows)
     assert verify_cache(store).problems == ()
     assert commit.num_bytes == sum(len(published(tmp_path)[file.file]) for file in commit.files)
 
@@ -172,7 +172,7 @@ def test_encoded_rows_of_one_cache_make_the_same_shard_in_another(tmp_path: Path
     (rows,) = make_shards(1)
     seal = build(LocalStore(tmp_path / "a"), [rows])
     plan = write_plan(LocalStore(tmp_path / "b"), make_plan([rows]))
-    stream = read_rows(LocalStore(tmp_path / "a"), plan, seal.shards[0])
+    stream = read_encoded_rows(LocalStore(tmp_path / "a"), plan, seal.shards[0])
     assert write_encoded_shard(LocalStore(tmp_path / "b"), plan, 0, stream) == seal.shards[0]
 
 
