@@ -129,7 +129,7 @@ def write_encoded_shard(
     seconds: float = 0.0,
     quality: ShardQuality | None = None,
 ) -> ShardCommit:
-    """Like `write_shard`, for rows that are encoded already, such as those of `read_encoded_rows`."""
+    """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()
     planes = planes_of(tier_parts(plan.spec), plan.spec)
     file = write_shard_file(cache, plan, index, _counted(rows, counts), planes, rejected)
