@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pipeline.student.train import train
     from student_train.compression.compression import compress
     from student_train.config.objective import ObjectiveConfig, preset
-    from student_train.config.recipe import TrainerSettings
     from student_train.data.batch_plan import BatchPlan
     from student_train.data.stream import TrainingStream
     from student_train.losses.objective_loss import distillation_loss
@@ -50,7 +49,6 @@ __all__ = [
     "TeacherAssets",
     "TeacherOutput",
     "TrainConfig",
-    "TrainerSettings",
     "TrainingStream",
     "__version__",
     "build",
@@ -80,7 +78,6 @@ _HOMES = {
     "TeacherAssets": "student_train.signals.from_cache:TeacherAssets",
     "TeacherOutput": "teacher_cache.schema.teacher_output:TeacherOutput",
     "TrainConfig": "pipeline.config.stages:TrainConfig",
-    "TrainerSettings": "student_train.config.recipe:TrainerSettings",
     "TrainingStream": "student_train.data.stream:TrainingStream",
     "build": "pipeline.build.build:build",
     "compress": "student_train.compression.compression:compress",

@@ -73,7 +73,7 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
 
     def step(batch: StudentBatch) -> None:
-        student_loss(model, batch, settings, assets).total.backward()
+        student_loss(model, batch, settings.objective, assets).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.epic.step_passes import student_pass
@@ -177,7 +178,9 @@ class EmkdTrainer(Trainer):
         first, self._last_step = self._last_step != step, step  # which speaks for the step
         check = first and _is_due(step, self.settings.match_check_steps)
         plan, head_of = self._plan(model), self._head_of
-        loss = student_loss(model, batch, self.settings, self.assets, plan, check, head_of)
+        loss = student_loss(
+            model, batch, self.settings.objective, self.assets, plan, check, head_of
+        )
         self.window.add({"loss": loss.total, **_named("term", loss.terms)})
         self.window.add(_named("weight", loss.weights))
         self.window.add(_named("diagnostic", loss.diagnostics))
@@ -312,14 +315,13 @@ class _Flow(TrainerCallback):
 def student_loss(
     model: nn.Module,
     batch: StudentBatch,
-    settings: TrainerSettings,
+    objective: ObjectiveConfig,
     assets: TeacherAssets,
     plan: StepPlan | None = None,
     check_matching: bool = False,
     head_of: Callable[[nn.Module], LogitsOf] = output_head,
 ) -> LossTerms:
     """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
-    objective = settings.objective
     teach = objective.kd_weight > 0 and not objective.kd_from_cache
     found = student_pass(model, batch.model, plan, teach=teach)
     cached_ratio = 0.0 if plan is None else plan.cached_ratio

@@ -83,13 +83,13 @@ def test_the_kd_term_is_that_of_the_teacher_at_the_grids_ratio(
 ) -> None:
     batch, assets = first_batch(tmp_path, teacher, tier)
     model, num_rows = teacher.model, teacher.head.vocab_size
-    config = settings("epic-cached-tcd")
+    objective = settings("epic-cached-tcd").objective
     seen: dict[float, float] = {}
     for gap, ratio in ((0.0, 0.75), (0.25, 0.5), (0.3, 0.25), (0.6, 0.0)):
         plan = fixed(0.75, gap)
         assert plan.cached_ratio == ratio
         with torch.no_grad():
-            loss = student_loss(model, batch, config, assets, plan)
+            loss = student_loss(model, batch, objective, assets, plan)
         mine = logits(model, batch.model, 0.75)[:, :num_rows].log_softmax(dim=1)
         theirs = logits(model, batch.model, ratio)[:, :num_rows].log_softmax(dim=1)
         expected = (theirs.exp() * (theirs - mine)).sum(dim=1).mean()
@@ -102,10 +102,11 @@ def test_the_kd_term_is_that_of_the_teacher_at_the_grids_ratio(
 
 def test_a_cache_without_a_grid_teaches_with_every_token(tmp_path: Path, teacher: Teacher) -> None:
     batch, assets = first_batch(tmp_path, teacher, "hidden")
-    config, plan = settings("epic-cached-tcd"), fixed(0.75, 0.0)
+    objective, plan = settings("epic-cached-tcd").objective, fixed(0.75, 0.0)
     plain = [replace(output, hidden_grid=None) for output in batch.outputs]
     without = replace(batch, outputs=tuple(plain))
     with torch.no_grad():
-        zero = student_loss(teacher.model, batch, config, assets, replace(plan, cached_ratio=0.0))
-        found = student_loss(teacher.model, without, config, assets, plan)
+        none = replace(plan, cached_ratio=0.0)
+        zero = student_loss(teacher.model, batch, objective, assets, none)
+        found = student_loss(teacher.model, without, objective, assets, plan)
     assert torch.equal(found.terms["kd"], zero.terms["kd"])

@@ -12,7 +12,7 @@ from pipeline.build.response_grid import with_grid
 from student_train.compression.compression import compress
 from student_train.config.objective import EpicName, ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
-from student_train.config.recipe import TrainerSettings, TrainRecipe
+from student_train.config.recipe import TrainRecipe
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream, parts_needed
 from student_train.models.forward import final_hidden, output_head
@@ -72,13 +72,8 @@ def batch_from(reader: CacheReader, student: Any, objective: ObjectiveConfig) ->
 
 
 def loss_of(reader: CacheReader, student: Any, objective: ObjectiveConfig, step: Any) -> Any:
-    schedule = objective.epic_schedule
-    settings = TrainerSettings(
-        objective=objective,
-        progression=None if schedule is None else ProgressionConfig(schedule=schedule),
-    )
     batch = batch_from(reader, student, objective)
-    return student_loss(student[0], batch, settings, TeacherAssets(), step)
+    return student_loss(student[0], batch, objective, TeacherAssets(), step)
 
 
 @torch.no_grad()

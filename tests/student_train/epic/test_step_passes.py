@@ -29,7 +29,7 @@ NOTHING = TeacherAssets()
 
 
 def loss_of(model: Any, batch: Any, step: StepPlan | None, **objective: Any) -> Any:
-    return student_loss(model, batch, settings(**objective), NOTHING, step)
+    return student_loss(model, batch, settings(**objective).objective, NOTHING, step)
 
 
 def assert_close(

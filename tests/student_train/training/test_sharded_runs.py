@@ -169,7 +169,7 @@ def test_the_logged_gradient_norms_are_those_of_the_mean_over_the_ranks(
     set_trainable(model, settings.train_parts)
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
     pair = next(zip(*map(iter, both_streams(reader, model, processor)), strict=True))
-    each = [student_loss(model, batch, settings, assets).terms for batch in pair]
+    each = [student_loss(model, batch, settings.objective, assets).terms for batch in pair]
     (line,) = lines(tmp_path / "two")
     trained = [p for p in model.parameters() if p.requires_grad]
     for name in each[0]:

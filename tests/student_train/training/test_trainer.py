@@ -142,7 +142,7 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
     )
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
     batches = islice(stream, 4 // micro)
-    totals = [student_loss(model, batch, settings, assets).total for batch in batches]
+    totals = [student_loss(model, batch, settings.objective, assets).total for batch in batches]
     mean = torch.stack(totals).mean()
     mean.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
