@@ -157,8 +157,8 @@ class RecordExtender:
     def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
         """These samples with nothing but the new planes."""
         for row in encode_rows(cached, self._new_spec):
-            planes = {name: row.planes[name] for name in self._new_planes}
-            yield dataclasses.replace(row, images=(), planes=planes)
+            planes = {name: row.frames[name] for name in self._new_planes}
+            yield dataclasses.replace(row, images=(), frames=planes)
 
     def _batches(
         self, index: int, first: int = 0, last: int | None = None

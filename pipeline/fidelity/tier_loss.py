@@ -59,10 +59,10 @@ class TierSums:
         row = encode_row(cached, spec)
         vision = [name for name in planes if is_vision_plane(name)]
         self.layout_vision += sum(planes[name].nbytes for name in vision)
-        self.stored_vision += sum(len(row.planes[name]) for name in vision)
-        self.stored += sum(map(len, row.planes.values())) + sum(map(len, row.images))
+        self.stored_vision += sum(len(row.frames[name]) for name in vision)
+        self.stored += sum(map(len, row.frames.values())) + sum(map(len, row.images))
         if row.images:
-            shared = sum(len(row.planes[name]) for name in VISION_PLANES & row.planes.keys())
+            shared = sum(len(row.frames[name]) for name in VISION_PLANES & row.frames.keys())
             self.shareable += shared + sum(map(len, row.images))
         self.stored += sum(len(text.encode()) for text in _texts(row))
 
@@ -183,7 +183,7 @@ def shard_structure(spec: CacheSpec) -> tuple[float, float]:
         source_id="a sample",
         messages="[]",
         images=(piece,),
-        planes=dict.fromkeys(planes, piece),
+        frames=dict.fromkeys(planes, piece),
     )
     content = len("".join(_texts(row))) + len(piece) * (1 + len(planes))
     sizes: dict[int, int] = {}

@@ -292,7 +292,7 @@ def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[Encod
     """The rows as they come; adds up what a commit record counts."""
     spans = planes_of(())
     for row in rows:
-        output = output_from_planes({name: decode_frame(row.planes[name]) for name in spans}, 1)
+        output = output_from_planes({name: decode_frame(row.frames[name]) for name in spans}, 1)
         num_vision = sum(view.num_tokens for view in output.views)
         counts["rows"] += 1
         counts["vision_tokens"] += num_vision

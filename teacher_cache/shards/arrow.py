@@ -41,7 +41,7 @@ class ArrowFormat(ShardFormat):
             for stored in stored_rows(rows, planes):
                 row, owner = stored.row, _NO_ROW if stored.owner is None else stored.owner
                 texts = (row.key, row.source_id, row.messages, stored.checks, row.shared_from or "")
-                frames = [row.planes.get(name, b"") for name in sorted(planes)]
+                frames = [row.frames.get(name, b"") for name in sorted(planes)]
                 values = [*texts, owner, list(row.images), *frames]
                 arrays = [
                     pa.array([value], field.type)
@@ -131,7 +131,7 @@ class ArrowShard(Shard):
             source_id=stored["source_id"],
             messages=stored["messages"],
             images=tuple(stored["images"]),
-            planes={name: stored[name] for name in planes if stored[name]},
+            frames={name: stored[name] for name in planes if stored[name]},
             shared_from=stored["shared_from"] or None,
         )
         owner = stored["shared_row"]

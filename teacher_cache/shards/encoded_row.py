@@ -26,7 +26,7 @@ class EncodedRow:
     source_id: str
     messages: str
     images: tuple[bytes, ...]
-    planes: Mapping[str, bytes]
+    frames: Mapping[str, bytes]
     shared_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -39,21 +39,21 @@ class EncodedRow:
         """The row without what another one stores for it."""
         if self.shared_from is None:
             return self
-        planes = {name: frame for name, frame in self.planes.items() if name not in VISION_PLANES}
-        return dataclasses.replace(self, images=(), planes=planes)
+        planes = {name: frame for name, frame in self.frames.items() if name not in VISION_PLANES}
+        return dataclasses.replace(self, images=(), frames=planes)
 
     def with_owner(self, owner: "EncodedRow") -> "EncodedRow":
         """The row with the images of its owner, and with those vision planes that `owner` has."""
-        if self.images or not VISION_PLANES.isdisjoint(self.planes):
+        if self.images or not VISION_PLANES.isdisjoint(self.frames):
             raise ValueError(f"it has a vision record beside that of {self.shared_from}")
-        shared = {name: owner.planes[name] for name in VISION_PLANES & owner.planes.keys()}
-        return dataclasses.replace(self, images=owner.images, planes={**self.planes, **shared})
+        shared = {name: owner.frames[name] for name in VISION_PLANES & owner.frames.keys()}
+        return dataclasses.replace(self, images=owner.images, frames={**self.frames, **shared})
 
     @property
     def checks(self) -> str:
         """The text that is stored beside the row and binds its pieces together."""
         images = [_sum(image) for image in self.images]
-        planes = {name: _sum(frame) for name, frame in sorted(self.planes.items())}
+        planes = {name: _sum(frame) for name, frame in sorted(self.frames.items())}
         return json.dumps({"images": images, "planes": planes, "row": self._sum(images, planes)})
 
     def verify(self, checks: str) -> None:
@@ -71,17 +71,17 @@ class EncodedRow:
             raise ShardCorruptError("its key, id, messages or checks are damaged")
         if images != [_sum(image) for image in self.images]:
             raise ShardCorruptError("its images are damaged")
-        damaged = [name for name, frame in self.planes.items() if planes.get(name) != _sum(frame)]
+        damaged = [name for name, frame in self.frames.items() if planes.get(name) != _sum(frame)]
         if damaged:
             raise ShardCorruptError(f"its planes {', '.join(sorted(damaged))} are damaged")
 
     @property
     def vision_sums(self) -> tuple[str, ...]:
         """Sums of the images and of the vision planes: equal in rows that share them."""
-        shared = sorted(VISION_PLANES & self.planes.keys())
+        shared = sorted(VISION_PLANES & self.frames.keys())
         return (
             *(_sum(image) for image in self.images),
-            *(f"{name} {_sum(self.planes[name])}" for name in shared),
+            *(f"{name} {_sum(self.frames[name])}" for name in shared),
         )
 
     def _sum(self, images: list[str], planes: dict[str, str]) -> str:
@@ -117,9 +117,9 @@ def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator
     """
     owners: dict[str, tuple[int, tuple[str, ...]]] = {}
     for number, row in enumerate(rows):
-        if set(row.planes) != set(planes):
+        if set(row.frames) != set(planes):
             raise ValueError(
-                f"row {row.key} has planes {sorted(row.planes)}, the shard holds {sorted(planes)}"
+                f"row {row.key} has planes {sorted(row.frames)}, the shard holds {sorted(planes)}"
             )
         owner: int | None = None
         if row.shared_from is None:

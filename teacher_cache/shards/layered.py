@@ -37,11 +37,11 @@ class LayeredShard(Shard):
         wanted = [(layer, names.intersection(planes)) for layer, names in self._further]
         elsewhere = frozenset[str]().union(*(names for _, names in wanted))
         found = self._base.read(row, set(planes) - elsewhere)
-        frames = dict(found.planes)
+        frames = dict(found.frames)
         for layer, names in wanted:
             if names:
-                frames.update(self._same_row(layer, row, names, found).planes)
-        return dataclasses.replace(found, planes=frames)
+                frames.update(self._same_row(layer, row, names, found).frames)
+        return dataclasses.replace(found, frames=frames)
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of the frames of each plane, and of `images`, in the layer that has them."""

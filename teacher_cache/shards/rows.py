@@ -53,7 +53,7 @@ def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[Enc
                     f"sample {each.sample.key} shares the vision record of "
                     f"{each.output.shared_from}, which is no earlier sample with that record"
                 )
-            ready = {name: row.planes[name] for name in planes}
+            ready = {name: row.frames[name] for name in planes}
         row = encode_row(each, spec, ready)
         if row.shared_from is None and row.key in shared:
             owners[row.key] = (planes, row)
@@ -79,7 +79,7 @@ def encode_row(
         source_id=sample.source_id,
         messages=json.dumps(turns),
         images=sample.images,
-        planes=frames,
+        frames=frames,
         shared_from=output.shared_from,
     )
 
@@ -92,7 +92,7 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
         if sample_key(row.images, messages) != content_key(row.key):
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
-        planes = {name: decode_frame(frame) for name, frame in row.planes.items()}
+        planes = {name: decode_frame(frame) for name, frame in row.frames.items()}
         output = output_from_planes(planes, spec.vocab_size, spec.top_k, spec.ratios)
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)

@@ -47,7 +47,7 @@ class Shard(ABC):
             encoded = stored.row
             if stored.owner is not None:
                 encoded = self._with_owner(encoded, row, stored.owner, planes)
-            missing = set(planes) - encoded.planes.keys()
+            missing = set(planes) - encoded.frames.keys()
             if missing:
                 raise ValueError(f"planes {', '.join(sorted(missing))} are missing")
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:

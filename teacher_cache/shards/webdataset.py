@@ -68,7 +68,7 @@ def _members(stored: StoredRow) -> dict[str, bytes]:
         "checks": stored.checks,
         "shared_from": row.shared_from,
     }
-    members = {f"{name}.zst": frame for name, frame in row.planes.items()}
+    members = {f"{name}.zst": frame for name, frame in row.frames.items()}
     for number, image in enumerate(row.images):
         kinds = [kind for magic, kind in _MAGIC.items() if image.startswith(magic)]
         members[f"{number}.image.{kinds[0] if kinds else 'bin'}"] = image
@@ -161,7 +161,7 @@ class TarShard(Shard):
             source_id=text["source_id"],
             messages=text["messages"],
             images=tuple(self._bytes(images[number]) for number in range(len(images))),
-            planes={name: self._bytes(frames[name]) for name in frames.keys() & set(planes)},
+            frames={name: self._bytes(frames[name]) for name in frames.keys() & set(planes)},
             shared_from=text["shared_from"],
         )
         owner = None if encoded.shared_from is None else self._rows[encoded.shared_from]

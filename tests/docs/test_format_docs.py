@@ -230,7 +230,7 @@ def test_every_transform_and_both_sizes_of_floats_occur_in_these_shards(tmp_path
         for file in files:
             shard = shard_format("arrow").open(file)
             for row in range(shard.num_rows):
-                frames = shard.read(row, ["v_ids", "v_logits", "a_cosine", "s_codes"]).planes
+                frames = shard.read(row, ["v_ids", "v_logits", "a_cosine", "s_codes"]).frames
                 seen |= {(name, zstandard.decompress(each)[1]) for name, each in frames.items()}
     assert {code for _, code in seen} == set(TRANSFORMS) - {STAIRS.code}  # test_format_forms.py
 

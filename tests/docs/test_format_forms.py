@@ -110,7 +110,7 @@ def test_the_second_script_gives_the_numbers_of_the_reader(
 def test_stairs_occur_in_these_shards(tmp_path: Path) -> None:
     for form, plane in (("mass", "v_logits"), ("both", "v_codes")):
         _, files = form_cache(tmp_path / form, form)
-        frames = shard_format("arrow").open(files[0]).read(0, [plane]).planes
+        frames = shard_format("arrow").open(files[0]).read(0, [plane]).frames
         assert STAIRS.code == _content(frames[plane])[1]
 
 

@@ -64,7 +64,7 @@ def rows_of(cache: SealedCache) -> list[EncodedRow]:
 def content_of(cache: SealedCache) -> list[tuple[object, ...]]:
     """What is in every row, whoever stores it."""
     return [
-        (row.key, row.source_id, row.messages, row.images, dict(row.planes))
+        (row.key, row.source_id, row.messages, row.images, dict(row.frames))
         for row in rows_of(cache)
     ]
 

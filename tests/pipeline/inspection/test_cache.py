@@ -74,7 +74,7 @@ def test_bytes_of_parts_are_those_of_the_frames(tmp_path: Path, form: ShardForma
     expected = Counter[str]()
     for row in (row.without_shared for row in rows_of(cache)):
         expected["images"] += sum(len(image) for image in row.images)
-        for name, frame in row.planes.items():
+        for name, frame in row.frames.items():
             expected["hidden" if name in PART_PLANES["hidden"] else "tokens"] += len(frame)
     around = cache.seal.num_bytes - sum(expected.values())
     assert shown == {"shards": 3, **expected, "around": around}

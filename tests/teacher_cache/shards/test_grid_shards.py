@@ -79,7 +79,7 @@ def test_any_output_with_a_grid_comes_back_to_the_bit(
     spec = make_spec(records, grid=grid, **(MASS if ragged else {}))
     row = CachedSample(sample=make_cached(0).sample, output=output)
     encoded = encode_row(row, spec)
-    assert encoded.planes.keys() == planes_of(tier_parts(spec), spec)
+    assert encoded.frames.keys() == planes_of(tier_parts(spec), spec)
     back = decode_row(encoded, spec).output
     assert_same_outputs(back, output)
     assert tuple(back.response_grid or back.hidden_grid or ()) == ratios
@@ -163,7 +163,7 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
     planes = output_planes(row.output, spec)
     lie = encode_plane(plane, change(planes[plane].clone()))
     hostile = dataclasses.replace(
-        encode_row(row, spec), planes={**encode_planes(planes), plane: lie}
+        encode_row(row, spec), frames={**encode_planes(planes), plane: lie}
     )
     shard_format(form).write(tmp_path / "s", [hostile], planes_of(tier_parts(spec), spec), {})
     shard = shard_format(form).open(tmp_path / "s")
@@ -174,7 +174,7 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
 def test_a_damaged_grid_is_found(tmp_path: Path) -> None:
     reader = cache(tmp_path)
     file = next((tmp_path / "shards").glob("00001*"))
-    frame = shard_format("arrow").open(file).read(0, ["g3_predicting"]).planes["g3_predicting"]
+    frame = shard_format("arrow").open(file).read(0, ["g3_predicting"]).frames["g3_predicting"]
     data = bytearray(file.read_bytes())
     data[data.index(frame) + len(frame) // 2] ^= 1
     file.write_bytes(data)

@@ -118,7 +118,7 @@ def test_a_hostile_frame_is_refused(
     monkeypatch.chdir(tmp_path)
     plane, make, found = FRAMES[name]
     first, second = rows()
-    bad = dataclasses.replace(first, planes={**first.planes, plane: make()})
+    bad = dataclasses.replace(first, frames={**first.frames, plane: make()})
     path = write(tmp_path / "shard", form, [bad, second])
     with little_memory(LITTLE), pytest.raises(ShardCorruptError, match=found) as refused:
         read(path, form)

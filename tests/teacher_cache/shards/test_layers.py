@@ -39,15 +39,15 @@ def encoded(rows: Sequence[CachedSample]) -> list[EncodedRow]:
 
 def with_planes(row: EncodedRow, later: bool) -> EncodedRow:
     """The row as the first file has it, or as the layer has it."""
-    planes = {name: frame for name, frame in row.planes.items() if (name in LATER) == later}
-    return dataclasses.replace(row, planes=planes, images=() if later else row.images)
+    planes = {name: frame for name, frame in row.frames.items() if (name in LATER) == later}
+    return dataclasses.replace(row, frames=planes, images=() if later else row.images)
 
 
 def write_layers(
     store: LocalStore, plan: Plan, base: Sequence[EncodedRow], layer: Sequence[EncodedRow]
 ) -> ShardCommit:
     """Shard 0 in two files."""
-    first = base[0].planes.keys() - LATER
+    first = base[0].frames.keys() - LATER
     files = (
         write_shard_file(store, plan, 0, [with_planes(row, False) for row in base], first),
         write_shard_file(store, plan, 0, [with_planes(row, True) for row in layer], LATER),
@@ -90,7 +90,7 @@ def test_a_layer_that_is_not_asked_for_is_not_looked_into(tmp_path: Path) -> Non
     commit = write_layers(store, plan, encoded(rows), encoded(rows))
     seal_cache(store)
     layer = tmp_path / commit.files[1].file
-    frame = encoded(rows)[0].planes["a_cosine"]
+    frame = encoded(rows)[0].frames["a_cosine"]
     data = bytearray(layer.read_bytes())
     data[data.index(frame) + len(frame) // 2] ^= 1
     layer.write_bytes(data)
@@ -121,7 +121,7 @@ def test_files_must_hold_every_plane_once(tmp_path: Path) -> None:
     (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
     plan = write_plan(store, make_plan([rows]))
-    planes = encoded(rows)[0].planes.keys()
+    planes = encoded(rows)[0].frames.keys()
     file = write_shard_file(store, plan, 0, encoded(rows), planes)
     short = dataclasses.replace(file, planes=tuple(sorted(planes - LATER)))
     for files in ((), (file, file), (short,)):

@@ -218,7 +218,7 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
     planes = output_planes(output, spec)
     frames = {**encode_planes(planes), plane: encode_plane(plane, change(planes[plane]))}
     path = tmp_path / "shard"
-    hostile = dataclasses.replace(row, planes=frames)
+    hostile = dataclasses.replace(row, frames=frames)
     shard_format("arrow").write(path, [hostile], planes_of(TIER_PARTS[records], spec), {})
     shard = shard_format("arrow").open(path)
     with pytest.raises(ShardCorruptError, match=row.key):

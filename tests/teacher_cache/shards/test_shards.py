@@ -103,4 +103,4 @@ class TestWebDataset(ShardContract):
 def test_a_row_key_must_be_a_sample_key() -> None:
     for key in ("", "k0", "../" + "0" * 32, "0" * 32 + "-0", "0" * 33):
         with pytest.raises(ValueError, match="not a sample key"):
-            EncodedRow(key=key, source_id="", messages="[]", images=(), planes={})
+            EncodedRow(key=key, source_id="", messages="[]", images=(), frames={})

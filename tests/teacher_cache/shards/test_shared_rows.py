@@ -83,7 +83,7 @@ def test_a_shared_record_is_stored_once(tmp_path: Path, form: ShardFormatName) -
     content = write(tmp_path / "shard", form, encoded()).read_bytes()
     assert content.count(row.images[0]) == 1
     for name in VISION_PLANES & {"v_ids", "v_logits", "v_lse", "v_tail"}:
-        assert content.count(row.planes[name]) == 1
+        assert content.count(row.frames[name]) == 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,7 +112,7 @@ def test_a_damaged_owner_is_noticed_in_every_row_that_shares_from_it(
     tmp_path: Path, form: ShardFormatName
 ) -> None:
     rows = encoded()
-    for piece in (rows[0].images[0], rows[0].planes["v_logits"], rows[0].planes["views"]):
+    for piece in (rows[0].images[0], rows[0].frames["v_logits"], rows[0].frames["views"]):
         path = tmp_path / f"{len(piece)}-{piece[8]}"
         data = bytearray(write(path, form, rows).read_bytes())
         data[data.index(piece) + len(piece) // 2] ^= 1
@@ -134,7 +134,7 @@ def test_layers_of_a_shard_share_alike_or_are_refused(
         parts = [
             dataclasses.replace(
                 row,
-                planes={plane: row.planes[plane] for plane in planes},
+                frames={plane: row.frames[plane] for plane in planes},
                 images=() if planes == later else row.images,
             )
             for row in content
@@ -241,7 +241,7 @@ def test_a_row_with_a_record_beside_its_owners_is_refused(tmp_path: Path) -> Non
     key, extra = ROWS[1].sample.key, encoded()[0]
     rewrite_arrow(
         write(tmp_path / "arrow", "arrow", encoded()),
-        lambda rows: rows[1].update(v_ids=extra.planes["v_ids"]),
+        lambda rows: rows[1].update(v_ids=extra.frames["v_ids"]),
     )
     rewrite_tar(
         write(tmp_path / "webdataset", "webdataset", encoded()),
