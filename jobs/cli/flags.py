@@ -29,7 +29,6 @@ from student_train.config.objective import (
     DivergenceName,
     MatchMetric,
     MatchScope,
-    MatchSolver,
     ObjectiveConfig,
     ObjectiveName,
     TailPolicy,
@@ -71,11 +70,6 @@ _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
         "Vocabulary rows at which L1 costs are summed; None: all.",
     ),
     "match_certify": ("certify", bool, "Prove which pairs are those of the exact costs."),
-    "match_solver": (
-        "solver",
-        MatchSolver,
-        "Who solves the assignments; lapjvh needs the extra emkd[lapx].",
-    ),
 }
 
 _VISION = frozenset({"vsd", "vlad"})

@@ -5,14 +5,15 @@ silent (docs/method.md lists them all). Imports nothing heavy: `emkd --help` rea
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
+
+from pydantic import model_validator
 
 from student_train.config.schedules import ScheduleName
 from teacher_cache.schema.strict_json import StrictRecord
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
-MatchSolver = Literal["scipy", "lapjvh"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise", "uniform", "mean_logit"]
 """The last two are for study: they mislead (tail_policies.py)."""
 UsedTail = TailPolicy | Literal["blend_template"]
@@ -55,15 +56,26 @@ class MatchingConfig(StrictRecord):
     certify: bool = False
     """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
     without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
-    solver: MatchSolver = "scipy"
-    """Who solves the assignments, all of them exactly; lapjvh needs the extra `emkd[lapx]`. Where
-    several pairings cost the same, the two may choose different ones."""
 
     def __post_init__(self) -> None:
         if self.num_shared_ids is not None and self.num_shared_ids < 1:
             raise ValueError(
                 f"num_shared_ids must be >= 1, or None for all, found {self.num_shared_ids}"
             )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_solver(cls, stored: Any) -> Any:
+        """Read runs and config files written while the solver was a choice."""
+        if not isinstance(stored, dict) or "solver" not in stored:
+            return stored
+        fields: dict[str, Any] = dict(stored)
+        solver = fields.pop("solver")
+        if solver != "scipy":
+            raise ValueError(
+                f"solver is {solver!r}, but SciPy's is the only one now; omit the field"
+            )
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from student_train.config.objective import MatchingConfig, MatchSolver
+from student_train.config.objective import MatchingConfig
 from student_train.head.linear_head import LogitsOf
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.certificate import certified_pairs
@@ -109,7 +109,6 @@ class _Task(NamedTuple):
     errors: Sequence[CostError | None]
     student_rows: Int[Tensor, "B n"]
     teacher_rows: Int[Tensor, "B m"]
-    solver: MatchSolver
 
 
 class _Solution(NamedTuple):
@@ -234,7 +233,6 @@ def start_matching(
             _errors(signal, config, cost),
             _numbered(own).view(len(alike), -1),
             _numbered(theirs).view(len(alike), -1),
-            config.solver,
         )
         solutions += [_solvers().submit(_solve, part) for part in _parts(task)]
     return PendingMatching(
@@ -307,7 +305,7 @@ def _to_host(cost: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def _solve(task: _Task) -> _Solution:
     if task.copied is not None:
         task.copied.synchronize()
-    found = [solve_assignment(cost, task.solver) for cost in task.cost]
+    found = [solve_assignment(cost) for cost in task.cost]
     rows_Bp, columns_Bp = (torch.stack(side) for side in zip(*found, strict=True))
     which_B1 = torch.arange(len(found))[:, None]
     paired_Bp = task.cost[which_B1, rows_Bp, columns_Bp]
