@@ -115,7 +115,11 @@ class Bench:
             found = student_pass(self.model, self.batch, used, teach=name == "epic-tcd")
         head = output_head(self.model)
         loss = distillation_loss(
-            found.states, [self.output], head, objective, consistent=found.consistent
+            found.states,
+            [self.output],
+            head,
+            objective,
+            consistency_teacher_states=found.consistency_teacher_states,
         )
         loss.total.backward()
         return loss.total.detach()
@@ -127,9 +131,13 @@ class Bench:
             compress(self.model, plan.teacher, self.batch, plan.teacher_draw) as found,
         ):
             hidden = final_hidden(self.model, self.batch.inputs)
-        consistent = hidden[0, found.layout.columns(0, predicting)]
+        consistency_teacher_states = hidden[0, found.layout.columns(0, predicting)]
         own = student_pass(self.model, self.batch, plan, teach=False)
-        return StudentPass(states=own.states, consistent=consistent, diagnostics=own.diagnostics)
+        return StudentPass(
+            states=own.states,
+            consistency_teacher_states=consistency_teacher_states,
+            diagnostics=own.diagnostics,
+        )
 
     def gradients(self) -> Tensor:
         """All gradients in one row; and none is left."""

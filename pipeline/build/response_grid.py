@@ -1,8 +1,8 @@
 """How a frozen teacher drops its own vision tokens: the passes behind the grid of a cache.
 
 Promise: one pass over a batch as it is, and for each ratio the layers from the grid's on once more
-(`shared_prefix.rerun`, to the bit what a whole pass under `compress` gives). What is kept depends
-on the sample, the teacher and the settings; random draws on the sample's key. So it is as
+(`rerun_from_layer`, to the bit what a whole pass under `compress` gives). What is kept depends on
+the sample, the teacher and the settings; random draws on the sample's key. So it is as
 deterministic as the ordinary pass: the same batch gives the same bits. Teachers that cannot drop
 tokens there are refused before a sample is read.
 """
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from student_train.compression.compressors import find_compressor
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, Stage
-from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.config.compression import CompressionSettings, DropStage
+from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.schema.options import GridSettings
 from teacher_cache.teacher.teacher import PredictingStates, Teacher
@@ -26,7 +26,7 @@ def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:
     """The settings of `compress` under which the teacher gives the grid's records at a ratio."""
     return CompressionSettings(
         compressor=grid.compressor,
-        stages=(Stage(layer=grid.layer, ratio=ratio),),
+        stages=(DropStage(layer=grid.layer, ratio=ratio),),
         text=grid.text,
         seed=grid.seed,
     )
@@ -67,7 +67,9 @@ class Passes:
         with record_entry(self.model, grid.layer) as entry:
             states = whole()
             for ratio in grid.ratios:
-                hidden, layout = rerun(self.model, entry, compression_at(grid, ratio), batch)
+                hidden, layout = rerun_from_layer(
+                    self.model, entry, compression_at(grid, ratio), batch
+                )
                 for row, sample in enumerate(batch.samples):
                     columns = layout.columns(row, sample.spans.predicting)
                     found[row][ratio] = hidden[row, columns.to(hidden.device)]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.checks import Dtype, at_least_one, refuse_changed, refuse_idle_choice
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.schema.options import (
     TextSource,
@@ -121,7 +121,7 @@ class EvaluateConfig(StrictRecord):
         )
 
 
-def _stage(pair: str) -> Stage:
+def _stage(pair: str) -> DropStage:
     layer, _, ratio = pair.partition(":")
     try:
         number, share = int(layer), float(ratio)
@@ -129,7 +129,7 @@ def _stage(pair: str) -> Stage:
         raise ValueError(
             f"found the stage {pair!r}, expected LAYER:RATIO such as 8:0.5, half at layer 8"
         ) from None
-    return Stage(layer=number, ratio=share)
+    return DropStage(layer=number, ratio=share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from pipeline.student.predictions import (
 from pipeline.student.scores import SCORES
 from student_train.config.compression import CompressionSettings
 from student_train.training.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
-from student_train.training.metrics_log import METRICS_FILE
+from student_train.training.metrics_log import METRICS_LOG_FILE
 from teacher_cache.folder.layout import SEAL_FILE, read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.strict_json import decode_json, decode_mapping
@@ -178,9 +178,9 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
 
 
 def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...]:
-    path = folder / METRICS_FILE
+    path = folder / METRICS_LOG_FILE
     if not path.exists():
-        missing.append(f"{folder}: {METRICS_FILE} is missing, no loss curves")
+        missing.append(f"{folder}: {METRICS_LOG_FILE} is missing, no loss curves")
         return ()
     whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
     lines = tuple(json.loads(line) for line in whole.splitlines())

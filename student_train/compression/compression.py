@@ -27,8 +27,8 @@ from transformers.masking_utils import create_causal_mask
 
 from student_train.compression.decoder import decoder_of, require_compressible
 from student_train.compression.layer_view import AttentionRecorder, LayerView
-from student_train.compression.selection import Chooser
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.compression.selection import TokenSelector
+from student_train.config.compression import CompressionSettings, DropStage
 from student_train.data.token_layout import TokenLayout, layout_of
 from teacher_cache.models.collate import ModelBatch
 
@@ -71,9 +71,9 @@ class Compression:
         compressor = require_compressible(model, settings)
         self._decoder: Any = decoder_of(model)
         self._batch = batch
-        self._chooser = Chooser(compressor, settings, batch, draw)
+        self._selector = TokenSelector(compressor, settings, batch, draw)
         depth = len(self._decoder.layers)
-        stages = settings.stages if self._chooser.has_vision else ()
+        stages = settings.stages if self._selector.has_vision else ()
         self._stages = {s.layer: s for s in stages if s.ratio and s.layer < depth}
         self._recorders: dict[int, AttentionRecorder] = {}
         self.layout: TokenLayout = layout_of(batch)
@@ -96,7 +96,7 @@ class Compression:
         layers, handles = self._decoder.layers, list[RemovableHandle]()
         self._recorders = dict(recorded or {})
         for number in self._stages.keys() - self._recorders.keys():
-            if self._chooser.needs_attention:
+            if self._selector.needs_attention:
                 self._recorders[number] = AttentionRecorder(layers[number - 1])
                 handles += self._recorders[number].attach()
         for number in range(min(self._stages, default=len(layers)), len(layers)):
@@ -166,15 +166,15 @@ class Compression:
         self.layout = self._whole = layout_of(self._batch, hidden.shape[1] - length)
 
     def _shorten(
-        self, stage: Stage, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+        self, stage: DropStage, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Drop tokens at the input of layer `stage.layer`; returns the hidden states that stay.
 
         `position_embeddings` are those of the whole sequence, which every layer is given.
         """
-        recorder = self._recorders[stage.layer] if self._chooser.needs_attention else None
-        view = LayerView(self._chooser.needs, self._decoder.norm, recorder, hidden)
-        rows = self._chooser.kept_rows(stage, self.layout, view, position_embeddings)
+        recorder = self._recorders[stage.layer] if self._selector.needs_attention else None
+        view = LayerView(self._selector.needs, self._decoder.norm, recorder, hidden)
+        rows = self._selector.kept_rows(stage, self.layout, view, position_embeddings)
         if all(len(kept) == len(row) for kept, row in zip(rows, self.layout.rows, strict=True)):
             return hidden
         layout = self.layout.only(rows)

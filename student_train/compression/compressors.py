@@ -26,11 +26,11 @@ from torch.nn import functional
 NUM_PIVOTS = 4
 """DART's pivots among the images and among the text, each."""
 
-Need = Literal["states", "keys", "attention", "words"]
+Need = Literal["states", "keys", "attention", "random_words"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class CompressorInputs:
     """What a compressor may look at: one turn of one sample, where layer K begins.
 
     `vision` and `instruction` are rows of `states` and `keys`, ascending; there is at least one
@@ -45,11 +45,11 @@ class Evidence:
     """Keys of layer K-1 after rotary embedding."""
     attention: Float[Tensor, " L"] | None = None
     """Layer K-1's attention from the end of the turn's prompt, mean over heads."""
-    words: UInt64[np.ndarray, " M"] | None = None
+    random_words: UInt64[np.ndarray, " M"] | None = None
     """Random 64-bit words that belong to this sample, turn, layer and draw."""
 
 
-KeepSet = Callable[[Evidence, float], Int[Tensor, " K"]]
+KeepSet = Callable[[CompressorInputs, float], Int[Tensor, " K"]]
 """Kept vision positions, ascending, for a ratio of dropped ones."""
 
 
@@ -146,22 +146,22 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _dart(evidence: Evidence, ratio: float) -> Tensor:
-    assert evidence.states is not None
-    assert evidence.keys is not None
-    return dart_keep(evidence.states, evidence.keys, evidence.vision, evidence.instruction, ratio)
+def _dart(inputs: CompressorInputs, ratio: float) -> Tensor:
+    assert inputs.states is not None
+    assert inputs.keys is not None
+    return dart_keep(inputs.states, inputs.keys, inputs.vision, inputs.instruction, ratio)
 
 
-def _fastv(evidence: Evidence, ratio: float) -> Tensor:
-    assert evidence.attention is not None
-    return fastv_keep(evidence.attention, evidence.vision, ratio)
+def _fastv(inputs: CompressorInputs, ratio: float) -> Tensor:
+    assert inputs.attention is not None
+    return fastv_keep(inputs.attention, inputs.vision, ratio)
 
 
-def _random(evidence: Evidence, ratio: float) -> Tensor:
-    assert evidence.words is not None
-    return random_keep(evidence.words, evidence.vision, ratio)
+def _random(inputs: CompressorInputs, ratio: float) -> Tensor:
+    assert inputs.random_words is not None
+    return random_keep(inputs.random_words, inputs.vision, ratio)
 
 
 register(Compressor(name="dart", needs=frozenset[Need]({"states", "keys"}), keep=_dart))
 register(Compressor(name="fastv", needs=frozenset[Need]({"attention"}), keep=_fastv))
-register(Compressor(name="random", needs=frozenset[Need]({"words"}), keep=_random))
+register(Compressor(name="random", needs=frozenset[Need]({"random_words"}), keep=_random))

@@ -18,7 +18,7 @@ from teacher_cache.models.collate import EncodedSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class ImageTurn:
     """The vision tokens of one turn, and the text that may be asked about them.
 
     Positions of the sample, ascending. `end` is the last position of the prompt, whose logits
@@ -30,7 +30,7 @@ class Turn:
     end: int
 
 
-def turns_of(sample: EncodedSample, source: TextSource) -> tuple[Turn, ...]:
+def image_turns(sample: EncodedSample, source: TextSource) -> tuple[ImageTurn, ...]:
     """The turns of a sample that show images, in order; none for text alone."""
     spans = sample.spans
     vision = spans.vision.sort().values
@@ -39,7 +39,7 @@ def turns_of(sample: EncodedSample, source: TextSource) -> tuple[Turn, ...]:
     # Tokens of one turn have equally many response tokens before them.
     number_M = torch.searchsorted(response, vision)
     number_T = torch.searchsorted(response, instruction)
-    turns: list[Turn] = []
+    turns: list[ImageTurn] = []
     for number in number_M.unique().tolist():
         shown = vision[number_M == number]
         if source == "released":
@@ -49,5 +49,5 @@ def turns_of(sample: EncodedSample, source: TextSource) -> tuple[Turn, ...]:
         else:
             text = instruction[number_T == number]
             end = int(response[number]) - 1 if number < len(response) else sample.num_tokens - 1
-        turns.append(Turn(vision=shown, text=text, end=end))
+        turns.append(ImageTurn(vision=shown, text=text, end=end))
     return tuple(turns)

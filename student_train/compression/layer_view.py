@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt64
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from student_train.compression.compressors import Evidence, Need
+from student_train.compression.compressors import CompressorInputs, Need
 
 
 class AttentionRecorder:
@@ -94,7 +94,7 @@ class LayerView:
         self._recorder = recorder
         self._seen = None if recorder is None else recorder.take()
 
-    def evidence(
+    def inputs(
         self,
         row: int,
         columns: slice,
@@ -102,8 +102,8 @@ class LayerView:
         vision: Int[Tensor, " M"],
         text: Int[Tensor, " T"],
         end: int,
-        words: UInt64[np.ndarray, " M"] | None,
-    ) -> Evidence:
+        random_words: UInt64[np.ndarray, " M"] | None,
+    ) -> CompressorInputs:
         """One turn of the sample in batch row `row`, whose tokens are at `columns`.
 
         `vision`, `text` and `end` count from the first of these columns; the cosines and sines are
@@ -120,13 +120,13 @@ class LayerView:
             if "attention" in self._needs:
                 scaling = self._recorder.scaling
                 attention = attention_row(query_HLd[:, end], keys_GLd, end, scaling)
-        return Evidence(
+        return CompressorInputs(
             vision=vision,
             instruction=text,
             states=states,
             keys=keys,
             attention=attention,
-            words=words,
+            random_words=random_words,
         )
 
 

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int, UInt64
 from torch import Tensor
 
 from student_train.compression.compressors import Compressor, Need
-from student_train.compression.image_turns import turns_of
+from student_train.compression.image_turns import image_turns
 from student_train.compression.layer_view import LayerView
-from student_train.config.compression import CompressionSettings, Stage
-from student_train.data.seeded_random import words
+from student_train.config.compression import CompressionSettings, DropStage
+from student_train.data.seeded_random import random_words
 from student_train.data.token_layout import TokenLayout
 from teacher_cache.models.collate import ModelBatch
 
@@ -22,7 +22,7 @@ Embeddings = tuple[Float[Tensor, "_ _ d"], Float[Tensor, "_ _ d"]]
 """Cosines and sines of the whole batch as a decoder makes them: of each row, or one for all."""
 
 
-class Chooser:
+class TokenSelector:
     """A compressor, and the batch that it chooses from; `draw` numbers its random draws."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Chooser:
         self._compressor = compressor
         self._seed, self._draw = settings.seed, draw
         self._batch = batch
-        self._turns = [turns_of(sample, settings.text) for sample in batch.samples]
+        self._turns = [image_turns(sample, settings.text) for sample in batch.samples]
 
     @property
     def has_vision(self) -> bool:
@@ -50,7 +50,7 @@ class Chooser:
 
     @torch.no_grad()
     def kept_rows(
-        self, stage: Stage, layout: TokenLayout, view: LayerView, embeddings: Embeddings
+        self, stage: DropStage, layout: TokenLayout, view: LayerView, embeddings: Embeddings
     ) -> list[Int[Tensor, " _"]]:
         """Positions of the tokens of each sample that go on, ascending, on the CPU.
 
@@ -67,16 +67,18 @@ class Chooser:
                     continue
                 places = torch.searchsorted(tokens, vision)
                 is_kept[row][places] = False
-                evidence = view.evidence(
+                inputs = view.inputs(
                     row,
                     slice(start, start + len(tokens)),
                     self._own_embeddings(row, tokens.to(device), embeddings),
                     places.to(device),
                     torch.searchsorted(tokens, turn.text).to(device),
                     int(torch.searchsorted(tokens, turn.end)),
-                    self._words(row, number, stage, len(vision)) if "words" in self.needs else None,
+                    self._words(row, number, stage, len(vision))
+                    if "random_words" in self.needs
+                    else None,
                 )
-                chosen.append(self._compressor.keep(evidence, stage.ratio))
+                chosen.append(self._compressor.keep(inputs, stage.ratio))
                 owners += [row] * len(chosen[-1])
         for row, place in zip(owners, torch.cat(chosen).tolist() if chosen else [], strict=True):
             is_kept[row][place] = True
@@ -96,7 +98,7 @@ class Chooser:
         columns = tokens + self._batch.offsets[row]
         return cos[row, columns], sin[row, columns]
 
-    def _words(self, row: int, turn: int, stage: Stage, count: int) -> UInt64[np.ndarray, " n"]:
+    def _words(self, row: int, turn: int, stage: DropStage, count: int) -> UInt64[np.ndarray, " n"]:
         """Random words that depend on the sample itself, not on where it is in which batch."""
         key = self._batch.samples[row].key
-        return words(self._seed, count, key, turn, stage.layer, self._draw)
+        return random_words(self._seed, count, key, turn, stage.layer, self._draw)

@@ -15,7 +15,7 @@ from teacher_cache.schema.strict_json import StrictRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage(StrictRecord):
+class DropStage(StrictRecord):
     """Drop a share of the vision tokens at the input of one decoder layer."""
 
     layer: int
@@ -44,7 +44,7 @@ class CompressionSettings(StrictRecord):
 
     compressor: str = "dart"
     """A name in `compressors.COMPRESSORS`: dart, fastv, random, or one that was registered."""
-    stages: tuple[Stage, ...]
+    stages: tuple[DropStage, ...]
     """Ascending layers; none at all is the uncompressed model."""
     text: TextSource = "instruction"
     """Text that decides what is kept. `instruction`: that of the turn that shows the images, which

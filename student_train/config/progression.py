@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from student_train.config.compression import TextSource
-from student_train.config.schedules import Schedule, ScheduleName, SchedulePreset, fixed, preset
+from student_train.config.schedules import (
+    Schedule,
+    ScheduleName,
+    SchedulePreset,
+    fixed_schedule,
+    schedule_preset,
+)
 from teacher_cache.schema.strict_json import StrictRecord
 
 ProgressionPreset = SchedulePreset | Literal["fixed"]
@@ -93,5 +99,7 @@ class ProgressionConfig(StrictRecord):
             )
         if self.preset == "fixed":
             assert self.ratio is not None  # checked above
-            return fixed(self.ratio, FIXED_GAP if self.gap is None else self.gap, self.layer)
-        return preset(self.preset, self.schedule, num_layers, self.layer, self.icd_layers)
+            return fixed_schedule(
+                self.ratio, FIXED_GAP if self.gap is None else self.gap, self.layer
+            )
+        return schedule_preset(self.preset, self.schedule, num_layers, self.layer, self.icd_layers)

@@ -1,6 +1,6 @@
 """How hard each training step of EPIC is: TCD, LCD and ICD as pure functions of progress.
 
-    p = steps done / steps in all        u = draws.uniform(seed, "ratio", step), in [0, 1)
+    p = steps done / steps in all        u = random_uniform(seed, "ratio", step), in [0, 1)
 
     TCD  fixed layer K;  r_student = low(p) + u (high(p) - low(p))       (token-wise)
     LCD  layer = round(L - p (L - K));  r_student as above, ramps constant  (layer-wise)
@@ -147,7 +147,7 @@ RELEASED_CODE = RatioRamps(
 )
 
 
-def preset(
+def schedule_preset(
     name: SchedulePreset,
     kind: ScheduleName,
     num_layers: int,
@@ -181,7 +181,7 @@ def preset(
     return IntegratedSchedule(ratios=PAPER_NOTES, layers=layers)
 
 
-def fixed(ratio: float, gap: float, layer: int) -> TokenSchedule:
+def fixed_schedule(ratio: float, gap: float, layer: int) -> TokenSchedule:
     """No progression: one ratio, one gap and one layer at every step."""
     ratios = RatioRamps(low=_constant(ratio), high=_constant(ratio), gap=_constant(gap))
     return TokenSchedule(ratios=ratios, layer=layer)

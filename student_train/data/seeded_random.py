@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 
-def words(seed: int, count: int, *names: int | str) -> UInt64[np.ndarray, " n"]:
+def random_words(seed: int, count: int, *names: int | str) -> UInt64[np.ndarray, " n"]:
     """`count` random 64-bit words that belong to `seed` and `names`."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 <= seed < 2**64")
@@ -21,6 +21,6 @@ def words(seed: int, count: int, *names: int | str) -> UInt64[np.ndarray, " n"]:
     return np.random.Philox(key=key).random_raw(count)
 
 
-def uniform(seed: int, *names: int | str) -> float:
+def random_uniform(seed: int, *names: int | str) -> float:
     """A number in [0, 1) with 53 random bits that belongs to `seed` and `names`."""
-    return int(words(seed, 1, *names)[0] >> np.uint64(11)) * 2.0**-53
+    return int(random_words(seed, 1, *names)[0] >> np.uint64(11)) * 2.0**-53

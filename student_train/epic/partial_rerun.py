@@ -3,10 +3,10 @@
     with record_entry(model, K) as entry, compress(model, student, batch) as found:
         hidden = final_hidden(model, batch.inputs)
     with torch.no_grad():
-        teacher_hidden, layout = rerun(model, entry, teacher, batch)
+        teacher_hidden, layout = rerun_from_layer(model, entry, teacher, batch)
 
 EPIC's teacher is the student itself with fewer tokens dropped: the vision tower, the projector and
-the layers below K see the same weights and inputs in both passes. Promise: what `rerun` gives is
+the layers below K see the same weights and inputs in both passes. Promise: `rerun_from_layer` gives
 what a second whole pass would give (a decoder without dropout; to the bit on one device), at the
 cost of the layers from K on. Refuses stages below K, which what was recorded cannot serve.
 """
@@ -69,7 +69,7 @@ def record_entry(model: nn.Module, layer: int) -> Generator[LayerEntry]:
             handle.remove()
 
 
-def rerun(
+def rerun_from_layer(
     model: nn.Module,
     entry: LayerEntry,
     settings: CompressionSettings,

@@ -1,7 +1,7 @@
 """The passes of one micro-batch: the student's, and its own with more tokens, EPIC's teacher.
 
     student   whole pass, tokens dropped at layer K at the student's ratio      with gradient
-    teacher   layers K.. once more, at the teacher's ratio (`rerun`)            without
+    teacher   layers K.. once more, at the teacher's ratio (`rerun_from_layer`)            without
 
 One set of weights: the teacher is the student as it is now. Promise: what the losses get is the
 same as from two whole passes (a decoder without dropout); where nothing is dropped there is no
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from student_train.compression.compression import compress
 from student_train.data.sample_states import SampleStates, gather_states
 from student_train.data.token_layout import TokenLayout, layout_of
-from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.epic.step_plan import StepPlan
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import ModelBatch
@@ -32,7 +32,7 @@ class StudentPass:
     """What the forward passes of a micro-batch leave for the losses."""
 
     states: list[SampleStates]
-    consistent: Float[Tensor, "R D"] | None = None
+    consistency_teacher_states: Float[Tensor, "R D"] | None = None
     """States of the teacher's pass that predict the batch's response tokens, in order; None where
     there was none."""
     diagnostics: dict[str, float]
@@ -53,14 +53,18 @@ def student_pass(
     recording = record_entry(model, plan.difficulty.layer) if again else nullcontext()
     with recording as entry, compress(model, plan.student, batch, plan.student_draw) as found:
         hidden = final_hidden(model, batch.inputs)
-    consistent = None
+    consistency_teacher_states = None
     # The layers of a sharded model are gathered by all ranks together, or by none.
     if entry is not None and (isinstance(model, FSDPModule) or _drops_any(found.layout, batch)):
         with torch.no_grad():
-            theirs, layout = rerun(model, entry, plan.teacher, batch, plan.teacher_draw)
-        consistent = _predicting(theirs.to(hidden.dtype), batch, layout)
+            theirs, layout = rerun_from_layer(model, entry, plan.teacher, batch, plan.teacher_draw)
+        consistency_teacher_states = _predicting(theirs.to(hidden.dtype), batch, layout)
     states = _gather(hidden, batch, found.layout)
-    return StudentPass(states=states, consistent=consistent, diagnostics=_diagnostics(states, plan))
+    return StudentPass(
+        states=states,
+        consistency_teacher_states=consistency_teacher_states,
+        diagnostics=_diagnostics(states, plan),
+    )
 
 
 def _gather(hidden: Tensor, batch: ModelBatch, layout: TokenLayout) -> list[SampleStates]:

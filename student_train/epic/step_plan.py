@@ -1,6 +1,6 @@
 """What one optimizer step does to vision tokens: how many both passes drop, where, by which draw.
 
-    p = step / num_steps                            u = draws.uniform(seed, "ratio", step)
+    p = step / num_steps                            u = random_uniform(seed, "ratio", step)
     student   draw 2 step, student's ratio           teacher   draw 2 step + 1, teacher's ratio
 
 Promise: a pure function of (settings, seed, step, steps in all, depth of the decoder). So a run
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, Stage, grid_ratio
+from student_train.config.compression import CompressionSettings, DropStage, grid_ratio
 from student_train.config.progression import ProgressionConfig
 from student_train.config.schedules import Difficulty
-from student_train.data.seeded_random import uniform
+from student_train.data.seeded_random import random_uniform
 from teacher_cache.schema.options import GridSettings
 
 
@@ -52,12 +52,12 @@ def plan_step(
     less than the student. Ratio 0, every token, serves the rest.
     """
     schedule = progression.schedule_of(num_layers)
-    difficulty = schedule.at(step / num_steps, uniform(seed, "ratio", step))
+    difficulty = schedule.at(step / num_steps, random_uniform(seed, "ratio", step))
 
     def settings(ratio: float) -> CompressionSettings:
         return CompressionSettings(
             compressor=progression.compressor,
-            stages=(Stage(layer=difficulty.layer, ratio=ratio),),
+            stages=(DropStage(layer=difficulty.layer, ratio=ratio),),
             text=progression.text,
             seed=seed,
         )
@@ -89,7 +89,7 @@ def require_progression(model: nn.Module, progression: ProgressionConfig, num_st
     schedule = progression.schedule_of(num_layers_of(model))
     layers = {schedule.at(step / num_steps, 0.0).layer for step in range(num_steps)}
     for layer in sorted(layers):
-        stages = (Stage(layer=layer, ratio=0.5),)
+        stages = (DropStage(layer=layer, ratio=0.5),)
         require_compressible(
             model, CompressionSettings(compressor=progression.compressor, stages=stages)
         )

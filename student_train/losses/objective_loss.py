@@ -67,16 +67,16 @@ def distillation_loss(
     head: LogitsOf,
     objective: ObjectiveConfig,
     assets: TeacherAssets | None = None,
-    consistent: Float[Tensor, "R D"] | None = None,
+    consistency_teacher_states: Float[Tensor, "R D"] | None = None,
     cached_ratio: float = 0.0,
     *,
     check_matching: bool = False,
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
 
-    `consistent` are states of the student's own pass with more vision tokens, which predict the
-    batch's response tokens in order: KD's teacher unless that comes from the cache. None where
-    both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
+    `consistency_teacher_states` are states of the student's own pass with more vision
+    tokens, which predict the batch's response tokens in order: KD's teacher unless that comes from
+    the cache. None where both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
     `cached_ratio` of its vision tokens, or the next smaller share that the cache knows.
 
     `check_matching` adds to the diagnostics how good one sample's matching is.
@@ -94,7 +94,9 @@ def distillation_loss(
         _require_same_text(position, state, output)
     linear = as_linear(head) or head
     assets = assets or TeacherAssets()
-    batch = _Batch(states, outputs, linear, objective, assets, consistent, cached_ratio)
+    batch = _Batch(
+        states, outputs, linear, objective, assets, consistency_teacher_states, cached_ratio
+    )
     run, blocks = HeadPass(batch.head), list[_Block]()
 
     def compute(block: _Block | None) -> None:
@@ -141,7 +143,7 @@ class _Batch(NamedTuple):
     head: LogitsOf
     objective: ObjectiveConfig
     assets: TeacherAssets
-    consistent: Tensor | None
+    consistency_teacher_states: Tensor | None
     cached_ratio: float
 
     def weight(self, term: str) -> float:
@@ -184,9 +186,13 @@ def _kd_terms(batch: _Batch) -> list[LogitTerm]:
     if objective.kd_from_cache:
         teacher = batch.cached(batch.cached_ratio)
         return [divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")]
-    if batch.consistent is None:
+    if batch.consistency_teacher_states is None:
         return []
-    return [consistency_term(weight, batch.consistent, batch.head, objective, token_mean)]
+    return [
+        consistency_term(
+            weight, batch.consistency_teacher_states, batch.head, objective, token_mean
+        )
+    ]
 
 
 def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:

@@ -139,7 +139,7 @@ class PendingMatching:
         order_P = student_P.argsort()
         solved = {number: each for part in found for number, each in part.problems.items()}
         of_sample: list[list[SolvedProblem]] = [[] for _ in self.problems.num_student]
-        for number, problem in enumerate(self.problems.every):
+        for number, problem in enumerate(self.problems.all):
             of_sample[problem.sample].append(solved[number])
         num_pairs = [sum(each.rows.shape[0] for each in problems) for problems in of_sample]
         sample_P = torch.arange(len(num_pairs)).repeat_interleave(torch.tensor(num_pairs))
@@ -213,8 +213,8 @@ def start_matching(
     logits = student_logits
     means: list[Tensor] = []
     solutions: list[Future[_Solution]] = []
-    for numbers in _alike(problems.every, teacher, config):
-        alike = [problems.every[number] for number in numbers]
+    for numbers in _alike(problems.all, teacher, config):
+        alike = [problems.all[number] for number in numbers]
         own = rows_of([span for problem in alike for span in problem.student])
         theirs = rows_of([span for problem in alike for span in problem.teacher])
         signal = teacher.rows(theirs)

@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 class Problems(NamedTuple):
     """The problems of a micro-batch, and how many rows each of its samples has on either side."""
 
-    every: list[Problem]
+    all: list[Problem]
     num_student: list[int]
     num_teacher: list[int]
 
@@ -65,7 +65,7 @@ def find_problems(samples: Sequence[VisionTokens], scope: MatchScope) -> Problem
         if sample.student_kept is not None:
             student = _only_kept(student, student_start, sample.student_kept.tolist())
             student_stop = student_start + len(sample.student_kept)
-        found.every.extend(Problem(number, own, teacher[key]) for key, own in student.items())
+        found.all.extend(Problem(number, own, teacher[key]) for key, own in student.items())
         found.num_student.append(student_stop - student_start)
         found.num_teacher.append(teacher_stop - teacher_start)
         student_start, teacher_start = student_stop, teacher_stop

@@ -29,7 +29,7 @@ from student_train.compression.decoder import decoder_of
 from student_train.head.linear_head import LinearHead, as_linear
 from student_train.models.forward import output_head
 
-Group = Sequence[nn.Parameter]
+ParameterGroup = Sequence[nn.Parameter]
 """Parameters of one of an optimizer's groups."""
 
 
@@ -130,7 +130,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict({n: _part(tensor, state.get(n)) for n, tensor in weights.items()})
 
 
-def whole_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -> dict[str, Any]:
+def whole_optimizer(
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
+) -> dict[str, Any]:
     """What `state_dict` would return if the model were whole, with these groups; on rank 0."""
     parameters = [p for group in groups for p in group]
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -152,7 +154,7 @@ def whole_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[Group]) -
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, groups: Sequence[Group], stored: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], stored: Mapping[str, Any]
 ) -> None:
     """Load what `whole_optimizer` returned or an unsharded run stored, which every rank has."""
     parameters = [p for group in groups for p in group]

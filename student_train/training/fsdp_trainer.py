@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from student_train.head.linear_head import LinearHead, LogitsOf
 from student_train.training.fsdp import (
-    Group,
+    ParameterGroup,
     average_gradients,
     gathered_head,
     gradient_norm,
@@ -112,7 +112,7 @@ class ShardedTrainer(EmkdTrainer):
         schedule = torch.load(folder / _SCHEDULER_FILE, weights_only=True)
         scheduler.load_state_dict(_for_groups(schedule, len(optimizer.param_groups)))
 
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> list[ParameterGroup]:
         """The optimizer's groups of an unsharded run; a sharded one's are split once more."""
         model: Any = self.model
         decays = set(self.get_decay_parameter_names(model))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from teacher_cache.storage.durable_files import write_atomic
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_LOG_FILE = "metrics.jsonl"
 
 
-class Window:
+class MeanWindow:
     """Sum and count of named values since the last logged line; tensors are not synchronised."""
 
     def __init__(self, sums: Mapping[str, tuple[float, int]] | None = None) -> None:
@@ -64,7 +64,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, *, step: int, seconds: float, writes: bool) -> None:
-        self._path = run / METRICS_FILE
+        self._path = run / METRICS_LOG_FILE
         self._writes = writes
         self._earlier = seconds
         self._started = time.monotonic()
@@ -89,7 +89,7 @@ class MetricsLog:
 
 def logged_step(run: Path) -> int:
     """The last step that a run has written to its metrics; 0 before the first."""
-    path = run / METRICS_FILE
+    path = run / METRICS_LOG_FILE
     lines = _read_lines(path) if path.exists() else []
     return int(lines[-1]["step"]) if lines else 0
 

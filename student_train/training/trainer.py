@@ -48,7 +48,7 @@ from student_train.training.checkpoint import (
     prune_checkpoints,
 )
 from student_train.training.gradient_norms import term_gradient_norms
-from student_train.training.metrics_log import MetricsLog, Window, means, merge
+from student_train.training.metrics_log import MeanWindow, MetricsLog, means, merge
 from teacher_cache.models.checkpoint import load_model
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,9 @@ class EmkdTrainer(Trainer):
                 "mixed precision (dtype) casts inside the forward pass"
             )
         self._run = Path(str(arguments.output_dir))
-        flow = _Flow(settings.save_steps, lambda: claim_run(self._run, identity), progress)
+        flow = _LogAndSaveCallback(
+            settings.save_steps, lambda: claim_run(self._run, identity), progress
+        )
         super().__init__(model=model, args=arguments, callbacks=[flow])
         self.remove_callback(PrinterCallback)
         self.processing_class = processor
@@ -138,7 +140,7 @@ class EmkdTrainer(Trainer):
         self.identity = identity
         self.report = report
         first = self.is_world_process_zero()
-        self.window = Window(resumed.window if resumed is not None and first else None)
+        self.window = MeanWindow(resumed.window if resumed is not None and first else None)
         self.run_log = MetricsLog(
             self._run,
             step=resumed.step if resumed is not None else 0,
@@ -211,7 +213,7 @@ class EmkdTrainer(Trainer):
         """Complete transformers' line with the window's means and write it to metrics.jsonl."""
         if "loss" in logs:  # the other call, at the end of training, has only run times
             logs |= means(self._merged_window())
-            self.window = Window()
+            self.window = MeanWindow()
             self.state.epoch = self.num_samples / self.stream.num_rows
             logs |= {
                 "epoch": self.state.epoch,
@@ -281,7 +283,7 @@ class EmkdTrainer(Trainer):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody needs it
 
 
-class _Flow(TrainerCallback):
+class _LogAndSaveCallback(TrainerCallback):
     """Saves every so many steps but not at the last one, where `final/` follows; logs there.
 
     Claims the run's folder after the first step: what cannot work at all has failed before.
@@ -331,7 +333,7 @@ def student_loss(
         head_of(model),
         objective,
         assets,
-        found.consistent,
+        found.consistency_teacher_states,
         cached_ratio,
         check_matching=check_matching,
     )

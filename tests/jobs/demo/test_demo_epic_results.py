@@ -7,7 +7,7 @@ import pytest
 
 from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
 from pipeline.demo import recipes as demo_recipes
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
@@ -20,7 +20,7 @@ def _evaluated(run: Path, num_right: int) -> None:
     for compressor in COMPRESSORS:
         for number, ratio in enumerate(RATIOS, start=1):
             settings = CompressionSettings(
-                compressor=compressor, stages=(Stage(layer=1, ratio=ratio),)
+                compressor=compressor, stages=(DropStage(layer=1, ratio=ratio),)
             )
             fake_evaluation(
                 run,

@@ -15,7 +15,7 @@ from pipeline.build.response_grid import compression_at, with_grid
 from pipeline.build.shard_builder import missing_shards
 from pipeline.config.build import BuildConfig, SourceConfig
 from student_train.compression.compression import compress
-from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
+from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.records.make_records import RecordSettings
@@ -132,8 +132,8 @@ def test_top_k_records_are_those_of_the_whole_vocabulary_cut(
 def test_where_nothing_is_dropped_the_grid_is_the_ordinary_record(
     tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def keep_all(evidence: Evidence, _ratio: float) -> Tensor:
-        return evidence.vision
+    def keep_all(inputs: CompressorInputs, _ratio: float) -> Tensor:
+        return inputs.vision
 
     everything = Compressor(name="all", needs=frozenset(), keep=keep_all)
     monkeypatch.setitem(COMPRESSORS, "all", everything)

@@ -13,7 +13,7 @@ from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
@@ -144,12 +144,12 @@ def test_what_the_model_cannot_do_is_refused_before_any_answer(
 def test_flags_become_stages() -> None:
     one: Any = parse(f"{EVALUATE} --compressor dart --compress-layer 3 --ratio 0.75".split())
     assert one.config.compression == CompressionSettings(
-        compressor="dart", stages=(Stage(layer=3, ratio=0.75),)
+        compressor="dart", stages=(DropStage(layer=3, ratio=0.75),)
     )
     pyramid: Any = parse(f"{EVALUATE} --compressor fastv --stages 8:0.5 16:0.25".split())
     assert pyramid.config.compression.stages == (
-        Stage(layer=8, ratio=0.5),
-        Stage(layer=16, ratio=0.25),
+        DropStage(layer=8, ratio=0.5),
+        DropStage(layer=16, ratio=0.25),
     )
     plain: Any = parse(EVALUATE.split())
     assert plain.config.compression is None

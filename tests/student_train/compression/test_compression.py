@@ -9,7 +9,7 @@ from torch import Tensor
 
 from student_train.compression.compression import compress
 from student_train.compression.decoder import decoder_of
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from tests.conftest import TinyFolder
@@ -24,11 +24,11 @@ MODELS = [
     ("llava", "qwen3"),
     ("qwen2_5_vl", "qwen2_vl"),
 ]
-PYRAMID = (Stage(layer=1, ratio=0.25), Stage(layer=3, ratio=0.5))
+PYRAMID = (DropStage(layer=1, ratio=0.25), DropStage(layer=3, ratio=0.5))
 
 
 def at(ratio: float, compressor: str = "dart", layer: int = 2) -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(Stage(layer=layer, ratio=ratio),))
+    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=layer, ratio=ratio),))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from pipeline.student.generation import Generator
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.conftest import TinyFolder
@@ -17,7 +17,7 @@ from tests.support.deep import batch_of, deep_model, encode
 from tests.support.tiny import tiny_samples
 
 NUM_NEW = 6
-PYRAMID = (Stage(layer=1, ratio=0.5), Stage(layer=3, ratio=0.75))
+PYRAMID = (DropStage(layer=1, ratio=0.5), DropStage(layer=3, ratio=0.75))
 CASES = [
     ("llava", None, "dart"),
     ("llava", None, "fastv"),
@@ -92,7 +92,7 @@ def test_at_ratio_0_generation_is_the_uncompressed_models(tiny_folder: TinyFolde
     model, processor = deep_model(tiny_folder("llava_next"))
     batch = prompts(model, processor)
     plain = generate(model, batch)
-    stages = (Stage(layer=2, ratio=0.0),)
+    stages = (DropStage(layer=2, ratio=0.0),)
     with compress(model, CompressionSettings(compressor="fastv", stages=stages), batch):
         compressed = generate(model, batch)
     for one, other in zip(plain.logits, compressed.logits, strict=True):
@@ -128,7 +128,7 @@ def test_a_static_cache_gives_what_a_growing_one_gives(tiny_folder: TinyFolder) 
 def test_passes_that_are_not_of_the_batch_are_refused(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     batch = prompts(model, processor)
-    settings = CompressionSettings(stages=(Stage(layer=2, ratio=0.5),))
+    settings = CompressionSettings(stages=(DropStage(layer=2, ratio=0.5),))
     with torch.no_grad():
         foreign = model(**batch.inputs, use_cache=True).past_key_values
     ids = torch.full((5, 1), 3)

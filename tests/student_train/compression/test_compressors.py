@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 from student_train.compression.compressors import (
     COMPRESSORS,
     Compressor,
-    Evidence,
+    CompressorInputs,
     dart_keep,
     fastv_keep,
     find_compressor,
     random_keep,
     register,
 )
-from student_train.data.seeded_random import words
+from student_train.data.seeded_random import random_words
 from tests.support.epic_references import dart_by_loops, fastv_by_loops, random_by_loops
 
 NAMES = ("dart", "fastv", "random")
 RATIOS = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.556, 0.667, 0.778, 0.889, 0.9, 0.99])
 
 
-def made_up(seed: int, num_vision: int, num_text: int, vision_first: bool) -> Evidence:
+def made_up(seed: int, num_vision: int, num_text: int, vision_first: bool) -> CompressorInputs:
     """One turn with random states: vision tokens in two blocks, text before or behind them."""
     generator = torch.Generator().manual_seed(seed)
     length = num_vision + num_text + 5
@@ -32,27 +32,27 @@ def made_up(seed: int, num_vision: int, num_text: int, vision_first: bool) -> Ev
     if not vision_first:
         text, vision = places[:num_text], places[num_text:]
     vision = torch.cat([vision[: num_vision // 2], vision[num_vision // 2 :] + 1])
-    return Evidence(
+    return CompressorInputs(
         vision=vision,
         instruction=text + (1 if vision_first else 0),
         states=torch.randn(length, 6, generator=generator, dtype=torch.float64),
         keys=torch.randn(length, 4, generator=generator, dtype=torch.float64),
         attention=torch.rand(length, generator=generator, dtype=torch.float64),
-        words=words(seed, num_vision),
+        random_words=random_words(seed, num_vision),
     )
 
 
-def by_loops(name: str, evidence: Evidence, ratio: float) -> list[int]:
-    vision, text = evidence.vision.tolist(), evidence.instruction.tolist()
+def by_loops(name: str, inputs: CompressorInputs, ratio: float) -> list[int]:
+    vision, text = inputs.vision.tolist(), inputs.instruction.tolist()
     if name == "dart":
-        assert evidence.states is not None
-        assert evidence.keys is not None
-        return dart_by_loops(evidence.states.tolist(), evidence.keys.tolist(), vision, text, ratio)
+        assert inputs.states is not None
+        assert inputs.keys is not None
+        return dart_by_loops(inputs.states.tolist(), inputs.keys.tolist(), vision, text, ratio)
     if name == "fastv":
-        assert evidence.attention is not None
-        return fastv_by_loops(evidence.attention.tolist(), vision, ratio)
-    assert evidence.words is not None
-    return random_by_loops(evidence.words.tolist(), vision, ratio)
+        assert inputs.attention is not None
+        return fastv_by_loops(inputs.attention.tolist(), vision, ratio)
+    assert inputs.random_words is not None
+    return random_by_loops(inputs.random_words.tolist(), vision, ratio)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,12 +67,12 @@ def by_loops(name: str, evidence: Evidence, ratio: float) -> list[int]:
 def test_keep_sets_are_those_of_plain_loops(
     name: str, seed: int, num_vision: int, num_text: int, vision_first: bool, ratio: float
 ) -> None:
-    evidence = made_up(seed, num_vision, num_text, vision_first)
-    kept = COMPRESSORS[name].keep(evidence, ratio).tolist()
-    assert kept == by_loops(name, evidence, ratio)
-    assert kept == sorted(set(kept) & set(evidence.vision.tolist()))
+    inputs = made_up(seed, num_vision, num_text, vision_first)
+    kept = COMPRESSORS[name].keep(inputs, ratio).tolist()
+    assert kept == by_loops(name, inputs, ratio)
+    assert kept == sorted(set(kept) & set(inputs.vision.tolist()))
     if ratio == 0:
-        assert kept == evidence.vision.tolist()
+        assert kept == inputs.vision.tolist()
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_keep_sets_are_those_of_plain_loops(
     [(0.889, 60, 63), (0.778, 124, 127), (0.667, 188, 191), (0.556, 252, 255)],
 )
 def test_counts_of_576_tokens_are_the_released_codes(ratio: float, dart: int, others: int) -> None:
-    evidence = made_up(0, 576, 12, True)
-    counts = {name: len(COMPRESSORS[name].keep(evidence, ratio)) for name in NAMES}
+    inputs = made_up(0, 576, 12, True)
+    counts = {name: len(COMPRESSORS[name].keep(inputs, ratio)) for name in NAMES}
     assert counts == {"dart": dart, "fastv": others, "random": others}
 
 
@@ -109,14 +109,14 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_random_keeps_each_token_equally_often() -> None:
     counts = np.zeros(8)
     for draw in range(1500):
-        counts[random_keep(words(0, 8, draw), torch.arange(8), 0.75).numpy()] += 1
+        counts[random_keep(random_words(0, 8, draw), torch.arange(8), 0.75).numpy()] += 1
     assert np.abs(counts / 1500 - 0.25).max() < 0.04
 
 
 def test_one_more_compressor_is_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("student_train.compression.compressors.COMPRESSORS", dict(COMPRESSORS))
     first = Compressor(
-        name="first", needs=frozenset(), keep=lambda evidence, ratio: evidence.vision[:1]
+        name="first", needs=frozenset(), keep=lambda inputs, ratio: inputs.vision[:1]
     )
     register(first)
     assert find_compressor("first") is first

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from student_train.compression.image_turns import Turn, turns_of
+from student_train.compression.image_turns import ImageTurn, image_turns
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
@@ -32,25 +32,25 @@ def encoded(num_tokens: int = 16) -> EncodedSample:
     return EncodedSample(key="k", source_id="two turns", inputs=inputs, spans=spans)
 
 
-def as_lists(turns: tuple[Turn, ...]) -> list[tuple[list[int], list[int], int]]:
+def as_lists(turns: tuple[ImageTurn, ...]) -> list[tuple[list[int], list[int], int]]:
     return [(turn.vision.tolist(), turn.text.tolist(), turn.end) for turn in turns]
 
 
 def test_images_are_judged_by_their_own_turns_question() -> None:
-    assert as_lists(turns_of(encoded(), "instruction")) == [
+    assert as_lists(image_turns(encoded(), "instruction")) == [
         ([1, 2], [3, 4], 5),
         ([9, 10, 11], [8, 12], 13),
     ]
 
 
 def test_a_prompt_has_the_turns_of_the_conversation_that_follows_it() -> None:
-    whole = as_lists(turns_of(encoded(), "instruction"))
-    assert as_lists(turns_of(encoded(14), "instruction")) == whole
-    assert as_lists(turns_of(encoded(6), "instruction")) == whole[:1]
+    whole = as_lists(image_turns(encoded(), "instruction"))
+    assert as_lists(image_turns(encoded(14), "instruction")) == whole
+    assert as_lists(image_turns(encoded(6), "instruction")) == whole[:1]
 
 
 def test_released_takes_all_text_behind_the_images_answers_included() -> None:
-    assert as_lists(turns_of(encoded(), "released")) == [
+    assert as_lists(image_turns(encoded(), "released")) == [
         ([1, 2], [3, 4, 5, 6, 7, 8, 12, 13, 14, 15], 15),
         ([9, 10, 11], [12, 13, 14, 15], 15),
     ]
@@ -59,13 +59,13 @@ def test_released_takes_all_text_behind_the_images_answers_included() -> None:
 def test_text_alone_has_no_turn() -> None:
     sample = encoded()
     spans = replace(sample.spans, views=(), vision=torch.zeros(0, dtype=torch.int64))
-    assert turns_of(replace(sample, spans=spans), "instruction") == ()
+    assert image_turns(replace(sample, spans=spans), "instruction") == ()
 
 
 def test_views_that_are_not_in_order_come_out_ascending() -> None:
     sample = encoded()
     spans = replace(sample.spans, vision=sample.spans.vision.flip(0))
     vision = [
-        turn.vision.tolist() for turn in turns_of(replace(sample, spans=spans), "instruction")
+        turn.vision.tolist() for turn in image_turns(replace(sample, spans=spans), "instruction")
     ]
     assert vision == VISION

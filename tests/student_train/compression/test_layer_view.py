@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache
 
 from student_train.compression.compression import compress
-from student_train.compression.compressors import COMPRESSORS, Compressor, Evidence
+from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from student_train.compression.decoder import decoder_of
-from student_train.compression.image_turns import turns_of
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.compression.image_turns import image_turns
+from student_train.config.compression import CompressionSettings, DropStage
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
 
@@ -30,23 +30,25 @@ def test_evidence_is_what_an_eager_model_with_a_cache_computes(
     family: str, decoder: str | None, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = deep_model(tiny_folder(family), decoder, attention="eager")
-    seen: list[Evidence] = []
+    seen: list[CompressorInputs] = []
 
-    def look(evidence: Evidence, _ratio: float) -> torch.Tensor:
-        seen.append(evidence)
-        return evidence.vision
+    def look(inputs: CompressorInputs, _ratio: float) -> torch.Tensor:
+        seen.append(inputs)
+        return inputs.vision
 
-    every: Any = frozenset({"states", "keys", "attention", "words"})
+    every: Any = frozenset({"states", "keys", "attention", "random_words"})
     witness = Compressor(name="witness", needs=every, keep=look)
     monkeypatch.setitem(COMPRESSORS, "witness", witness)
     samples = encode(model, processor)
-    settings = CompressionSettings(compressor="witness", stages=(Stage(layer=LAYER, ratio=0.5),))
+    settings = CompressionSettings(
+        compressor="witness", stages=(DropStage(layer=LAYER, ratio=0.5),)
+    )
     batch = batch_of(samples, "left")
     with compress(model, settings, batch), torch.no_grad():
         model(**batch.inputs)
-    expected = [(s, turn) for s in samples for turn in turns_of(s, "instruction")]
+    expected = [(s, turn) for s in samples for turn in image_turns(s, "instruction")]
     assert len(seen) == len(expected) == 4
-    for evidence, (sample, turn) in zip(seen, expected, strict=True):
+    for inputs, (sample, turn) in zip(seen, expected, strict=True):
         alone = batch_of([sample]).inputs
         cache: Any = DynamicCache()
         with torch.no_grad():
@@ -56,10 +58,10 @@ def test_evidence_is_what_an_eager_model_with_a_cache_computes(
             states = decoder_of(model).norm(output.hidden_states[LAYER][0])
         attention = output.attentions[LAYER - 1][0, :, turn.end].mean(dim=0)
         keys = cache.layers[LAYER - 1].keys[0].transpose(0, 1).flatten(1)
-        assert evidence.vision.tolist() == turn.vision.tolist()
-        assert evidence.instruction.tolist() == turn.text.tolist()
-        torch.testing.assert_close(evidence.states, states, rtol=0, atol=1e-5)
-        torch.testing.assert_close(evidence.keys, keys, rtol=0, atol=1e-5)
-        torch.testing.assert_close(evidence.attention, attention, rtol=0, atol=1e-6)
-        assert evidence.attention is not None
-        assert bool((evidence.attention[turn.vision] > 0).all())
+        assert inputs.vision.tolist() == turn.vision.tolist()
+        assert inputs.instruction.tolist() == turn.text.tolist()
+        torch.testing.assert_close(inputs.states, states, rtol=0, atol=1e-5)
+        torch.testing.assert_close(inputs.keys, keys, rtol=0, atol=1e-5)
+        torch.testing.assert_close(inputs.attention, attention, rtol=0, atol=1e-6)
+        assert inputs.attention is not None
+        assert bool((inputs.attention[turn.vision] > 0).all())

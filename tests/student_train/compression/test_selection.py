@@ -14,11 +14,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from student_train.compression.compression import compress
 from student_train.compression.compressors import find_compressor
-from student_train.compression.image_turns import turns_of
+from student_train.compression.image_turns import image_turns
 from student_train.compression.layer_view import AttentionRecorder, LayerView
-from student_train.compression.selection import Chooser
-from student_train.config.compression import CompressionSettings, Stage
-from student_train.data.seeded_random import words
+from student_train.compression.selection import TokenSelector
+from student_train.config.compression import CompressionSettings, DropStage
+from student_train.data.seeded_random import random_words
 from student_train.data.token_layout import layout_of
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
@@ -113,10 +113,10 @@ def test_ragged_batches_keep_what_plain_loops_keep_of_each_turn(
     angles = torch.randn(len(batch_sizes) if per_row else 1, whole.length, 2, dtype=torch.float64)
     found = find_compressor(compressor)
     choices = CompressionSettings(compressor=compressor, stages=(), seed=seed)
-    stage = Stage(layer=2, ratio=ratio)
-    chooser = Chooser(found, choices, batch, draw=5)
+    stage = DropStage(layer=2, ratio=ratio)
+    selector = TokenSelector(found, choices, batch, draw=5)
     view = LayerView(found.needs, torch.nn.Identity(), recorder, hidden)
-    rows = chooser.kept_rows(stage, layout, view, (angles.cos(), angles.sin()))
+    rows = selector.kept_rows(stage, layout, view, (angles.cos(), angles.sin()))
     for row, sample in enumerate(batch.samples):
         here = layout.rows[row].tolist()
         columns = [layout.starts[row] + n for n in range(len(here))]
@@ -124,7 +124,7 @@ def test_ragged_batches_keep_what_plain_loops_keep_of_each_turn(
         waves = angles[row if per_row else 0, spun]
         key_heads = [heads(keys[row, c], wave) for c, wave in zip(columns, waves, strict=True)]
         kept = set(here) - set(sample.spans.vision.tolist())
-        for number, turn in enumerate(turns_of(sample, "instruction")):
+        for number, turn in enumerate(image_turns(sample, "instruction")):
             vision = [here.index(p) for p in turn.vision.tolist() if p in here]
             text, end = [here.index(p) for p in turn.text.tolist()], here.index(turn.end)
             if not vision:
@@ -139,7 +139,7 @@ def test_ragged_batches_keep_what_plain_loops_keep_of_each_turn(
                 weights = attention_by_loops(asked, groups, end, attention.scaling)
                 chosen = fastv_by_loops(weights, vision, ratio)
             else:
-                drawn = words(seed, len(vision), sample.key, number, 2, 5).tolist()
+                drawn = random_words(seed, len(vision), sample.key, number, 2, 5).tolist()
                 chosen = random_by_loops(drawn, vision, ratio)
             kept |= {here[n] for n in chosen}
         assert rows[row].tolist() == sorted(kept)
@@ -172,7 +172,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
     answers = ["a red square, one digit.", "two digits.", "describe the picture: blue, a word"]
     samples = [encoder.encode(answered(answer)) for answer in answers]
     prompt = encoder.encode_prompt(answered("a red square"))
-    chosen = CompressionSettings(compressor=compressor, stages=(Stage(layer=2, ratio=0.5),))
+    chosen = CompressionSettings(compressor=compressor, stages=(DropStage(layer=2, ratio=0.5),))
     one_by_one = [kept_vision(model, [sample], chosen)[0] for sample in [*samples, prompt]]
     assert len({tuple(kept) for kept in one_by_one}) == 1
     assert kept_vision(model, [*samples, prompt], chosen) == one_by_one
@@ -183,7 +183,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
 def test_the_draw_and_the_sample_decide_what_random_keeps(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     samples = encode(model, processor)
-    chosen = CompressionSettings(compressor="random", stages=(Stage(layer=2, ratio=0.75),))
+    chosen = CompressionSettings(compressor="random", stages=(DropStage(layer=2, ratio=0.75),))
     kept = kept_vision(model, samples, chosen)
     assert kept == kept_vision(model, samples, chosen)
     assert kept[::-1] == kept_vision(model, samples[::-1], chosen)

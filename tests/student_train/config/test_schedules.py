@@ -13,9 +13,9 @@ from student_train.config.schedules import (
     ScheduleName,
     SchedulePreset,
     TokenSchedule,
-    preset,
+    schedule_preset,
 )
-from student_train.data.seeded_random import uniform
+from student_train.data.seeded_random import random_uniform
 
 # progress, draw, layer, student's ratio, teacher's ratio
 # Paper notes: high 0.05 -> 0.9, low 0 -> 0.5, gap 0.05 -> 0.3, all linear.
@@ -67,7 +67,7 @@ PAPER_ICD = [
     ],
 )
 def test_presets_are_the_tables(name: SchedulePreset, kind: ScheduleName, table: Any) -> None:
-    schedule = preset(name, kind, num_layers=32)
+    schedule = schedule_preset(name, kind, num_layers=32)
     for progress, draw, layer, student, teacher in table:
         found = schedule.at(progress, draw)
         where = f"progress {progress}, draw {draw}"
@@ -78,10 +78,10 @@ def test_presets_are_the_tables(name: SchedulePreset, kind: ScheduleName, table:
 
 @pytest.mark.parametrize("kind", ["tcd", "lcd", "icd"])
 def test_resuming_continues_the_same_draws(kind: ScheduleName) -> None:
-    schedule = preset("paper_notes", kind, num_layers=32)
+    schedule = schedule_preset("paper_notes", kind, num_layers=32)
 
     def steps(first: int) -> list[Difficulty]:
-        return [schedule.at(t / 20, uniform(3, "ratio", t)) for t in range(first, 21)]
+        return [schedule.at(t / 20, random_uniform(3, "ratio", t)) for t in range(first, 21)]
 
     assert steps(0)[7:] == steps(7)
     assert len({step.student_ratio for step in steps(0)}) == 21
@@ -89,7 +89,7 @@ def test_resuming_continues_the_same_draws(kind: ScheduleName) -> None:
 
 @pytest.mark.parametrize("kind", ["tcd", "lcd", "icd"])
 def test_ratios_are_always_ratios_and_the_teacher_drops_no_more(kind: ScheduleName) -> None:
-    schedule = preset("paper_notes", kind, num_layers=28)
+    schedule = schedule_preset("paper_notes", kind, num_layers=28)
     for step in range(201):
         for draw in (0.0, 0.5, 1 - 2**-53):
             found = schedule.at(step / 200, draw)
@@ -99,7 +99,7 @@ def test_ratios_are_always_ratios_and_the_teacher_drops_no_more(kind: ScheduleNa
 
 def test_the_released_code_has_no_layer_schedule() -> None:
     with pytest.raises(ValueError, match="has no lcd, only tcd"):
-        preset("released_code", "lcd", 32)
+        schedule_preset("released_code", "lcd", 32)
 
 
 def test_settings_that_are_no_schedule_are_refused() -> None:
@@ -114,7 +114,7 @@ def test_settings_that_are_no_schedule_are_refused() -> None:
     with pytest.raises(ValueError, match="layers are"):
         IntegratedSchedule(ratios=ramps, layers=(8, 16))
     with pytest.raises(ValueError, match="layers are"):
-        preset("paper_notes", "icd", num_layers=8)
+        schedule_preset("paper_notes", "icd", num_layers=8)
     with pytest.raises(ValueError, match="layer is 9, expected 1 to 8"):
         LayerSchedule(ratios=ramps, num_layers=8, layer=9)
     for progress, draw in ((-0.1, 0.0), (1.1, 0.0), (0.5, 1.0)):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings, Stage
-from student_train.epic.partial_rerun import record_entry, rerun
+from student_train.config.compression import CompressionSettings, DropStage
+from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
@@ -18,7 +18,7 @@ LAYER = 2
 
 
 def at(ratio: float, compressor: str = "dart", layer: int = LAYER) -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(Stage(layer=layer, ratio=ratio),))
+    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=layer, ratio=ratio),))
 
 
 @torch.no_grad()
@@ -55,7 +55,9 @@ def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
     for ratio, layer, draw in ((0.5, LAYER, 1), (0.0, LAYER, 1), (0.5, LAYER + 1, 2)):
         ran.clear()
         with torch.no_grad():
-            hidden, layout = rerun(model, entry, at(ratio, compressor, layer), batch, draw)
+            hidden, layout = rerun_from_layer(
+                model, entry, at(ratio, compressor, layer), batch, draw
+            )
         assert ran == [2, 3]
         wanted = whole_pass(model, at(ratio, compressor, layer), batch, draw)
         assert torch.equal(hidden, wanted[0])
@@ -72,7 +74,7 @@ def test_the_second_pass_has_the_precision_of_the_first(tiny_folder: TinyFolder)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             final_hidden(model, batch.inputs)
             wanted = whole_pass(model, at(0.5), batch, 0)[0]
-        assert torch.equal(rerun(model, entry, at(0.5), batch)[0], wanted)
+        assert torch.equal(rerun_from_layer(model, entry, at(0.5), batch)[0], wanted)
 
 
 def test_what_cannot_be_run_again_is_refused(tiny_folder: TinyFolder) -> None:
@@ -80,13 +82,13 @@ def test_what_cannot_be_run_again_is_refused(tiny_folder: TinyFolder) -> None:
     batch = batch_of(encode(model, processor))
     with record_entry(model, LAYER) as entry, torch.no_grad():
         with pytest.raises(ValueError, match="no pass was recorded"):
-            rerun(model, entry, at(0.5), batch)
+            rerun_from_layer(model, entry, at(0.5), batch)
         with compress(model, at(0.5, layer=1), batch):
             final_hidden(model, batch.inputs)
         with pytest.raises(ValueError, match="a stage is at layer 1, but"):
-            rerun(model, entry, at(0.5, layer=1), batch)
+            rerun_from_layer(model, entry, at(0.5, layer=1), batch)
         with pytest.raises(ValueError, match="give it the whole batch"):
-            rerun(model, entry, at(0.5), batch)
+            rerun_from_layer(model, entry, at(0.5), batch)
     for layer in (0, 4):
         with pytest.raises(ValueError, match="choose 1 to 3"), record_entry(model, layer):
             pass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from student_train.config.objective import preset
 from student_train.config.progression import ProgressionConfig
-from student_train.epic.partial_rerun import LayerEntry, rerun
+from student_train.epic.partial_rerun import LayerEntry, rerun_from_layer
 from student_train.epic.step_passes import student_pass
 from student_train.epic.step_plan import StepPlan
 from student_train.losses.objective_loss import distillation_loss
@@ -117,7 +117,7 @@ def test_where_nothing_is_dropped_kd_is_zero_and_all_else_supervised(
     model, processor = deep_model(tiny_folder("qwen2_5_vl"))
     samples = {"no images": [ask("how many?", seeds=())], "too few": [four_tokens()]}.get(case)
     batch = student_batch(encode(model, processor, samples))
-    monkeypatch.setattr("student_train.epic.step_passes.rerun", None)  # no second pass
+    monkeypatch.setattr("student_train.epic.step_passes.rerun_from_layer", None)  # no second pass
     found = loss_of(model, batch, step)
     assert float(found.terms["kd"].detach()) == 0
     assert not any(bool(g.any()) for g in gradients(model, found.terms["kd"]).values())
@@ -136,22 +136,22 @@ def test_one_set_of_weights_serves_both_passes(
 
     def watched(model: Any, entry: LayerEntry, *rest: Any) -> Any:
         entries.append(weakref.ref(entry))
-        return rerun(model, entry, *rest)
+        return rerun_from_layer(model, entry, *rest)
 
-    monkeypatch.setattr("student_train.epic.step_passes.rerun", watched)
+    monkeypatch.setattr("student_train.epic.step_passes.rerun_from_layer", watched)
     model, processor = deep_model(tiny_folder("llava"))
     batch = student_batch(encode(model, processor))
     hooks = [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]
     found = student_pass(model, batch.model, plan(fixed()), teach=True)
     assert [entry() for entry in entries] == [None]
-    assert found.consistent is not None
-    assert not found.consistent.requires_grad
+    assert found.consistency_teacher_states is not None
+    assert not found.consistency_teacher_states.requires_grad
     assert hooks == [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]
     with torch.no_grad():
         model.get_decoder().layers[3].mlp.down_proj.weight.add_(1.0)
     moved = student_pass(model, batch.model, plan(fixed()), teach=True)
-    assert moved.consistent is not None
-    assert not torch.equal(moved.consistent, found.consistent)
+    assert moved.consistency_teacher_states is not None
+    assert not torch.equal(moved.consistency_teacher_states, found.consistency_teacher_states)
 
 
 def test_mixed_precision_gives_both_passes_one_precision(tiny_folder: TinyFolder) -> None:
@@ -232,7 +232,7 @@ def test_the_loss_of_other_objectives_has_no_second_pass(
 ) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     batch = student_batch(encode(model, processor))
-    monkeypatch.setattr("student_train.epic.step_passes.rerun", None)
+    monkeypatch.setattr("student_train.epic.step_passes.rerun_from_layer", None)
     step = plan(fixed())
     found = loss_of(model, batch, step, name="supervised")
     model = copy.deepcopy(model)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from student_train.config.compression import CompressionSettings, Stage
+from student_train.config.compression import CompressionSettings, DropStage
 from student_train.config.progression import ProgressionConfig
 from student_train.config.schedules import PAPER_NOTES
-from student_train.data.seeded_random import uniform
+from student_train.data.seeded_random import random_uniform
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step, require_progression
 from teacher_cache.schema.options import GridSettings
 from tests.conftest import TinyFolder
@@ -44,9 +44,9 @@ def test_layers_are_the_schedules(progression: ProgressionConfig) -> None:
 def test_a_plan_says_all_of_both_passes() -> None:
     progression = ProgressionConfig(compressor="fastv", text="released", layer=3)
     plan = at(progression, 6, seed=9)
-    student, teacher = PAPER_NOTES.at(6 / 8, uniform(9, "ratio", 6))
+    student, teacher = PAPER_NOTES.at(6 / 8, random_uniform(9, "ratio", 6))
     for found, ratio in ((plan.student, student), (plan.teacher, teacher)):
-        stages = (Stage(layer=3, ratio=ratio),)
+        stages = (DropStage(layer=3, ratio=ratio),)
         assert found == CompressionSettings(
             compressor="fastv", stages=stages, text="released", seed=9
         )

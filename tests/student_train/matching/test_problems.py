@@ -230,7 +230,7 @@ def test_views_of_an_image_may_lie_apart() -> None:
     samples = [VisionTokens(views, views), VisionTokens(views, views, torch.tensor([1, 3, 4]))]
     found = find_problems(samples, "global")
     assert (found.num_student, found.num_teacher) == ([6, 3], [6, 6])
-    rows = [(each.sample, rows_of(each.student), rows_of(each.teacher)) for each in found.every]
+    rows = [(each.sample, rows_of(each.student), rows_of(each.teacher)) for each in found.all]
     spelled = [
         (sample, *(torch.arange(20)[side].tolist() for side in sides)) for sample, *sides in rows
     ]

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from student_train.training.metrics_log import METRICS_FILE, logged_step
+from student_train.training.metrics_log import METRICS_LOG_FILE, logged_step
 
 
 def test_the_logged_step_counts_whole_lines_only(tmp_path: Path) -> None:
     assert logged_step(tmp_path) == 0
-    log = tmp_path / METRICS_FILE
+    log = tmp_path / METRICS_LOG_FILE
     log.touch()
     assert logged_step(tmp_path) == 0
     written = ""
