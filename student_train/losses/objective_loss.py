@@ -76,8 +76,9 @@ def distillation_loss(
 
     `consistency_teacher_states` are states of the student's own pass with more vision
     tokens, which predict the batch's response tokens in order: KD's teacher unless that comes from
-    the cache. None where both passes are one and the same: KD is zero then. A cached teacher is taken as it was without
-    `cached_ratio` of its vision tokens, or the next smaller share that the cache knows.
+    the cache. None where both passes are one and the same: KD is zero then. A cached teacher is
+    taken as it was without `cached_ratio` of its vision tokens, or the next smaller share that the
+    cache knows.
 
     `check_matching` adds to the diagnostics how good one sample's matching is.
 
