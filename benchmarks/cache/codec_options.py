@@ -160,7 +160,7 @@ def top_k_rows(num_images: int, rounds: int, kept: Sequence[int]) -> Iterator[li
     for k in kept:
         for name, dtype, mass, codec in options:
             records = [top_k(image, dtype, k, mass) for image in images]
-            spec = make_spec("topk", top_k=k, top_mass=mass, logits_codec=codec)
+            spec = make_spec("topk", top_k=k, top_p=mass, logits_codec=codec)
             mean = sum(float(record.counts.float().mean()) for record in records) / num_images
             outputs = [output_of(vision=record) for record in records]
 
@@ -269,7 +269,7 @@ def response_rows(num_samples: int, kept: Sequence[int]) -> Iterator[list[str]]:
     options = [(dtype, None) for dtype in DTYPES] + [("bfloat16", 0.95)]
     for k in kept:
         for dtype, mass in options:
-            spec = make_spec("topk", top_k=k, top_mass=mass)
+            spec = make_spec("topk", top_k=k, top_p=mass)
             cells: list[str] = []
             for side in RESPONSE_SIDES:
                 num_bytes = 0

@@ -33,10 +33,9 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import write_assets, write_plan, write_shard
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
-from teacher_cache.schema.options import holds
+from teacher_cache.schema.options import RecordSettings, holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -92,8 +91,8 @@ class CacheBuilder:
         return RecordSettings(
             records=config.records,
             top_k=config.top_k,
-            top_mass=config.top_mass,
-            top_k_floor=config.top_k_floor,
+            top_p=config.top_mass,
+            min_k=config.top_k_floor,
             logits_codec=config.logits_codec,
             logits_max_error=config.logits_max_error,
             sketch_rank=config.sketch_rank,

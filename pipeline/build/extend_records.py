@@ -35,9 +35,8 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import spread_order
 from teacher_cache.folder.writer import commit_shard, write_shard_file
-from teacher_cache.records.make_records import RecordSettings, record_settings
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -247,7 +246,7 @@ def _kind(pieces: set[str]) -> RecordKind:
 
 def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> RecordSettings:
     """The base's settings for what it holds, the given ones for what is new."""
-    known = record_settings(base)
+    known = base.settings
     changes: dict[str, object] = {"records": records}
     for piece, names in RECORD_SETTINGS.items():
         new = piece in records.split("+") and piece not in base.records.split("+")

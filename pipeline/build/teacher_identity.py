@@ -7,9 +7,9 @@ every field of the spec that says who the teacher is, is compared; what is store
 import dataclasses
 
 from pipeline.build.response_grid import with_grid
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.manifest import CacheSpec, differences
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 
 TEACHER_FIELDS = (

@@ -24,12 +24,12 @@ from student_train.matching.quality import row_mean_spread
 from student_train.signals.from_cache import TeacherAssets, vision_signal
 from student_train.signals.teacher_signal import DenseSignal, Signal
 from teacher_cache.models.collate import EncodedSample, collate
-from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import HiddenMoments, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput

@@ -20,7 +20,7 @@ from student_train.signals.teacher_signal import HiddenSignal, Signal
 from teacher_cache.codec.columns import output_from_planes, output_planes
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.lm_head import row_chunks
-from teacher_cache.records.make_records import make_output, record_settings
+from teacher_cache.records.make_records import make_output
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import holds
 from teacher_cache.schema.samples import Sample
@@ -73,7 +73,7 @@ class _Sampled:
     def __init__(self, teacher: Teacher, spec: CacheSpec) -> None:
         self.teacher = teacher
         self.spec = dataclasses.replace(spec, records=measured_records(spec.records), grid=None)
-        self.settings = record_settings(self.spec)
+        self.settings = self.spec.settings
         self.metric: MatchName = "raw_l1" if holds(self.spec.records, "sketch") else "prob_l1"
         self.sums = TierSums()
         self.held = self.total = 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.plan import PlanConfig
 from pipeline.fidelity.tables import human_bytes, table
-from teacher_cache.schema.options import AffinityDtype, LogitsCodec, RecordKind
+from teacher_cache.schema.options import AffinityDtype, HiddenDtype, LogitsCodec, RecordKind
 
 PAPER_SAMPLES = 779_000
 """Samples of EM-KD's second phase."""
@@ -33,7 +33,7 @@ class Tier:
     records: RecordKind
     top_k: int | None = None
     sketch_rank: int | None = None
-    hidden_dtype: str | None = None
+    hidden_dtype: HiddenDtype | None = None
     hidden_group: int | None = None
 
     @property

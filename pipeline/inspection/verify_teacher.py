@@ -29,8 +29,9 @@ from pipeline.inspection.compare_outputs import (
 )
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import DTYPES, RecordSettings, record_settings
+from teacher_cache.records.make_records import DTYPES
 from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -104,7 +105,7 @@ def verify_teacher(
         return TeacherReport(samples=0, other_teacher=tuple(other), problems=(problem,))
     if spec.sketch_digest is not None:
         teacher.sketch = reader.sketch_basis()
-    settings = record_settings(spec)
+    settings = spec.settings
     sums, done = _Sums(), 0
     for batch in _batches(reader, num_samples, seed):
         stored = [reader.read(index, reader.parts) for index in batch]

@@ -69,7 +69,7 @@ def _one_token(spec: CacheSpec, tier: TierName) -> TeacherOutput:
         hidden = HiddenRecord(vision=state_1D, text=state_1D[:0], predicting=state_1D)
         return replace(output, hidden=hidden)
     # Where positions keep as many entries as they need, one of them may keep the floor alone.
-    num_kept = spec.top_k if spec.top_k_floor is None else spec.top_k_floor
+    num_kept = spec.top_k if spec.min_k is None else spec.min_k
     num_kept = spec.vocab_size if num_kept is None else num_kept
     nothing_outside = num_kept == spec.vocab_size
     record = TopKRecord(

@@ -142,7 +142,7 @@ def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozens
     """
     exact_logits = spec is None or spec.logits_codec != "affine8"
     absent = {"codes", "low", "high"} if exact_logits else {"logits"}
-    if spec is None or spec.top_mass is None:
+    if spec is None or spec.top_p is None:
         absent.add("counts")
     if spec is None or not spec.least_logits:
         absent.add("least")

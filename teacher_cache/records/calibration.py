@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.records.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
-from teacher_cache.schema.options import holds
+from teacher_cache.schema.options import RecordSettings, holds
 
 
 class Calibration:
@@ -34,7 +33,7 @@ class Calibration:
     def add(self, vision: Float[Tensor, "M D"], predicting: Float[Tensor, "R D"]) -> None:
         """Add the finite states of one sample."""
         settings = self._settings
-        cut = settings.top_k, settings.top_mass, settings.top_k_floor
+        cut = settings.top_k, settings.top_p, settings.min_k
         self._num_vision += len(vision)
         self._num_response += len(predicting)
         self._vision.update(vision, self._head, *cut)

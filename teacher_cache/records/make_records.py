@@ -10,7 +10,6 @@ teacher's numbers are not finite.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -20,8 +19,7 @@ from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis, encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden
-from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, holds, require_cut
+from teacher_cache.schema.options import RecordSettings, holds
 from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import (
     AffinityRecord,
@@ -34,52 +32,6 @@ from teacher_cache.schema.teacher_output import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordSettings:
-    """What is stored of the teacher, and how exactly.
-
-    `hidden_...` belong to the hidden tier, all else to the top-k tiers; a `CacheSpec` leaves out
-    what its tier has no use for. `top_mass` lets each position keep as few of its largest logits as
-    hold that much probability, but no fewer than `top_k_floor` and no more than `top_k`. The
-    `..._max_error` are promises: logits and cosines of eight bits are that close to the teacher's,
-    states relative to their length; a sample that is not stops the build. `hidden_group` is the
-    most channels that share an int8 scale (None: all of a token's). `grid` asks for the response
-    at further ratios, `least_logits` for a floor under what a top-k record leaves out.
-    """
-
-    records: RecordKind
-    top_k: int = 64
-    top_mass: float | None = None
-    top_k_floor: int = 8
-    logits_codec: LogitsCodec = "exact"
-    logits_max_error: float = 0.05
-    sketch_rank: int = 128
-    hidden_dtype: str = "bfloat16"
-    hidden_group: int | None = 64
-    hidden_max_error: float = 0.02
-    affinity_dtype: str = "float16"
-    affinity_max_error: float = 0.002
-    grid: GridSettings | None = None
-    least_logits: bool = True
-
-    def __post_init__(self) -> None:
-        known = (*DTYPES, "int8")
-        for name in ("hidden_dtype", "affinity_dtype"):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
-        for name in ("logits_max_error", "hidden_max_error", "affinity_max_error"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected a finite bound of at least 0"
-                )
-        if self.hidden_group is not None and self.hidden_group < 1:
-            raise ValueError(f"hidden_group is {self.hidden_group}, expected at least 1 channel")
-        if self.top_mass is not None:
-            require_cut(self.top_k, self.top_mass, self.top_k_floor)
 
 
 def make_output(
@@ -156,9 +108,7 @@ def _vision_record(
 
 
 def _top_k(states: Float[Tensor, "N D"], head: LmHead, settings: RecordSettings) -> TopKRecord:
-    record = top_k_from_hidden(
-        states, head, settings.top_k, settings.top_mass, settings.top_k_floor
-    )
+    record = top_k_from_hidden(states, head, settings.top_k, settings.top_p, settings.min_k)
     return record if settings.least_logits else dataclasses.replace(record, log_least=None)
 
 
@@ -172,13 +122,3 @@ def _on_cpu(record: TopKRecord) -> TopKRecord:
         num_kept=None if record.num_kept is None else record.num_kept.cpu(),
         log_least=None if record.log_least is None else record.log_least.cpu(),
     )
-
-
-def record_settings(spec: CacheSpec) -> RecordSettings:
-    """The settings that a cache's records were made with."""
-    known = {
-        field.name: getattr(spec, field.name)
-        for field in dataclasses.fields(RecordSettings)
-        if getattr(spec, field.name) is not None
-    }
-    return RecordSettings(**known)

@@ -66,13 +66,13 @@ class MeanTail:
         hidden: Float[Tensor, "N D"],
         head: LmHead,
         k: int,
-        mass: float | None = None,
-        floor: int = 1,
+        top_p: float | None = None,
+        min_k: int = 1,
     ) -> None:
-        """Add the tails of states whose records keep what `k`, `mass` and `floor` say (topk.py)."""
+        """Add the tails of states; `k`, `top_p` and `min_k` cut as in `top_k_record`."""
         for rows in row_chunks(len(hidden), head.vocab_size):
             logits = head.logits(hidden[rows])
-            self._add(logits, top_k_record(logits, k, mass, floor))
+            self._add(logits, top_k_record(logits, k, top_p, min_k))
 
     def _add(self, logits: Tensor, record: TopKRecord) -> None:
         has_tail = record.log_tail.isfinite()

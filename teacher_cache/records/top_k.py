@@ -23,17 +23,17 @@ def top_k_from_hidden(
     hidden: Float[Tensor, "N D"],
     head: LmHead,
     k: int,
-    mass: float | None = None,
-    floor: int = 1,
+    top_p: float | None = None,
+    min_k: int = 1,
 ) -> TopKRecord:
     """Record of the logits that `head` gives to final hidden states; results stay on the device.
 
-    `mass` and `floor` as for `top_k_record`.
+    `top_p` and `min_k` as for `top_k_record`.
     """
     chunks = row_chunks(len(hidden), head.vocab_size)
-    records = [top_k_record(head.logits(hidden[rows]), k, mass, floor) for rows in chunks]
+    records = [top_k_record(head.logits(hidden[rows]), k, top_p, min_k) for rows in chunks]
     if not records:
-        return top_k_record(head.logits(hidden), k, mass, floor)
+        return top_k_record(head.logits(hidden), k, top_p, min_k)
     most = max(record.ids.shape[1] for record in records)
     return TopKRecord(
         ids=torch.cat([_widened(record.ids, most) for record in records]),
@@ -41,18 +41,18 @@ def top_k_from_hidden(
         logsumexp=torch.cat([record.logsumexp for record in records]),
         log_tail=torch.cat([record.log_tail for record in records]),
         vocab_size=head.vocab_size,
-        num_kept=None if mass is None else torch.cat([record.counts for record in records]),
+        num_kept=None if top_p is None else torch.cat([record.counts for record in records]),
         log_least=_joined([record.log_least for record in records]),
     )
 
 
 def top_k_record(
-    logits: Float[Tensor, "N V"], k: int, mass: float | None = None, floor: int = 1
+    logits: Float[Tensor, "N V"], k: int, top_p: float | None = None, min_k: int = 1
 ) -> TopKRecord:
     """Record of raw logits; `ids` int32, `logits` in the dtype given, normalisers in float32.
 
-    With `mass`, a position keeps the smallest number of its k largest logits, at least `floor`,
-    whose probabilities add up to `mass`, or all k; K is then the most that one of them keeps.
+    With `top_p`, a position keeps the smallest number of its k largest logits, at least `min_k`,
+    whose probabilities add up to `top_p`, or all k; K is then the most that one of them keeps.
     Float64 logits (of tests) give float64 normalisers.
     """
     num_rows, vocab_size = logits.shape
@@ -68,9 +68,9 @@ def top_k_record(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logsumexp = wide.logsumexp(dim=1)
     num_kept = None
-    if mass is not None:
-        require_cut(k, mass, floor)
-        num_kept = _smallest_cut(wide.gather(1, ids), logsumexp, mass, floor)
+    if top_p is not None:
+        require_cut(k, top_p, min_k)
+        num_kept = _smallest_cut(wide.gather(1, ids), logsumexp, top_p, min_k)
         most = int(num_kept.max()) if num_rows else 1
         kept = torch.arange(most, device=ids.device) < num_kept[:, None]
         ids = ids[:, :most].where(kept, ids[:, :1])
@@ -97,12 +97,12 @@ def _rounded_down(log_probs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
 
 
 def _smallest_cut(
-    kept: Float[Tensor, "N K"], logsumexp: Float[Tensor, " N"], mass: float, floor: int
+    kept: Float[Tensor, "N K"], logsumexp: Float[Tensor, " N"], top_p: float, min_k: int
 ) -> Int[Tensor, " N"]:
-    """How many of each row's descending logits hold `mass`, within `floor`..K; int32."""
+    """How many of each row's descending logits hold `top_p`, within `min_k`..K; int32."""
     share = (kept.to(torch.float64) - logsumexp.to(torch.float64)[:, None]).exp().cumsum(dim=1)
-    too_few = (share < mass).sum(dim=1)
-    return (too_few + 1).clamp(floor, kept.shape[1]).to(torch.int32)
+    too_few = (share < top_p).sum(dim=1)
+    return (too_few + 1).clamp(min_k, kept.shape[1]).to(torch.int32)
 
 
 def _widened(values: Shaped[Tensor, "N K"], num_columns: int) -> Shaped[Tensor, "N columns"]:

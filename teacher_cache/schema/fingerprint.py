@@ -30,8 +30,9 @@ def canonical(value: object) -> object:
     if isinstance(value, PurePath):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names: Mapping[str, str] = getattr(value, "stored_names", {})
         return {
-            f.name: canonical(getattr(value, f.name))
+            names.get(f.name, f.name): canonical(getattr(value, f.name))
             for f in dataclasses.fields(value)
             if not (f.metadata.get("absent") and getattr(value, f.name) == f.default)
         }

@@ -15,14 +15,22 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from teacher_cache.schema.errors import CacheMismatchError, DecodeError
 from teacher_cache.schema.fingerprint import ABSENT, canonical, digest_json, short
-from teacher_cache.schema.options import GridSettings, LogitsCodec, RecordKind, ShardFormatName
+from teacher_cache.schema.options import (
+    SETTING_PIECES,
+    GridSettings,
+    LogitsCodec,
+    RecordKind,
+    RecordSettings,
+    ShardFormatName,
+    holds,
+)
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
@@ -35,14 +43,16 @@ LAYOUT_VERSION = 1
 class CacheSpec(StrictRecord):
     """Every setting that changes the numbers in a cache. Digests are over content, not names."""
 
+    stored_names: ClassVar[Mapping[str, str]] = {"top_p": "top_mass", "min_k": "top_k_floor"}
+
     layout_version: int
     records: RecordKind
     top_k: int | None
-    """Kept entries per position, the most of them where `top_mass` is set; None for hidden."""
-    top_mass: float | None
-    """Each position keeps as few entries as hold this much probability; None: all keep `top_k`."""
-    top_k_floor: int | None
-    """Fewest entries of a position where `top_mass` is set."""
+    """Kept entries per position; with `top_p`, the maximum; None for hidden."""
+    top_p: float | None
+    """Positions keep the fewest entries whose probabilities sum to this; None: all keep `top_k`."""
+    min_k: int | None
+    """Fewest entries of a position where `top_p` is set."""
     sketch_rank: int | None
     sketch_digest: str | None
     """Content of the calibrated PCA basis."""
@@ -94,6 +104,15 @@ class CacheSpec(StrictRecord):
     def ratios(self) -> tuple[float, ...]:
         """Ratios of the grid, ascending; none where there is no grid."""
         return () if self.grid is None else self.grid.ratios
+
+    @property
+    def settings(self) -> RecordSettings:
+        """The settings that the records were made with; those not used have their defaults."""
+        names = {each.name for each in fields(self)} & {*SETTING_PIECES, "records", "grid"}
+        if not holds(self.records, "topk"):
+            names.remove("least_logits")
+        found = {name: getattr(self, name) for name in names}
+        return RecordSettings(**{name: value for name, value in found.items() if value is not None})
 
     @cached_property
     def fingerprint(self) -> str:

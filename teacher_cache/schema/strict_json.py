@@ -7,6 +7,7 @@ nothing (a "3" is not a 3) and ignores nothing.
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +23,13 @@ class StrictRecord:
 
     __slots__ = ()
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+    stored_names: ClassVar[Mapping[str, str]] = {}
+    """Field name -> its name in files, where that is another one."""
+
+    def __init_subclass__(cls) -> None:
+        names = cls.stored_names
+        alias = {"alias_generator": lambda name: names.get(name, name)} if names else {}
+        cls.__pydantic_config__ = StrictRecord.__pydantic_config__ | alias
 
 
 def decode_json(cls: type[T], text: str | bytes, where: str) -> T:
@@ -61,8 +69,12 @@ def _describe(cls: type, problem: Any) -> str:
 def _field_names(cls: type, path: tuple[Any, ...]) -> list[str]:
     owner: Any = cls
     for name in path:
-        fields = {f.name: f.type for f in dataclasses.fields(owner)}
+        fields = {_stored_name(owner, f.name): f.type for f in dataclasses.fields(owner)}
         owner = fields.get(name)
         if not dataclasses.is_dataclass(owner):
             return []
-    return [f.name for f in dataclasses.fields(owner)]
+    return [_stored_name(owner, f.name) for f in dataclasses.fields(owner)]
+
+
+def _stored_name(owner: Any, name: str) -> str:
+    return getattr(owner, "stored_names", {}).get(name, name)

@@ -166,10 +166,10 @@ def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
 
 
 def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
-    if (record.num_kept is None) != (spec.top_mass is None):
+    if (record.num_kept is None) != (spec.top_p is None):
         found = "all K" if record.num_kept is None else "different numbers of"
         raise ValueError(
-            f"sample {key}: positions keep {found} entries, the cache has top_mass {spec.top_mass}"
+            f"sample {key}: positions keep {found} entries, the cache has top_p {spec.top_p}"
         )
     if record.num_kept is None or spec.top_k is None or not len(record.num_kept):
         return

@@ -13,6 +13,7 @@ amounts within one model family. Rows are cut to the ids that the tokenizer can 
 teacher and student normalise over the same support.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -34,12 +35,12 @@ from teacher_cache.models.digests import (
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.calibration import Calibration
-from teacher_cache.records.make_records import DTYPES, RecordSettings, make_output
+from teacher_cache.records.make_records import DTYPES, make_output
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
-from teacher_cache.schema.options import GridSettings, holds
+from teacher_cache.schema.options import GridSettings, RecordSettings, holds
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.plain_head import require_plain_head, shared_head
@@ -187,33 +188,23 @@ class Teacher:
     ) -> CacheSpec:
         """Everything that the stored numbers depend on, as digests and settings."""
         self._require(settings)
-        hidden, top = holds(settings.records, "hidden"), holds(settings.records, "topk")
         basis = self.sketch if holds(settings.records, "sketch") else None
+        has_hidden, has_top_k = holds(settings.records, "hidden"), holds(settings.records, "topk")
         processor = self.encoder.processor
         width = self.head.weight.shape[1]
-        varies = top and settings.top_mass is not None
-        codes = top and settings.logits_codec == "affine8"
-        scaled = top and settings.affinity_dtype == "int8"
-        grouped = hidden and settings.hidden_dtype == "int8"
+        resolved = dataclasses.replace(
+            settings,
+            sketch_rank=settings.sketch_rank if basis is None else basis.rank,
+            hidden_group=min(settings.hidden_group or width, width),
+        )
         return CacheSpec(
+            **resolved.for_spec(),
             layout_version=LAYOUT_VERSION,
-            records=settings.records,
-            top_k=settings.top_k if top else None,
-            top_mass=settings.top_mass if top else None,
-            top_k_floor=settings.top_k_floor if varies else None,
-            sketch_rank=None if basis is None else basis.rank,
             sketch_digest=None if basis is None else basis.digest,
-            head_digest=self.head.digest if hidden else None,
+            head_digest=self.head.digest if has_hidden else None,
             vocab_size=self.head.vocab_size,
             hidden_size=width,
             logits_dtype=_name(self.head.weight.dtype),
-            logits_codec=settings.logits_codec if top else None,
-            logits_max_error=settings.logits_max_error if codes else None,
-            hidden_dtype=settings.hidden_dtype if hidden else None,
-            hidden_group=min(settings.hidden_group or width, width) if grouped else None,
-            hidden_max_error=settings.hidden_max_error if grouped else None,
-            affinity_dtype=settings.affinity_dtype if top else None,
-            affinity_max_error=settings.affinity_max_error if scaled else None,
             teacher_class=type(self.model).__name__,
             teacher_weights=self._weights_digest,
             teacher_config=config_digest(self.model.config),
@@ -226,9 +217,7 @@ class Teacher:
             system_prompt=self.encoder.system_prompt,
             batch_size=batch_size,
             share_vision=share_vision,
-            grid=settings.grid,
-            least_logits=top and settings.least_logits,
-            template_digest=self.template.digest if top and self.template is not None else None,
+            template_digest=self.template.digest if has_top_k and self.template else None,
         )
 
     @cached_property

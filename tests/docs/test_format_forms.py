@@ -20,7 +20,7 @@ from tests.docs.test_format_docs import DOCS, run_alone
 from tests.support.builders import build
 from tests.support.strategies import VOCAB_SIZE, make_cached, make_output, make_spec, with_least
 
-MASS = {"top_k": VOCAB_SIZE, "top_mass": 0.9, "top_k_floor": 1}
+MASS = {"top_k": VOCAB_SIZE, "top_p": 0.9, "min_k": 1}
 CODES = {"logits_codec": "affine8", "logits_max_error": 1.0}
 COSINES = {"affinity_dtype": "int8", "affinity_max_error": 1.0}
 STATES = {"hidden_dtype": "int8", "hidden_group": 4, "hidden_max_error": 0.1}
@@ -49,9 +49,7 @@ def form_cache(
     shapes = [(((12, 12), (8, 8)), 9), (((1, 1),), 0), ((), 4)]
     rows: list[CachedSample] = []
     for number, (views, num_text) in enumerate(shapes):
-        output = make_output(
-            records, number, views, num_text, 6, dtype, "top_mass" in changes, ratios
-        )
+        output = make_output(records, number, views, num_text, 6, dtype, "top_p" in changes, ratios)
         if "least_logits" in changes:
             output = with_least(output, number)
         rows.append(CachedSample(sample=make_cached(number).sample, output=output))

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from student_train.models.student import student_from_vanilla
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.manifest import Plan
-from teacher_cache.schema.options import ShardFormatName, holds
+from teacher_cache.schema.options import RecordSettings, ShardFormatName, holds
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.storage.open_store import open_store

@@ -152,7 +152,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
     """A sealed cache, without its shards; `quality` as top-k records would have it."""
     fields: dict[str, Any] = {f.name: "x" for f in dataclasses.fields(CacheSpec)}
     fields |= {"layout_version": LAYOUT_VERSION, "records": "hidden", "top_k": None}
-    fields |= {"sketch_rank": None, "top_mass": None, "top_k_floor": None, "hidden_group": None}
+    fields |= {"sketch_rank": None, "top_p": None, "min_k": None, "hidden_group": None}
     fields |= {"logits_max_error": None, "hidden_max_error": None, "affinity_max_error": None}
     fields |= {"logits_codec": None, "affinity_dtype": None, "grid": None}
     fields |= {"least_logits": False, "template_digest": None}

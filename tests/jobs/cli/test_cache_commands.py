@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli.__main__ import main
-from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache

@@ -268,8 +268,8 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
         ({"logits_max_error": 0.1}, "logits_max_error would have no effect: logits are exact"),
         ({"affinity_max_error": 0.1}, "affinity_max_error would have no effect"),
         ({**HIDDEN, "hidden_max_error": 0.1}, "hidden_max_error would have no effect"),
-        ({"top_mass": 1.0}, "top_mass is 1.0"),
-        ({"top_mass": 0.9, "top_k_floor": 9}, "top_k_floor is 9, expected 1..top_k, which is 8"),
+        ({"top_mass": 1.0}, "top_p is 1.0"),
+        ({"top_mass": 0.9, "top_k_floor": 9}, "min_k is 9, expected 1..top_k, which is 8"),
         ({**HIDDEN, "hidden_dtype": "int8", "hidden_group": 0}, "hidden_group must be"),
     ],
 )

@@ -15,8 +15,7 @@ from student_train.signals.teacher_signal import HiddenSignal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.codec.columns import output_planes
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind, TierName
+from teacher_cache.schema.options import RecordKind, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache

@@ -10,8 +10,7 @@ from student_train.divergence.divergence import reverse_kl
 from student_train.signals.from_cache import TeacherAssets, vision_signal
 from teacher_cache.codec.columns import TIER_PARTS
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
@@ -38,8 +37,8 @@ def _outputs(reader: CacheReader) -> list[TeacherOutput]:
 def test_a_cut_by_mass_keeps_the_beginning_of_what_all_positions_keep(
     tmp_path: Path, teacher: Teacher
 ) -> None:
-    reader = _cache(tmp_path / "cut", teacher, "topk", top_mass=0.05, top_k_floor=2)
-    assert (reader.spec.top_mass, reader.spec.top_k_floor) == (0.05, 2)
+    reader = _cache(tmp_path / "cut", teacher, "topk", top_p=0.05, min_k=2)
+    assert (reader.spec.top_p, reader.spec.min_k) == (0.05, 2)
     seen: set[int] = set()
     exact = _outputs(_cache(tmp_path / "all", teacher, "topk"))
     for whole, cut in zip(exact, _outputs(reader), strict=True):
@@ -62,7 +61,7 @@ def test_a_cut_by_mass_keeps_the_beginning_of_what_all_positions_keep(
     ("records", "changes"),
     [
         ("topk", {"logits_codec": "affine8", "affinity_dtype": "int8"}),
-        ("topk", {"logits_codec": "affine8", "top_mass": 0.05}),
+        ("topk", {"logits_codec": "affine8", "top_p": 0.05}),
         ("hidden", {"hidden_dtype": "int8", "hidden_group": 16}),
     ],
 )
@@ -70,7 +69,7 @@ def test_a_student_is_told_nearly_the_same(
     tmp_path: Path, teacher: Teacher, records: RecordKind, changes: dict[str, Any]
 ) -> None:
     allowed = {"affinity_max_error": 0.004}
-    kept = {name: value for name, value in changes.items() if name == "top_mass"}
+    kept = {name: value for name, value in changes.items() if name == "top_p"}
     reader = _cache(tmp_path / "lossy", teacher, records, **changes, **allowed)
     plain = {"hidden_dtype": "float32", "affinity_dtype": "float32"}
     exact = _cache(tmp_path / "exact", teacher, records, **plain, **kept)

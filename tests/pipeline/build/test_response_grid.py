@@ -18,9 +18,8 @@ from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.records.top_k import top_k_from_hidden
-from teacher_cache.schema.options import GridSettings, RecordKind
+from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.storage.open_store import open_store

@@ -21,10 +21,10 @@ from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.models.collate import collate
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.make_records import RecordSettings, make_output
+from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import decode_logits
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput

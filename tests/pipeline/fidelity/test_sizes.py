@@ -11,8 +11,7 @@ from pipeline.build.response_grid import with_grid
 from pipeline.config.plan import PlanConfig
 from pipeline.fidelity.sizes import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
 from teacher_cache.codec.columns import output_planes
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import GridSettings
+from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
@@ -26,9 +25,9 @@ GRID = GridSettings(compressor="random", layer=1, ratios=(0.3, 0.6))
     ("tier", "changes"),
     [
         (Tier(records="topk", top_k=7), {}),
-        (Tier(records="topk", top_k=30), {"top_mass": 0.5, "top_k_floor": 2}),
+        (Tier(records="topk", top_k=30), {"top_p": 0.5, "min_k": 2}),
         (Tier(records="topk", top_k=7), {"logits_codec": "affine8", "affinity_dtype": "int8"}),
-        (Tier(records="topk", top_k=30), {"logits_codec": "affine8", "top_mass": 0.5}),
+        (Tier(records="topk", top_k=30), {"logits_codec": "affine8", "top_p": 0.5}),
         (Tier(records="topk+sketch", top_k=7, sketch_rank=5), {"affinity_dtype": "float32"}),
         (Tier(records="hidden", hidden_dtype="bfloat16"), {}),
         (Tier(records="hidden", hidden_dtype="float32"), {}),
@@ -37,7 +36,7 @@ GRID = GridSettings(compressor="random", layer=1, ratios=(0.3, 0.6))
         (Tier(records="topk+hidden", top_k=7, hidden_dtype="float32"), {}),
         (Tier(records="topk+hidden", top_k=7, hidden_dtype="bfloat16"), {"grid": GRID}),
         (Tier(records="hidden", hidden_dtype="int8", hidden_group=7), {"grid": GRID}),
-        (Tier(records="topk", top_k=30), {"top_mass": 0.5, "top_k_floor": 2, "grid": GRID}),
+        (Tier(records="topk", top_k=30), {"top_p": 0.5, "min_k": 2, "grid": GRID}),
         (Tier(records="topk", top_k=7), {"logits_codec": "affine8", "grid": GRID}),
     ],
 )
@@ -61,7 +60,7 @@ def test_planes_have_the_bytes_that_are_planned(
         teacher.calibrate([samples], settings)
     output = teacher.outputs([samples[number]], settings)[0]
     assert isinstance(output, TeacherOutput)
-    varies = "top_mass" in changes and output.vision is not None and output.response is not None
+    varies = "top_p" in changes and output.vision is not None and output.response is not None
     shape = SampleShape(
         num_views=len(output.views),
         num_vision=sum(view.num_tokens for view in output.views),

@@ -9,8 +9,7 @@ from PIL import Image
 
 from pipeline.inspection.picture import draw_sample, token_values
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache

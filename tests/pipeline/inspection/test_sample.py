@@ -12,8 +12,7 @@ import torch
 from pipeline.inspection.sample import describe_sample, load_tokenizer
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.builders import build
@@ -102,7 +101,7 @@ def test_numbers_of_a_record_are_those_that_are_stored(tmp_path: Path) -> None:
 def test_entries_are_those_that_each_position_keeps(tmp_path: Path) -> None:
     output = make_output("topk", 3, ragged=True)
     cached = replace(make_cached(3), output=output)
-    build(tmp_path, [[cached]], spec=make_spec(top_mass=0.5, top_k_floor=1))
+    build(tmp_path, [[cached]], spec=make_spec(top_p=0.5, min_k=1))
     shown = describe_sample(CacheReader.open(tmp_path), cached.sample.key)
     record = output.vision
     assert record is not None

@@ -7,8 +7,7 @@ import pytest
 
 from pipeline.inspection.verify_teacher import TeacherReport, render_teacher, verify_teacher
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import RecordSettings, record_settings
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.builders import build
@@ -84,7 +83,7 @@ def test_another_teacher_is_refused_before_it_runs(tmp_path: Path, tiny_folder: 
 
 LOSSY = (
     RecordSettings(records="topk", top_k=12, logits_codec="affine8", affinity_dtype="int8"),
-    RecordSettings(records="topk+sketch", top_k=12, top_mass=0.7, top_k_floor=2, sketch_rank=6),
+    RecordSettings(records="topk+sketch", top_k=12, top_p=0.7, min_k=2, sketch_rank=6),
     RecordSettings(records="hidden", hidden_dtype="int8", hidden_group=8),
 )
 
@@ -179,6 +178,6 @@ def test_one_sample_with_anothers_records_is_named(tmp_path: Path, tiny_folder: 
 
 def test_settings_follow_from_the_spec(tmp_path: Path, tiny_folder: TinyFolder) -> None:
     reader = _reader(tmp_path / "hidden", tiny_folder("llava"), "hidden")
-    assert record_settings(reader.spec).records == "hidden"
-    assert record_settings(reader.spec).hidden_dtype == reader.spec.hidden_dtype
-    assert record_settings(_reader(tmp_path / "top", tiny_folder("llava")).spec).top_k == 12
+    assert reader.spec.settings.records == "hidden"
+    assert reader.spec.settings.hidden_dtype == reader.spec.hidden_dtype
+    assert _reader(tmp_path / "top", tiny_folder("llava")).spec.settings.top_k == 12

@@ -18,8 +18,7 @@ from student_train.models.forward import final_hidden, output_head
 from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.models.collate import ModelBatch
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import GridSettings, TierName
+from teacher_cache.schema.options import GridSettings, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache

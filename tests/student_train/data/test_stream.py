@@ -25,8 +25,8 @@ from teacher_cache.codec.columns import planes_of
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample
-from teacher_cache.records.make_records import RecordSettings
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.shards import rows

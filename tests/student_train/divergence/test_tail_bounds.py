@@ -84,7 +84,7 @@ def test_bounds_hold_of_the_teacher_that_a_cache_was_made_with(
     """Stored, read back and compared with the teacher's own logits, which a codec may round."""
     teacher = (scale * normal(seed, 5, VOCAB)).to(dtype)
     student = scale * normal(seed + 1, 5, VOCAB)
-    changes = {"logits_codec": "affine8" if lossy else "exact", "top_k": k, "top_mass": mass}
+    changes = {"logits_codec": "affine8" if lossy else "exact", "top_k": k, "top_p": mass}
     spec = make_spec("topk", vocab_size=VOCAB, least_logits=True, **changes)
     record = top_k_record(teacher, k, mass)
     output = TeacherOutput(

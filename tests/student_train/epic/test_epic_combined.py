@@ -20,8 +20,7 @@ from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import GridSettings
+from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache
 from tests.support.deep import deep_model

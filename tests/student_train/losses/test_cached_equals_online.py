@@ -29,8 +29,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.affinity import cosine_affinity
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind, ShardFormatName
+from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache, student_loader
 from tests.support.tiny import tiny_llava, tiny_llava_next, tiny_samples

@@ -69,7 +69,7 @@ def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordForm
 def test_it_counts_on_no_more_entries_than_a_position_may_keep(
     records: RecordForm, mass: float
 ) -> None:
-    spec = make_spec(records, top_k=VOCAB_SIZE, top_mass=mass, top_k_floor=2)
+    spec = make_spec(records, top_k=VOCAB_SIZE, top_p=mass, min_k=2)
     outputs, assets = BATCH.outputs(records, VOCAB_SIZE, mass, floor=2), BATCH.assets(records)
     for objective in OBJECTIVES:
         losses = partial(

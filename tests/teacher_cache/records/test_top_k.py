@@ -80,7 +80,7 @@ def test_a_cut_by_mass_keeps_the_shortest_beginning_that_holds_it(
 
 
 def test_of_equal_logits_at_a_cut_by_mass_the_smaller_ids_are_kept() -> None:
-    record = top_k_record(torch.zeros(2, 10), 8, mass=0.45, floor=1)
+    record = top_k_record(torch.zeros(2, 10), 8, top_p=0.45, min_k=1)
     assert record.num_kept is not None
     assert record.num_kept.tolist() == [5, 5]
     assert record.ids.tolist() == [[0, 1, 2, 3, 4]] * 2
@@ -88,7 +88,7 @@ def test_of_equal_logits_at_a_cut_by_mass_the_smaller_ids_are_kept() -> None:
 
 @pytest.mark.parametrize(("mass", "floor"), [(0.0, 1), (1.0, 1), (0.9, 0), (0.9, 5)])
 def test_cuts_that_cannot_be_are_refused(mass: float, floor: int) -> None:
-    with pytest.raises(ValueError, match=r"top_mass is|top_k_floor is"):
+    with pytest.raises(ValueError, match=r"top_p is|min_k is"):
         top_k_record(torch.zeros(1, 9), 4, mass, floor)
 
 

@@ -159,7 +159,7 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
     form: ShardFormatName,
 ) -> None:
     spec = make_spec(records, grid=GRID, **changes)
-    row = cached(3, records, ragged="top_mass" in changes)
+    row = cached(3, records, ragged="top_p" in changes)
     planes = output_planes(row.output, spec)
     lie = encode_plane(plane, change(planes[plane].clone()))
     hostile = dataclasses.replace(

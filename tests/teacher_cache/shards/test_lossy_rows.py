@@ -36,7 +36,7 @@ from tests.support.strategies import (
 
 pytestmark = BEARTYPE_DRAWS
 
-MASS = {"top_k": VOCAB_SIZE, "top_mass": 0.9, "top_k_floor": 1}
+MASS = {"top_k": VOCAB_SIZE, "top_p": 0.9, "min_k": 1}
 CODES = {"logits_codec": "affine8", "logits_max_error": 0.2}
 COSINES = {"affinity_dtype": "int8", "affinity_max_error": 0.2}
 STATES = {"hidden_dtype": "int8", "hidden_group": 4, "hidden_max_error": 0.02}
@@ -213,7 +213,7 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
 ) -> None:
     records = "hidden" if "hidden_dtype" in changes else "topk"
     spec = make_spec(records, **changes)
-    output = make_output(records, 3, ((2, 3),), 8, 5, ragged="top_mass" in changes)
+    output = make_output(records, 3, ((2, 3),), 8, 5, ragged="top_p" in changes)
     row = encode_row(_cached(output), spec)
     planes = output_planes(output, spec)
     frames = {**encode_planes(planes), plane: encode_plane(plane, change(planes[plane]))}
@@ -228,8 +228,8 @@ def test_planes_that_lie_are_refused_although_their_checks_are_right(
 @pytest.mark.parametrize(
     ("ragged", "changes", "message"),
     [
-        (True, {}, "different numbers of entries, the cache has top_mass None"),
-        (False, MASS, r"all K entries, the cache has top_mass 0\.9"),
+        (True, {}, "different numbers of entries, the cache has top_p None"),
+        (False, MASS, r"all K entries, the cache has top_p 0\.9"),
         (True, {**MASS, "top_k": 1}, "the cache has top_k 1"),
     ],
 )

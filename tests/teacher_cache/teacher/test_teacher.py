@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import CacheSpec, to_json
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.samples import (
     IMAGE_PLACEHOLDER,
     Message,
@@ -23,7 +23,7 @@ from teacher_cache.schema.samples import (
 from teacher_cache.schema.strict_json import decode_json
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.plain_head import shared_head
-from teacher_cache.teacher.teacher import RecordSettings, Teacher
+from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.tiny import FAMILIES, HEAD_ROWS, tiny_image, tiny_llava, tiny_samples
 

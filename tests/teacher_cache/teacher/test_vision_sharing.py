@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.codec.columns import VISION_PLANES, output_planes
-from teacher_cache.records.make_records import RecordSettings
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
