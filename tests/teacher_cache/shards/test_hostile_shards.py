@@ -1,7 +1,7 @@
 """What a forger can write is refused, whatever it claims, in little memory, and nothing is run.
 
 Checksums are no help against forgers: here they are always right. Damage without intent is in
-shard_contract.py, forged owners in test_shared_rows.py.
+shards/contract.py, forged owners in test_shared_rows.py.
 """
 
 import dataclasses
