@@ -57,7 +57,7 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
     config = recipes.demo_student(
         cache=root / "cache", teacher=teacher, out=root / "run", objective="emkd", seed=0
     )
-    settings = config.settings
+    settings = config.training
     model, processor = student_from_vanilla(str(teacher), stride=config.stride, dtype=torch.float32)
     set_trainable(model, settings.train_parts)
     encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)

@@ -1,33 +1,28 @@
-"""The `emkd` command: one subcommand for each stage, flags and help from the settings' fields.
+"""Runs the `emkd` command: one subcommand for each stage, its flags made from the settings' fields.
 
 Exit codes: 0 done; 1 a crash (with its traceback) or a failed job; 2 bad input, named in one
-message; 3 `verify` found problems; 4 `build --require-quality` made a cache that misses its stated
-quality. `--config FILE` (JSON or YAML, or inline JSON) gives a stage's
-settings; flags beside it override them. Heavy libraries are imported by the command that needs
-them, not before, so that `emkd --help` answers at once.
+message; 3 `verify` found problems; 4 `build --require-quality` made a cache below the stated
+quality; 141 whoever read the output is gone. `--config FILE` (JSON or YAML, or inline JSON) gives
+the settings of a stage; flags beside it override them. Each command imports its own heavy
+libraries when it is called, so that `emkd --help` is quick.
 """
 
 import dataclasses
-import io
 import logging
 import os
-import re
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
-import yaml
 
 from jobs.cli import flags, stage_commands
+from jobs.cli.config_file import read_config
+from jobs.cli.removed_flags import refuse_removed
 from jobs.cli.stage_commands import Submit
-from teacher_cache.schema.strict_json import decode_json, decode_mapping
 
-_FRAME = " |+\u2502\u256d\u256e\u2570\u256f"
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_REFUSED = re.compile(r"Error parsing __tyro\S*: (.*?)(?= (?:\u2500|-){3}|$)")
+BROKEN_PIPE = 141
+"""Exit code of a process that SIGPIPE ends, as shells report it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return parse(arguments)()
+        try:
+            return parse(arguments)()
+        finally:
+            sys.stdout.flush()  # else a broken pipe is only found after this function has ended
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         if os.environ.get("EMKD_DEBUG"):
             raise
@@ -44,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> stage_commands.Command:
-    """Build the command that the arguments describe; exits with usage and code 2 where they err.
+    """The command that the arguments describe.
 
-    What follows `--` belongs to the stage that `emkd submit` sends, and is parsed as that stage's
-    own arguments.
+    What follows `--` are the arguments of the stage that `emkd submit` sends. Raises ValueError
+    for a value that a record refuses; exits with usage and code 2 for unknown or malformed flags.
     """
     arguments, behind = _split(list(arguments))
+    refuse_removed(arguments)
     config_text, arguments = _take_config(arguments)
     defaults = stage_commands.defaults()
     if config_text is not None:
@@ -59,19 +61,23 @@ def parse(arguments: Sequence[str]) -> stage_commands.Command:
             raise ValueError(
                 f"--config goes with {', '.join(stage_commands.CONFIG_CLASSES)}; found {name!r}"
             )
-        config = _decode(config_class, config_text)
+        config = read_config(config_class, config_text)
         defaults[name] = dataclasses.replace(defaults[name], config=config)
     kind = tyro.extras.subcommand_type_from_defaults(
         defaults, {name: command.__doc__ or "" for name, command in defaults.items()}
     )
-    with flags.REGISTRY, _plain_errors(arguments):
-        command: Any = tyro.cli(
+    with flags.REGISTRY:
+        parsed: Any = tyro.cli(
             kind,
             prog="emkd",
             description=stage_commands.__doc__,
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
+    try:
+        command = flags.checked(parsed)
+    except ValueError as error:
+        raise ValueError(_name_flags(str(error), arguments)) from error
     if behind is not None:
         if not isinstance(command, Submit):
             raise ValueError("'--' goes with emkd submit: emkd submit STAGE ... -- FLAGS")
@@ -79,27 +85,15 @@ def parse(arguments: Sequence[str]) -> stage_commands.Command:
     return command
 
 
-@contextmanager
-def _plain_errors(arguments: Sequence[str]) -> Generator[None]:
-    """Let what settings refuse read like every other message: tyro frames it with its own names.
+def _name_flags(message: str, arguments: Sequence[str]) -> str:
+    """The message of a record, with a flag in place of the field that it begins with.
 
-    `Error parsing __tyro-dummy-inner__.config: top_k must be ...` becomes
-    `emkd build: --top-k must be ...`; what tyro itself finds stays as it is.
+    `top_k must be >= 1` becomes `--top-k must be >= 1` where that flag was given.
     """
-    captured = io.StringIO()
-    try:
-        with redirect_stderr(captured):
-            yield
-    finally:
-        text = captured.getvalue()
-        flat = " ".join(line.strip(_FRAME) for line in _COLOURS.sub("", text).splitlines())
-        found = _REFUSED.search(flat)
-        if found is not None:
-            name, _, rest = found[1].strip().partition(" ")
-            flag = f"--{name.replace('_', '-')}"
-            given = any(argument.split("=")[0] == flag for argument in arguments)
-            text = f"emkd {arguments[0]}: {flag if given else name} {rest}\n"
-        sys.stderr.write(text)
+    field, _, rest = message.partition(" ")
+    flag = f"--{field.replace('_', '-')}"
+    given = {argument.split("=")[0] for argument in arguments}
+    return f"{flag} {rest}" if flag in given else message
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
@@ -110,7 +104,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Remove `--config VALUE` (or `--config=VALUE`) from the arguments and return VALUE."""
+    """The value of `--config VALUE` or `--config=VALUE`, and the other arguments."""
     for at, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.removeprefix("--config="), arguments[:at] + arguments[at + 1 :]
@@ -119,17 +113,6 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
                 raise ValueError("--config needs a file, or JSON")
             return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
     return None, arguments
-
-
-def _decode(config_class: type, text: str) -> object:
-    if text.lstrip().startswith("{"):
-        return decode_json(config_class, text, "--config")
-    file = Path(text)
-    if not file.exists():
-        raise ValueError(f"--config {file}: no such file")
-    if file.suffix in (".yaml", ".yml"):
-        return decode_mapping(config_class, yaml.safe_load(file.read_text()), str(file))
-    return decode_json(config_class, file.read_text(), str(file))
 
 
 if __name__ == "__main__":

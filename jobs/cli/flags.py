@@ -1,19 +1,21 @@
-"""How nested settings appear on the command line: flat flags, presets first, overrides after.
+"""Turns nested settings into flat flags: presets first, overrides after.
 
-tyro derives flags and help from the dataclasses of `pipeline.config`; the rules here only say how
-nested records look: a source is `--source PATH --image-root DIR --limit N`, an objective is
-`--objective emkd` (a preset) and one flag for each of its settings that a user may override, and a
-progression is `--schedule tcd` and its settings, by default what the objective is named after.
-A flag that would have no effect is refused.
+tyro derives flags and help from the dataclasses of `pipeline.config`. The rules here define how
+nested records look. A source is `--source PATH --image-root DIR --limit N`. An objective is
+`--objective emkd` (a preset) and one flag for each setting that overrides it. A progression is
+`--schedule tcd` and its settings; its default follows from the objective. A flag without effect is
+refused.
+
+Parsing makes `Unchecked` values. `checked` then makes the records, which check themselves, so that
+their errors reach the caller and not tyro.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
-import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     StructConstructorSpec,
@@ -22,7 +24,6 @@ from tyro.constructors import (
 )
 
 from pipeline.config.build import SourceConfig
-from pipeline.config.stages import TrainConfig
 from student_train.config.compression import TextSource
 from student_train.config.objective import (
     TERMS,
@@ -36,6 +37,7 @@ from student_train.config.objective import (
     preset,
 )
 from student_train.config.progression import ProgressionConfig, ProgressionPreset
+from student_train.config.recipe import TrainerSettings
 from student_train.config.schedules import ScheduleName
 
 REGISTRY = ConstructorRegistry()
@@ -94,44 +96,18 @@ def _default(info: StructTypeInfo) -> Any:
     return info.default if dataclasses.is_dataclass(info.default) else None
 
 
-@REGISTRY.struct_rule
-def _source_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    if info.type is not SourceConfig:
-        return None
-    known = _default(info)
-
-    def build(source: str, image_root: Path | None, limit: int | None) -> SourceConfig:
-        return SourceConfig(path=source, image_root=image_root, limit=limit)
-
-    return StructConstructorSpec(
-        instantiate=build,
-        fields=(
-            _field(
-                "source",
-                str,
-                known.path if known else tyro.MISSING,
-                "LLaVA .json/.jsonl, WebDataset .tar (braces allowed), Parquet file or folder.",
-            ),
-            _field(
-                "image_root",
-                Path | None,
-                known.image_root if known else None,
-                "Folder of a LLaVA JSON's images; default: the file's own.",
-            ),
-            _field(
-                "limit",
-                int | None,
-                known.limit if known else None,
-                "Read the first samples only.",
-            ),
-        ),
+def _source_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
+    """The path's flag is `--source`."""
+    path, *others = plain.fields
+    return dataclasses.replace(
+        plain,
+        instantiate=lambda source, **rest: SourceConfig(path=source, **rest),
+        fields=(dataclasses.replace(path, name="source"), *others),
     )
 
 
-@REGISTRY.struct_rule
-def _objective_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    if info.type is not ObjectiveConfig:
-        return None
+def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> StructConstructorSpec:
+    """A preset, and the flags that override it."""
     known: ObjectiveConfig | None = _default(info)
 
     def build(objective: ObjectiveName, **flags: Any) -> ObjectiveConfig:
@@ -240,18 +216,8 @@ class ProgressionFlags:
         return dataclasses.replace(base, schedule=schedule, **changes)
 
 
-_SEEN = object()
-"""Marks that our rule has looked at a type already, so that tyro's own goes on."""
-
-
-@REGISTRY.struct_rule
-def _train_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """Settings of a run as tyro makes them, but a progression, which the objective decides too."""
-    if info.type is not TrainConfig or _SEEN in info.markers:
-        return None
-    seen = dataclasses.replace(info, markers=(*info.markers, _SEEN))
-    plain = ConstructorRegistry.get_struct_spec(seen)
-    assert isinstance(plain, StructConstructorSpec)
+def _training_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
+    """The settings as tyro makes them, except the progression, which the objective decides too."""
     known: ProgressionConfig | None = getattr(info.default, "progression", None)
 
     def build(progression: ProgressionFlags, **settings: Any) -> Any:
@@ -265,3 +231,45 @@ def _train_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     )
     others = tuple(field for field in plain.fields if field.name != "progression")
     return StructConstructorSpec(instantiate=build, fields=(*others, flags))
+
+
+_SPECS = {
+    SourceConfig: _source_spec,
+    ObjectiveConfig: _objective_spec,
+    TrainerSettings: _training_spec,
+}
+_SEEN = object()
+"""Marks a type that our rule has seen already, so that tyro's own rule applies."""
+
+
+@REGISTRY.struct_rule
+def _record_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Every dataclass of ours is parsed into an `Unchecked`."""
+    ours = dataclasses.is_dataclass(info.type) and not info.type.__module__.startswith("tyro.")
+    if not ours or _SEEN in info.markers:
+        return None
+    seen = dataclasses.replace(info, markers=(*info.markers, _SEEN))
+    spec = ConstructorRegistry.get_struct_spec(seen)
+    assert isinstance(spec, StructConstructorSpec)
+    if info.type in _SPECS:
+        spec = _SPECS[info.type](info, spec)
+    return dataclasses.replace(spec, instantiate=partial(_unchecked, spec.instantiate))
+
+
+@dataclass(frozen=True, slots=True)
+class Unchecked:
+    """The parsed values of a record; `make` makes the record, which checks them."""
+
+    make: Callable[..., Any]
+    values: Mapping[str, Any]
+
+
+def _unchecked(make: Callable[..., Any], **values: Any) -> Unchecked:
+    return Unchecked(make, values)
+
+
+def checked(value: Any) -> Any:
+    """The record of an `Unchecked`, nested records first; ValueError where one refuses a value."""
+    if not isinstance(value, Unchecked):
+        return value
+    return value.make(**{name: checked(nested) for name, nested in value.values.items()})

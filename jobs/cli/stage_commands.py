@@ -145,7 +145,7 @@ class Recipe:
 
     def __call__(self) -> int:
         """Print the settings as JSON."""
-        from jobs.stages.absolute_paths import to_json
+        from jobs.cluster.paths import to_json
         from pipeline.config.recipes import paper_epic, paper_phase_one, paper_phase_two
 
         recipes = {
@@ -216,8 +216,8 @@ class Submit:
 
     def __call__(self) -> int:
         """Submit the stage; exit code 0 when the job succeeded."""
+        from jobs.cluster.paths import to_json
         from jobs.cluster.submit import Echo, entrypoint, run_flags, submit
-        from jobs.stages.absolute_paths import to_json
 
         if self.payload is None:
             raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")

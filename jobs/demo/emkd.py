@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster.actor_pool import ray_session
 from jobs.cluster.options import RayOptions
+from jobs.cluster.paths import absolute
 from jobs.demo.stages import (
     FULL,
     DemoSizes,
@@ -30,7 +31,6 @@ from jobs.demo.stages import (
     unfinished,
     unscored,
 )
-from jobs.stages.absolute_paths import absolute
 from jobs.stages.build import run_build
 from pipeline.build.build import finished
 from pipeline.config.stages import ReportConfig, TrainConfig

@@ -4,7 +4,6 @@ Promise: a stage is the function that its own command runs, resumes by itself, a
 nothing that it has not written down, so that a demo killed anywhere goes on where it was.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 import ray
 
 from jobs.cluster.actor_pool import get
+from jobs.cluster.paths import absolute
 from jobs.cluster.progress import Bars
-from jobs.stages.absolute_paths import absolute
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
@@ -43,11 +42,11 @@ class DemoSizes:
 
     def resized(self, config: TrainConfig) -> TrainConfig:
         """A student's settings at these sizes."""
-        return dataclasses.replace(
-            config,
-            max_steps=self.student_steps or config.max_steps,
-            save_steps=self.save_steps or config.save_steps,
-            grad_norm_steps=self.grad_norm_steps or config.grad_norm_steps,
+        known = config.training
+        return config.with_training(
+            max_steps=self.student_steps or known.max_steps,
+            save_steps=self.save_steps or known.save_steps,
+            grad_norm_steps=self.grad_norm_steps or known.grad_norm_steps,
         )
 
 
@@ -87,7 +86,7 @@ def unscored(configs: Sequence[EvaluateConfig]) -> list[EvaluateConfig]:
 
 def train_students(configs: Sequence[TrainConfig]) -> None:
     """Train them, as many at a time as there are CPUs."""
-    total = sum(config.max_steps or 0 for config in configs)
+    total = sum(config.training.max_steps or 0 for config in configs)
     _run("students", train, configs, lambda: (sum(logged_step(c.out) for c in configs), total))
 
 
@@ -121,8 +120,8 @@ def run_result(config: TrainConfig) -> dict[str, Any]:
     record = finished_run(config.out)
     assert record is not None
     return {
-        "objective": config.objective.name,
-        "seed": config.seed,
+        "objective": config.training.objective.name,
+        "seed": config.training.seed,
         **scored(config.out / "eval"),
         "steps": record.identity.num_steps,
         "seconds": round(record.seconds, 1),

@@ -8,9 +8,9 @@ from functools import partial
 
 from jobs.cluster.actor_pool import ray_session
 from jobs.cluster.options import RayOptions
+from jobs.cluster.paths import absolute
 from jobs.cluster.progress import Bars
 from jobs.cluster.shard_workers import write_shards
-from jobs.stages.absolute_paths import absolute
 from pipeline.build.build import CacheBuilder, build, finished
 from pipeline.build.extend_records import RecordExtender, extend_records
 from pipeline.build.extend_samples import CacheExtender, extend_samples

@@ -6,8 +6,8 @@ import ray
 
 from jobs.cluster.actor_pool import get, ray_session, worker_resources
 from jobs.cluster.options import RayOptions
+from jobs.cluster.paths import absolute
 from jobs.cluster.progress import Bars
-from jobs.stages.absolute_paths import absolute
 from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 

@@ -19,8 +19,8 @@ from ray.train.torch import TorchTrainer
 
 from jobs.cluster.actor_pool import ray_session, worker_resources
 from jobs.cluster.options import RayOptions
+from jobs.cluster.paths import absolute, to_json
 from jobs.cluster.progress import Bars
-from jobs.stages.absolute_paths import absolute, to_json
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER
@@ -36,7 +36,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     if not options.ray:
         with Bars() as bars:
             return train(config, progress=lambda done, total: bars.update("steps", done, total))
-    num_steps = config.settings.num_steps(len(CacheReader.open(config.cache)))
+    num_steps = config.training.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
         each = worker_resources(options, config.device)
         trainer = TorchTrainer(

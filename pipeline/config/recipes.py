@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings
 
 
 def paper_phase_one(*, cache: str | Path, student: str, out: Path, seed: int = 0) -> TrainConfig:
@@ -24,15 +25,17 @@ def paper_phase_one(*, cache: str | Path, student: str, out: Path, seed: int = 0
         cache=str(cache),
         student=student,
         out=out,
-        objective=preset("supervised"),
-        train_parts=("projector",),
-        seed=seed,
-        epochs=1.0,
-        batch_size=256,
-        learning_rate=1e-3,
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        dtype="bfloat16",
+        training=TrainerSettings(
+            objective=preset("supervised"),
+            train_parts=("projector",),
+            seed=seed,
+            epochs=1.0,
+            batch_size=256,
+            learning_rate=1e-3,
+            warmup_ratio=0.03,
+            weight_decay=0.0,
+            dtype="bfloat16",
+        ),
     )
 
 
@@ -46,16 +49,18 @@ def paper_phase_two(*, cache: str | Path, student: str, out: Path, seed: int = 0
         cache=str(cache),
         student=student,
         out=out,
-        objective=preset("emkd"),
-        train_parts=("vision_tower", "projector", "language_model"),
-        seed=seed,
-        epochs=1.0,
-        batch_size=128,
-        learning_rate=1e-5,
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        dtype="bfloat16",
-        gradient_checkpointing=True,
+        training=TrainerSettings(
+            objective=preset("emkd"),
+            train_parts=("vision_tower", "projector", "language_model"),
+            seed=seed,
+            epochs=1.0,
+            batch_size=128,
+            learning_rate=1e-5,
+            warmup_ratio=0.03,
+            weight_decay=0.0,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+        ),
     )
 
 
@@ -70,15 +75,17 @@ def paper_epic(*, cache: str | Path, student: str, out: Path, seed: int = 0) -> 
         student=student,
         out=out,
         projector="none",
-        objective=preset("epic-tcd"),
-        progression=ProgressionConfig(schedule="tcd", preset="paper_notes", compressor="dart"),
-        train_parts=("vision_tower", "projector", "language_model"),
-        seed=seed,
-        epochs=1.0,
-        batch_size=256,
-        learning_rate=2e-5,
-        warmup_ratio=0.03,
-        weight_decay=0.0,
-        dtype="bfloat16",
-        gradient_checkpointing=True,
+        training=TrainerSettings(
+            objective=preset("epic-tcd"),
+            progression=ProgressionConfig(schedule="tcd", preset="paper_notes", compressor="dart"),
+            train_parts=("vision_tower", "projector", "language_model"),
+            seed=seed,
+            epochs=1.0,
+            batch_size=256,
+            learning_rate=2e-5,
+            warmup_ratio=0.03,
+            weight_decay=0.0,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+        ),
     )

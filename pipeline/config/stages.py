@@ -5,50 +5,47 @@ Two kinds live side by side: what changes the stored numbers (it ends up in the 
 loader, devices). Imports nothing heavy, so that `emkd --help` answers at once.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.checks import Dtype, at_least_one, refuse_changed, refuse_idle_choice
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.config.recipe import TrainerSettings
-from teacher_cache.schema.options import (
-    TextSource,
-)
+from teacher_cache.schema.options import TextSource
 from teacher_cache.schema.strict_json import StrictRecord
 
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(TrainerSettings):
+class TrainConfig(StrictRecord):
     """Train one student from a sealed cache; no teacher is loaded."""
 
     cache: str
     """Folder or URL of a sealed cache."""
     student: str
-    """A vanilla model (the projector below is put into it) or a student written by `emkd train`."""
+    """A vanilla model, which gets the projector below, or a student that `emkd train` wrote."""
     out: Path
     projector: Literal["avgpool", "none"] = "avgpool"
     """`avgpool` pools the vision tokens (LLaVA, LLaVA-NeXT); `none` leaves a model of any family
-    as it is, so that a schedule can drop tokens inside its language model."""
+    unchanged: a schedule can then drop tokens inside its language model."""
     stride: int = 2
     """Vision tokens are pooled by stride x stride."""
     expect_cache: str | None = None
     """Refuse a cache whose fingerprint does not begin with this."""
+    training: TrainerSettings = TrainerSettings()
     torch_threads: int | None = None
-    """CPU threads of torch; fix it where bits must repeat on other machines."""
+    """CPU threads of torch; set it where results must repeat to the bit on other machines."""
 
     def __post_init__(self) -> None:
-        TrainerSettings.__post_init__(self)
         if self.projector == "none":
             refuse_changed(self, "projector none does not pool", "stride")
 
-    @property
-    def settings(self) -> TrainerSettings:
-        """The trainer's share of the settings, without paths."""
-        return TrainerSettings(**{f.name: getattr(self, f.name) for f in fields(TrainerSettings)})
+    def with_training(self, **changes: Any) -> "TrainConfig":
+        """The same run with some of its training settings changed."""
+        return replace(self, training=replace(self.training, **changes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
+from student_train.config.recipe import TrainerSettings
 
 DEMO_STRIDE = 2
 
@@ -57,23 +58,25 @@ def demo_student(
         student=str(teacher),
         out=out,
         stride=DEMO_STRIDE,
-        objective=preset(objective),
-        train_parts=("projector", "language_model"),
-        seed=seed,
-        max_steps=DEMO_STEPS,
-        batch_size=32,
-        micro_batch_size=32,
-        learning_rate=3e-3,
-        min_lr_ratio=0.05,
-        warmup_ratio=0.0,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        device="cpu",
         torch_threads=1,
-        loader_threads=1,
-        save_steps=65,
-        log_steps=10,
-        grad_norm_steps=20,
+        training=TrainerSettings(
+            objective=preset(objective),
+            train_parts=("projector", "language_model"),
+            seed=seed,
+            max_steps=DEMO_STEPS,
+            batch_size=32,
+            micro_batch_size=32,
+            learning_rate=3e-3,
+            min_lr_ratio=0.05,
+            warmup_ratio=0.0,
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            device="cpu",
+            loader_threads=1,
+            save_steps=65,
+            log_steps=10,
+            grad_norm_steps=20,
+        ),
     )
 
 
@@ -118,9 +121,8 @@ def demo_epic_student(
     progression = ProgressionConfig(layer=EPIC_LAYER)
     if not progressive:
         progression = dataclasses.replace(progression, preset="fixed", ratio=EPIC_FIXED_RATIO)
-    return dataclasses.replace(
-        plain, projector="none", objective=preset(objective), progression=progression
-    )
+    plain = plain.with_training(objective=preset(objective), progression=progression)
+    return dataclasses.replace(plain, projector="none")
 
 
 def demo_epic_evaluation(

@@ -63,7 +63,7 @@ def train(
         config.out,
         reader,
         load,
-        config.settings,
+        config.training,
         student=student_identity(config.student, config.projector, config.stride),
         report=report,
         progress=progress,

@@ -19,6 +19,7 @@ from pipeline.report.report import write_report
 from pipeline.student.evaluate import evaluate
 from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName, preset
+from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
@@ -35,14 +36,16 @@ def _train(cache: Path, model: Path, out: Path, objective: ObjectiveName) -> Pat
             cache=str(cache),
             student=str(model),
             out=out,
-            objective=preset(objective),
-            max_steps=3,
-            batch_size=4,
-            micro_batch_size=2,
-            learning_rate=1e-3,
-            device="cpu",
-            log_steps=1,
-            grad_norm_steps=2,
+            training=TrainerSettings(
+                objective=preset(objective),
+                max_steps=3,
+                batch_size=4,
+                micro_batch_size=2,
+                learning_rate=1e-3,
+                device="cpu",
+                log_steps=1,
+                grad_norm_steps=2,
+            ),
         )
     )
 

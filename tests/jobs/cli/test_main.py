@@ -1,6 +1,5 @@
 """Promises of the command line: flags become settings, and bad input is named with exit code 2."""
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -10,8 +9,8 @@ import pytest
 import yaml
 
 from jobs.cli.__main__ import main, parse
+from jobs.cluster.paths import absolute, to_json
 from jobs.cluster.submit import entrypoint, run_flags
-from jobs.stages.absolute_paths import absolute, to_json
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from tests.conftest import TinyFolder
@@ -43,9 +42,9 @@ def test_the_commands_of_readme_parse() -> None:
 
 
 def test_an_objective_is_a_preset_with_overrides() -> None:
-    assert _train("").objective == preset("emkd")
-    assert _train("--objective supervised").objective == preset("supervised")
-    changed = _train("--vsd-weight 0 --temperature 2 --match-metric prob_l1").objective
+    assert _train("").training.objective == preset("emkd")
+    assert _train("--objective supervised").training.objective == preset("supervised")
+    changed = _train("--vsd-weight 0 --temperature 2 --match-metric prob_l1").training.objective
     assert changed.temperature == 2
     assert changed.matching.metric == "prob_l1"
     assert changed.vsd_weight == 0
@@ -55,22 +54,17 @@ def test_an_objective_is_a_preset_with_overrides() -> None:
     "arguments",
     [
         f"{BUILD} --topk 3",
-        f"{BUILD} --top-k 0",
-        f"{BUILD} --num-workers 0",
-        f"{TRAIN} --max-retries -1",
-        f"{TRAIN} --match-shared-ids 0",
         f"{BUILD} --format parquet",
         "build --source data.json",
-        f"{TRAIN} --objective rld --vsd-weight 1",
         f"{TRAIN} --vlad-weight heavy",
         "frobnicate",
     ],
 )
-def test_flags_that_mean_nothing_are_refused(
+def test_flags_that_cannot_be_parsed_end_with_usage(
     arguments: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(arguments.split())
+        main(arguments.split())
     assert stopped.value.code == 2
     assert capsys.readouterr().err
 
@@ -81,6 +75,16 @@ def test_flags_that_mean_nothing_are_refused(
         (f"{BUILD} --top-k 0", "emkd build: --top-k must be >= 1, found 0\n"),
         (f"{BUILD} --num-workers=0", "emkd build: --num-workers must be >= 1, found 0\n"),
         (f"{TRAIN} --temperature 0", "emkd train: --temperature must be > 0, found 0.0\n"),
+        (f"{TRAIN} --max-retries -1", "emkd train: --max-retries must be >= 0, found -1\n"),
+        (
+            f"{TRAIN} --match-shared-ids 0",
+            "emkd train: num_shared_ids must be >= 1, or None for all, found 0\n",
+        ),
+        (
+            f"{TRAIN} --objective rld --vsd-weight 1",
+            "emkd train: --objective 'rld' has no vsd term, found vsd_weight 1.0; set it to 0 or "
+            "take objective 'emkd'\n",
+        ),
         ("data digits --out d --num-train 0", "emkd data: --num-train must be >= 1, found 0\n"),
         (
             f"{BUILD} --worker-timeout 5 --no-ray",
@@ -92,9 +96,7 @@ def test_flags_that_mean_nothing_are_refused(
 def test_what_settings_refuse_is_said_in_one_line_that_opens_with_the_flag(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse(arguments.split())
-    assert stopped.value.code == 2
+    assert main(arguments.split()) == 2
     assert capsys.readouterr().err == message
 
 
@@ -114,15 +116,17 @@ def test_settings_written_by_a_run_can_be_fed_back(form: str, tmp_path: Path) ->
     again: Any = parse(["train", "--config", given])
     assert again.config == absolute(config)
     other: Any = parse(["train", "--config", given, "--seed", "4"])
-    assert other.config == dataclasses.replace(absolute(config), seed=4)
+    assert other.config == absolute(config).with_training(seed=4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sede": 1}, "sede: unknown field; did you mean 'seed'?"),
-        ({"seed": "1"}, "seed: "),
-        ({"objective": {"naem": "rld"}}, "objective.naem: unknown field"),
+        ({"strid": 1}, "strid: unknown field; did you mean 'stride'?"),
+        ({"stride": "1"}, "stride: "),
+        ({"seed": 1}, "seed: unknown field"),
+        ({"training": {"sede": 1}}, "training.sede: unknown field; did you mean 'seed'?"),
+        ({"training": {"objective": {"naem": "rld"}}}, "training.objective.naem: unknown field"),
         ({"cache": None}, "cache: "),
     ],
 )
@@ -135,6 +139,24 @@ def test_a_config_file_is_read_strictly(
     error = capsys.readouterr().err
     assert message in error
     assert str(file) in error
+
+
+def test_a_config_file_with_the_training_settings_at_its_top_level_is_read(tmp_path: Path) -> None:
+    nested = json.loads(to_json(_train("--objective rld --seed 3")))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**nested.pop("training"), **nested}))
+    again: Any = parse(["train", "--config", str(file)])
+    assert (again.config.training.seed, again.config.training.objective.name) == (3, "rld")
+
+
+@pytest.mark.parametrize("text", ["{", "cache: [", ""])
+def test_a_file_that_is_no_config_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run.json", "run.yaml"):
+        (tmp_path / name).write_text(text)
+        assert main(["train", "--config", str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err
 
 
 def test_a_missing_config_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +185,7 @@ def test_submit_checks_the_flags_of_the_stage_before_sending() -> None:
     with pytest.raises(SystemExit):
         parse(["submit", *BUILD.split()[:1], "--", *BUILD.split()[1:], "--bogus", "3"])
     assert main(["submit", "build"]) == 2
+    assert main(["submit", "build", "--", *BUILD.split()[1:], "--top-k", "0"]) == 2
 
 
 def test_build_verify_inspect_as_commands(

@@ -18,6 +18,7 @@ from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.student.train import train
+from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
@@ -105,12 +106,14 @@ def _three_steps(built: BuildConfig, folder: str) -> TrainConfig:
         cache=built.out,
         student=built.teacher,
         out=Path(built.out).parent / folder,
-        max_steps=3,
-        batch_size=4,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        log_steps=1,
         torch_threads=1,
+        training=TrainerSettings(
+            max_steps=3,
+            batch_size=4,
+            micro_batch_size=2,
+            learning_rate=1e-3,
+            log_steps=1,
+        ),
     )
 
 

@@ -46,7 +46,12 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
     }
     for (arm, seed), config in configs.items():
         assert config.progression is not None
-        run = fake_run(config.out, config.objective.name, seed, progression=config.progression)
+        run = fake_run(
+            config.out,
+            config.training.objective.name,
+            seed,
+            progression=config.training.progression,
+        )
         _evaluated(run, 7 + seed if arm == "tcd" else 6)
     _evaluated(tmp_path / "runs" / "vanilla", 9)
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)

@@ -27,7 +27,7 @@ def _student(out: Path, objective: ObjectiveName, seed: int) -> TrainConfig:
 def test_results_hold_one_line_for_each_finished_run_in_the_order_given(tmp_path: Path) -> None:
     configs = [_student(tmp_path, "emkd", 1), _student(tmp_path, "supervised", 0)]
     for config, right in zip(configs, ([True, False], [False, False]), strict=True):
-        run = fake_run(config.out, config.objective.name, config.seed)
+        run = fake_run(config.out, config.training.objective.name, config.training.seed)
         fake_evaluation(run, right)
     fake_evaluation(tmp_path / "runs" / "teacher", [True, True])
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from jobs.cli.__main__ import main
-from jobs.stages.absolute_paths import absolute
+from jobs.cluster.paths import absolute
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
+from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
@@ -68,11 +69,13 @@ def test_two_builders_on_s3_make_one_cache_and_a_student_learns_the_same_from_it
             cache=cache,
             student=config.teacher,
             out=tmp_path / f"run-{number}",
-            max_steps=2,
-            batch_size=4,
-            micro_batch_size=2,
-            device="cpu",
             torch_threads=1,
+            training=TrainerSettings(
+                max_steps=2,
+                batch_size=4,
+                micro_batch_size=2,
+                device="cpu",
+            ),
         )
         for number, cache in enumerate((config.out, str(tmp_path / "local")))
     ]

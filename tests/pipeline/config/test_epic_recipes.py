@@ -56,7 +56,7 @@ def student(objective: ObjectiveName, progressive: bool, root: Path = Path("r"))
 def test_the_demo_goes_from_rows_to_a_score_at_a_budget(
     root: Path, objective: ObjectiveName, progressive: bool
 ) -> None:
-    final = train(dataclasses.replace(student(objective, progressive, root), max_steps=1))
+    final = train(student(objective, progressive, root).with_training(max_steps=1))
     plain = AutoModelForImageTextToText.from_pretrained(final)
     assert type(plain).__name__ == "LlavaForConditionalGeneration"
     metrics = evaluate(
@@ -73,8 +73,8 @@ def test_the_demo_goes_from_rows_to_a_score_at_a_budget(
 
 def test_arms_differ_in_the_loss_or_the_ratio_alone() -> None:
     def differing(one: TrainConfig, other: TrainConfig) -> set[str]:
-        fields = dataclasses.asdict(one).items()
-        return {name for name, value in fields if dataclasses.asdict(other)[name] != value}
+        fields, others = ({**f.pop("training"), **f} for f in map(dataclasses.asdict, (one, other)))
+        return {name for name, value in fields.items() if others[name] != value}
 
     tcd = student("epic-tcd", True)
     assert differing(tcd, student("supervised", True)) == {"objective", "out"}
@@ -89,12 +89,13 @@ def test_the_demo_allows_exactly_the_tokens_of_an_answer(root: Path) -> None:
 
 
 def test_the_papers_training_states_the_papers_numbers() -> None:
-    found = recipes.paper_epic(cache="c", student="hub/model", out=Path("o"))
+    config = recipes.paper_epic(cache="c", student="hub/model", out=Path("o"))
+    assert config.projector == "none"
+    found = config.training
     assert (found.learning_rate, found.batch_size, found.epochs) == (2e-5, 256, 1.0)
     assert (found.warmup_ratio, found.min_lr_ratio, found.dtype) == (0.03, 0.0, "bfloat16")
     assert found.gradient_checkpointing
     assert found.train_parts == ("vision_tower", "projector", "language_model")
-    assert found.projector == "none"
     assert found.objective.name == "epic-tcd"
     assert found.progression is not None
     assert (found.progression.preset, found.progression.compressor) == ("paper_notes", "dart")

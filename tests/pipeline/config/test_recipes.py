@@ -64,7 +64,7 @@ def test_the_demo_goes_from_data_to_a_score(
         objective=objective,
         seed=0,
     )
-    final = train(dataclasses.replace(config, max_steps=1))
+    final = train(config.with_training(max_steps=1))
     frozen = {name for name in weights(final) if "vision_tower" in name}
     assert not changed(weights(root / "teacher/final"), weights(final)) & frozen
     metrics = evaluate(
@@ -81,24 +81,24 @@ def test_the_papers_second_phase_goes_on_from_the_first(root: Path, tmp_path: Pa
     one = recipes.paper_phase_one(
         cache=root / "cache", student=str(root / "teacher/final"), out=tmp_path / "one"
     )
-    adapted = train(dataclasses.replace(one, warmup_ratio=0.0, **sizes))
+    adapted = train(one.with_training(warmup_ratio=0.0, **sizes))
     moved = changed(weights(root / "teacher/final"), weights(adapted))
     assert moved
     assert all("multi_modal_projector" in name for name in moved)
 
     two = recipes.paper_phase_two(cache=root / "cache", student=str(adapted), out=tmp_path / "two")
-    final = train(dataclasses.replace(two, warmup_ratio=0.0, **sizes))
+    final = train(two.with_training(warmup_ratio=0.0, **sizes))
     moved = changed(weights(adapted), weights(final))
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         assert any(part in name for name in moved)
 
 
 def test_the_papers_phases_state_the_papers_numbers() -> None:
-    one = recipes.paper_phase_one(cache=Path("c"), student="vanilla", out=Path("one"))
+    one = recipes.paper_phase_one(cache=Path("c"), student="vanilla", out=Path("one")).training
     assert (one.train_parts, one.learning_rate, one.warmup_ratio) == (("projector",), 1e-3, 0.03)
     assert one.objective.name == "supervised"
     assert one.objective.rld_weight == one.objective.vsd_weight == one.objective.vlad_weight == 0
-    two = recipes.paper_phase_two(cache=Path("c"), student="one/final", out=Path("two"))
+    two = recipes.paper_phase_two(cache=Path("c"), student="one/final", out=Path("two")).training
     assert (two.learning_rate, two.min_lr_ratio, two.warmup_ratio) == (1e-5, 0.0, 0.03)
     found = two.objective
     assert (found.supervised_weight, found.rld_weight) == (0.5, 0.5)
@@ -110,7 +110,8 @@ def test_the_demos_objectives_differ_in_the_loss_alone() -> None:
         config = demo_recipes.demo_student(
             cache=Path("c"), teacher=Path("t"), out=Path("o"), objective=objective, seed=3
         )
-        return dataclasses.asdict(config)
+        plain = dataclasses.asdict(config)
+        return {**plain.pop("training"), **plain}
 
     base = fields("supervised")
     for objective in OBJECTIVES[1:]:

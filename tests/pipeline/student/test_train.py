@@ -49,16 +49,15 @@ def config(reader: CacheReader, vanilla: Path, tmp_path: Path) -> TrainConfig:
 
 def _small(config: TrainConfig) -> TrainConfig:
     """Two steps of four samples, which see every sample of the cache."""
-    return dataclasses.replace(
-        config,
+    small = config.with_training(
         max_steps=2,
         batch_size=4,
         micro_batch_size=2,
         learning_rate=1e-2,
         device="cpu",
-        torch_threads=1,
         log_steps=1,
     )
+    return dataclasses.replace(small, torch_threads=1)
 
 
 def _copy(folder: Path, to: Path) -> Path:
