@@ -45,7 +45,7 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
         for seed in (0, 1)
     }
     for (arm, seed), config in configs.items():
-        assert config.progression is not None
+        assert config.training.progression is not None
         run = fake_run(
             config.out,
             config.training.objective.name,
