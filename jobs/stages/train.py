@@ -38,7 +38,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
             return train(config, progress=lambda done, total: bars.update("steps", done, total))
     num_steps = config.training.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
-        each = worker_resources(options, config.device)
+        each = worker_resources(options, config.training.device)
         trainer = TorchTrainer(
             train_in_worker,
             train_loop_config={"config": to_json(config)},
