@@ -1,4 +1,4 @@
-"""What a row's planes stand for, where a cache stores fewer entries or eight bits; numpy alone.
+"""What a row's columns stand for, where a cache stores fewer entries or eight bits; numpy alone.
 
     metadata, rows = read_shard.read_shard("cache/mine/shards/00000-0123456789abcdef.arrow")
     logits = read_numbers.numbers(rows[0])["v_logits"]

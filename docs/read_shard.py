@@ -1,4 +1,4 @@
-"""Decode every plane of an Arrow shard with numpy, pyarrow and zstandard alone, and say what it is.
+"""Decode and describe every column of an Arrow shard with numpy, pyarrow and zstandard alone.
 
     python docs/read_shard.py cache/mine/shards/00000-0123456789abcdef.arrow
 
@@ -26,7 +26,7 @@ def plain(payload, shape, width):
     return np.frombuffer(payload, f"<u{width}", math.prod(shape))
 
 
-def planes(payload, shape, width):
+def byte_streams(payload, shape, width):
     """Transform 1: byte 0 of all values, then byte 1 of all values, ..."""
     octets = np.frombuffer(payload, np.uint8, math.prod(shape) * width).reshape(width, -1)
     return np.ascontiguousarray(octets.T).view(f"<u{width}").reshape(-1)
@@ -38,9 +38,9 @@ def floats(keys):
     return np.where(keys & sign, keys, keys ^ (sign - 1))
 
 
-def ranks(payload, shape, width):
-    """Transform 2: integers that ascend as floats descend, their steps rank by rank, as planes."""
-    steps = planes(payload, shape, width).reshape(shape[-1], math.prod(shape[:-1]))
+def delta_by_rank(payload, shape, width):
+    """Transform 2: integers that ascend as floats descend, steps rank by rank, in byte streams."""
+    steps = byte_streams(payload, shape, width).reshape(shape[-1], math.prod(shape[:-1]))
     return floats(np.cumsum(steps, axis=0, dtype=steps.dtype).T.reshape(-1))
 
 
@@ -48,16 +48,16 @@ def dictionary(payload, shape, width):
     """Transform 3: how many entries, ascending entries as differences, each value's place."""
     (num_entries,) = struct.unpack_from("<I", payload)
     start = 4 + num_entries * width
-    entries = np.cumsum(planes(payload[4:start], (num_entries,), width), dtype=f"<u{width}")
+    entries = np.cumsum(byte_streams(payload[4:start], (num_entries,), width), dtype=f"<u{width}")
     place_width = 1 if num_entries <= 2**8 else 2 if num_entries <= 2**16 else 4
-    return entries[planes(payload[start:], shape, place_width)]
+    return entries[byte_streams(payload[start:], shape, place_width)]
 
 
-def stairs(payload, shape, width):
-    """Transform 4: how many ranks, the length of each, steps from rank to rank as planes."""
+def ragged_delta(payload, shape, width):
+    """Transform 4: how many ranks, the length of each, steps from rank to rank in byte streams."""
     end = 4 + 4 * int.from_bytes(payload[:4], "little")
-    lengths = planes(payload[4:end], (end // 4 - 1,), 4).tolist()
-    keys, start = planes(payload[end:], shape, width).copy(), 0
+    lengths = byte_streams(payload[4:end], (end // 4 - 1,), 4).tolist()
+    keys, start = byte_streams(payload[end:], shape, width).copy(), 0
     for before, length in itertools.pairwise(lengths):
         keys[start + before :][:length] += keys[start:][:length]
         start += before
@@ -70,14 +70,14 @@ def decode_frame(frame):
     dtype, transform, num_dims = content[:3]
     shape = struct.unpack_from(f"<{num_dims}I", content, 3)
     width = np.dtype(NAMES[dtype - 1]).itemsize
-    join = (plain, planes, ranks, dictionary, stairs)[transform]
+    join = (plain, byte_streams, delta_by_rank, dictionary, ragged_delta)[transform]
     bits = join(content[3 + 4 * num_dims :], shape, width)
     values = (bits.astype("<u4") << 16).view("<f4") if dtype == 2 else bits.view(NAMES[dtype - 1])
     return values.reshape(shape)
 
 
 def read_shard(path):
-    """The shard's metadata, and its rows, complete: texts, images as they are, planes as arrays."""
+    """The shard's metadata, and its complete rows: texts, image bytes, columns as arrays."""
     table = pa.ipc.open_file(pa.memory_map(path)).read_all()
     names = [field.name for field in table.schema if field.type == pa.large_binary()]
     rows = table.to_pylist()

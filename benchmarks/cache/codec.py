@@ -4,7 +4,7 @@
 
 Prints two tables: the top-k record of vision tokens over k and dtypes, with a decoder that walks
 token by token in plain Python as the naive reference (checked to give the same numbers), and every
-plane in every layout. Data are synthetic: a smooth field of
+column in every layout. Data are synthetic: a smooth field of
 states over 24 x 24 tokens, 24,576 of 151,936 vocabulary rows in use; neighbours share about 25 of
 their 64 ids ("corr"), or nearly none ("iid"). Real caches should lie between. Speed is that of one
 core in processor time, best of some rounds. Dimensions: M tokens, K kept entries, D width.
@@ -23,12 +23,12 @@ import torch
 import zstandard
 from torch import Tensor
 
-from benchmarks.synthetic.correlated_states import DTYPES, GRID, VOCAB_SIZE, WIDTH, planes, states
+from benchmarks.synthetic.correlated_states import DTYPES, GRID, VOCAB_SIZE, WIDTH, columns, states
 from benchmarks.synthetic.tables import print_table
 from teacher_cache.codec import frames
-from teacher_cache.codec.columns import encode_plane
+from teacher_cache.codec.columns import encode_column
 from teacher_cache.codec.frames import decode_frame, encode_frame
-from teacher_cache.codec.transforms import DICTIONARY, PLAIN, PLANES, RANKS
+from teacher_cache.codec.transforms import BYTE_STREAM_SPLIT, DELTA_BY_RANK, DICTIONARY, PLAIN
 from teacher_cache.records.affinity import cosine_affinity
 
 COLUMNS = (
@@ -39,7 +39,7 @@ GOAL_BYTES = 160
 """Per token: ids, logits and normaliser at k = 64 where logits have 16 bits (correlated data)."""
 
 
-def other_planes(hidden: Tensor) -> dict[str, Tensor]:
+def other_columns(hidden: Tensor) -> dict[str, Tensor]:
     """Sketch codes of rank 128, float16 affinities of 64 text tokens, bfloat16 states."""
     generator = torch.Generator().manual_seed(21)
     wide = hidden @ torch.randn(WIDTH, 128, generator=generator)
@@ -137,7 +137,7 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 def measure(regime: str, dtype: str, k: int, num_images: int, rounds: int) -> Row:
     """Encode and decode the top-k records of some images."""
     images = [
-        planes(states(seed, regime == "corr"), DTYPES[dtype], k) for seed in range(num_images)
+        columns(states(seed, regime == "corr"), DTYPES[dtype], k) for seed in range(num_images)
     ]
     num_tokens = num_images * GRID * GRID
 
@@ -150,7 +150,7 @@ def measure(regime: str, dtype: str, k: int, num_images: int, rounds: int) -> Ro
     def decoded(rows: Iterable[dict[str, bytes]]) -> list[dict[str, Tensor]]:
         return [{name: decode_frame(frame) for name, frame in each.items()} for each in rows]
 
-    frames_a, frames_b = encoded(plain), encoded(encode_plane)
+    frames_a, frames_b = encoded(plain), encoded(encode_column)
     assert all(
         torch.equal(values, there[name])
         for here, there in zip(images, decoded(frames_b), strict=True)
@@ -179,7 +179,7 @@ def measure(regime: str, dtype: str, k: int, num_images: int, rounds: int) -> Ro
         logits_bytes=size(frames_b, "v_logits"),
         normaliser_bytes=size(frames_b, "v_lse", "v_tail"),
         plain_encode=speed(lambda: encoded(plain)),
-        encode=speed(lambda: encoded(encode_plane)),
+        encode=speed(lambda: encoded(encode_column)),
         plain_decode=speed(lambda: decoded(frames_a)),
         decode=speed(lambda: decoded(frames_b)),
         naive_decode=GRID * GRID / naive,
@@ -187,16 +187,21 @@ def measure(regime: str, dtype: str, k: int, num_images: int, rounds: int) -> Ro
 
 
 def by_layout(correlated: bool) -> dict[str, dict[str, float]]:
-    """Bytes per vision token of every plane in every layout, and in the one that is taken."""
+    """Bytes per vision token of every column in every layout, and in the one that is taken."""
     hidden = states(0, correlated)
-    named = {"plain": PLAIN, "planes": PLANES, "ranks": RANKS, "dictionary": DICTIONARY}
-    every = {**planes(hidden, torch.float16, 64), **other_planes(hidden)}
+    named = {
+        "plain": PLAIN,
+        "byte streams": BYTE_STREAM_SPLIT,
+        "delta by rank": DELTA_BY_RANK,
+        "dictionary": DICTIONARY,
+    }
+    every = {**columns(hidden, torch.float16, 64), **other_columns(hidden)}
     return {
-        plane: {
+        column: {
             **{name: len(encode_frame(values, [each])) / GRID**2 for name, each in named.items()},
-            "taken": len(encode_plane(plane, values)) / GRID**2,
+            "taken": len(encode_column(column, values)) / GRID**2,
         }
-        for plane, values in every.items()
+        for column, values in every.items()
     }
 
 
@@ -229,13 +234,13 @@ def main(arguments: Sequence[str]) -> int:
         ),
     )
     layouts = {regime: by_layout(regime == "corr") for regime in ("corr", "iid")}
-    print("Every plane in every layout, bytes per vision token (k = 64, float16)\n")
+    print("Every column in every layout, bytes per vision token (k = 64, float16)\n")
     print_table(
-        ["tokens", "plane", *layouts["corr"]["v_ids"]],
+        ["tokens", "column", *layouts["corr"]["v_ids"]],
         (
-            [regime, plane, *(f"{each:.1f}" for each in sizes.values())]
-            for regime, planes_ in layouts.items()
-            for plane, sizes in planes_.items()
+            [regime, column, *(f"{each:.1f}" for each in sizes.values())]
+            for regime, columns_ in layouts.items()
+            for column, sizes in columns_.items()
         ),
     )
     if options.json:

@@ -29,7 +29,7 @@ from benchmarks.synthetic.correlated_states import (
     states,
 )
 from benchmarks.synthetic.tables import print_table
-from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
+from teacher_cache.codec.columns import encode_columns, output_columns, output_from_columns
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
@@ -89,11 +89,11 @@ def measured(
     """
 
     def encoded() -> list[dict[str, bytes]]:
-        return [encode_planes(output_planes(each, spec)) for each in outputs]
+        return [encode_columns(output_columns(each, spec)) for each in outputs]
 
     def decoded() -> list[TeacherOutput]:
         return [
-            output_from_planes({n: decode_frame(f) for n, f in row.items()}, VOCAB_SIZE)
+            output_from_columns({n: decode_frame(f) for n, f in row.items()}, VOCAB_SIZE)
             for row in frames
         ]
 
@@ -275,7 +275,7 @@ def response_rows(num_samples: int, kept: Sequence[int]) -> Iterator[list[str]]:
                 num_bytes = 0
                 for seed in range(num_samples):
                     record = top_k(states(seed, correlated=False, grid=side), dtype, k, mass)
-                    frames = encode_planes(output_planes(answer(record), spec), SPANS)
+                    frames = encode_columns(output_columns(answer(record), spec), SPANS)
                     num_bytes += sum(len(frame) for frame in frames.values())
                 cells.append(f"{num_bytes / num_samples / side**2:.1f}")
             yield [str(k), f"{dtype}{f', mass {mass}' if mass else ''}", *cells]

@@ -1,7 +1,7 @@
 """The same samples in our containers and in those of others, behind one interface.
 
 Every peer gets each sample as fields of bytes (LitData and WebDataset as arrays): a JSON text, the
-picture, and an array's plain bytes for each plane; reading gives the arrays back (`decode`). Their
+picture, and an array's plain bytes for each column; reading gives the arrays back (`decode`). Their
 settings are those that serve them best here: zstd level 3 where a level can be set, no encryption,
 no hashes, no second copy of a remote. Ours give validated records and check every byte.
 
@@ -47,18 +47,18 @@ def fields(cached: CachedSample) -> Fields:
         "key": cached.sample.key,
         "source_id": cached.sample.source_id,
         "messages": [[message.role, message.text] for message in cached.sample.messages],
-        "planes": {name: [array.dtype.str, array.shape] for name, array in arrays.items()},
+        "columns": {name: [array.dtype.str, array.shape] for name, array in arrays.items()},
     }
-    planes = {name: array.tobytes() for name, array in arrays.items()}
-    return {"text": json.dumps(text).encode(), "image": cached.sample.images[0], **planes}
+    columns = {name: array.tobytes() for name, array in arrays.items()}
+    return {"text": json.dumps(text).encode(), "image": cached.sample.images[0], **columns}
 
 
 def decode(row: Fields) -> Arrays:
     """The arrays of a row; they share its bytes."""
-    planes = json.loads(row["text"])["planes"]
+    columns = json.loads(row["text"])["columns"]
     return {
         name: np.frombuffer(row[name], dtype).reshape(shape)
-        for name, (dtype, shape) in planes.items()
+        for name, (dtype, shape) in columns.items()
     }
 
 

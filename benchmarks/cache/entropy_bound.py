@@ -2,7 +2,7 @@
 
     python -m benchmarks.cache.entropy_bound [--k 128]
 
-Prints, for every plane that EM-KD reads, its bytes per sample raw, as stored, and its bound: the
+Prints, for every column that EM-KD reads, its bytes per sample raw, as stored, and its bound: the
 entropy of each of its bytes on their own (lowest byte, next one, ...), counted over all samples.
 zstd beats the bound where values repeat or depend on their neighbours in ways that a layout brings
 together; where it only reaches it, what is left is noise to every container that uses zstd.
@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.synthetic.cached_samples import make_samples, tensors
 from benchmarks.synthetic.tables import print_table
-from teacher_cache.codec.columns import encode_plane
+from teacher_cache.codec.columns import encode_column
 from teacher_cache.schema.teacher_output import CachedSample
 
 COLUMNS = (
     "records",
-    "plane",
+    "column",
     "raw KB/sample",
     "stored",
     "entropy of its bytes",
@@ -37,8 +37,8 @@ def entropy(counts: npt.NDArray[np.int64]) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def plane_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, int, float]]:
-    """Of each plane the bytes over all samples: raw, as stored, and their entropy."""
+def column_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, int, float]]:
+    """Of each column the bytes over all samples: raw, as stored, and their entropy."""
     found: dict[str, tuple[int, int, float]] = {}
     rows = [tensors(sample) for sample in samples]
     for name in rows[0]:
@@ -51,14 +51,14 @@ def plane_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, int
             len(whole) * entropy(np.bincount(whole[:, place], minlength=256))
             for place in range(whole.shape[1])
         )
-        stored = sum(len(encode_plane(name, row[name])) for row in rows)
+        stored = sum(len(encode_column(name, row[name])) for row in rows)
         found[name] = (whole.size, stored, bits / 8)
     return found
 
 
 def lines(samples: Sequence[CachedSample], k: int, least_share: float = 0.01) -> list[list[str]]:
-    """The table's rows: planes that are at least such a share of what is stored, then all."""
-    bounds = plane_bounds(samples)
+    """The table's rows: columns that are at least such a share of what is stored, then all."""
+    bounds = column_bounds(samples)
     total = [sum(each[at] for each in bounds.values()) for at in range(3)]
     shown = {name: each for name, each in bounds.items() if each[1] >= least_share * total[1]}
     scale = 1e3 * len(samples)

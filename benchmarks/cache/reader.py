@@ -36,7 +36,7 @@ from teacher_cache.codec.frames import decode_frame, encode_frame
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.teacher_output import CachedSample
 
-VISION_PLANES = ("v_ids", "v_logits", "v_lse", "v_tail")
+VISION_COLUMNS = ("v_ids", "v_logits", "v_lse", "v_tail")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,9 @@ def token_by_token(
     assert torch.equal(unpack(packed[0], k, VOCAB_SIZE)[0], kept[0].ids.long())
     spent = least_in_turns(
         {
-            "ours": lambda: [decode_frame(each[name]) for each in stored for name in VISION_PLANES],
+            "ours": lambda: [
+                decode_frame(each[name]) for each in stored for name in VISION_COLUMNS
+            ],
             "loop": lambda: [unpack(each, k, VOCAB_SIZE) for each in packed],
             "naive": lambda: decode_naively(stored[0]["v_ids"], stored[0]["v_logits"]),
         },

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.synthetic.correlated_states import DTYPES, VOCAB_SIZE, WIDTH, planes, states
+from benchmarks.synthetic.correlated_states import DTYPES, VOCAB_SIZE, WIDTH, columns, states
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.affinity import cosine_affinity
@@ -135,7 +135,7 @@ def _sample(number: int, k: int, dtype: str, picture_kb: int, grid: int) -> Cach
 
 
 def _top_k(hidden: Tensor, dtype: str, k: int) -> TopKRecord:
-    made = planes(hidden, DTYPES[dtype], k)
+    made = columns(hidden, DTYPES[dtype], k)
     return TopKRecord(
         ids=made["v_ids"],
         logits=made["v_logits"],

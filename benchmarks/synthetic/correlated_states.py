@@ -38,8 +38,8 @@ def made_up_logits(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden @ head + bias, used
 
 
-def planes(hidden: Tensor, dtype: torch.dtype, k: int) -> dict[str, Tensor]:
-    """The vision planes of an image whose logits were computed in `dtype`."""
+def columns(hidden: Tensor, dtype: torch.dtype, k: int) -> dict[str, Tensor]:
+    """The vision columns of an image whose logits were computed in `dtype`."""
     logits, used = made_up_logits(hidden)
     record = top_k_record(logits.to(dtype), k)
     return {

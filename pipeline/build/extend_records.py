@@ -1,7 +1,7 @@
 """New kinds of records for the samples of a sealed cache, as a new cache of layered shards.
 
 Promises: the teacher runs over the images and messages that the cache itself holds, in the batches
-that its build had, so that no source is needed and the new planes are those that a build of all
+that its build had, so that no source is needed and the new columns are those that a build of all
 records would have written; they lie in a second file beside each old one, which is linked or
 copied unopened. Records that the cache has are not stored again, and the old cache stays valid.
 Refuses another teacher than the cache's, records that the cache has, samples that the teacher does
@@ -21,7 +21,7 @@ from pipeline.build.teacher_identity import load_as, require_same_teacher
 from pipeline.config.checks import CALIBRATION_TOKENS, QUALITY_SAMPLES
 from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard
-from teacher_cache.codec.columns import planes_of
+from teacher_cache.codec.columns import columns_of
 from teacher_cache.derive.derive import adopt_file, begin
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.layout import (
@@ -51,7 +51,7 @@ _PIECES = ("topk", "sketch", "hidden")
 
 
 class RecordExtender:
-    """Computes the new planes of one cache, shard by shard."""
+    """Computes the new columns of one cache, shard by shard."""
 
     def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
         self.config = config
@@ -90,7 +90,7 @@ class RecordExtender:
         return self.plan
 
     def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Take over the files of a shard, write the new planes beside them, and commit it."""
+        """Take over the files of a shard, write the new columns beside them, and commit it."""
         done = read_commit(self.cache, index)
         if done is not None:
             return done
@@ -106,7 +106,7 @@ class RecordExtender:
         if self._loses_otherwise:
             quality = measure_shard(self.teacher, cached, self._new_spec, QUALITY_SAMPLES)
         layer = write_shard_file(
-            self.cache, self.plan, index, self._rows(cached), self._new_planes, commit.rejected
+            self.cache, self.plan, index, self._rows(cached), self._new_columns, commit.rejected
         )
         old = [adopt_file(self.base, file, self.cache, self.plan, index) for file in commit.files]
         files = (*old, layer)
@@ -120,8 +120,8 @@ class RecordExtender:
             self.progress(f"probe of shard {index}", start, stop)
 
     @property
-    def _new_planes(self) -> frozenset[str]:
-        return _planes(self.plan.spec) - _planes(self.base.spec)
+    def _new_columns(self) -> frozenset[str]:
+        return _columns(self.plan.spec) - _columns(self.base.spec)
 
     @property
     def _new_settings(self) -> RecordSettings:
@@ -154,10 +154,10 @@ class RecordExtender:
         return cached
 
     def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
-        """These samples with nothing but the new planes."""
+        """These samples with nothing but the new columns."""
         for row in encode_rows(cached, self._new_spec):
-            planes = {name: row.frames[name] for name in self._new_planes}
-            yield dataclasses.replace(row, images=(), frames=planes)
+            columns = {name: row.frames[name] for name in self._new_columns}
+            yield dataclasses.replace(row, images=(), frames=columns)
 
     def _batches(
         self, index: int, first: int = 0, last: int | None = None
@@ -273,5 +273,5 @@ def _require_used(config: ExtendConfig, spec: CacheSpec) -> None:
                 raise ValueError(f"{name} would have no effect on {spec.records} records of {spec}")
 
 
-def _planes(spec: CacheSpec) -> frozenset[str]:
-    return planes_of(tier_parts(spec), spec)
+def _columns(spec: CacheSpec) -> frozenset[str]:
+    return columns_of(tier_parts(spec), spec)

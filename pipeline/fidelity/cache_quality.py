@@ -21,7 +21,7 @@ from pipeline.fidelity.recommend import (
     faults,
     recommend,
 )
-from pipeline.fidelity.sizes import SampleShape, Tier, TierSize, asset_bytes, plane_bytes
+from pipeline.fidelity.sizes import SampleShape, Tier, TierSize, asset_bytes, column_bytes
 from pipeline.fidelity.tables import table
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import holds
@@ -253,13 +253,13 @@ def _measured(
         logits_dtype=spec.logits_dtype,
     )
     once = asset_bytes(tier, spec.vocab_size, spec.hidden_size, spec.logits_dtype)
-    planes = sum(plane_bytes(shape, tier).values())
+    columns = sum(column_bytes(shape, tier).values())
     size = TierSize(
         tier=tier,
-        per_vision_token=planes / max(1, shape.num_vision),
-        per_sample=planes / seal.num_samples,
+        per_vision_token=columns / max(1, shape.num_vision),
+        per_sample=columns / seal.num_samples,
         once=once,
-        in_all=float(once + planes),
+        in_all=float(once + columns),
     )
     return TierMeasure(
         size=size,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy
 from student_train.signals.from_cache import TeacherAssets, vision_signal
 from student_train.signals.teacher_signal import HiddenSignal, Signal
-from teacher_cache.codec.columns import output_from_planes, output_planes
+from teacher_cache.codec.columns import output_columns, output_from_columns
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.lm_head import row_chunks
 from teacher_cache.records.make_records import make_output
@@ -121,8 +121,8 @@ class _Sampled:
         """What a student is told of the vision tokens: made, stored and read back."""
         head, sketch = self.teacher.head, self.teacher.sketch
         output = make_output(encoded.spans, states, head, self.settings, sketch)
-        planes = output_planes(output, self.spec)
-        read = output_from_planes(planes, self.spec.vocab_size, self.spec.top_k)
+        columns = output_columns(output, self.spec)
+        read = output_from_columns(columns, self.spec.vocab_size, self.spec.top_k)
         assets = TeacherAssets(sketch=sketch, template=self.teacher.template)
         return vision_signal(read, assets.to(self.teacher.device))
 

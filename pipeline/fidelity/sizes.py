@@ -1,6 +1,6 @@
 """`emkd plan` without a model: what each tier of a cache would take, by arithmetic alone.
 
-Promise: `plane_bytes` gives, plane by plane, exactly the bytes that `codec.output_planes` holds
+Promise: `column_bytes` gives, column by column, exactly the bytes that `codec.output_columns` holds
 before compression; tests compare the two. Nothing is assumed of zstd (a pilot measures it), and
 what is small beside them is left out: texts, frame headers, checksums. Imports nothing heavy, so
 that the answer is there at once. Units are decimal.
@@ -71,7 +71,7 @@ def tiers(vocab_size: int, hidden_size: int) -> tuple[Tier, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleShape:
-    """The counts that fix a sample's planes: views, M vision, T content, X and R text tokens.
+    """The counts that fix a sample's columns: views, M vision, T content, X and R text tokens.
 
     `logits_dtype` is the LM head's; top-k logits are stored in it. `kept_vision` and
     `kept_response` count the entries of all positions where those keep different numbers.
@@ -94,9 +94,9 @@ class SampleShape:
     least_logits: bool = True
 
 
-def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
-    """Bytes of each plane of one sample, before compression (names: codec/columns.py)."""
-    planes = {
+def column_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
+    """Bytes of each column of one sample, before compression (names: codec/columns.py)."""
+    columns = {
         "views": 4 * 4 * shape.num_views,
         "content_ids": 8 * shape.num_content,
         "content_flags": shape.num_content,
@@ -106,25 +106,25 @@ def plane_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
         rows = {"h_vision": shape.num_vision, "h_text": shape.num_text}
         rows |= {f"{prefix}_predicting": shape.num_response for prefix in ("h", *grid)}
         for name, count in rows.items():
-            planes[name] = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype] * count
+            columns[name] = shape.hidden_size * _ITEM_BYTES[tier.hidden_dtype] * count
             if tier.hidden_dtype == "int8":
                 group = tier.hidden_group or shape.hidden_size
-                planes[f"{name}_scale"] = 2 * -(-shape.hidden_size // group) * count
+                columns[f"{name}_scale"] = 2 * -(-shape.hidden_size // group) * count
     if tier.top_k is not None:
-        planes |= _top_k_bytes(shape, "v", shape.num_vision, tier.top_k, shape.kept_vision)
-        planes |= _top_k_bytes(shape, "r", shape.num_response, tier.top_k, shape.kept_response)
+        columns |= _top_k_bytes(shape, "v", shape.num_vision, tier.top_k, shape.kept_vision)
+        columns |= _top_k_bytes(shape, "r", shape.num_response, tier.top_k, shape.kept_response)
         for prefix, kept in zip(grid, shape.kept_grid or [None] * len(grid), strict=True):
-            planes |= _top_k_bytes(shape, prefix, shape.num_response, tier.top_k, kept)
+            columns |= _top_k_bytes(shape, prefix, shape.num_response, tier.top_k, kept)
         num_cosines = shape.num_text * shape.num_vision
         if shape.affinity_dtype == "int8":
-            planes |= {"a_codes": num_cosines} | dict.fromkeys(_ENDS, 4 * shape.num_text)
+            columns |= {"a_codes": num_cosines} | dict.fromkeys(_ENDS, 4 * shape.num_text)
         else:
-            planes["a_cosine"] = _ITEM_BYTES[shape.affinity_dtype] * num_cosines
+            columns["a_cosine"] = _ITEM_BYTES[shape.affinity_dtype] * num_cosines
     if tier.sketch_rank is not None:
-        planes["s_codes"] = tier.sketch_rank * shape.num_vision
-        planes["s_scale"] = 4 * shape.num_vision
-        planes["s_shift"] = 4 * shape.num_vision
-    return planes
+        columns["s_codes"] = tier.sketch_rank * shape.num_vision
+        columns["s_scale"] = 4 * shape.num_vision
+        columns["s_shift"] = 4 * shape.num_vision
+    return columns
 
 
 _ENDS = ("a_low", "a_high")
@@ -147,8 +147,8 @@ def _top_k_bytes(
     return {f"{prefix}_{name}": size for name, size in sizes.items()}
 
 
-def is_vision_plane(name: str) -> bool:
-    """Whether a plane has one row for each vision token."""
+def is_vision_column(name: str) -> bool:
+    """Whether a column has one row for each vision token."""
     return name.startswith(("v_", "s_", "h_vision"))
 
 
@@ -207,10 +207,10 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
     )
     sizes: list[TierSize] = []
     for tier in (*tiers(config.vocab_size, config.hidden_size), int8):
-        planes = plane_bytes(_with_mean_kept(shape, tier, config.mean_kept), tier)
-        of_vision = sum(size for name, size in planes.items() if is_vision_plane(name))
-        shared = of_vision + planes["views"] + config.images_per_sample * config.image_bytes
-        alone = sum(planes.values()) - of_vision - planes["views"]
+        columns = column_bytes(_with_mean_kept(shape, tier, config.mean_kept), tier)
+        of_vision = sum(size for name, size in columns.items() if is_vision_column(name))
+        shared = of_vision + columns["views"] + config.images_per_sample * config.image_bytes
+        alone = sum(columns.values()) - of_vision - columns["views"]
         per_sample = alone + shared / (config.samples_per_image or 1.0)
         once = asset_bytes(tier, config.vocab_size, config.hidden_size, shape.logits_dtype)
         sizes.append(

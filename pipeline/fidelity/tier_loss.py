@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.fidelity.sizes import is_vision_plane
+from pipeline.fidelity.sizes import is_vision_column
 from student_train.config.objective import MatchingConfig
 from student_train.divergence.divergence import reverse_kl
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.cost import cost_matrix
 from student_train.signals.teacher_signal import Signal, TopKSignal
-from teacher_cache.codec.columns import VISION_PLANES, output_planes, planes_of
+from teacher_cache.codec.columns import VISION_COLUMNS, columns_of, output_columns
 from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.schema.manifest import CacheSpec, to_json
@@ -55,14 +55,14 @@ class TierSums:
 
         `shareable` are those that another row may store for it (vision_sharing.py).
         """
-        planes = output_planes(cached.output)
+        columns = output_columns(cached.output)
         row = encode_row(cached, spec)
-        vision = [name for name in planes if is_vision_plane(name)]
-        self.layout_vision += sum(planes[name].nbytes for name in vision)
+        vision = [name for name in columns if is_vision_column(name)]
+        self.layout_vision += sum(columns[name].nbytes for name in vision)
         self.stored_vision += sum(len(row.frames[name]) for name in vision)
         self.stored += sum(map(len, row.frames.values())) + sum(map(len, row.images))
         if row.images:
-            shared = sum(len(row.frames[name]) for name in VISION_PLANES & row.frames.keys())
+            shared = sum(len(row.frames[name]) for name in VISION_COLUMNS & row.frames.keys())
             self.shareable += shared + sum(map(len, row.images))
         self.stored += sum(len(text.encode()) for text in _texts(row))
 
@@ -176,21 +176,21 @@ def shard_structure(spec: CacheSpec) -> tuple[float, float]:
 
     Measured on shards of one row and of several, whose pieces have one size.
     """
-    planes = planes_of(tier_parts(spec), spec)
+    columns = columns_of(tier_parts(spec), spec)
     piece = bytes(100)
     row = EncodedRow(
         key="0" * 32,
         source_id="a sample",
         messages="[]",
         images=(piece,),
-        frames=dict.fromkeys(planes, piece),
+        frames=dict.fromkeys(columns, piece),
     )
-    content = len("".join(_texts(row))) + len(piece) * (1 + len(planes))
+    content = len("".join(_texts(row))) + len(piece) * (1 + len(columns))
     sizes: dict[int, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 9):
             path = Path(folder) / str(count)
-            ArrowFormat().write(path, [row] * count, planes, {"emkd.spec": to_json(spec)})
+            ArrowFormat().write(path, [row] * count, columns, {"emkd.spec": to_json(spec)})
             sizes[count] = path.stat().st_size - count * content
     each = (sizes[9] - sizes[1]) / 8
     return each, sizes[1] - each

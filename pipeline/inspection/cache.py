@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.fidelity.cache_quality import summarise
 from pipeline.inspection.compare_outputs import top_k_by_name
-from teacher_cache.codec.columns import PART_PLANES, Part
+from teacher_cache.codec.columns import PART_COLUMNS, Part
 from teacher_cache.folder.layout import open_shard, require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.shard_quality import quantile
@@ -71,13 +71,13 @@ def describe_cache(
 def _bytes_of_parts(reader: CacheReader, numbers: Sequence[int]) -> dict[str, int]:
     """Where the bytes of some shards are: images, token spans, each part, and what is around."""
     plan = require_plan(reader.cache)
-    part_of = {plane: part for part, planes in PART_PLANES.items() for plane in planes}
+    part_of = {column: part for part, columns in PART_COLUMNS.items() for column in columns}
     found = Counter[str]()
     whole = 0
     for number in numbers:
         commit = reader.seal.shards[number]
-        for plane, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
-            found["images" if plane == "images" else part_of.get(plane, "tokens")] += num_bytes
+        for column, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
+            found["images" if column == "images" else part_of.get(column, "tokens")] += num_bytes
         whole += commit.num_bytes
     return {
         "shards": len(numbers),

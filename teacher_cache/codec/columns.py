@@ -1,13 +1,13 @@
-"""Records as named planes, and back; which layout packs which plane best.
+"""Turns a teacher's records into named columns, and back; chooses each column's byte layout.
 
-A plane is one tensor, stored as one frame (frames.py). Planes of a cache are fixed by its spec
-(`planes_of`): every row has the same ones, empty or not. By default they come back to the bit; a
-spec may ask for numbers of eight bits (quantize.py; error_gate.py measures the error), and for as
-many entries at each position as hold some mass, of which only the kept ones are stored. Which form
-a part has is told by the names of its planes. Layouts are chosen by what a plane means and by what
-benchmarks/cache/codec.py measures; frames say which one they took, so readers need no table.
+A column is one tensor, stored as one frame (frames.py). The spec of a cache fixes its columns
+(`columns_of`); every row has the same ones, empty or not. Columns restore records exactly, unless
+the spec asks for 8-bit numbers (quantize.py; error_bounds.py measures the error). With `top_p` only
+the kept entries are stored. The names of the columns tell a reader which form is stored.
+Layouts are those that benchmarks/cache/codec.py found best; frames name theirs, so readers need no
+table.
 
-Refuses planes that do not fit together, before memory is taken for what they claim.
+Refuses columns that do not fit together, before it allocates what they claim.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,13 +22,13 @@ from teacher_cache.codec.frames import encode_frame
 from teacher_cache.codec.quantize import from_int8, from_scale, to_int8, to_scale
 from teacher_cache.codec.ragged import flatten, lengths_by_rank, unflatten
 from teacher_cache.codec.transforms import (
+    BYTE_STREAM_SPLIT,
+    DELTA_BY_RANK,
     DICTIONARY,
-    MAX_STAIRS,
+    MAX_RANKS,
     PLAIN,
-    PLANES,
-    RANKS,
     Transform,
-    stairs,
+    ragged_delta,
 )
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import MAX_RATIOS, RecordKind
@@ -43,12 +43,12 @@ from teacher_cache.schema.teacher_output import (
 
 Part = Literal["vision", "sketch", "affinity", "response", "hidden", "response_grid", "hidden_grid"]
 GRID = tuple(f"g{number}" for number in range(1, MAX_RATIOS + 1))
-"""How the names of a grid's planes begin: g1 for the spec's first ratio, g2 for the next, ..."""
+"""How the names of a grid's columns begin: g1 for the spec's first ratio, g2 for the next, ..."""
 T = TypeVar("T")
 
-_IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the plane content_flags
+_IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the column content_flags
 
-_SPAN_PLANES = ("views", "content_ids", "content_flags")
+_SPAN_COLUMNS = ("views", "content_ids", "content_flags")
 
 
 def _top_k_names(prefix: str) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def _top_k_names(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_{name}" for name in names)
 
 
-PART_PLANES: dict[Part, tuple[str, ...]] = {
+PART_COLUMNS: dict[Part, tuple[str, ...]] = {
     "vision": _top_k_names("v"),
     "sketch": ("s_codes", "s_scale", "s_shift"),
     "affinity": ("a_cosine", "a_codes", "a_low", "a_high"),
@@ -70,13 +70,13 @@ PART_PLANES: dict[Part, tuple[str, ...]] = {
         f"{prefix}_{name}" for prefix in GRID for name in ("predicting", "predicting_scale")
     ),
 }
-"""Every plane that a part may have; a cache has those of one form (`planes_of`)."""
-VISION_PLANES = frozenset(
+"""Every column that a part may have; a cache has those of one form (`columns_of`)."""
+VISION_COLUMNS = frozenset(
     name
-    for name in (*_SPAN_PLANES, *chain.from_iterable(PART_PLANES.values()))
+    for name in (*_SPAN_COLUMNS, *chain.from_iterable(PART_COLUMNS.values()))
     if name == "views" or name.startswith(("v_", "s_", "h_vision"))
 )
-"""Planes of a sample's vision record: by causality they depend on nothing behind the images, so
+"""Columns of a sample's vision record: by causality they depend on nothing behind the images, so
 that samples which are equal up to there may share them (vision_sharing.py)."""
 TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
     "topk": frozenset({"vision", "affinity", "response"}),
@@ -91,11 +91,11 @@ _IDS = (PLAIN, DICTIONARY)
 _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
     "v_ids": _IDS,
     "r_ids": _IDS,
-    "v_logits": (RANKS,),
-    "r_logits": (RANKS,),
-    "v_codes": (RANKS,),
-    "r_codes": (RANKS,),
-    # Bytes have one plane; codes of a sketch or a state are nearly noise, in whatever order.
+    "v_logits": (DELTA_BY_RANK,),
+    "r_logits": (DELTA_BY_RANK,),
+    "v_codes": (DELTA_BY_RANK,),
+    "r_codes": (DELTA_BY_RANK,),
+    # Bytes have one column; codes of a sketch or a state are nearly noise, in whatever order.
     "s_codes": (PLAIN,),
     "a_codes": (PLAIN,),
     "content_flags": (PLAIN,),
@@ -103,7 +103,7 @@ _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
 
 
 def _transforms(name: str) -> tuple[Transform, ...] | None:
-    """The layouts of a plane that has its own; those of a grid are the response's."""
+    """The layouts of a column that has its own; those of a grid are the response's."""
     return _TRANSFORMS.get(f"r{name[2:]}" if name.startswith(GRID) else name)
 
 
@@ -111,32 +111,34 @@ _SMALL_BYTES = 4096
 """Below it there is nothing to gain by another layout than the plain one, which is read soonest."""
 
 
-def encode_plane(
+def encode_column(
     name: str, values: Shaped[Tensor, "..."], counts: Int[Tensor, " N"] | None = None
 ) -> bytes:
-    """The frame of a plane, in the smallest of the layouts that suit what it holds.
+    """The frame of a column, in the smallest of the layouts that suit what it holds.
 
     `counts` has the number of entries of each position where those differ.
     """
     small = values.numel() * values.dtype.itemsize < _SMALL_BYTES
-    transforms = _transforms(name) or ((PLAIN,) if small else (PLANES,))
-    if counts is not None and RANKS in transforms:
+    transforms = _transforms(name) or ((PLAIN,) if small else (BYTE_STREAM_SPLIT,))
+    if counts is not None and DELTA_BY_RANK in transforms:
         lengths = lengths_by_rank(counts)
-        transforms = (stairs(lengths) if len(lengths) <= MAX_STAIRS else PLANES,)
+        transforms = (ragged_delta(lengths) if len(lengths) <= MAX_RANKS else BYTE_STREAM_SPLIT,)
     return encode_frame(values, transforms)
 
 
-def encode_planes(planes: Mapping[str, Tensor], without: Collection[str] = ()) -> dict[str, bytes]:
-    """The frames of a sample's planes but for those that are `without`."""
+def encode_columns(
+    columns: Mapping[str, Tensor], without: Collection[str] = ()
+) -> dict[str, bytes]:
+    """The frames of a sample's columns but for those that are `without`."""
     return {
-        name: encode_plane(name, values, planes.get(f"{name.split('_')[0]}_counts"))
-        for name, values in planes.items()
+        name: encode_column(name, values, columns.get(f"{name.split('_')[0]}_counts"))
+        for name, values in columns.items()
         if name not in without
     }
 
 
-def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozenset[str]:
-    """Names of the planes that hold these parts; the token spans are always among them.
+def columns_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozenset[str]:
+    """Names of the columns that hold these parts; the token spans are always among them.
 
     In the form that a cache of that spec has; without one, every number as records hold it.
     """
@@ -152,24 +154,24 @@ def planes_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozens
     if spec is None or spec.hidden_dtype != "int8":
         without |= {"h_vision_scale", "h_text_scale", "h_predicting_scale"}
         without |= {f"{prefix}_predicting_scale" for prefix in GRID}
-    names = frozenset(_SPAN_PLANES).union(*(PART_PLANES[part] for part in parts)) - without
+    names = frozenset(_SPAN_COLUMNS).union(*(PART_COLUMNS[part] for part in parts)) - without
     unused = GRID if spec is None else GRID[len(spec.ratios) :]
     return frozenset(name for name in names if not name.startswith(unused))
 
 
 def parts_in(output: TeacherOutput) -> frozenset[Part]:
     """The parts that an output has."""
-    return frozenset(part for part in PART_PLANES if getattr(output, part) is not None)
+    return frozenset(part for part in PART_COLUMNS if getattr(output, part) is not None)
 
 
 def top_k_records(output: TeacherOutput) -> dict[str, TopKRecord]:
-    """The top-k records of an output by how the names of their planes begin."""
+    """The top-k records of an output by how the names of their columns begin."""
     found = {"v": output.vision, "r": output.response, **_numbered(output.response_grid)}
     return {prefix: record for prefix, record in found.items() if record is not None}
 
 
-def state_planes(output: TeacherOutput) -> dict[str, Tensor]:
-    """The hidden states of an output by the names of their planes."""
+def state_columns(output: TeacherOutput) -> dict[str, Tensor]:
+    """The hidden states of an output by the names of their columns."""
     found = {f"{prefix}_predicting": at for prefix, at in _numbered(output.hidden_grid).items()}
     if output.hidden is not None:
         names = ("vision", "text", "predicting")
@@ -182,73 +184,73 @@ def _numbered(grid: Mapping[float, T] | None) -> dict[str, T]:
     return {f"g{number}": grid[ratio] for number, ratio in enumerate(ratios, 1)} if grid else {}
 
 
-def output_planes(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[str, Tensor]:
-    """The tensors of an output by plane name, in the form that a cache of that spec has.
+def output_columns(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[str, Tensor]:
+    """The tensors of an output by column name, in the form that a cache of that spec has.
 
     Without a spec each number is as the record holds it; positions that keep different numbers of
-    entries have a plane of `counts` and the kept entries alone (ragged.py).
+    entries have a column of `counts` and the kept entries alone (ragged.py).
     """
     views = [[view.image, view.view, view.rows, view.cols] for view in output.views]
     flags = output.is_response * _IS_RESPONSE + output.after_image * _AFTER_IMAGE
-    planes = {
+    columns = {
         "views": torch.tensor(views, dtype=torch.int32).reshape(-1, 4),
         "content_ids": output.content_ids,
         "content_flags": flags.to(torch.uint8),
     }
     for prefix, record in top_k_records(output).items():
-        of_record = _top_k_planes(record, spec)
-        planes |= {f"{prefix}_{name}": values for name, values in of_record.items()}
+        of_record = _top_k_columns(record, spec)
+        columns |= {f"{prefix}_{name}": values for name, values in of_record.items()}
     if output.sketch is not None:
-        planes["s_codes"] = output.sketch.codes
-        planes["s_scale"] = output.sketch.scale
-        planes["s_shift"] = output.sketch.tail_shift
+        columns["s_codes"] = output.sketch.codes
+        columns["s_scale"] = output.sketch.scale
+        columns["s_shift"] = output.sketch.tail_shift
     if output.affinity is not None:
         if spec is not None and spec.affinity_dtype == "int8":
             names = ("a_codes", "a_low", "a_high")
-            planes |= zip(names, to_scale(output.affinity.cosine), strict=True)
+            columns |= zip(names, to_scale(output.affinity.cosine), strict=True)
         else:
-            planes["a_cosine"] = output.affinity.cosine
-    for name, states in state_planes(output).items():
+            columns["a_cosine"] = output.affinity.cosine
+    for name, states in state_columns(output).items():
         if spec is not None and spec.hidden_dtype == "int8":
             group = spec.hidden_group or spec.hidden_size
-            planes[name], planes[f"{name}_scale"] = to_int8(states, group)
+            columns[name], columns[f"{name}_scale"] = to_int8(states, group)
         else:
-            planes[name] = states
-    return planes
+            columns[name] = states
+    return columns
 
 
-def output_from_planes(
-    planes: Mapping[str, Tensor],
+def output_from_columns(
+    columns: Mapping[str, Tensor],
     vocab_size: int,
     top_k: int | None = None,
     ratios: Sequence[float] = (),
 ) -> TeacherOutput:
-    """The inverse of `output_planes`; a part none of whose planes is given is None.
+    """The inverse of `output_columns`; a part none of whose columns is given is None.
 
     Numbers of eight bits become float32. No position may keep more than `top_k` entries, or than
     the vocabulary has where that is None. `ratios` are those of the grid, ascending. Raises
     KeyError where a part is given in part, ValueError where its numbers do not add up.
     """
-    flags = planes["content_flags"]
-    has = {part: not planes.keys().isdisjoint(names) for part, names in PART_PLANES.items()}
+    flags = columns["content_flags"]
+    has = {part: not columns.keys().isdisjoint(names) for part, names in PART_COLUMNS.items()}
     limit = vocab_size if top_k is None else top_k
 
     def sketch() -> SketchRecord:
         return SketchRecord(
-            codes=planes["s_codes"], scale=planes["s_scale"], tail_shift=planes["s_shift"]
+            codes=columns["s_codes"], scale=columns["s_scale"], tail_shift=columns["s_shift"]
         )
 
     def affinity() -> AffinityRecord:
-        if "a_codes" in planes:
+        if "a_codes" in columns:
             return AffinityRecord(
-                cosine=from_scale(planes["a_codes"], planes["a_low"], planes["a_high"])
+                cosine=from_scale(columns["a_codes"], columns["a_low"], columns["a_high"])
             )
-        return AffinityRecord(cosine=planes["a_cosine"])
+        return AffinityRecord(cosine=columns["a_cosine"])
 
     def states(name: str) -> Tensor:
-        values = planes[name]
+        values = columns[name]
         quantised = values.dtype == torch.int8
-        return from_int8(values, planes[f"{name}_scale"]) if quantised else values
+        return from_int8(values, columns[f"{name}_scale"]) if quantised else values
 
     def hidden() -> HiddenRecord:
         return HiddenRecord(
@@ -256,19 +258,19 @@ def output_from_planes(
         )
 
     def top_k_of(prefix: str) -> TopKRecord:
-        return _top_k_from(planes, prefix, vocab_size, limit)
+        return _top_k_from(columns, prefix, vocab_size, limit)
 
     numbered = dict(zip(ratios, GRID, strict=False))
-    beyond = [name for name in planes if name.startswith(GRID[len(ratios) :])]
+    beyond = [name for name in columns if name.startswith(GRID[len(ratios) :])]
     if beyond:
-        raise ValueError(f"planes {beyond} are of no ratio: the grid has {len(ratios)}")
+        raise ValueError(f"columns {beyond} are of no ratio: the grid has {len(ratios)}")
 
     return TeacherOutput(
         views=tuple(
             ViewGrid(image=image, view=view, rows=rows, cols=cols)
-            for image, view, rows, cols in planes["views"].tolist()
+            for image, view, rows, cols in columns["views"].tolist()
         ),
-        content_ids=planes["content_ids"],
+        content_ids=columns["content_ids"],
         is_response=(flags & _IS_RESPONSE).bool(),
         after_image=(flags & _AFTER_IMAGE).bool(),
         vision=top_k_of("v") if has["vision"] else None,
@@ -285,38 +287,38 @@ def output_from_planes(
     )
 
 
-def _top_k_planes(record: TopKRecord, spec: CacheSpec | None) -> dict[str, Tensor]:
-    planes = {"ids": record.ids, "lse": record.logsumexp, "tail": record.log_tail}
+def _top_k_columns(record: TopKRecord, spec: CacheSpec | None) -> dict[str, Tensor]:
+    columns = {"ids": record.ids, "lse": record.logsumexp, "tail": record.log_tail}
     if spec is not None and spec.logits_codec == "affine8":
-        planes["codes"], planes["low"], planes["high"] = to_scale(record.logits)
+        columns["codes"], columns["low"], columns["high"] = to_scale(record.logits)
     else:
-        planes["logits"] = record.logits
+        columns["logits"] = record.logits
     if record.log_least is not None and (spec is None or spec.least_logits):
-        planes["least"] = record.log_least
+        columns["least"] = record.log_least
     if record.num_kept is not None:
-        planes["counts"] = record.num_kept.to(torch.int32)
-        for name in {"ids", "logits", "codes"} & planes.keys():
-            planes[name] = flatten(planes[name], record.num_kept)
-    return planes
+        columns["counts"] = record.num_kept.to(torch.int32)
+        for name in {"ids", "logits", "codes"} & columns.keys():
+            columns[name] = flatten(columns[name], record.num_kept)
+    return columns
 
 
 def _top_k_from(
-    planes: Mapping[str, Tensor], prefix: str, vocab_size: int, limit: int
+    columns: Mapping[str, Tensor], prefix: str, vocab_size: int, limit: int
 ) -> TopKRecord:
-    counts = planes.get(f"{prefix}_counts")
+    counts = columns.get(f"{prefix}_counts")
 
-    def plane(name: str) -> Tensor:
-        return planes[f"{prefix}_{name}"]
+    def column(name: str) -> Tensor:
+        return columns[f"{prefix}_{name}"]
 
     def rows(name: str) -> Tensor:
-        return plane(name) if counts is None else unflatten(plane(name), counts, limit)
+        return column(name) if counts is None else unflatten(column(name), counts, limit)
 
-    if f"{prefix}_codes" in planes:
-        logits = from_scale(rows("codes"), plane("low"), plane("high"))
+    if f"{prefix}_codes" in columns:
+        logits = from_scale(rows("codes"), column("low"), column("high"))
     else:
         logits = rows("logits")
-    ids, logsumexp, log_tail = rows("ids"), plane("lse"), plane("tail")
-    log_least = planes.get(f"{prefix}_least")
+    ids, logsumexp, log_tail = rows("ids"), column("lse"), column("tail")
+    log_least = columns.get(f"{prefix}_least")
     numbers = (logsumexp, log_tail, *([] if log_least is None else [log_least]))
     if ids.shape != logits.shape or any(each.shape != ids.shape[:1] for each in numbers):
         shapes = [list(each.shape) for each in (ids, logits, *numbers)]

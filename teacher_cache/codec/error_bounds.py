@@ -2,7 +2,7 @@
 
 A lossy codec that is right on average can be wrong where it matters, and nobody reads a README
 while a run goes astray: every sample is decoded as readers will and compared with what the teacher
-said. One that passes a bound of the spec is a `CodecError` that names sample, plane, error, bound
+said. One that passes a bound of the spec is a `CodecError` that names sample, column, error, bound
 and remedy, and the build stops; nothing is clipped, nothing is let through with a warning.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from teacher_cache.codec.columns import output_from_planes, state_planes, top_k_records
+from teacher_cache.codec.columns import output_from_columns, state_columns, top_k_records
 from teacher_cache.codec.quantize import largest_error, largest_relative_error
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.teacher_output import TeacherOutput
@@ -25,7 +25,7 @@ class CodecError(ValueError):
 class Loss:
     """What eight bits cost one part of one sample, beside what the spec allows."""
 
-    plane: str
+    column: str
     found: float
     bound: float
     setting: str
@@ -34,13 +34,13 @@ class Loss:
 
 
 def losses(
-    output: TeacherOutput, planes: Mapping[str, Tensor], spec: CacheSpec
+    output: TeacherOutput, columns: Mapping[str, Tensor], spec: CacheSpec
 ) -> tuple[Loss, ...]:
-    """The largest error of every lossy plane of a sample, from reading `planes` back."""
+    """The largest error of every lossy column of a sample, from reading `columns` back."""
     lossy = (spec.logits_max_error, spec.affinity_max_error, spec.hidden_max_error)
     if lossy == (None, None, None):
         return ()
-    back = output_from_planes(planes, spec.vocab_size, ratios=spec.ratios)
+    back = output_from_columns(columns, spec.vocab_size, ratios=spec.ratios)
     found: list[Loss] = []
     if spec.logits_max_error is not None:
         stored = top_k_records(back)
@@ -49,7 +49,7 @@ def losses(
             error = largest_error(record.logits[:, :width], stored[prefix].logits)
             found.append(
                 Loss(
-                    plane=f"{prefix}_codes",
+                    column=f"{prefix}_codes",
                     found=error,
                     bound=spec.logits_max_error,
                     setting="logits_max_error",
@@ -61,7 +61,7 @@ def losses(
         assert back.affinity is not None
         found.append(
             Loss(
-                plane="a_codes",
+                column="a_codes",
                 found=largest_error(output.affinity.cosine, back.affinity.cosine),
                 bound=spec.affinity_max_error,
                 setting="affinity_max_error",
@@ -69,11 +69,11 @@ def losses(
             )
         )
     if spec.hidden_max_error is not None:
-        read_back = state_planes(back)
-        for name, states in state_planes(output).items():
+        read_back = state_columns(back)
+        for name, states in state_columns(output).items():
             found.append(
                 Loss(
-                    plane=name,
+                    column=name,
                     found=largest_relative_error(states, read_back[name]),
                     bound=spec.hidden_max_error,
                     setting="hidden_max_error",
@@ -85,13 +85,13 @@ def losses(
 
 
 def require_within_bounds(
-    sample: str, output: TeacherOutput, planes: Mapping[str, Tensor], spec: CacheSpec
+    sample: str, output: TeacherOutput, columns: Mapping[str, Tensor], spec: CacheSpec
 ) -> None:
-    """Raise `CodecError` where a plane of the sample has lost more than the spec allows."""
-    for loss in losses(output, planes, spec):
+    """Raise `CodecError` where a column of the sample has lost more than the spec allows."""
+    for loss in losses(output, columns, spec):
         if not loss.found <= loss.bound:  # NaN passes no bound
             raise CodecError(
-                f"sample {sample}: plane {loss.plane} has an error of {loss.found:.3g}, "
+                f"sample {sample}: column {loss.column} has an error of {loss.found:.3g}, "
                 f"{loss.setting} is {loss.bound:.3g}. That is the settings' fault, not the "
                 "sample's (--on-bad-sample does not pass over it): "
                 f"{loss.remedy}, or state a larger bound, in a new folder: it is part of what a "

@@ -45,7 +45,7 @@ _ARRAYS = {  # what numpy calls them; it has no bfloat16
 }
 
 MAX_FRAME_BYTES = 2**32
-"""Content of the largest frame, and of the largest plane; a larger claim is taken for damage."""
+"""Content of the largest frame, and of the largest column; a larger claim is taken for damage."""
 
 MAX_RATIO = 1000
 """Content of a frame of more than `FREE_BYTES` is at most so many times as long as the frame: what
@@ -54,7 +54,7 @@ a small file can ask for in memory is bounded by that."""
 FREE_BYTES = 2**24
 
 MAX_DIMS = 8
-"""Dimensions of a plane; more are taken for damage."""
+"""Dimensions of a column; more are taken for damage."""
 
 _BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
 
@@ -73,7 +73,7 @@ def encode_frame(
         )
     num_bytes = values.numel() * values.dtype.itemsize
     if num_bytes > MAX_FRAME_BYTES // 2:
-        raise ValueError(f"a plane of {num_bytes} bytes; the limit is {MAX_FRAME_BYTES // 2}")
+        raise ValueError(f"a column of {num_bytes} bytes; the limit is {MAX_FRAME_BYTES // 2}")
     bits = np.frombuffer(tensor_bytes(values), f"<u{values.dtype.itemsize}").reshape(values.shape)
     frames: list[bytes] = []
     for transform in transforms:
@@ -123,7 +123,7 @@ def _compress(parts: Sequence[bytes]) -> bytes:
     frame = b"".join(pieces)
     if num_bytes > _most_content(frame):
         raise ValueError(
-            f"{num_bytes} bytes of a plane shrink to {len(frame)}: no reader would believe that; "
+            f"{num_bytes} bytes of a column shrink to {len(frame)}: no reader would believe that; "
             "the teacher repeats one number"
         )
     return frame

@@ -83,12 +83,12 @@ def _translate(
     if sha256_file(path) != file.sha256:
         raise ShardCorruptError(f"{path} is not the file that was committed; {REMEDY}")
     shard = shard_format(source.plan.format).open(path)
-    rows = (shard.read(row, file.planes) for row in range(shard.num_rows))
+    rows = (shard.read(row, file.columns) for row in range(shard.num_rows))
     target = shard_format(plan.format)
     with out.attempt(f"shards/{index:05d}{target.suffix}") as attempt:
-        target.write(attempt, rows, file.planes, shard.metadata)
+        target.write(attempt, rows, file.columns, shard.metadata)
         written = target.open(attempt)
-        found = [written.read(row, file.planes).key for row in range(written.num_rows)]
+        found = [written.read(row, file.columns).key for row in range(written.num_rows)]
         if found != list(shard.keys):
             raise ShardCorruptError(f"{attempt}: what was written does not read back")
         sha256 = sha256_file(attempt)

@@ -149,14 +149,14 @@ def rows_at(base: SealedCache, rows: Sequence[int]) -> Iterator[EncodedRow]:
     """Rows of a cache by their numbers over all shards, ascending; every byte has been checked."""
     starts = [0, *accumulate(commit.num_rows for commit in base.seal.shards)]
     number, shard, keys = -1, None, ()
-    planes: set[str] = set()
+    columns: set[str] = set()
     for row in rows:
         if shard_of(starts, row) != number or shard is None:
             number = shard_of(starts, row)
             commit = base.seal.shards[number]
-            planes = {name for file in commit.files for name in file.planes}
+            columns = {name for file in commit.files for name in file.columns}
             shard, keys = base.open_shard(number), base.kept(commit)
-        found, (key, _) = shard.read(row - starts[number], planes), keys[row - starts[number]]
+        found, (key, _) = shard.read(row - starts[number], columns), keys[row - starts[number]]
         if found.key != key:
             raise ShardCorruptError(f"{shard.path}: found sample {found.key}, planned is {key}")
         yield found

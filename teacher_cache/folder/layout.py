@@ -189,19 +189,19 @@ def open_files(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Shard:
         raise ShardCorruptError(f"the commit record of shard {commit.index} names no file")
     if len(layers) == 1:
         return layers[0]
-    return LayeredShard(layers, [file.planes for file in commit.files])
+    return LayeredShard(layers, [file.columns for file in commit.files])
 
 
 def read_encoded_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[EncodedRow]:
-    """The rows of a committed shard in order, with all their planes, as frames that stay unopened.
+    """The rows of a committed shard in order, with all their columns, as frames that stay unopened.
 
     Every byte has been checked and every key is the planned one: `write_encoded_shard` of another
     cache takes them as they are. Raises `ShardCorruptError`.
     """
     shard = open_shard(cache, plan, commit)
-    planes = {name for file in commit.files for name in file.planes}
+    columns = {name for file in commit.files for name in file.columns}
     for number, key in enumerate(shard_keys(plan, commit)):
-        row = shard.read(number, planes)
+        row = shard.read(number, columns)
         if row.key != key:
             raise ShardCorruptError(
                 f"{shard.path}: row {number} holds sample {row.key}, the plan has {key}; {REMEDY}"

@@ -1,7 +1,7 @@
 """Reads a whole cache and lists everything that is wrong with it.
 
 Checks, shard by shard: presence and size, SHA-256 of the whole file, identity, keys against the
-plan, every image and message against its key, every plane's checksum, shape and finiteness; then
+plan, every image and message against its key, every column's checksum, shape and finiteness; then
 the assets. A problem does not stop the search: the report names each one. Uses the reader's own
 functions, so that what passes here can be read. Refuses a cache that is not sealed.
 """

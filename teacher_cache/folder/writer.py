@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from safetensors.torch import save_file
 from torch import Tensor
 
-from teacher_cache.codec.columns import output_from_planes, planes_of
+from teacher_cache.codec.columns import columns_of, output_from_columns
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.folder.layout import (
     HEAD_FILE,
@@ -131,8 +131,8 @@ def write_encoded_shard(
 ) -> ShardCommit:
     """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()
-    planes = planes_of(tier_parts(plan.spec), plan.spec)
-    file = write_shard_file(cache, plan, index, _counted(rows, counts), planes, rejected)
+    columns = columns_of(tier_parts(plan.spec), plan.spec)
+    file = write_shard_file(cache, plan, index, _counted(rows, counts), columns, rejected)
     commit = ShardCommit(
         index=index,
         files=(file,),
@@ -154,20 +154,20 @@ def write_shard_file(
     plan: Plan,
     index: int,
     rows: Iterable[EncodedRow],
-    planes: Collection[str],
+    columns: Collection[str],
     rejected: Sequence[RejectedSample] = (),
 ) -> ShardFile:
     """Write, read back and publish one file of shard `index`: no part of the cache as yet.
 
     Its rows are the shard's samples, less those rejected, in the order of the plan, each with
-    exactly the planes named. A layer's rows are those of the first file without the images.
+    exactly the columns named. A layer's rows are those of the first file without the images.
     """
     form, keys = shard_format(plan.format), _wanted_keys(plan, index, rejected)
     with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
         checked = _in_order(rows, keys, index)
-        form.write(attempt, checked, planes, shard_metadata(plan, index))
+        form.write(attempt, checked, columns, shard_metadata(plan, index))
         shard = form.open(attempt)
-        if tuple(shard.read(row, planes).key for row in range(shard.num_rows)) != keys:
+        if tuple(shard.read(row, columns).key for row in range(shard.num_rows)) != keys:
             raise ShardCorruptError(f"{attempt}: what was written does not read back")
         sha256 = sha256_file(attempt)
         file = ShardFile(
@@ -176,7 +176,7 @@ def write_shard_file(
             sha256=sha256,
             cache=plan.fingerprint,
             index=index,
-            planes=tuple(sorted(planes)),
+            columns=tuple(sorted(columns)),
         )
         cache.publish(attempt, file.file)
     return file
@@ -196,10 +196,10 @@ def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
             f"shard {commit.index}: {commit.num_rows} rows and {len(commit.rejected)} rejected "
             f"samples are not the {len(plan.shards[commit.index])} samples of the plan"
         )
-    found = sorted(name for file in commit.files for name in file.planes)
-    wanted = sorted(planes_of(tier_parts(plan.spec), plan.spec))
+    found = sorted(name for file in commit.files for name in file.columns)
+    wanted = sorted(columns_of(tier_parts(plan.spec), plan.spec))
     if found != wanted:
-        raise ValueError(f"shard {commit.index}: its files hold planes {found}, not {wanted}")
+        raise ValueError(f"shard {commit.index}: its files hold columns {found}, not {wanted}")
     require_shard_files(cache, [commit])
     name = commit_name(commit.index)
     if cache.create_exclusive(name, record_bytes(commit)):
@@ -290,9 +290,9 @@ def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> It
 
 def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[EncodedRow]:
     """The rows as they come; adds up what a commit record counts."""
-    spans = planes_of(())
+    spans = columns_of(())
     for row in rows:
-        output = output_from_planes({name: decode_frame(row.frames[name]) for name in spans}, 1)
+        output = output_from_columns({name: decode_frame(row.frames[name]) for name in spans}, 1)
         num_vision = sum(view.num_tokens for view in output.views)
         counts["rows"] += 1
         counts["vision_tokens"] += num_vision

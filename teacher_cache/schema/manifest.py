@@ -154,7 +154,9 @@ class Plan(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFile(StrictRecord):
-    """One file of a shard: its size and checksum, whom it was written for, what it holds."""
+    """One file of a shard: its size, its checksum, the cache it was written for, its columns."""
+
+    stored_names: ClassVar[Mapping[str, str]] = {"columns": "planes"}
 
     file: str
     """Path relative to the cache folder."""
@@ -164,16 +166,16 @@ class ShardFile(StrictRecord):
     """Fingerprint of the plan that it was written under; says `emkd.cache` in the file."""
     index: int
     """Number of the shard under that plan; says `emkd.shard` in the file."""
-    planes: tuple[str, ...]
-    """Names of the planes that are read from this file, sorted."""
+    columns: tuple[str, ...]
+    """Names of the columns that are read from this file, sorted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCommit(StrictRecord):
     """The record that makes shard `index` exist: its files, its rows.
 
-    The first file holds samples and planes. Others are layers: the same keys in the same order,
-    without images, with further planes. A file may have been written for another cache.
+    The first file holds samples and columns. Others are layers: the same keys in the same order,
+    without images, with further columns. A file may have been written for another cache.
     """
 
     index: int

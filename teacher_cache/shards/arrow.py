@@ -1,10 +1,11 @@
-"""Shards as Arrow IPC files: memory-mapped, one record batch per row, one column per plane.
+"""Shards as Arrow IPC files: memory-mapped, one record batch per row, one Arrow column per column.
 
 Columns: key, source_id, messages (JSON), checks (JSON), shared_from: string; shared_row: int32;
-images: list<large_binary>; and for every plane a large_binary with one zstd frame. Nothing outside
+images: list<large_binary>; and for every column a large_binary with one zstd frame. Nothing outside
 the frames is compressed and no extension type is used, so pyarrow and zstandard alone can read a
-shard. One batch per row lets the writer stream, keeps a row's pages together, and touches a plane's
-pages only when it is read. What another row stores is empty; its key and number say where it is.
+shard. One batch per row lets the writer stream, keeps a row's pages together, and touches the
+pages of a column only when it is read. What another row stores is empty; that row's key and number
+are stored.
 """
 
 import threading
@@ -32,16 +33,16 @@ class ArrowFormat(ShardFormat):
         self,
         path: Path,
         rows: Iterable[EncodedRow],
-        planes: Collection[str],
+        columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the planes named."""
-        schema = _schema(sorted(planes), metadata)
+        """Write a new file at `path`, row after row; each row has exactly the columns named."""
+        schema = _schema(sorted(columns), metadata)
         with path.open("xb") as file, pa.ipc.new_file(file, schema) as writer:
-            for stored in stored_rows(rows, planes):
+            for stored in stored_rows(rows, columns):
                 row, owner = stored.row, _NO_ROW if stored.owner is None else stored.owner
                 texts = (row.key, row.source_id, row.messages, stored.checks, row.shared_from or "")
-                frames = [row.frames.get(name, b"") for name in sorted(planes)]
+                frames = [row.frames.get(name, b"") for name in sorted(columns)]
                 values = [*texts, owner, list(row.images), *frames]
                 arrays = [
                     pa.array([value], field.type)
@@ -68,11 +69,11 @@ class ArrowFormat(ShardFormat):
         return ArrowShard(path, metadata, reader, octets, blocks)
 
 
-def _schema(planes: Collection[str], metadata: Mapping[str, str]) -> Any:
+def _schema(columns: Collection[str], metadata: Mapping[str, str]) -> Any:
     types = {name: pa.string() for name in _TEXTS}
     types["shared_row"] = pa.int32()
     types["images"] = pa.list_(pa.large_binary())
-    types.update((name, pa.large_binary()) for name in planes)
+    types.update((name, pa.large_binary()) for name in columns)
     fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
     return pa.schema(fields, metadata=dict(sorted(metadata.items())))
 
@@ -106,7 +107,7 @@ class ArrowShard(Shard):
         return batch
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each plane, and of `images`; only offsets are looked at."""
+        """Bytes of the frames of each column, and of `images`; only offsets are looked at."""
         names: list[str] = self._reader.schema.names[len(_TEXTS) + 2 :]
         found = dict.fromkeys(("images", *names), 0)
         for row in range(self.num_rows):
@@ -121,8 +122,8 @@ class ArrowShard(Shard):
             )
         return found
 
-    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
-        names = [*_TEXTS, "shared_row", "images", *planes]
+    def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
+        names = [*_TEXTS, "shared_row", "images", *columns]
         (stored,) = self._batch(row).select(names).to_pylist()  # in one call: half the time
         if None in stored.values():
             raise ValueError("expected values, found nulls")
@@ -131,7 +132,7 @@ class ArrowShard(Shard):
             source_id=stored["source_id"],
             messages=stored["messages"],
             images=tuple(stored["images"]),
-            frames={name: stored[name] for name in planes if stored[name]},
+            frames={name: stored[name] for name in columns if stored[name]},
             shared_from=stored["shared_from"] or None,
         )
         owner = stored["shared_row"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from teacher_cache.codec.columns import VISION_PLANES
+from teacher_cache.codec.columns import VISION_COLUMNS
 from teacher_cache.schema.errors import ShardCorruptError
 
 KEY_PATTERN = re.compile(r"[0-9a-f]{32}(-[1-9][0-9]*)?")
@@ -17,9 +17,9 @@ KEY_PATTERN = re.compile(r"[0-9a-f]{32}(-[1-9][0-9]*)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRow:
-    """One row as bytes: `messages` is JSON, `planes` maps plane names to zstd frames.
+    """One row as bytes: `messages` is JSON, `columns` maps column names to zstd frames.
 
-    Complete, whether or not its images and vision planes are those of the row `shared_from`.
+    Complete, whether or not its images and vision columns are those of the row `shared_from`.
     """
 
     key: str
@@ -39,54 +39,54 @@ class EncodedRow:
         """The row without what another one stores for it."""
         if self.shared_from is None:
             return self
-        planes = {name: frame for name, frame in self.frames.items() if name not in VISION_PLANES}
-        return dataclasses.replace(self, images=(), frames=planes)
+        columns = {name: frame for name, frame in self.frames.items() if name not in VISION_COLUMNS}
+        return dataclasses.replace(self, images=(), frames=columns)
 
     def with_owner(self, owner: "EncodedRow") -> "EncodedRow":
-        """The row with the images of its owner, and with those vision planes that `owner` has."""
-        if self.images or not VISION_PLANES.isdisjoint(self.frames):
+        """The row with the images of its owner, and with those vision columns that `owner` has."""
+        if self.images or not VISION_COLUMNS.isdisjoint(self.frames):
             raise ValueError(f"it has a vision record beside that of {self.shared_from}")
-        shared = {name: owner.frames[name] for name in VISION_PLANES & owner.frames.keys()}
+        shared = {name: owner.frames[name] for name in VISION_COLUMNS & owner.frames.keys()}
         return dataclasses.replace(self, images=owner.images, frames={**self.frames, **shared})
 
     @property
     def checks(self) -> str:
         """The text that is stored beside the row and binds its pieces together."""
         images = [_sum(image) for image in self.images]
-        planes = {name: _sum(frame) for name, frame in sorted(self.frames.items())}
-        return json.dumps({"images": images, "planes": planes, "row": self._sum(images, planes)})
+        columns = {name: _sum(frame) for name, frame in sorted(self.frames.items())}
+        return json.dumps({"images": images, "planes": columns, "row": self._sum(images, columns)})
 
     def verify(self, checks: str) -> None:
         """Raise `ShardCorruptError` unless each piece is the one that `checks` was made of.
 
-        Planes that the row was read without need not be there.
+        Columns that the row was read without need not be there.
         """
         try:
             stored = json.loads(checks)
-            images, planes = stored["images"], stored["planes"]
-            intact = stored["row"] == self._sum(images, planes)
+            images, columns = stored["images"], stored["planes"]
+            intact = stored["row"] == self._sum(images, columns)
         except (ValueError, KeyError, TypeError, RecursionError):  # the last: JSON in JSON in JSON
-            intact, images, planes = False, [], {}
+            intact, images, columns = False, [], {}
         if not intact:
             raise ShardCorruptError("its key, id, messages or checks are damaged")
         if images != [_sum(image) for image in self.images]:
             raise ShardCorruptError("its images are damaged")
-        damaged = [name for name, frame in self.frames.items() if planes.get(name) != _sum(frame)]
+        damaged = [name for name, frame in self.frames.items() if columns.get(name) != _sum(frame)]
         if damaged:
-            raise ShardCorruptError(f"its planes {', '.join(sorted(damaged))} are damaged")
+            raise ShardCorruptError(f"its columns {', '.join(sorted(damaged))} are damaged")
 
     @property
     def vision_sums(self) -> tuple[str, ...]:
-        """Sums of the images and of the vision planes: equal in rows that share them."""
-        shared = sorted(VISION_PLANES & self.frames.keys())
+        """Sums of the images and of the vision columns: equal in rows that share them."""
+        shared = sorted(VISION_COLUMNS & self.frames.keys())
         return (
             *(_sum(image) for image in self.images),
             *(f"{name} {_sum(self.frames[name])}" for name in shared),
         )
 
-    def _sum(self, images: list[str], planes: dict[str, str]) -> str:
+    def _sum(self, images: list[str], columns: dict[str, str]) -> str:
         texts = [self.key, self.source_id, self.shared_from, self.messages]
-        return _sum(json.dumps([*texts, images, sorted(planes.items())]).encode())
+        return _sum(json.dumps([*texts, images, sorted(columns.items())]).encode())
 
 
 def _sum(data: bytes) -> str:
@@ -97,7 +97,7 @@ def _sum(data: bytes) -> str:
 class StoredRow:
     """What is in a file of a row: its own pieces, its checks, the number of the row it shares from.
 
-    A row that shares has neither images nor vision planes here.
+    A row that shares has neither images nor vision columns here.
     """
 
     row: EncodedRow
@@ -109,17 +109,17 @@ class StoredRow:
             raise ValueError(f"it shares from {self.row.shared_from}, row {self.owner}")
 
 
-def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator[StoredRow]:
+def stored_rows(rows: Iterable[EncodedRow], columns: Collection[str]) -> Iterator[StoredRow]:
     """What is to be written of each row, whose owner must have come before it.
 
-    Raises ValueError for a row with other planes, and for one that does not have its owner's
-    images and vision planes.
+    Raises ValueError for a row with other columns, and for one that does not have its owner's
+    images and vision columns.
     """
     owners: dict[str, tuple[int, tuple[str, ...]]] = {}
     for number, row in enumerate(rows):
-        if set(row.frames) != set(planes):
+        if set(row.frames) != set(columns):
             raise ValueError(
-                f"row {row.key} has planes {sorted(row.frames)}, the shard holds {sorted(planes)}"
+                f"row {row.key} has columns {sorted(row.frames)}, the shard holds {sorted(columns)}"
             )
         owner: int | None = None
         if row.shared_from is None:
@@ -129,6 +129,6 @@ def stored_rows(rows: Iterable[EncodedRow], planes: Collection[str]) -> Iterator
             if sums != row.vision_sums:
                 raise ValueError(
                     f"row {row.key} shares the vision record of {row.shared_from}, which is no "
-                    "earlier row with the same images and vision planes"
+                    "earlier row with the same images and vision columns"
                 )
         yield StoredRow(row=row.without_shared, checks=row.checks, owner=owner)

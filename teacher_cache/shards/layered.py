@@ -1,8 +1,8 @@
-"""A shard whose planes lie in several files: samples with some planes in one, others in layers.
+"""A shard whose columns lie in several files: samples with some columns in one, others in layers.
 
 Promises: a row is one sample in every layer that is asked for it (key, source id and messages are
 compared before a number is returned); each layer's bytes pass that layer's own checks; layers that
-are not asked for a plane are not touched. Refuses layers of other lengths and other keys.
+are not asked for a column are not touched. Refuses layers of other lengths and other keys.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from teacher_cache.shards.shard import Shard
 class LayeredShard(Shard):
     """Several open shards with the same rows, read as one; the first holds the images."""
 
-    def __init__(self, layers: Sequence[Shard], planes: Sequence[Collection[str]]) -> None:
-        """`planes[n]` are the names of the planes that are read from `layers[n]`."""
+    def __init__(self, layers: Sequence[Shard], columns: Sequence[Collection[str]]) -> None:
+        """`columns[n]` are the names of the columns that are read from `layers[n]`."""
         base = layers[0]
         super().__init__(base.path, base.metadata, base.num_rows)
         self._base = base
-        self._further = list(zip(layers[1:], map(frozenset, planes[1:]), strict=True))
+        self._further = list(zip(layers[1:], map(frozenset, columns[1:]), strict=True))
         for layer, _ in self._further:
             if layer.num_rows != base.num_rows:
                 raise ShardCorruptError(
@@ -29,14 +29,14 @@ class LayeredShard(Shard):
                     "they are not layers of one shard"
                 )
 
-    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
-        return self._base._fetch(row, planes)
+    def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
+        return self._base._fetch(row, columns)
 
-    def read(self, row: int, planes: Collection[str]) -> EncodedRow:
-        """Row `row` with the given planes only; every byte returned has been checked."""
-        wanted = [(layer, names.intersection(planes)) for layer, names in self._further]
+    def read(self, row: int, columns: Collection[str]) -> EncodedRow:
+        """Row `row` with the given columns only; every byte returned has been checked."""
+        wanted = [(layer, names.intersection(columns)) for layer, names in self._further]
         elsewhere = frozenset[str]().union(*(names for _, names in wanted))
-        found = self._base.read(row, set(planes) - elsewhere)
+        found = self._base.read(row, set(columns) - elsewhere)
         frames = dict(found.frames)
         for layer, names in wanted:
             if names:
@@ -44,7 +44,7 @@ class LayeredShard(Shard):
         return dataclasses.replace(found, frames=frames)
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each plane, and of `images`, in the layer that has them."""
+        """Bytes of the frames of each column, and of `images`, in the layer that has them."""
         found = self._base.stored_bytes()
         for layer, names in self._further:
             sizes = layer.stored_bytes()
@@ -63,9 +63,9 @@ class LayeredShard(Shard):
         return tuple(keys)
 
     def _same_row(
-        self, layer: Shard, row: int, planes: Collection[str], base: EncodedRow
+        self, layer: Shard, row: int, columns: Collection[str], base: EncodedRow
     ) -> EncodedRow:
-        found = layer.read(row, planes)
+        found = layer.read(row, columns)
         for name in ("key", "source_id", "messages", "shared_from"):
             if getattr(found, name) != getattr(base, name):
                 raise ShardCorruptError(

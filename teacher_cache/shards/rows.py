@@ -15,13 +15,13 @@ from torch import Tensor
 
 from teacher_cache.codec.columns import (
     TIER_PARTS,
-    VISION_PLANES,
+    VISION_COLUMNS,
     Part,
-    encode_planes,
-    output_from_planes,
-    output_planes,
+    columns_of,
+    encode_columns,
+    output_columns,
+    output_from_columns,
     parts_in,
-    planes_of,
     top_k_records,
 )
 from teacher_cache.codec.error_bounds import require_within_bounds
@@ -44,19 +44,19 @@ def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[Enc
     shared = {each.output.shared_from for each in cached}
     owners: dict[str | None, tuple[dict[str, Tensor], EncodedRow]] = {}
     for each in cached:
-        planes = _vision_planes(each.output, spec)
+        columns = _vision_columns(each.output, spec)
         ready: dict[str, bytes] = {}
         if each.output.shared_from is not None:
             theirs, row = owners.get(each.output.shared_from, ({}, None))
-            if row is None or not all(torch.equal(planes[name], theirs[name]) for name in planes):
+            if row is None or not all(torch.equal(columns[name], theirs[name]) for name in columns):
                 raise ValueError(
                     f"sample {each.sample.key} shares the vision record of "
                     f"{each.output.shared_from}, which is no earlier sample with that record"
                 )
-            ready = {name: row.frames[name] for name in planes}
+            ready = {name: row.frames[name] for name in columns}
         row = encode_row(each, spec, ready)
         if row.shared_from is None and row.key in shared:
-            owners[row.key] = (planes, row)
+            owners[row.key] = (columns, row)
         yield row
 
 
@@ -65,15 +65,15 @@ def encode_row(
 ) -> EncodedRow:
     """Encode one sample; ValueError where its records are not those that the spec promises.
 
-    `ready` has frames of planes that were encoded before.
+    `ready` has frames of columns that were encoded before.
     """
     sample, output = cached.sample, cached.output
     _require_tier(cached, spec)
     turns = [{"role": message.role, "text": message.text} for message in sample.messages]
     frames = dict(ready or {})
-    planes = output_planes(output, spec)
-    require_within_bounds(f"{sample.key} ({sample.source_id})", output, planes, spec)
-    frames |= encode_planes(planes, ready or ())
+    columns = output_columns(output, spec)
+    require_within_bounds(f"{sample.key} ({sample.source_id})", output, columns, spec)
+    frames |= encode_columns(columns, ready or ())
     return EncodedRow(
         key=sample.key,
         source_id=sample.source_id,
@@ -85,20 +85,20 @@ def encode_row(
 
 
 def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
-    """Decode a row with the planes it was read with; raises `ShardCorruptError`."""
+    """Decode a row with the columns it was read with; raises `ShardCorruptError`."""
     try:
         turns = json.loads(row.messages)
         messages = tuple(Message(role=turn["role"], text=turn["text"]) for turn in turns)
         if sample_key(row.images, messages) != content_key(row.key):
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
-        planes = {name: decode_frame(frame) for name, frame in row.frames.items()}
-        output = output_from_planes(planes, spec.vocab_size, spec.top_k, spec.ratios)
+        columns = {name: decode_frame(frame) for name, frame in row.frames.items()}
+        output = output_from_columns(columns, spec.vocab_size, spec.top_k, spec.ratios)
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
         return CachedSample(sample=sample, output=output)
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
-        # The last two: planes of shapes that do not go together, JSON that is nested too deep.
+        # The last two: columns of shapes that do not go together, JSON that is nested too deep.
         raise ShardCorruptError(f"sample {row.key}: {error}") from error
 
 
@@ -109,7 +109,7 @@ def read_sample(
 
     Raises `ShardCorruptError` naming file and sample.
     """
-    encoded = shard.read(row, planes_of(parts, spec))
+    encoded = shard.read(row, columns_of(parts, spec))
     try:
         if encoded.key != key:
             raise ShardCorruptError(f"row {row} holds sample {encoded.key}, the plan has {key}")
@@ -180,6 +180,6 @@ def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
         )
 
 
-def _vision_planes(output: TeacherOutput, spec: CacheSpec) -> dict[str, Tensor]:
-    planes = output_planes(output, spec)
-    return {name: planes[name] for name in VISION_PLANES & planes.keys()}
+def _vision_columns(output: TeacherOutput, spec: CacheSpec) -> dict[str, Tensor]:
+    columns = output_columns(output, spec)
+    return {name: columns[name] for name in VISION_COLUMNS & columns.keys()}

@@ -2,10 +2,10 @@
 
 A row is stored as its parts plus `checks`, a JSON text that binds them together: the xxh3 sums of
 every image and frame, and `row`, the sum over key, source id, messages and all those sums. So a
-flipped byte, a frame of another row or another plane, a lost plane: each is a `ShardCorruptError`
+flipped byte, a frame of another row or another column, a lost column: each is a `ShardCorruptError`
 that names file and sample before a number is returned, and only what is asked for is read.
 
-A row with `shared_from` has the images and vision planes of an earlier row of its file, its owner:
+A row with `shared_from` has the images and vision columns of an earlier row of its file, its owner:
 they are stored there alone, `checks` speak of them as of the row's own, and what `Shard.read`
 returns is complete. An owner that is absent, later, another's guest or of other content is refused.
 """
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from teacher_cache.codec.columns import VISION_PLANES
+from teacher_cache.codec.columns import VISION_COLUMNS
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.shards.encoded_row import EncodedRow, StoredRow
 
@@ -32,24 +32,24 @@ class Shard(ABC):
         self.num_rows = num_rows
 
     @abstractmethod
-    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
-        """What is stored of a row; planes that are not there are left out.
+    def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
+        """What is stored of a row; columns that are not there are left out.
 
         Raises ValueError, KeyError, TypeError, OSError or RecursionError.
         """
 
-    def read(self, row: int, planes: Collection[str]) -> EncodedRow:
-        """Row `row`, complete, with the given planes only; every byte returned has been checked."""
+    def read(self, row: int, columns: Collection[str]) -> EncodedRow:
+        """Row `row`, complete, with the given columns only; every returned byte was checked."""
         if not 0 <= row < self.num_rows:
             raise ShardCorruptError(f"{self.path}: it has {self.num_rows} rows, none is row {row}")
         try:
-            stored = self._fetch(row, planes)
+            stored = self._fetch(row, columns)
             encoded = stored.row
             if stored.owner is not None:
-                encoded = self._with_owner(encoded, row, stored.owner, planes)
-            missing = set(planes) - encoded.frames.keys()
+                encoded = self._with_owner(encoded, row, stored.owner, columns)
+            missing = set(columns) - encoded.frames.keys()
             if missing:
-                raise ValueError(f"planes {', '.join(sorted(missing))} are missing")
+                raise ValueError(f"columns {', '.join(sorted(missing))} are missing")
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ShardCorruptError(f"{self.path}: row {row} cannot be read: {error}") from error
         try:
@@ -61,12 +61,12 @@ class Shard(ABC):
         return encoded
 
     def _with_owner(
-        self, encoded: EncodedRow, row: int, owner: int, planes: Collection[str]
+        self, encoded: EncodedRow, row: int, owner: int, columns: Collection[str]
     ) -> EncodedRow:
         """The row with what its owner stores for it."""
         if not 0 <= owner < row:
             raise ValueError(f"it shares from row {owner}, which is no earlier one")
-        found = self._fetch(owner, VISION_PLANES.intersection(planes)).row
+        found = self._fetch(owner, VISION_COLUMNS.intersection(columns)).row
         if (found.key, found.shared_from) != (encoded.shared_from, None):
             raise ValueError(
                 f"it shares from {encoded.shared_from}, but row {owner} is {found.key} and "
@@ -76,14 +76,14 @@ class Shard(ABC):
 
     @abstractmethod
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each plane, and of `images`, over all rows, each counted once.
+        """Bytes of the frames of each column, and of `images`, over all rows, each counted once.
 
         Looks at sizes, not at the frames. Raises `ShardCorruptError` for what cannot be looked at.
         """
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of all rows, in order; reads every row's sample, but none of its planes."""
+        """The keys of all rows, in order; reads every row's sample, but none of its columns."""
         return tuple(self.read(row, ()).key for row in range(self.num_rows))
 
 
@@ -98,12 +98,12 @@ class ShardFormat(ABC):
         self,
         path: Path,
         rows: Iterable[EncodedRow],
-        planes: Collection[str],
+        columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the planes named.
+        """Write a new file at `path`, row after row; each row has exactly the columns named.
 
-        Raises ValueError for a row with other planes; the file is then of no use.
+        Raises ValueError for a row with other columns; the file is then of no use.
         """
 
     @abstractmethod

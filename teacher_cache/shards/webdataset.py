@@ -1,8 +1,8 @@
 """Shards as WebDataset tars: the same frames, readable by plain webdataset and tarfile.
 
-Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<plane>.zst, <key>.sample.json. The
+Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<column>.zst, <key>.sample.json. The
 first member, __shard__/metadata.json, is one that webdataset skips. A row that shares another's
-images and vision planes has no such members; its sample.json names the other. Times, owners and
+images and vision columns has no such members; its sample.json names the other. Times, owners and
 order are fixed, so equal rows give equal bytes. Opening reads headers only; payloads are mapped
 into memory. Refuses members of any other name or kind (links, folders, pickles), and never
 extracts to a path.
@@ -26,7 +26,7 @@ from teacher_cache.shards.shard import Shard, ShardFormat
 _METADATA = "__shard__/metadata"
 _MEMBER = re.compile(
     rf"(?P<key>{KEY_PATTERN.pattern})\."
-    r"(sample\.json|(?P<image>[0-9]+)\.image\.[a-z]+|(?P<plane>[a-z][a-z0-9_]*)\.zst)"
+    r"(sample\.json|(?P<image>[0-9]+)\.image\.[a-z]+|(?P<column>[a-z][a-z0-9_]*)\.zst)"
 )
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}
 
@@ -42,14 +42,14 @@ class WebDatasetFormat(ShardFormat):
         self,
         path: Path,
         rows: Iterable[EncodedRow],
-        planes: Collection[str],
+        columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the planes named."""
+        """Write a new file at `path`, row after row; each row has exactly the columns named."""
         with path.open("xb") as file, TarWriter(file, user="", group="", mtime=0) as writer:
             text = json.dumps(dict(sorted(metadata.items())), indent=1)
             writer.write({"__key__": _METADATA, "json": text.encode()})
-            for stored in stored_rows(rows, planes):
+            for stored in stored_rows(rows, columns):
                 writer.write({"__key__": stored.row.key, **_members(stored)})
 
     def open(self, path: Path) -> "TarShard":
@@ -93,7 +93,7 @@ class TarShard(Shard):
         self._names: set[str] = set()
         self._text: dict[str, _Place] = {}
         self._images: dict[str, dict[int, _Place]] = {}
-        self._planes: dict[str, dict[str, _Place]] = {}
+        self._columns: dict[str, dict[str, _Place]] = {}
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             metadata, end = self._index(file)
@@ -128,12 +128,12 @@ class TarShard(Shard):
         match = _MEMBER.fullmatch(name)
         if match is None:
             raise ValueError(f"member {name!r} does not belong in a shard")
-        key, plane, image = match["key"], match["plane"], match["image"]
+        key, column, image = match["key"], match["column"], match["image"]
         if name in self._names:
             raise ValueError(f"member {name!r} is there twice")
         self._names.add(name)
-        if plane is not None:
-            self._planes.setdefault(key, {})[plane] = place
+        if column is not None:
+            self._columns.setdefault(key, {})[column] = place
         elif image is not None:
             self._images.setdefault(key, {})[int(image)] = place
         else:
@@ -144,24 +144,24 @@ class TarShard(Shard):
         return self._map[offset : offset + size]
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each plane, and of `images`; the headers tell them."""
+        """Bytes of the frames of each column, and of `images`; the headers tell them."""
         found = Counter[str]()
         for places in self._images.values():
             found["images"] += sum(size for _, size in places.values())
-        for places in self._planes.values():
+        for places in self._columns.values():
             found.update({name: size for name, (_, size) in places.items()})
         return dict(found)
 
-    def _fetch(self, row: int, planes: Collection[str]) -> StoredRow:
+    def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
         key = self._keys[row]
         text = json.loads(self._bytes(self._text[key]))
-        images, frames = self._images.get(key, {}), self._planes.get(key, {})
+        images, frames = self._images.get(key, {}), self._columns.get(key, {})
         encoded = EncodedRow(
             key=key,
             source_id=text["source_id"],
             messages=text["messages"],
             images=tuple(self._bytes(images[number]) for number in range(len(images))),
-            frames={name: self._bytes(frames[name]) for name in frames.keys() & set(planes)},
+            frames={name: self._bytes(frames[name]) for name in frames.keys() & set(columns)},
             shared_from=text["shared_from"],
         )
         owner = None if encoded.shared_from is None else self._rows[encoded.shared_from]

@@ -21,9 +21,9 @@ import torch
 import xxhash
 import zstandard
 
-from teacher_cache.codec.columns import PART_PLANES, TIER_PARTS, output_planes
+from teacher_cache.codec.columns import PART_COLUMNS, TIER_PARTS, output_columns
 from teacher_cache.codec.frames import DTYPES
-from teacher_cache.codec.transforms import STAIRS, TRANSFORMS
+from teacher_cache.codec.transforms import RAGGED_DELTA, TRANSFORMS
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import LAYOUT_VERSION
 from teacher_cache.schema.options import RecordKind, ShardFormatName
@@ -98,7 +98,7 @@ def test_the_script_in_the_docs_decodes_what_the_reader_decodes(
     rows = [row for _, shard in shards for row in shard]
     assert [row["key"] for row in rows] == list(reader.keys)
     for index, row in enumerate(rows):
-        for name, values in output_planes(read(reader, index).output).items():
+        for name, values in output_columns(read(reader, index).output).items():
             wide = values.float() if values.dtype == torch.bfloat16 else values
             shown = [str(wide.numpy().dtype), list(wide.shape), wide.numpy().tobytes().hex()]
             assert row[name] == shown, (index, name)
@@ -189,11 +189,11 @@ def test_tarfile_opens_a_tar_shard(tmp_path: Path) -> None:
         assert text["source_id"] == stored.sample.source_id
         images = [name for name in members if name.startswith(key) and ".image." in name]
         assert [bytes.fromhex(members.pop(name)) for name in images] == list(stored.sample.images)
-        for name in output_planes(stored.output):
+        for name in output_columns(stored.output):
             content = zstandard.decompress(bytes.fromhex(members.pop(f"{key}.{name}.zst")))
             shape = struct.unpack_from(f"<{content[2]}I", content, 3)
             assert (content[0] in DTYPES, content[1] in TRANSFORMS) == (True, True)
-            assert shape == tuple(output_planes(stored.output)[name].shape)
+            assert shape == tuple(output_columns(stored.output)[name].shape)
     assert not members
 
 
@@ -232,12 +232,13 @@ def test_every_transform_and_both_sizes_of_floats_occur_in_these_shards(tmp_path
             for row in range(shard.num_rows):
                 frames = shard.read(row, ["v_ids", "v_logits", "a_cosine", "s_codes"]).frames
                 seen |= {(name, zstandard.decompress(each)[1]) for name, each in frames.items()}
-    assert {code for _, code in seen} == set(TRANSFORMS) - {STAIRS.code}  # test_format_forms.py
+    elsewhere = {RAGGED_DELTA.code}  # test_format_forms.py
+    assert {code for _, code in seen} == set(TRANSFORMS) - elsewhere
 
 
-def test_format_md_names_every_plane_dtype_and_transform() -> None:
+def test_format_md_names_every_column_dtype_and_transform() -> None:
     text = (DOCS / "format.md").read_text()
-    for name in chain.from_iterable(PART_PLANES.values()):
+    for name in chain.from_iterable(PART_COLUMNS.values()):
         assert f"`{re.sub('^g[1-9]', 'g<n>', name)}`" in text, name
     for code, dtype in DTYPES.items():
         assert f"| {code} | {str(dtype).removeprefix('torch.')} |" in text

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zstandard
 
-from teacher_cache.codec.columns import output_planes, state_planes, top_k_records
-from teacher_cache.codec.transforms import STAIRS
+from teacher_cache.codec.columns import output_columns, state_columns, top_k_records
+from teacher_cache.codec.transforms import RAGGED_DELTA
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import GridSettings
 from teacher_cache.schema.teacher_output import CachedSample
@@ -83,7 +83,7 @@ def test_the_second_script_gives_the_numbers_of_the_reader(
     rows = [row for file in files for row in run_alone(READ_NUMBERS, file, cwd=tmp_path)]
     for index, row in enumerate(rows):
         output = reader.read(index, reader.parts).output
-        expected: dict[str, torch.Tensor] = state_planes(output)
+        expected: dict[str, torch.Tensor] = state_columns(output)
         kept: dict[str, torch.Tensor] = {}
         for prefix, record in top_k_records(output).items():
             kept[prefix] = record.kept_mask
@@ -105,20 +105,20 @@ def test_the_second_script_gives_the_numbers_of_the_reader(
         assert {name.partition("_")[2] for name in expected.keys() - row.keys()} <= {"counts"}
 
 
-def test_stairs_occur_in_these_shards(tmp_path: Path) -> None:
-    for form, plane in (("mass", "v_logits"), ("both", "v_codes")):
+def test_ragged_deltas_occur_in_these_shards(tmp_path: Path) -> None:
+    for form, column in (("mass", "v_logits"), ("both", "v_codes")):
         _, files = form_cache(tmp_path / form, form)
-        frames = shard_format("arrow").open(files[0]).read(0, [plane]).frames
-        assert STAIRS.code == _content(frames[plane])[1]
+        frames = shard_format("arrow").open(files[0]).read(0, [column]).frames
+        assert RAGGED_DELTA.code == _content(frames[column])[1]
 
 
 def _content(frame: bytes) -> bytes:
     return zstandard.decompress(frame)
 
 
-def test_planes_of_a_record_whose_positions_keep_different_numbers_are_named() -> None:
+def test_columns_of_a_record_whose_positions_keep_different_numbers_are_named() -> None:
     output = make_output("topk", seed=0, ragged=True)
-    assert {"v_counts", "r_counts"} <= output_planes(output).keys()
+    assert {"v_counts", "r_counts"} <= output_columns(output).keys()
 
 
 def test_the_second_script_is_short_and_imports_numpy_alone() -> None:

@@ -171,7 +171,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
         sha256="0" * 64,
         cache=CACHE,
         index=0,
-        planes=(),
+        columns=(),
     )
     commit = ShardCommit(
         index=0,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.codec.columns import output_planes, parts_in
+from teacher_cache.codec.columns import output_columns, parts_in
 from teacher_cache.schema.fingerprint import tensor_bytes
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec, Plan
 from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
@@ -321,7 +321,7 @@ def assert_same_bits(left: Tensor, right: Tensor) -> None:
 def assert_same_outputs(left: TeacherOutput, right: TeacherOutput) -> None:
     assert (left.views, left.shared_from) == (right.views, right.shared_from)
     assert parts_in(left) == parts_in(right)
-    here, there = output_planes(left), output_planes(right)
+    here, there = output_columns(left), output_columns(right)
     assert here.keys() == there.keys()
     for name, values in here.items():
         assert_same_bits(values, there[name])

@@ -23,7 +23,7 @@ import zstandard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teacher_cache.codec.columns import output_from_planes, output_planes
+from teacher_cache.codec.columns import output_columns, output_from_columns
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.subset import Selection, subset_cache
@@ -119,11 +119,11 @@ def stored_shards(cache: Path) -> list[list[CachedSample]]:
 def halved(cached: CachedSample, ratios: tuple[float, ...] = ()) -> CachedSample:
     """The row with logits and states in bfloat16."""
     wide = ("_logits", "_predicting", "h_text", "h_vision")
-    planes = {
+    columns = {
         name: values.bfloat16() if name.endswith(wide) else values
-        for name, values in output_planes(cached.output).items()
+        for name, values in output_columns(cached.output).items()
     }
-    output = output_from_planes(planes, VOCAB_SIZE, None, ratios)
+    output = output_from_columns(columns, VOCAB_SIZE, None, ratios)
     owner = cached.output.shared_from
     return dataclasses.replace(cached, output=dataclasses.replace(output, shared_from=owner))
 

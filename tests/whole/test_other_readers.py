@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.codec.columns import output_planes
+from teacher_cache.codec.columns import output_columns
 from teacher_cache.codec.frames import decode_frame
 from tests.docs.test_format_docs import DOCS, read, run_alone, small_cache
 
@@ -36,7 +36,7 @@ print(json.dumps([
 
 
 def frame_of(row: dict[str, str], name: str) -> torch.Tensor:
-    """The tensor in a plane that was read as hexadecimal digits."""
+    """The tensor in a column that was read as hexadecimal digits."""
     return decode_frame(bytes.fromhex(row[name]))
 
 
@@ -70,10 +70,10 @@ def test_the_join_in_the_docs_completes_rows_that_share(tmp_path: Path) -> None:
     assert sorted(row[0] for row in rows) == sorted(reader.keys)
     for key, images, v_ids, r_ids in rows:
         stored = read(reader, reader.find(key))
-        planes = output_planes(stored.output)
+        columns = output_columns(stored.output)
         assert [bytes.fromhex(image) for image in images] == list(stored.sample.images)
-        assert torch.equal(decode_frame(bytes.fromhex(v_ids)), planes["v_ids"])
-        assert torch.equal(decode_frame(bytes.fromhex(r_ids)), planes["r_ids"])
+        assert torch.equal(decode_frame(bytes.fromhex(v_ids)), columns["v_ids"])
+        assert torch.equal(decode_frame(bytes.fromhex(r_ids)), columns["r_ids"])
 
 
 @pytest.fixture(autouse=True)
@@ -88,5 +88,5 @@ def test_hugging_face_datasets_reads_arrow_shards(tmp_path: Path) -> None:
     for index, row in enumerate(rows):
         stored = read(reader, index)
         assert [bytes.fromhex(image) for image in row["images"]] == list(stored.sample.images)
-        for name, values in output_planes(stored.output).items():
+        for name, values in output_columns(stored.output).items():
             assert torch.equal(frame_of(row, name), values), name

@@ -13,7 +13,7 @@ from student_train.losses.require_served import require_served
 from student_train.signals.from_cache import TeacherAssets, vision_signal
 from student_train.signals.teacher_signal import HiddenSignal
 from student_train.signals.top_k import TopKSignal
-from teacher_cache.codec.columns import output_planes
+from teacher_cache.codec.columns import output_columns
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordKind, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
@@ -35,7 +35,7 @@ def teacher(tiny_folder: TinyFolder) -> Teacher:
     return Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
 
 
-def test_every_plane_is_that_of_the_tier_alone(tmp_path: Path, teacher: Teacher) -> None:
+def test_every_column_is_that_of_the_tier_alone(tmp_path: Path, teacher: Teacher) -> None:
     both = _cache(tmp_path, teacher, "topk+sketch+hidden")
     assert both.parts == {"vision", "sketch", "affinity", "response", "hidden"}
     assert both.sketch_basis().digest == both.spec.sketch_digest
@@ -43,10 +43,10 @@ def test_every_plane_is_that_of_the_tier_alone(tmp_path: Path, teacher: Teacher)
     for tier in TIERS:
         alone = _cache(tmp_path, teacher, tier)
         for index in range(len(both)):
-            planes = output_planes(both.read(index, alone.parts).output)
-            expected = output_planes(alone.read(index, alone.parts).output)
-            assert planes.keys() == expected.keys()
-            for name, values in planes.items():
+            columns = output_columns(both.read(index, alone.parts).output)
+            expected = output_columns(alone.read(index, alone.parts).output)
+            assert columns.keys() == expected.keys()
+            for name, values in columns.items():
                 assert_same_bits(values, expected[name])
 
 
@@ -80,7 +80,7 @@ def test_a_student_learns_from_the_tier_that_was_chosen(
         assert isinstance(signal, HiddenSignal if tier == "hidden" else TopKSignal)
         expected = known.get(tuple(output.content_ids.tolist()))
         if expected is not None:
-            assert output_planes(output).keys() == output_planes(expected).keys()
+            assert output_columns(output).keys() == output_columns(expected).keys()
     default = _first_batch(both, teacher, None).outputs
     assert all(output.hidden is not None and output.vision is None for output in default)
 

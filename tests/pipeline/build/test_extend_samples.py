@@ -16,7 +16,7 @@ from pipeline.build.extend_records import RecordExtender, extend_records, joined
 from pipeline.build.extend_samples import extend_samples
 from pipeline.config.extend import ExtendConfig
 from pipeline.inspection.verify_teacher import verify_teacher
-from teacher_cache.codec.columns import output_planes
+from teacher_cache.codec.columns import output_columns
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
@@ -32,16 +32,16 @@ from tests.support.tiny import tiny_llava
 
 
 def _assert_same_rows(found: CacheReader, expected: CacheReader) -> None:
-    """Same keys in the same order, same samples, same planes to the bit."""
+    """Same keys in the same order, same samples, same columns to the bit."""
     assert found.keys == expected.keys
     assert found.parts == expected.parts
     for index in range(len(expected)):
         ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
         assert ours.sample == theirs.sample
         assert ours.output.shared_from == theirs.output.shared_from
-        planes = output_planes(theirs.output)
-        for name, values in output_planes(ours.output).items():
-            assert_same_bits(values, planes[name])
+        columns = output_columns(theirs.output)
+        for name, values in output_columns(ours.output).items():
+            assert_same_bits(values, columns[name])
 
 
 def _sound(out: Path, model: Path) -> CacheReader:
@@ -152,8 +152,8 @@ def test_extended_by_records_is_built_with_all_of_them(
     subset_cache(tmp_path / "more", tmp_path / "part", Selection(keys=more.keys[1:4]))
     part = _sound(tmp_path / "part", model)
     for index, key in enumerate(part.keys):
-        ours = output_planes(part.read(index, part.parts).output)
-        theirs = output_planes(more.read(more.find(key), more.parts).output)
+        ours = output_columns(part.read(index, part.parts).output)
+        theirs = output_columns(more.read(more.find(key), more.parts).output)
         assert all(ours[name].equal(values) for name, values in theirs.items())
 
 
@@ -272,7 +272,7 @@ def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> No
     more = _sound(tmp_path / "more", model)
     assert (more.spec.hidden_dtype, more.spec.hidden_group) == ("int8", 8)
     assert more.spec.logits_codec == "exact"
-    scales = {name for file in more.seal.shards[0].files[1:] for name in file.planes}
+    scales = {name for file in more.seal.shards[0].files[1:] for name in file.columns}
     assert "h_vision_scale" in scales
 
 

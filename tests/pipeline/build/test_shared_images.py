@@ -10,7 +10,7 @@ from pipeline.build.build import CacheBuilder, build
 from pipeline.build.shard_builder import missing_shards
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.inspection.verify_teacher import verify_teacher
-from teacher_cache.codec.columns import VISION_PLANES, encode_plane, output_planes
+from teacher_cache.codec.columns import VISION_COLUMNS, encode_column, output_columns
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
@@ -99,13 +99,13 @@ def test_questions_about_one_image_share_what_the_teacher_says_of_it(
     for sample in QUESTIONS:
         cached = found[sample.source_id]
         assert cached.sample == alone[sample.source_id].sample == sample
-        ours, theirs = output_planes(cached.output), output_planes(alone[sample.source_id].output)
+        ours, theirs = output_columns(cached.output), output_columns(alone[sample.source_id].output)
         for name, values in ours.items():
             if name not in ("v_ids", "r_ids", "s_codes"):  # neighbours change the last bits
                 torch.testing.assert_close(values, theirs[name], atol=0.02, rtol=0.02)
         if sample.source_id in OWNERS:
-            owner = output_planes(found[OWNERS[sample.source_id]].output)
-            for name in VISION_PLANES & ours.keys():
+            owner = output_columns(found[OWNERS[sample.source_id]].output)
+            for name in VISION_COLUMNS & ours.keys():
                 assert_same_bits(ours[name], owner[name])
 
 
@@ -116,9 +116,9 @@ def test_bytes_shrink_by_what_is_shared(config: BuildConfig, form: str) -> None:
     saved -= build(shared).num_bytes
     found = rows(shared)
     guests = [found[name] for name in OWNERS]
-    planes = [output_planes(guest.output) for guest in guests]
+    columns = [output_columns(guest.output) for guest in guests]
     frames = [
-        encode_plane(name, each[name]) for each in planes for name in VISION_PLANES & each.keys()
+        encode_column(name, each[name]) for each in columns for name in VISION_COLUMNS & each.keys()
     ]
     bare = sum(map(len, frames)) + sum(len(i) for guest in guests for i in guest.sample.images)
     assert saved > 0.9 * bare  # owners' names take some
@@ -179,7 +179,7 @@ def test_damage_to_an_owners_record_is_found_in_all_that_share_it(
     seal = build(damaged)
     found = rows(damaged)
     assert not verify_cache(open_store(damaged.out)).problems
-    frame = encode_plane("v_logits", output_planes(found["b0"].output)["v_logits"])
+    frame = encode_column("v_logits", output_columns(found["b0"].output)["v_logits"])
     [path] = [
         path
         for commit in seal.shards

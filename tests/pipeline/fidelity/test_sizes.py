@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.build.response_grid import with_grid
 from pipeline.config.plan import PlanConfig
-from pipeline.fidelity.sizes import SampleShape, Tier, plan, plane_bytes, render_plan, tiers
-from teacher_cache.codec.columns import output_planes
+from pipeline.fidelity.sizes import SampleShape, Tier, column_bytes, plan, render_plan, tiers
+from teacher_cache.codec.columns import output_columns
 from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
@@ -41,7 +41,7 @@ GRID = GridSettings(compressor="random", layer=1, ratios=(0.3, 0.6))
     ],
 )
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_planes_have_the_bytes_that_are_planned(
+def test_columns_have_the_bytes_that_are_planned(
     tier: Tier, changes: dict[str, Any], number: int, tiny_folder: TinyFolder
 ) -> None:
     """Samples 0..3: one image; several turns; text alone; two images."""
@@ -78,9 +78,9 @@ def test_planes_have_the_bytes_that_are_planned(
         if varies
         else None,
     )
-    planes = output_planes(output, teacher.spec(settings, batch_size=1))
-    found = {name: values.numel() * values.element_size() for name, values in planes.items()}
-    assert plane_bytes(shape, tier) == found
+    columns = output_columns(output, teacher.spec(settings, batch_size=1))
+    found = {name: values.numel() * values.element_size() for name, values in columns.items()}
+    assert column_bytes(shape, tier) == found
 
 
 def test_tiers_are_capped_at_vocabulary_and_width() -> None:
@@ -94,7 +94,7 @@ def test_each_ratio_takes_as_much_as_the_response_itself() -> None:
         num_views=1, num_vision=4, num_content=9, num_text=9, num_response=5, hidden_size=8
     )
     tier = Tier(records="topk", top_k=3)
-    without, with_three = (plane_bytes(replace(shape, num_ratios=n), tier) for n in (0, 3))
+    without, with_three = (column_bytes(replace(shape, num_ratios=n), tier) for n in (0, 3))
     response = sum(size for name, size in without.items() if name.startswith("r_"))
     assert sum(with_three.values()) - sum(without.values()) == 3 * response
     small, large = (plan(PlanConfig(ratios=ratios)).tiers for ratios in ((), (0.25, 0.5, 0.75)))

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.inspection.cache import describe_cache, render
 from pipeline.inspection.sample import describe_sample
-from teacher_cache.codec.columns import PART_PLANES
+from teacher_cache.codec.columns import PART_COLUMNS
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import IncompleteCacheError, ShardCorruptError
@@ -75,7 +75,7 @@ def test_bytes_of_parts_are_those_of_the_frames(tmp_path: Path, form: ShardForma
     for row in (row.without_shared for row in rows_of(cache)):
         expected["images"] += sum(len(image) for image in row.images)
         for name, frame in row.frames.items():
-            expected["hidden" if name in PART_PLANES["hidden"] else "tokens"] += len(frame)
+            expected["hidden" if name in PART_COLUMNS["hidden"] else "tokens"] += len(frame)
     around = cache.seal.num_bytes - sum(expected.values())
     assert shown == {"shards": 3, **expected, "around": around}
     assert around > 0

@@ -15,7 +15,7 @@ from pipeline.config.extend import ExtendConfig
 from pipeline.inspection.cache import describe_cache
 from pipeline.inspection.sample import describe_sample
 from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
-from teacher_cache.codec.columns import output_planes
+from teacher_cache.codec.columns import output_columns
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import RecordKind
@@ -111,9 +111,9 @@ def test_new_records_get_a_grid_too(
     assert found.spec == expected.spec
     assert found.parts == expected.parts >= {"response_grid", "hidden_grid"}
     for index in range(len(found)):
-        planes = output_planes(expected.read(index, expected.parts).output)
-        for name, values in output_planes(found.read(index, found.parts).output).items():
-            assert_same_bits(values, planes[name])
+        columns = output_columns(expected.read(index, expected.parts).output)
+        for name, values in output_columns(found.read(index, found.parts).output).items():
+            assert_same_bits(values, columns[name])
 
 
 @pytest.mark.parametrize("records", ["topk", "hidden"])

@@ -13,7 +13,7 @@ from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import CONFIG_FILE, student_identity, train
 from student_train.models.trainable import PART_PREFIXES, Part
-from teacher_cache.codec.columns import encode_plane, output_planes
+from teacher_cache.codec.columns import encode_column, output_columns
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
@@ -148,7 +148,7 @@ def test_a_flipped_bit_of_a_record_stops_training_and_names_file_and_sample(
 ) -> None:
     damaged = _copy(Path(reader.cache.url), tmp_path / "damaged")
     victim = reader.read(4, ["vision"])
-    frame = encode_plane("v_logits", output_planes(victim.output)["v_logits"])
+    frame = encode_column("v_logits", output_columns(victim.output)["v_logits"])
     file = damaged / reader.seal.shards[1].files[0].file
     intact = file.read_bytes()
     flipped = bytearray(intact)

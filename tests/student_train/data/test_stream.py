@@ -21,7 +21,7 @@ from student_train.data.stream import (
     TrainingStream,
     parts_needed,
 )
-from teacher_cache.codec.columns import planes_of
+from teacher_cache.codec.columns import columns_of
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample
@@ -188,7 +188,7 @@ def test_frames_that_the_objective_does_not_need_are_not_even_decompressed(
     objective = preset(name)
     stream = stream_of(reader, teacher.encoder.encode, objective=objective, batch_size=2)
     batch = next(iter(stream))
-    needed = planes_of(parts_needed(objective, "topk+sketch"), reader.spec)
+    needed = columns_of(parts_needed(objective, "topk+sketch"), reader.spec)
     assert len(decoded) == len(needed) * len(batch.outputs)
     assert len(needed) == {"supervised": 3, "rld": 8, "emkd": 17}[name]
 

@@ -17,7 +17,7 @@ from student_train.divergence.divergence import Divergence, forward_kl, jensen_s
 from student_train.divergence.student_rows import largest_entries
 from student_train.signals.from_cache import TeacherAssets, response_signal
 from student_train.signals.teacher_signal import DenseSignal, TopKSignal
-from teacher_cache.codec.columns import encode_planes, output_from_planes, output_planes
+from teacher_cache.codec.columns import encode_columns, output_columns, output_from_columns
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
@@ -94,9 +94,9 @@ def test_bounds_hold_of_the_teacher_that_a_cache_was_made_with(
         after_image=torch.zeros(5, dtype=torch.bool),
         response=record,
     )
-    frames = encode_planes(output_planes(output, spec))
-    planes = {name: decode_frame(frame) for name, frame in frames.items()}
-    signal = response_signal(output_from_planes(planes, VOCAB, k), TeacherAssets())
+    frames = encode_columns(output_columns(output, spec))
+    columns = {name: decode_frame(frame) for name, frame in frames.items()}
+    signal = response_signal(output_from_columns(columns, VOCAB, k), TeacherAssets())
     assert isinstance(signal, TopKSignal)
     true = reverse_kl(student, DenseSignal(logits=teacher)).value
     found = reverse_kl(student, signal)

@@ -14,14 +14,21 @@ from teacher_cache.codec import frames
 from teacher_cache.codec.columns import (
     TIER_PARTS,
     Part,
-    encode_plane,
-    output_from_planes,
-    output_planes,
+    columns_of,
+    encode_column,
+    output_columns,
+    output_from_columns,
     parts_in,
-    planes_of,
 )
 from teacher_cache.codec.frames import DTYPES, decode_frame, encode_frame
-from teacher_cache.codec.transforms import DICTIONARY, PLANES, RANKS, TRANSFORMS, Transform, stairs
+from teacher_cache.codec.transforms import (
+    BYTE_STREAM_SPLIT,
+    DELTA_BY_RANK,
+    DICTIONARY,
+    TRANSFORMS,
+    Transform,
+    ragged_delta,
+)
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind
 from tests.support.strategies import (
@@ -71,9 +78,9 @@ def test_a_frame_can_be_read_without_this_package() -> None:
     ("transform", "payload"),
     [
         # 1.5 is 0x3fc00000, -2.0 is 0xc0000000: the lowest bytes of both, the next ones, ...
-        (PLANES, "0000 0000 c000 3fc0"),
+        (BYTE_STREAM_SPLIT, "0000 0000 c000 3fc0"),
         # In descending order 1.5 is 0x403fffff and -2.0 is 0xc0000000: 0x7fc00001 more.
-        (RANKS, "ff01 ff00 3fc0 407f"),
+        (DELTA_BY_RANK, "ff01 ff00 3fc0 407f"),
         # Two entries, ascending as integers: 0x3fc00000, then 0x80400000 more; places 0 and 1.
         (DICTIONARY, "02000000 0000 0000 c040 3f80 00 01"),
     ],
@@ -121,7 +128,7 @@ def test_what_a_hostile_header_says_is_not_repeated_at_length() -> None:
 
 def test_threads_decode_side_by_side() -> None:
     tensors = [torch.arange(n, n + 5000, dtype=torch.int32) for n in range(64)]
-    encoded = [encode_frame(tensor, [PLANES]) for tensor in tensors]
+    encoded = [encode_frame(tensor, [BYTE_STREAM_SPLIT]) for tensor in tensors]
     with ThreadPoolExecutor(8) as pool:
         for tensor, decoded in zip(tensors, pool.map(decode_frame, encoded), strict=True):
             assert_same_bits(decoded, tensor)
@@ -157,24 +164,24 @@ def _frame(content: bytes, checksum: bool = True, content_size: bool = True) -> 
     ).compress(content)
 
 
-def _stairs(lengths: list[int], count: int) -> bytes:
+def _ragged(lengths: list[int], count: int) -> bytes:
     """A frame of `count` bytes in ranks of those lengths."""
-    planes = b"".join(
+    columns = b"".join(
         bytes(length >> shift & 255 for length in lengths) for shift in (0, 8, 16, 24)
     )
     header = struct.pack("<BBBII", 6, 4, 1, count, len(lengths))
-    return _frame(header + planes + bytes(count))
+    return _frame(header + columns + bytes(count))
 
 
-def test_stairs_of_true_lengths_are_read_and_steps_go_down_the_ranks() -> None:
-    assert decode_frame(_stairs([2, 1], 3)).shape == (3,)
+def test_ragged_deltas_of_true_lengths_are_read_rank_by_rank() -> None:
+    assert decode_frame(_ragged([2, 1], 3)).shape == (3,)
     # Rows (1.5, -2.0) and (1.5); steps as in test_the_bytes_of_a_transform_are_these.
     values = torch.tensor([1.5, 1.5, -2.0])
-    content = zstandard.decompress(encode_frame(values, [stairs([2, 1])]))
+    content = zstandard.decompress(encode_frame(values, [ragged_delta([2, 1])]))
     header = struct.pack("<BBBII", 1, 4, 1, 3, 2) + bytes.fromhex("0201 0000 0000 0000")
     assert content.hex() == (header + bytes.fromhex("ffff01 ffff00 3f3fc0 40407f")).hex()
-    with pytest.raises(ValueError, match="are no stairs of 3"):
-        encode_frame(values, [stairs([2, 2])])
+    with pytest.raises(ValueError, match="are no ragged_delta of 3"):
+        encode_frame(values, [ragged_delta([2, 2])])
 
 
 @pytest.mark.parametrize(
@@ -194,9 +201,9 @@ def test_stairs_of_true_lengths_are_read_and_steps_go_down_the_ranks() -> None:
         _frame(struct.pack("<BBBIIfBB", 1, 3, 1, 2, 1, 1.5, 0, 1)),
         _frame(struct.pack("<BBBI", 1, 4, 1, 2) + bytes(3)),
         _frame(struct.pack("<BBBII", 1, 4, 1, 2, 2**32 - 1) + bytes(16)),
-        _stairs([1, 2], 3),
-        _stairs([2, 0, 1], 3),
-        _stairs([2, 2], 3),
+        _ragged([1, 2], 3),
+        _ragged([2, 0, 1], 3),
+        _ragged([2, 2], 3),
         _frame(struct.pack("<BBB", 1, 0, 200) + bytes(8)),
         _frame(struct.pack("<BBB9I", 1, 0, 9, 2, *[1] * 8) + bytes(8)),
         _frame(b""),
@@ -208,7 +215,7 @@ def test_stairs_of_true_lengths_are_read_and_steps_go_down_the_ranks() -> None:
         "shape",
         "huge-shape",
         "huge-empty-plain",
-        "huge-empty-planes",
+        "huge-empty-columns",
         "huge-empty-ranks",
         "huge-empty-dictionary",
         "transform",
@@ -216,11 +223,11 @@ def test_stairs_of_true_lengths_are_read_and_steps_go_down_the_ranks() -> None:
         "cut-dictionary",
         "huge-dictionary",
         "place-outside-dictionary",
-        "cut-stairs",
-        "huge-stairs",
-        "ascending-stairs",
-        "empty-step-of-stairs",
-        "stairs-of-other-values",
+        "cut-ragged_delta",
+        "huge-ragged_delta",
+        "ascending-ragged_delta",
+        "empty-step-of-ragged_delta",
+        "ragged_delta-of-other-values",
         "cut-header",
         "many-dims",
         "empty",
@@ -249,27 +256,27 @@ def test_a_dictionary_that_would_grow_beyond_the_limit_is_refused(
 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), records=st.sampled_from(TIERS))
-def test_any_output_comes_back_from_its_planes(data: st.DataObject, records: RecordKind) -> None:
+def test_any_output_comes_back_from_its_columns(data: st.DataObject, records: RecordKind) -> None:
     output = data.draw(teacher_outputs(records))
-    planes = output_planes(output)
-    assert set(planes) == planes_of(TIER_PARTS[records])
-    encoded = {name: encode_plane(name, values) for name, values in planes.items()}
+    columns = output_columns(output)
+    assert set(columns) == columns_of(TIER_PARTS[records])
+    encoded = {name: encode_column(name, values) for name, values in columns.items()}
     decoded = {name: decode_frame(frame) for name, frame in encoded.items()}
-    assert_same_outputs(output_from_planes(decoded, VOCAB_SIZE), output)
+    assert_same_outputs(output_from_columns(decoded, VOCAB_SIZE), output)
 
 
 @pytest.mark.parametrize("records", TIERS)
 def test_parts_that_were_not_asked_for_are_none(records: RecordKind) -> None:
-    planes = output_planes(make_output(records, seed=0))
+    columns = output_columns(make_output(records, seed=0))
     for part in TIER_PARTS[records]:
-        asked = {name: values for name, values in planes.items() if name in planes_of({part})}
-        assert parts_in(output_from_planes(asked, VOCAB_SIZE)) == {part}
+        asked = {name: values for name, values in columns.items() if name in columns_of({part})}
+        assert parts_in(output_from_columns(asked, VOCAB_SIZE)) == {part}
 
 
 @pytest.mark.parametrize("part", ["vision", "sketch", "response", "hidden"])
 def test_half_a_part_is_an_error(part: Part) -> None:
     records: RecordKind = "hidden" if part == "hidden" else "topk+sketch"
-    planes = output_planes(make_output(records, seed=0))
-    for name in sorted(planes_of({part}) - planes_of(())):
+    columns = output_columns(make_output(records, seed=0))
+    for name in sorted(columns_of({part}) - columns_of(())):
         with pytest.raises(KeyError, match=name):
-            output_from_planes({n: v for n, v in planes.items() if n != name}, VOCAB_SIZE)
+            output_from_columns({n: v for n, v in columns.items() if n != name}, VOCAB_SIZE)

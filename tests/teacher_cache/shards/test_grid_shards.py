@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.codec.columns import encode_plane, encode_planes, output_planes, planes_of
+from teacher_cache.codec.columns import columns_of, encode_column, encode_columns, output_columns
 from teacher_cache.codec.error_bounds import CodecError, require_within_bounds
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
@@ -79,7 +79,7 @@ def test_any_output_with_a_grid_comes_back_to_the_bit(
     spec = make_spec(records, grid=grid, **(MASS if ragged else {}))
     row = CachedSample(sample=make_cached(0).sample, output=output)
     encoded = encode_row(row, spec)
-    assert encoded.frames.keys() == planes_of(tier_parts(spec), spec)
+    assert encoded.frames.keys() == columns_of(tier_parts(spec), spec)
     back = decode_row(encoded, spec).output
     assert_same_outputs(back, output)
     assert tuple(back.response_grid or back.hidden_grid or ()) == ratios
@@ -97,16 +97,16 @@ def test_eight_bits_are_held_to_their_bound_in_the_grid_too(
         assert all(states.dtype == torch.float32 for states in back.hidden_grid.values())
     tight = {name: 1e-9 for name in changes if name.endswith("max_error")}
     calm = dataclasses.replace(row.output, vision=None, response=None, affinity=None, hidden=None)
-    planes = output_planes(calm, spec)
-    with pytest.raises(CodecError, match="plane g1_"):
-        require_within_bounds("s", calm, planes, dataclasses.replace(spec, **tight))
+    columns = output_columns(calm, spec)
+    with pytest.raises(CodecError, match="column g1_"):
+        require_within_bounds("s", calm, columns, dataclasses.replace(spec, **tight))
 
 
 def test_a_grid_is_read_only_where_it_is_asked_for(tmp_path: Path) -> None:
     reader = cache(tmp_path / "cache")
     assert {"response_grid", "hidden_grid"} <= reader.parts
-    planes = planes_of({"response"}, reader.spec)
-    assert not [name for name in planes if name.startswith("g")]
+    columns = columns_of({"response"}, reader.spec)
+    assert not [name for name in columns if name.startswith("g")]
     assert reader.read(0, {"response"}).output.response_grid is None
     grid = reader.read(0, {"response_grid"}).output
     assert grid.response is None
@@ -149,23 +149,23 @@ HOSTILE: list[tuple[RecordKind, dict[str, Any], str, Callable[[Tensor], Tensor]]
 
 
 @pytest.mark.parametrize("form", ["arrow", "webdataset"])
-@pytest.mark.parametrize(("records", "changes", "plane", "change"), HOSTILE)
-def test_planes_that_lie_are_refused_although_their_checks_are_right(
+@pytest.mark.parametrize(("records", "changes", "column", "change"), HOSTILE)
+def test_columns_that_lie_are_refused_although_their_checks_are_right(
     tmp_path: Path,
     records: RecordKind,
     changes: dict[str, Any],
-    plane: str,
+    column: str,
     change: Callable[[Tensor], Tensor],
     form: ShardFormatName,
 ) -> None:
     spec = make_spec(records, grid=GRID, **changes)
     row = cached(3, records, ragged="top_p" in changes)
-    planes = output_planes(row.output, spec)
-    lie = encode_plane(plane, change(planes[plane].clone()))
+    columns = output_columns(row.output, spec)
+    lie = encode_column(column, change(columns[column].clone()))
     hostile = dataclasses.replace(
-        encode_row(row, spec), frames={**encode_planes(planes), plane: lie}
+        encode_row(row, spec), frames={**encode_columns(columns), column: lie}
     )
-    shard_format(form).write(tmp_path / "s", [hostile], planes_of(tier_parts(spec), spec), {})
+    shard_format(form).write(tmp_path / "s", [hostile], columns_of(tier_parts(spec), spec), {})
     shard = shard_format(form).open(tmp_path / "s")
     with pytest.raises(ShardCorruptError, match=row.sample.key):
         read_sample(shard, 0, row.sample.key, tier_parts(spec), spec)

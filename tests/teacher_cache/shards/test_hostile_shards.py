@@ -19,7 +19,7 @@ import pytest
 import torch
 import zstandard
 
-from teacher_cache.codec.columns import TIER_PARTS, encode_plane, output_planes, planes_of
+from teacher_cache.codec.columns import TIER_PARTS, columns_of, encode_column, output_columns
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.shards.arrow_layout import batch_blocks
@@ -31,7 +31,7 @@ from tests.support.strategies import VOCAB_SIZE, assert_same, make_cached, make_
 
 FORMS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
 PARTS = TIER_PARTS["topk"]
-PLANES = planes_of(PARTS)
+COLUMNS = columns_of(PARTS)
 CACHED = [make_cached(1), make_cached(2)]
 SPEC = make_spec("topk")
 LITTLE = 2**27
@@ -43,7 +43,7 @@ def rows() -> list[EncodedRow]:
 
 
 def write(path: Path, form: ShardFormatName, content: Sequence[EncodedRow] | None = None) -> Path:
-    shard_format(form).write(path, rows() if content is None else content, PLANES, {"a": "b"})
+    shard_format(form).write(path, rows() if content is None else content, COLUMNS, {"a": "b"})
     return path
 
 
@@ -55,7 +55,7 @@ def read(path: Path, form: ShardFormatName, row: int = 0) -> None:
 
 
 def _bomb(num_bytes: int) -> bytes:
-    """A frame of a consistent plane: zeros, so many that a few kilobytes hold them."""
+    """A frame of a consistent column: zeros, so many that a few kilobytes hold them."""
     header = struct.pack("<BBBI", 1, 0, 1, (num_bytes - 7) // 4)
     stream = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj(size=num_bytes)
     pieces = [stream.compress(header)]
@@ -73,9 +73,9 @@ def _claim(num_bytes: int) -> bytes:
 
 
 def _changed(name: str, change: Callable[[torch.Tensor], object]) -> bytes:
-    values = output_planes(CACHED[0].output)[name].clone()
+    values = output_columns(CACHED[0].output)[name].clone()
     change(values)
-    return encode_plane(name, values)
+    return encode_column(name, values)
 
 
 FRAMES: dict[str, tuple[str, Callable[[], bytes], str]] = {
@@ -116,9 +116,9 @@ def test_a_hostile_frame_is_refused(
     tmp_path: Path, form: ShardFormatName, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plane, make, found = FRAMES[name]
+    column, make, found = FRAMES[name]
     first, second = rows()
-    bad = dataclasses.replace(first, frames={**first.frames, plane: make()})
+    bad = dataclasses.replace(first, frames={**first.frames, column: make()})
     path = write(tmp_path / "shard", form, [bad, second])
     with little_memory(LITTLE), pytest.raises(ShardCorruptError, match=found) as refused:
         read(path, form)

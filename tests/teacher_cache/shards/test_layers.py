@@ -30,17 +30,17 @@ from tests.support.strategies import assert_same, make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
 LATER = frozenset({"a_cosine"})
-"""Planes that the layered shards of these tests have in a second file."""
+"""Columns that the layered shards of these tests have in a second file."""
 
 
 def encoded(rows: Sequence[CachedSample]) -> list[EncodedRow]:
     return [encode_row(row, make_spec()) for row in rows]
 
 
-def with_planes(row: EncodedRow, later: bool) -> EncodedRow:
+def with_columns(row: EncodedRow, later: bool) -> EncodedRow:
     """The row as the first file has it, or as the layer has it."""
-    planes = {name: frame for name, frame in row.frames.items() if (name in LATER) == later}
-    return dataclasses.replace(row, frames=planes, images=() if later else row.images)
+    columns = {name: frame for name, frame in row.frames.items() if (name in LATER) == later}
+    return dataclasses.replace(row, frames=columns, images=() if later else row.images)
 
 
 def write_layers(
@@ -49,8 +49,8 @@ def write_layers(
     """Shard 0 in two files."""
     first = base[0].frames.keys() - LATER
     files = (
-        write_shard_file(store, plan, 0, [with_planes(row, False) for row in base], first),
-        write_shard_file(store, plan, 0, [with_planes(row, True) for row in layer], LATER),
+        write_shard_file(store, plan, 0, [with_columns(row, False) for row in base], first),
+        write_shard_file(store, plan, 0, [with_columns(row, True) for row in layer], LATER),
     )
     return commit_shard(store, plan, record(files, len(base)))
 
@@ -114,18 +114,18 @@ def test_layers_of_other_rows_are_refused(tmp_path: Path) -> None:
         seal_cache(store)
     for wrong in (good[::-1], good[:1]):
         with pytest.raises(ValueError, match="not the samples of the plan"):
-            write_shard_file(store, plan, 0, [with_planes(row, True) for row in wrong], LATER)
+            write_shard_file(store, plan, 0, [with_columns(row, True) for row in wrong], LATER)
 
 
-def test_files_must_hold_every_plane_once(tmp_path: Path) -> None:
+def test_files_must_hold_every_column_once(tmp_path: Path) -> None:
     (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
     plan = write_plan(store, make_plan([rows]))
-    planes = encoded(rows)[0].frames.keys()
-    file = write_shard_file(store, plan, 0, encoded(rows), planes)
-    short = dataclasses.replace(file, planes=tuple(sorted(planes - LATER)))
+    columns = encoded(rows)[0].frames.keys()
+    file = write_shard_file(store, plan, 0, encoded(rows), columns)
+    short = dataclasses.replace(file, columns=tuple(sorted(columns - LATER)))
     for files in ((), (file, file), (short,)):
-        with pytest.raises(ValueError, match="its files hold planes"):
+        with pytest.raises(ValueError, match="its files hold columns"):
             commit_shard(store, plan, record(files, 2))
     with pytest.raises(ValueError, match="1 rows and 0 rejected"):
         commit_shard(store, plan, record((file,), 1))

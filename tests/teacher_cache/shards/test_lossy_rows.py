@@ -1,4 +1,4 @@
-"""Rows of every form through a shard: exact or within the stated bound, hostile planes refused."""
+"""Rows of every form through a shard: exact or within the stated bound, hostile columns refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from teacher_cache.codec.columns import (
     TIER_PARTS,
-    encode_plane,
-    encode_planes,
-    output_planes,
-    planes_of,
+    columns_of,
+    encode_column,
+    encode_columns,
+    output_columns,
 )
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.schema.errors import ShardCorruptError
@@ -106,13 +106,13 @@ def test_any_hidden_output_comes_back_within_its_bound(data: st.DataObject, grou
 def test_codes_that_are_read_back_and_stored_again_lose_nothing_more() -> None:
     spec = make_spec("topk", **{**MASS, **CODES, **COSINES})
     once = _back(make_output("topk", 1, ragged=True, num_kept=9), spec)
-    twice = output_planes(_back(once, spec))
-    for name, values in output_planes(once).items():
+    twice = output_columns(_back(once, spec))
+    for name, values in output_columns(once).items():
         assert torch.equal(twice[name], values), name
 
 
 @pytest.mark.parametrize(
-    ("changes", "plane", "remedy"),
+    ("changes", "column", "remedy"),
     [
         ({**CODES, "logits_max_error": 1e-6}, "v_codes", "choose logits_codec exact"),
         ({**COSINES, "affinity_max_error": 1e-6}, "a_codes", "choose affinity_dtype float16"),
@@ -120,14 +120,14 @@ def test_codes_that_are_read_back_and_stored_again_lose_nothing_more() -> None:
     ],
 )
 def test_the_writer_refuses_a_sample_that_loses_more_than_the_spec_states(
-    changes: dict[str, Any], plane: str, remedy: str
+    changes: dict[str, Any], column: str, remedy: str
 ) -> None:
     records = "hidden" if "hidden_dtype" in changes else "topk"
     cached = _cached(make_output(records, 0, num_kept=6))
     with pytest.raises(CodecError) as caught:
         encode_row(cached, make_spec(records, **changes))
     message = str(caught.value)
-    assert f"sample {cached.sample.key} ({cached.sample.source_id}): plane {plane} has" in message
+    assert f"sample {cached.sample.key} ({cached.sample.source_id}): column {column} has" in message
     assert "is 1e-06" in message
     assert remedy in message
 
@@ -148,8 +148,8 @@ def test_ids_of_any_vocabulary_up_to_2_24_come_back(tmp_path: Path, token: int) 
     cached = _cached(dataclasses.replace(output, vision=record, response=_none(record)))
     spec = make_spec("topk", vocab_size=token + 1)
     path = tmp_path / "shard"
-    planes = planes_of(TIER_PARTS["topk"], spec)
-    shard_format("arrow").write(path, [encode_row(cached, spec)], planes, {})
+    columns = columns_of(TIER_PARTS["topk"], spec)
+    shard_format("arrow").write(path, [encode_row(cached, spec)], columns, {})
     shard = shard_format("arrow").open(path)
     back = read_sample(shard, 0, cached.sample.key, TIER_PARTS["topk"], spec).output
     assert back.vision is not None
@@ -207,19 +207,19 @@ HOSTILE: list[tuple[dict[str, Any], str, Callable[[Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "plane", "change"), HOSTILE)
-def test_planes_that_lie_are_refused_although_their_checks_are_right(
-    tmp_path: Path, changes: dict[str, Any], plane: str, change: Callable[[Tensor], Tensor]
+@pytest.mark.parametrize(("changes", "column", "change"), HOSTILE)
+def test_columns_that_lie_are_refused_although_their_checks_are_right(
+    tmp_path: Path, changes: dict[str, Any], column: str, change: Callable[[Tensor], Tensor]
 ) -> None:
     records = "hidden" if "hidden_dtype" in changes else "topk"
     spec = make_spec(records, **changes)
     output = make_output(records, 3, ((2, 3),), 8, 5, ragged="top_p" in changes)
     row = encode_row(_cached(output), spec)
-    planes = output_planes(output, spec)
-    frames = {**encode_planes(planes), plane: encode_plane(plane, change(planes[plane]))}
+    columns = output_columns(output, spec)
+    frames = {**encode_columns(columns), column: encode_column(column, change(columns[column]))}
     path = tmp_path / "shard"
     hostile = dataclasses.replace(row, frames=frames)
-    shard_format("arrow").write(path, [hostile], planes_of(TIER_PARTS[records], spec), {})
+    shard_format("arrow").write(path, [hostile], columns_of(TIER_PARTS[records], spec), {})
     shard = shard_format("arrow").open(path)
     with pytest.raises(ShardCorruptError, match=row.key):
         read_sample(shard, 0, row.key, TIER_PARTS[records], spec)

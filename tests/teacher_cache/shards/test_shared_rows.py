@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.codec.columns import TIER_PARTS, VISION_PLANES, planes_of
+from teacher_cache.codec.columns import TIER_PARTS, VISION_COLUMNS, columns_of
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
@@ -35,14 +35,14 @@ from tests.support.strategies import (
 pytestmark = BEARTYPE_DRAWS
 
 FORMS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
-PLANES = planes_of(TIER_PARTS["topk"])
+COLUMNS = columns_of(TIER_PARTS["topk"])
 ONE, OTHER = make_cached(1), make_cached(2)
 ROWS = [ONE, asked_again(ONE, 3), OTHER, asked_again(ONE, 4)]
 """Two records; rows 1 and 3 have that of row 0."""
 
 
 def write(path: Path, form: ShardFormatName, rows: Sequence[EncodedRow]) -> Path:
-    shard_format(form).write(path, rows, PLANES, {"emkd.shard": "0"})
+    shard_format(form).write(path, rows, COLUMNS, {"emkd.shard": "0"})
     return path
 
 
@@ -72,8 +72,8 @@ def test_rows_that_share_come_back_to_the_bit(
     spec = make_spec(records)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
-        planes = planes_of(TIER_PARTS[records])
-        shard_format(form).write(path, encode_rows(cached, spec), planes, {})
+        columns = columns_of(TIER_PARTS[records])
+        shard_format(form).write(path, encode_rows(cached, spec), columns, {})
         read_all(shard_format(form).open(path), cached, records)
 
 
@@ -82,7 +82,7 @@ def test_a_shared_record_is_stored_once(tmp_path: Path, form: ShardFormatName) -
     row = encoded()[0]
     content = write(tmp_path / "shard", form, encoded()).read_bytes()
     assert content.count(row.images[0]) == 1
-    for name in VISION_PLANES & {"v_ids", "v_logits", "v_lse", "v_tail"}:
+    for name in VISION_COLUMNS & {"v_ids", "v_logits", "v_lse", "v_tail"}:
         assert content.count(row.frames[name]) == 1
 
 
@@ -94,14 +94,14 @@ def test_a_row_costs_at_most_one_row_more(
     fetched: list[tuple[int, frozenset[str]]] = []
     fetch = type(shard)._fetch  # pyright: ignore[reportPrivateUsage]
 
-    def counted(self: Shard, row: int, planes: Any) -> Any:
-        fetched.append((row, frozenset(planes)))
-        return fetch(self, row, planes)
+    def counted(self: Shard, row: int, columns: Any) -> Any:
+        fetched.append((row, frozenset(columns)))
+        return fetch(self, row, columns)
 
     monkeypatch.setattr(type(shard), "_fetch", counted)
-    assert shard.read(2, PLANES).shared_from is None
-    assert shard.read(3, PLANES).shared_from == ONE.sample.key
-    assert fetched == [(2, PLANES), (3, PLANES), (0, PLANES & VISION_PLANES)]
+    assert shard.read(2, COLUMNS).shared_from is None
+    assert shard.read(3, COLUMNS).shared_from == ONE.sample.key
+    assert fetched == [(2, COLUMNS), (3, COLUMNS), (0, COLUMNS & VISION_COLUMNS)]
     fetched.clear()
     shard.read(3, ["r_ids", "views"])
     assert fetched == [(3, {"r_ids", "views"}), (0, {"views"})]
@@ -120,8 +120,8 @@ def test_a_damaged_owner_is_noticed_in_every_row_that_shares_from_it(
         shard = shard_format(form).open(path)
         for row in (0, 1, 3):
             with pytest.raises(ShardCorruptError, match=f"sample {rows[row].key}.*damaged"):
-                shard.read(row, PLANES)
-        assert shard.read(2, PLANES) == rows[2]
+                shard.read(row, COLUMNS)
+        assert shard.read(2, COLUMNS) == rows[2]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -130,26 +130,26 @@ def test_layers_of_a_shard_share_alike_or_are_refused(
 ) -> None:
     rows, later = encoded(), frozenset({"v_lse", "a_cosine"})
 
-    def layer(name: str, planes: frozenset[str], content: Sequence[EncodedRow]) -> Shard:
+    def layer(name: str, columns: frozenset[str], content: Sequence[EncodedRow]) -> Shard:
         parts = [
             dataclasses.replace(
                 row,
-                frames={plane: row.frames[plane] for plane in planes},
-                images=() if planes == later else row.images,
+                frames={column: row.frames[column] for column in columns},
+                images=() if columns == later else row.images,
             )
             for row in content
         ]
-        shard_format(form).write(tmp_path / name, parts, planes, {})
+        shard_format(form).write(tmp_path / name, parts, columns, {})
         return shard_format(form).open(tmp_path / name)
 
-    base, further = layer("base", PLANES - later, rows), layer("further", later, rows)
-    shard = LayeredShard([base, further], [PLANES - later, later])
-    assert [shard.read(row, PLANES) for row in range(len(rows))] == rows
+    base, further = layer("base", COLUMNS - later, rows), layer("further", later, rows)
+    shard = LayeredShard([base, further], [COLUMNS - later, later])
+    assert [shard.read(row, COLUMNS) for row in range(len(rows))] == rows
     apart = layer("apart", later, [dataclasses.replace(row, shared_from=None) for row in rows])
-    shard = LayeredShard([base, apart], [PLANES - later, later])
-    assert shard.read(0, PLANES) == rows[0]
+    shard = LayeredShard([base, apart], [COLUMNS - later, later])
+    assert shard.read(0, COLUMNS) == rows[0]
     with pytest.raises(ShardCorruptError, match="another shared_from"):
-        shard.read(1, PLANES)
+        shard.read(1, COLUMNS)
 
 
 def test_what_is_not_shared_cannot_be_written_as_shared(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_arrow_rows_that_name_a_wrong_owner_are_refused(
     rewrite_arrow(write(tmp_path / "shard", "arrow", encoded()), change)
     shard = shard_format("arrow").open(tmp_path / "shard")
     with pytest.raises(ShardCorruptError, match=found):
-        shard.read(3, PLANES)
-    assert shard.read(1, PLANES) == encoded()[1]
+        shard.read(3, COLUMNS)
+    assert shard.read(1, COLUMNS) == encoded()[1]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_tar_rows_that_name_a_wrong_owner_are_refused(
     rewrite_tar(write(tmp_path / "shard", "webdataset", encoded()), change)
     shard = shard_format("webdataset").open(tmp_path / "shard")
     with pytest.raises(ShardCorruptError, match=found):
-        shard.read(3, PLANES)
-    assert shard.read(1, PLANES) == encoded()[1]
+        shard.read(3, COLUMNS)
+    assert shard.read(1, COLUMNS) == encoded()[1]
 
 
 def test_a_row_with_a_record_beside_its_owners_is_refused(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_row_with_a_record_beside_its_owners_is_refused(tmp_path: Path) -> Non
     )
     for form in FORMS:
         with pytest.raises(ShardCorruptError, match="a vision record beside that of"):
-            shard_format(form).open(tmp_path / form).read(1, PLANES)
+            shard_format(form).open(tmp_path / form).read(1, COLUMNS)
 
 
 def test_an_owner_without_what_it_stores_for_others_is_refused(tmp_path: Path) -> None:
@@ -263,5 +263,5 @@ def test_an_owner_without_what_it_stores_for_others_is_refused(tmp_path: Path) -
     for form in FORMS:
         shard = shard_format(form).open(tmp_path / form)
         for row in (0, 1, 3):
-            with pytest.raises(ShardCorruptError, match="planes v_lse are missing"):
-                shard.read(row, PLANES)
+            with pytest.raises(ShardCorruptError, match="columns v_lse are missing"):
+                shard.read(row, COLUMNS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.codec.columns import VISION_PLANES, output_planes
+from teacher_cache.codec.columns import VISION_COLUMNS, output_columns
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import TeacherOutput
@@ -112,9 +112,9 @@ def test_who_shares_has_the_owners_record_and_the_rest_is_its_own(
     found = run(llava, [OTHERS[0], SECOND], settings, owners)
     assert [output.shared_from for output in (owner, *found)] == [None, None, FIRST.key]
     [_, alone] = run(llava, [OTHERS[0], SECOND], settings)
-    theirs, ours = output_planes(owner), output_planes(found[1])
-    for name, values in output_planes(alone).items():
-        if name in VISION_PLANES:
+    theirs, ours = output_columns(owner), output_columns(found[1])
+    for name, values in output_columns(alone).items():
+        if name in VISION_COLUMNS:
             assert_same_bits(ours[name], theirs[name])
             torch.testing.assert_close(ours[name], values, atol=1e-4, rtol=1e-4)
         else:
