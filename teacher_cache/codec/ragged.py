@@ -2,7 +2,7 @@
 
 Only kept entries are stored, rank by rank, of the rows that keep most first: the first entry of
 every row, then the second of every row that has one, and so on. So alike numbers stand side by
-side, and transforms.stairs needs to know of each rank only how many rows have it.
+side, and transforms.ragged_delta needs to know of each rank only how many rows have it.
 
 `unflatten` gives every row as many columns as the longest has and repeats the row's first entry
 there (schema.TopKRecord); it refuses counts that do not fit (ValueError) before it takes memory.

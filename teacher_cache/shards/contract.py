@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from teacher_cache.codec.columns import VISION_PLANES
+from teacher_cache.codec.columns import VISION_COLUMNS
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.shard import Shard, ShardFormat
@@ -62,7 +62,7 @@ class ShardContract(ABC):
         guest = dataclasses.replace(owner, key=f"{owner.key}-1", shared_from=owner.key)
         alone = self.write(tmp_path / "alone", [owner]).read_bytes()
         both = self.write(tmp_path / "both", [owner, guest]).read_bytes()
-        pieces = [*owner.images, *(owner.frames[name] for name in VISION_PLANES & {*owner.frames})]
+        pieces = [*owner.images, *(owner.frames[name] for name in VISION_COLUMNS & {*owner.frames})]
         assert pieces
         assert all(both.count(piece) == alone.count(piece) for piece in pieces)
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from teacher_cache.codec.columns import TIER_PARTS, planes_of
+from teacher_cache.codec.columns import TIER_PARTS, columns_of
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import RecordKind, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
@@ -147,7 +147,7 @@ def test_any_samples_come_back_to_the_bit(
     cached, spec, parts = data.draw(rows), make_spec(records), TIER_PARTS[records]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
-        shard_format(form).write(path, encode_rows(cached, spec), planes_of(parts), METADATA)
+        shard_format(form).write(path, encode_rows(cached, spec), columns_of(parts), METADATA)
         shard = shard_format(form).open(path)
         assert shard.keys == tuple(sample.sample.key for sample in cached)
         for row, sample in enumerate(cached):
