@@ -84,7 +84,7 @@ class Inspect:
 
     def __call__(self) -> int:
         """Print the description; draw the picture."""
-        from pipeline.fidelity.cache_quality import complaint, render_quality, summarise
+        from pipeline.fidelity.cache_quality import render_quality, summarise, warning_text
         from pipeline.inspection.cache import describe_cache, render
         from teacher_cache.folder.reader import CacheReader
 
@@ -108,7 +108,7 @@ class Inspect:
         if quality is not None:
             if not self.json:
                 say(render_quality(quality))
-            complain(complaint(quality, self.cache))
+            complain(warning_text(quality, self.cache))
         return 0
 
 

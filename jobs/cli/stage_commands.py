@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,7 +51,7 @@ class Data:
         from pipeline.demo.digits import write_digits
 
         with Bars() as bars:
-            out = write_digits(self.config, partial(bars.update, "digits"))
+            out = write_digits(self.config, bars.update)
         say(f"{out}: train.json, heldout.json")
         return 0
 
@@ -94,7 +93,12 @@ class Build:
     def __call__(self) -> int:
         """Build, and print the seal and what the records keep; 4: not enough, as was asked."""
         from jobs.stages.build import run_build
-        from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
+        from pipeline.fidelity.cache_quality import (
+            is_unknown,
+            render_quality,
+            summarise,
+            warning_text,
+        )
 
         seal = run_build(self.config, self.run)
         megabytes = seal.num_bytes / 1e6
@@ -107,7 +111,7 @@ class Build:
         quality = summarise(seal)
         if quality is not None:
             say(render_quality(quality, num_shards=1))
-            complain(complaint(quality, self.config.out))
+            complain(warning_text(quality, self.config.out))
         elif is_unknown(seal):
             complain(
                 f"{self.config.out}: nobody has measured what its records lose, and its shards are "

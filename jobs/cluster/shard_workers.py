@@ -47,9 +47,9 @@ class ShardWorker:
             self._builder = self._make(self._note)
         return getattr(self._builder, method)(*arguments)
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> Any:
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> Any:
         """Write and commit a shard."""
-        return self.work("build_shard", index, killers)
+        return self.work("build_shard", index, crashing)
 
     def probe(self, index: int, start: int, stop: int) -> None:
         """Run the teacher over some samples of a shard."""

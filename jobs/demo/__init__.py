@@ -1,1 +1,1 @@
-"""The drivers of the miniatures."""
+"""Runs the demos: every stage in miniature."""

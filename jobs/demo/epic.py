@@ -1,54 +1,40 @@
-"""`emkd demo --epic`: does a model learn to bear fewer vision tokens, on real handwriting?
+"""`emkd demo --epic`: does a model learn to answer from fewer vision tokens, on real handwriting?
 
-Trains a vanilla model that reads rows of handwritten digits, and trains it on in four ways: with
-EPIC's token-wise progression and with one high ratio throughout, each with the consistency loss
-and without it; several seeds. All of them, and the model they began as, are then evaluated with
-DART, FastV and Random at several budgets. Every stage resumes by itself: killed anywhere and run
-again, the demo ends with the same numbers. The table says what came out, also where EPIC does not
+Trains a vanilla model that reads rows of handwritten digits, then continues in four ways: with
+EPIC's token-wise progression or with one high ratio throughout, each with and without the
+consistency loss; several seeds. All of them, and the model they started from, are evaluated with
+DART, FastV and Random at several budgets. Each stage resumes by itself: killed anywhere and run
+again, the demo ends with the same numbers. The table shows the results, also where EPIC does not
 win.
 """
 
 import dataclasses
 import json
-import os
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from jobs.cluster.actor_pool import ray_session
-from jobs.cluster.options import RayOptions
-from jobs.cluster.paths import absolute
 from jobs.demo.stages import (
     FULL,
     DemoSizes,
     cache_result,
-    evaluate_models,
-    make_teacher,
+    prepare_teacher,
     run_result,
+    run_stages,
     scored,
     teacher_result,
-    train_students,
-    unfinished,
-    unscored,
+    write_results,
 )
-from jobs.stages.build import run_build
-from pipeline.build.build import finished
-from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.demo import recipes as demo_recipes
-from pipeline.demo.config import DigitsConfig
-from pipeline.report.report import write_report
 from pipeline.student.evaluate import METRICS_FILE
 from student_train.config.objective import ObjectiveName
 from student_train.training.checkpoint import FINAL_FOLDER
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.storage.durable_files import write_atomic
 
 LANGUAGE_STEPS = 400
-"""Of the teacher: looking up the row before reading it takes a few more than naming cells."""
+"""Of the teacher: looking up the row before reading it takes more steps than naming cells."""
 
 ARMS: dict[str, tuple[ObjectiveName, bool]] = {
     "tcd": ("epic-tcd", True),
@@ -65,17 +51,12 @@ RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> Path:
     """Run what is missing of the demo under `out`; returns the report's path."""
-    disable_progress_bar()  # of transformers: it draws one for each model that is loaded
     out = out.absolute()
-    data = out / "data"
-    digits = DigitsConfig(
-        out=data, questions="rows", num_train=sizes.num_train, num_heldout=sizes.num_heldout
-    )
-    settings = sizes.teacher
+    data, settings = out / "data", sizes.teacher
     if sizes == FULL:
         settings = dataclasses.replace(settings, language_steps=LANGUAGE_STEPS)
-    teacher = make_teacher(digits, out / "teacher", settings)
-    configs = {
+    teacher = prepare_teacher(out, "rows", sizes, settings)
+    students = {
         (arm, seed): sizes.resized(
             demo_recipes.demo_epic_student(
                 cache=out / "cache",
@@ -90,7 +71,7 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
         for seed in seeds
     }
     models = {out / "runs" / "vanilla": teacher}
-    models.update({config.out: config.out / FINAL_FOLDER for config in configs.values()})
+    models.update({config.out: config.out / FINAL_FOLDER for config in students.values()})
     evaluations = [
         evaluation
         for run, model in models.items()
@@ -99,37 +80,27 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
     cache = demo_recipes.demo_epic_cache(
         source=data / "train.json", teacher=teacher, out=out / "cache"
     )
-    students, questions = unfinished(list(configs.values())), unscored(evaluations)
-    built = finished(absolute(cache)) is not None
-    # one session for all stages, none where nothing is left to do
-    with nullcontext() if built and not students and not questions else ray_session():
-        seal = run_build(cache, RayOptions(num_workers=min(2, os.cpu_count() or 1)))
-        train_students(students)
-        evaluate_models(questions, sizes.num_heldout)
-    text = json.dumps(results(out, seal, configs), indent=1) + "\n"
-    write_atomic(out / "results.json", text.encode())
-    page = out / "report.html"
-    missing = write_report(ReportConfig(runs=tuple(models), out=page))
-    if missing:
-        raise ValueError(f"{out}: the report lacks {', '.join(missing)}; remove the folder")
-    return page
+    seal = run_stages([cache], list(students.values()), evaluations, sizes)
+    return write_results(out, results(out, seal, students), tuple(models))
 
 
-def results(out: Path, seal: Seal, configs: dict[tuple[str, int], TrainConfig]) -> dict[str, Any]:
-    """What results.json holds, read from the folders of stages that have all finished."""
+def results(
+    out: Path, seal: Seal, students: Mapping[tuple[str, int], TrainConfig]
+) -> dict[str, Any]:
+    """The content of results.json, read from the folders of the finished stages."""
     vanilla = out / "runs" / "vanilla"
     return {
         "vanilla": {**teacher_result(out, vanilla), "budgets": list(_budgets(vanilla))},
         "cache": cache_result(seal),
         "runs": [
             {"arm": arm, **run_result(config), "budgets": list(_budgets(config.out))}
-            for (arm, _), config in configs.items()
+            for (arm, _), config in students.items()
         ],
     }
 
 
 def lines(out: Path) -> list[str]:
-    """The table of results.json in words: accuracy at each budget, in percent, mean over seeds."""
+    """The table of results.json: accuracy at each budget, in percent, mean over seeds."""
     found = json.loads((out / "results.json").read_text())
     columns: dict[str, list[Any]] = {"vanilla": [found["vanilla"]]}
     columns |= {arm: [run for run in found["runs"] if run["arm"] == arm] for arm in ARMS}
@@ -160,11 +131,11 @@ def _compressed(run: Path) -> Iterator[tuple[str, float, Path]]:
 
 
 def _budgets(run: Path) -> Iterator[dict[str, Any]]:
-    for compressor, ratio, place in _compressed(run):
-        metrics = json.loads((place / METRICS_FILE).read_text())
+    for compressor, ratio, folder in _compressed(run):
+        metrics = json.loads((folder / METRICS_FILE).read_text())
         yield {
             "compressor": compressor,
             "ratio": ratio,
             "kept": metrics["vision_tokens"]["kept"],
-            "accuracy": scored(place)["accuracy"],
+            "accuracy": scored(folder)["accuracy"],
         }

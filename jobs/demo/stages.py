@@ -1,26 +1,33 @@
-"""What both demos share: their sizes, and stages as Ray tasks whose progress is read from files.
+"""Runs the stages that both demos share, and collects their results.
 
-Promise: a stage is the function that its own command runs, resumes by itself, and is asked for
-nothing that it has not written down, so that a demo killed anywhere goes on where it was.
+Each stage is the function that its own command runs. It resumes by itself, and its results and
+progress are read from its files only, so that a demo killed anywhere resumes where it was.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from transformers.utils.logging import disable_progress_bar
 
-from jobs.cluster.actor_pool import get
+from jobs.cluster.actor_pool import get, ray_session
+from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute
 from jobs.cluster.progress import Bars
-from pipeline.config.stages import EvaluateConfig, TrainConfig
-from pipeline.demo.config import DigitsConfig
+from jobs.stages.build import run_build
+from pipeline.build.build import finished
+from pipeline.config.build import BuildConfig
+from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.demo.config import DigitQuestions, DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
+from pipeline.report.report import write_report
 from pipeline.student.evaluate import METRICS_FILE, PREDICTIONS_FILE, evaluate
 from pipeline.student.train import train
 from student_train.training.checkpoint import finished_run
@@ -31,7 +38,7 @@ from teacher_cache.storage.durable_files import write_atomic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSizes:
-    """How much of everything a demo does; None leaves what the recipes say."""
+    """The sizes of a demo; None keeps a recipe's value."""
 
     num_train: int = 4096
     num_heldout: int = 512
@@ -41,7 +48,7 @@ class DemoSizes:
     grad_norm_steps: int | None = None
 
     def resized(self, config: TrainConfig) -> TrainConfig:
-        """A student's settings at these sizes."""
+        """The student's settings at these sizes."""
         known = config.training
         return config.with_training(
             max_steps=self.student_steps or known.max_steps,
@@ -59,45 +66,64 @@ SMOKE = DemoSizes(
     save_steps=2,
     grad_norm_steps=4,
 )
-"""Enough to see that every stage runs; the numbers that come out mean nothing."""
+"""Enough to see that every stage runs; the resulting numbers mean nothing."""
 
 
-def make_teacher(digits: DigitsConfig, out: Path, settings: TeacherSettings) -> Path:
-    """Write the data and train the vanilla model under `out`, what is missing of it."""
+def prepare_teacher(
+    out: Path, questions: DigitQuestions, sizes: DemoSizes, settings: TeacherSettings
+) -> Path:
+    """Write `out`/data and train the vanilla model in `out`/teacher, unless done; its folder."""
+    disable_progress_bar()  # of transformers, which draws one for each loaded model
+    data, folder = out / "data", out / "teacher"
+    digits = DigitsConfig(
+        out=data, questions=questions, num_train=sizes.num_train, num_heldout=sizes.num_heldout
+    )
     with Bars() as bars:
-        write_digits(digits, partial(bars.update, "data"))
+        write_digits(digits, bars.update)
         started = time.monotonic()
-        final = train_demo_teacher(digits.out, out, settings, partial(bars.update, "teacher"))
-        seconds = out / "seconds.json"
+        final = train_demo_teacher(data, folder, settings, bars.update)
+        seconds = folder / "seconds.json"
         if not seconds.exists():  # else an earlier run of the demo trained it
             write_atomic(seconds, f"{time.monotonic() - started:.1f}\n".encode())
     return final
 
 
-def unfinished(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """The students that are not trained yet."""
-    return [config for config in configs if finished_run(config.out) is None]
+def run_stages(
+    caches: Sequence[BuildConfig],
+    students: Sequence[TrainConfig],
+    evaluations: Sequence[EvaluateConfig],
+    sizes: DemoSizes,
+) -> Seal:
+    """Build, train and evaluate what is missing; returns the seal of the last cache.
+
+    Students and evaluations run as many at a time as there are CPUs.
+    """
+    students = [config for config in students if finished_run(config.out) is None]
+    evaluations = [each for each in evaluations if not (each.out / METRICS_FILE).exists()]
+    built = all(finished(absolute(config)) is not None for config in caches)
+    num_steps = sum(config.training.max_steps or 0 for config in students)
+    num_answers = sizes.num_heldout * len(evaluations)
+    # One session for all stages; none if nothing is left to do.
+    with nullcontext() if built and not students and not evaluations else ray_session():
+        workers = RayOptions(num_workers=min(2, os.cpu_count() or 1))
+        seals = [run_build(config, workers) for config in caches]
+        _run("students", train, students, logged_step, num_steps)
+        _run("evaluate", evaluate, evaluations, _num_answers, num_answers)
+    return seals[-1]
 
 
-def unscored(configs: Sequence[EvaluateConfig]) -> list[EvaluateConfig]:
-    """The evaluations that have not ended."""
-    return [config for config in configs if not (config.out / METRICS_FILE).exists()]
-
-
-def train_students(configs: Sequence[TrainConfig]) -> None:
-    """Train them, as many at a time as there are CPUs."""
-    total = sum(config.training.max_steps or 0 for config in configs)
-    _run("students", train, configs, lambda: (sum(logged_step(c.out) for c in configs), total))
-
-
-def evaluate_models(configs: Sequence[EvaluateConfig], num_samples: int) -> None:
-    """Evaluate them, as many at a time as there are CPUs."""
-    total = num_samples * len(configs)
-    _run("evaluate", evaluate, configs, lambda: (sum(_answers(c.out) for c in configs), total))
+def write_results(out: Path, results: dict[str, Any], runs: tuple[Path, ...]) -> Path:
+    """Write results.json and the report under `out`; returns the report's path."""
+    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    page = out / "report.html"
+    missing = write_report(ReportConfig(runs=runs, out=page))
+    if missing:
+        raise ValueError(f"{out}: the report lacks {', '.join(missing)}; remove the folder")
+    return page
 
 
 def teacher_result(out: Path, run: Path) -> dict[str, Any]:
-    """What results.json says of the teacher: its score, and how long it was trained."""
+    """The teacher in results.json: its score, and how long it was trained."""
     return {
         **scored(run / "eval"),
         "seconds": json.loads((out / "teacher" / "seconds.json").read_text()),
@@ -105,7 +131,7 @@ def teacher_result(out: Path, run: Path) -> dict[str, Any]:
 
 
 def cache_result(seal: Seal) -> dict[str, Any]:
-    """What results.json says of the cache."""
+    """The cache in results.json."""
     return {
         "samples": seal.num_samples,
         "shards": len(seal.shards),
@@ -116,7 +142,7 @@ def cache_result(seal: Seal) -> dict[str, Any]:
 
 
 def run_result(config: TrainConfig) -> dict[str, Any]:
-    """What results.json says of a trained student."""
+    """A trained student in results.json."""
     record = finished_run(config.out)
     assert record is not None
     return {
@@ -141,9 +167,12 @@ def _run(
     what: str,
     stage: Callable[[Any], Any],
     configs: Sequence[Any],
-    progress: Callable[[], tuple[int, int]],
+    count_done: Callable[[Path], int],
+    total: int,
 ) -> None:
-    """Run a stage for each config as Ray tasks of one CPU; progress is read from their files."""
+    """Run a stage for each config as Ray tasks of one CPU; progress is read from their folders."""
+    if not configs:
+        return
     task = ray.remote(stage).options(num_cpus=1, max_retries=2)
     running = [task.remote(absolute(config)) for config in configs]
     with Bars() as bars:
@@ -151,10 +180,10 @@ def _run(
             ready, running = ray.wait(running, timeout=1.0)
             for reference in ready:
                 get(reference)
-            done, total = progress()
+            done = sum(count_done(config.out) for config in configs)
             bars.update(what, total if not running else min(done, total - 1), total)
 
 
-def _answers(evaluation: Path) -> int:
+def _num_answers(evaluation: Path) -> int:
     file = evaluation / PREDICTIONS_FILE
     return len(file.read_text().splitlines()) if file.exists() else 0

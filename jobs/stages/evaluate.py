@@ -18,7 +18,7 @@ def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     config = absolute(config)
     if not options.ray:
         with Bars() as bars:
-            return evaluate(config, lambda done, total: bars.update("evaluate", done, total))
+            return evaluate(config, bars.update)
     with ray_session():
         each = worker_resources(options, config.device)
         task = ray.remote(evaluate).options(

@@ -35,7 +35,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     config = absolute(config)
     if not options.ray:
         with Bars() as bars:
-            return train(config, progress=lambda done, total: bars.update("steps", done, total))
+            return train(config, progress=bars.update)
     num_steps = config.training.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
         each = worker_resources(options, config.training.device)

@@ -1,1 +1,1 @@
-"""From samples and a teacher to a sealed cache, and extensions of it."""
+"""Builds sealed caches from a source and a teacher, and extends them."""

@@ -1,10 +1,10 @@
-"""The build stage: a source and a teacher in, a sealed cache out. Knows nothing of Ray.
+"""Builds a sealed cache from a source and a teacher. Knows nothing of Ray.
 
-Promises: the work is cut into shards by a plan that is written before the teacher sees a sample;
-`build_shard` is deterministic and idempotent, so any process may run it, any number of times, in
-any order, and the sealed shards hold the same bytes. Resuming is running the same command again:
-committed shards are skipped. A cache that was begun with other settings, another teacher or other
-samples is refused with the fields that differ; a bad sample is named, never silently dropped.
+A plan, written before the teacher runs, cuts the samples into shards. `build_shard` is
+deterministic and idempotent: any process may run it any number of times, in any order, and the
+shards hold the same bytes. To resume, run the same command again; committed shards are skipped.
+Refuses a cache begun with other settings, another teacher or other samples, and names the fields
+that differ. A bad sample is named, never silently dropped.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 
 from pipeline.build.response_grid import require_compressor, with_grid
-from pipeline.build.resume import is_unchanged, keep_settings, require_same_measuring
+from pipeline.build.resume import is_unchanged, keep_settings, require_same_quality_samples
 from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
 from pipeline.fidelity.shard_quality import measure_shard
@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 
 
 class CacheBuilder:
-    """One worker of the build: holds the teacher and the source, plans, and builds shards.
+    """One worker of the build: holds teacher and source, writes the plan, builds shards.
 
-    A plain class: `jobs.shard_workers` makes Ray actors of it, tests call it as it is.
+    A plain class: `jobs/cluster/shard_workers.py` makes Ray actors of it, tests call it directly.
     """
 
     def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
@@ -86,7 +86,7 @@ class CacheBuilder:
 
     @cached_property
     def records(self) -> RecordSettings:
-        """What is stored of the teacher, in the teacher's terms."""
+        """What is stored of the teacher."""
         config = self.config
         return RecordSettings(
             records=config.records,
@@ -106,10 +106,10 @@ class CacheBuilder:
         )
 
     def prepare(self) -> Plan:
-        """Write the plan, or check that the one that is there is the one wanted now.
+        """Write the plan, or check that the existing plan matches the settings.
 
-        Reads every sample once (keys are content digests) and calibrates what top-k records share;
-        both are skipped where settings, source and teacher files are as they were then.
+        Reads every sample once (keys are content digests) and calibrates what top-k records share.
+        Skips both if settings, source files and teacher files have not changed.
         """
         config, cache = self.config, self.cache
         cache.require_writable()  # fails here, not after hours
@@ -117,10 +117,10 @@ class CacheBuilder:
         if begun is not None and is_unchanged(config):
             self._load_assets(begun)
             return begun
-        require_same_measuring(config)
+        require_same_quality_samples(config)
         if config.grid is not None:
-            _ = self.teacher  # refuses a grid that it cannot give before a sample is read
-        scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+            _ = self.teacher  # refuses an impossible grid before a sample is read
+        scanned, rejected = scan(self.source, self.progress)
         self._refuse(rejected)
         if not scanned:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
@@ -145,11 +145,11 @@ class CacheBuilder:
         keep_settings(config)
         return plan
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Run the teacher over shard `index` of the plan and commit it; returns its record.
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
+        """Run the teacher over shard `index` of the plan and commit it; returns the commit record.
 
-        `killers` are the places in the shard of samples that no process survives. Raises
-        `SampleError` for a sample that cannot be used, unless the settings record those.
+        `crashing` are the positions in the shard of samples that crash their worker. Raises
+        ValueError for a sample that cannot be used, unless the settings say to record it.
         """
         done = read_commit(self.cache, index)
         if done is not None:
@@ -157,9 +157,9 @@ class CacheBuilder:
         plan, started = self._plan, time.monotonic()
         rows: list[CachedSample] = []
         shard = plan.shards[index]
-        rejected = [self._killer(*shard[place]) for place in killers]
+        rejected = [self._crashed(*shard[position]) for position in crashing]
         self._refuse(rejected)
-        shard = [pair for place, pair in enumerate(shard) if place not in killers]
+        shard = [pair for position, pair in enumerate(shard) if position not in crashing]
         owners: VisionOwners | None = {} if plan.spec.share_vision else None
         for samples in self._batches(shard):
             outputs = self.teacher.outputs(samples, self.records, owners)
@@ -175,7 +175,7 @@ class CacheBuilder:
         return write_shard(self.cache, plan, index, rows, rejected, seconds, quality)
 
     def probe(self, index: int, start: int, stop: int) -> None:
-        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        """Run the teacher over samples start ... stop - 1 of a shard and keep nothing."""
         owners: VisionOwners | None = {} if self._plan.spec.share_vision else None
         done = 0
         for samples in self._batches(self._plan.shards[index][start:stop]):
@@ -190,18 +190,18 @@ class CacheBuilder:
         return plan
 
     def _batches(self, shard: Sequence[tuple[str, int]]) -> Iterator[list[Sample]]:
-        """Batches of one shard in plan order, the next one being read while one is in use."""
+        """Batches of one shard in plan order; the next ones are read while one is in use."""
         size = self.config.batch_size
-        parts = [shard[start : start + size] for start in range(0, len(shard), size)]
+        batches = [shard[start : start + size] for start in range(0, len(shard), size)]
         with ThreadPoolExecutor(max_workers=1) as pool:
-            reads = [pool.submit(self._read, part) for part in parts[:2]]
-            for number in range(len(parts)):
+            reads = [pool.submit(self._read, batch) for batch in batches[:2]]
+            for number in range(len(batches)):
                 yield reads[number].result()
-                if number + 2 < len(parts):
-                    reads.append(pool.submit(self._read, parts[number + 2]))
+                if number + 2 < len(batches):
+                    reads.append(pool.submit(self._read, batches[number + 2]))
 
-    def _read(self, part: Sequence[tuple[str, int]]) -> list[Sample]:
-        return [self._sample(key, index) for key, index in part]
+    def _read(self, batch: Sequence[tuple[str, int]]) -> list[Sample]:
+        return [self._sample(key, index) for key, index in batch]
 
     def _sample(self, key: str, index: int) -> Sample:
         sample = self.source[index]
@@ -213,16 +213,16 @@ class CacheBuilder:
             )
         return dataclasses.replace(sample, key=key)
 
-    def _killer(self, key: str, index: int) -> RejectedSample:
+    def _crashed(self, key: str, index: int) -> RejectedSample:
         sample = self._sample(key, index)
         return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
 
     def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
-        """Fit sketch and template to samples with images, if any, from all over the source."""
+        """Fit sketch and template to samples spread over the source, with images if any have."""
         size, wanted = self.config.batch_size, self.config.calibration_tokens
-        spread = [scanned[place] for place in spread_order(len(scanned))]
-        shown = [sample for sample in spread if sample.images is not None] or spread
-        samples = (self.source[sample.index] for sample in shown)
+        spread = [scanned[position] for position in spread_order(len(scanned))]
+        with_images = [sample for sample in spread if sample.images is not None] or spread
+        samples = (self.source[sample.index] for sample in with_images)
         batches = iter(lambda: list(islice(samples, size)), [])
         self.teacher.calibrate(
             batches,
@@ -246,18 +246,18 @@ class CacheBuilder:
             f"{self.config.source.path}: {len(rejected)} samples cannot be used:\n"
             + "\n".join(lines)
             + more
-            + "\nMend them, or build with --on-bad-sample record to list and leave them out."
+            + "\nFix them, or build with --on-bad-sample record to list them and leave them out."
         )
 
 
 def finished(config: BuildConfig) -> Seal | None:
-    """The seal, if this very build is complete and none of its inputs has been touched since."""
+    """The seal, if this build is complete and none of its inputs has changed since; else None."""
     seal = read_seal(open_store(config.out))
     return seal if seal is not None and is_unchanged(config) else None
 
 
 def build(config: BuildConfig, progress: Progress = no_progress) -> Seal:
-    """Build the whole cache in this process, shard after shard; resumes what is there."""
+    """Build the whole cache in this process, one shard after the other; resumes what exists."""
     seal = finished(config)
     if seal is not None:
         return seal

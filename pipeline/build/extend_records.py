@@ -1,11 +1,11 @@
-"""New kinds of records for the samples of a sealed cache, as a new cache of layered shards.
+"""Adds new kinds of records to the samples of a sealed cache, as a new cache of layered shards.
 
-Promises: the teacher runs over the images and messages that the cache itself holds, in the batches
-that its build had, so that no source is needed and the new columns are those that a build of all
-records would have written; they lie in a second file beside each old one, which is linked or
-copied unopened. Records that the cache has are not stored again, and the old cache stays valid.
-Refuses another teacher than the cache's, records that the cache has, samples that the teacher does
-not accept, settings of records that are not new. Running it again resumes it.
+The teacher runs over the images and messages in the cache itself, in the batches of its build. So
+no source is needed, and the new columns are those that a build of all records would have written.
+They lie in a second file beside each old one, which is linked or copied unopened. Records that the
+cache has are not stored again; the old cache stays valid. Refuses another teacher, records that the
+cache has, samples that the teacher rejects, and settings of records that are not new. Running it
+again resumes it.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 
 _PIECES = ("topk", "sketch", "hidden")
-"""What records are made of, in the order of their names."""
+"""Kinds of records, in the order in which names combine them."""
 
 
 class RecordExtender:
@@ -65,7 +65,7 @@ class RecordExtender:
 
     @cached_property
     def teacher(self) -> Teacher:
-        """The teacher of the base, with the basis and template to be used; loaded when used."""
+        """The base's teacher with the sketch basis and template to use, loaded on first use."""
         teacher = load_as(self.config.teacher, self.base.spec, self.config.device)
         require_same_teacher(self.base.spec, teacher, self.config.teacher)
         self._load_assets(teacher)
@@ -82,24 +82,24 @@ class RecordExtender:
         return dataclasses.replace(self.base.plan, spec=spec)
 
     def prepare(self) -> Plan:
-        """Write the plan, or check that the one that is there is the one wanted now."""
+        """Write the plan, or check that the existing plan matches the settings."""
         head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
         sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
         template = self.teacher.template if self.plan.spec.template_digest is not None else None
         begin(self.cache, self.plan, head=head, sketch=sketch, template=template)
         return self.plan
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Take over the files of a shard, write the new columns beside them, and commit it."""
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
+        """Adopt the files of a shard, write the new columns beside them, and commit it."""
         done = read_commit(self.cache, index)
         if done is not None:
             return done
         commit = self.base.seal.shards[index]
-        if killers:
-            keys = [self.base.plan.shards[index][place][0] for place in killers]
+        if crashing:
+            keys = [self.base.plan.shards[index][position][0] for position in crashing]
             raise ValueError(
-                f"samples {', '.join(keys)} of {self.base.store} kill the worker that computes "
-                "their new records; leave them out by emkd subset first"
+                f"samples {', '.join(keys)} of {self.base.store} crash the worker that computes "
+                "their new records; remove them with emkd subset first"
             )
         cached = self._cached(index)
         quality = commit.quality
@@ -114,7 +114,7 @@ class RecordExtender:
         return commit_shard(self.cache, self.plan, changed)
 
     def probe(self, index: int, start: int, stop: int) -> None:
-        """Run the teacher over samples start ... stop - 1 of a shard; keeps nothing, but lives."""
+        """Run the teacher over samples start ... stop - 1 of a shard and keep nothing."""
         for samples in self._batches(index, start, stop):
             self.teacher.outputs(samples, self._new_settings)
             self.progress(f"probe of shard {index}", start, stop)
@@ -133,11 +133,11 @@ class RecordExtender:
 
     @property
     def _loses_otherwise(self) -> bool:
-        """Whether top-k records or a sketch are new: what is lost is measured of these, then."""
+        """Whether top-k records or a sketch are new, so that the quality is measured again."""
         return self._computed != "hidden"
 
     def _cached(self, index: int) -> list[CachedSample]:
-        """The samples of a shard with what is computed of them."""
+        """The samples of a shard with their new records."""
         owners: VisionOwners | None = {} if self.base.spec.share_vision else None
         cached: list[CachedSample] = []
         for samples in self._batches(index):
@@ -146,23 +146,23 @@ class RecordExtender:
                 if not isinstance(output, TeacherOutput):
                     raise ValueError(
                         f"sample {sample.key} ({sample.source_id}) is in {self.base.store}, but "
-                        f"the teacher does not give new records for it: {output.reason}; leave it "
-                        "out by emkd subset first"
+                        f"the teacher gives no new records for it: {output.reason}; remove it "
+                        "with emkd subset first"
                     )
                 cached.append(CachedSample(sample=sample, output=output))
             self.progress(f"shard {index}", len(cached), len(self.base.plan.shards[index]))
         return cached
 
     def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
-        """These samples with nothing but the new columns."""
+        """These samples with the new columns only."""
         for row in encode_rows(cached, self._new_spec):
-            columns = {name: row.frames[name] for name in self._new_columns}
-            yield dataclasses.replace(row, images=(), frames=columns)
+            planes = {name: row.frames[name] for name in self._new_columns}
+            yield dataclasses.replace(row, images=(), frames=planes)
 
     def _batches(
         self, index: int, first: int = 0, last: int | None = None
     ) -> Iterator[list[Sample]]:
-        """The batches in which the build ran the teacher over a shard; rejected samples are out."""
+        """The batches in which the build ran the teacher over a shard, without rejected samples."""
         planned = [key for key, _ in self.base.plan.shards[index]][first:last]
         kept = set(shard_keys(self.base.plan, self.base.seal.shards[index]))
         size = self.base.spec.batch_size
@@ -175,7 +175,7 @@ class RecordExtender:
         return self.base.reader.read(self.base.reader.find(key), ()).sample
 
     def _load_assets(self, teacher: Teacher) -> None:
-        """Basis and template: the base's own, those of a run before, or fitted now."""
+        """Set basis and template: the base's own, those of an earlier run, or fitted now."""
         held, wanted = self.base.spec.records, self.settings.records
         new = [name for name in ("topk", "sketch") if holds(wanted, name) and not holds(held, name)]
         if new and not self._load_begun(teacher):
@@ -186,7 +186,7 @@ class RecordExtender:
             teacher.sketch = self.base.sketch
 
     def _load_begun(self, teacher: Teacher) -> bool:
-        """Take basis and template of a run before; False where there is none, or it got not far."""
+        """Take basis and template of an earlier run; False if it left none."""
         begun = read_plan(self.cache)
         if begun is None:
             return False
@@ -199,10 +199,10 @@ class RecordExtender:
         return True
 
     def _calibrate(self, teacher: Teacher) -> None:
-        """Fit them to the samples that a build would have taken, in its batches."""
-        places = [place for commit in self.base.seal.shards for place in self.base.kept(commit)]
-        order = sorted(range(len(places)), key=lambda row: places[row][1])
-        spread = (order[place] for place in spread_order(len(order)))
+        """Fit basis and template to the samples that a build would have taken, in its batches."""
+        kept = [pair for commit in self.base.seal.shards for pair in self.base.kept(commit)]
+        order = sorted(range(len(kept)), key=lambda row: kept[row][1])
+        spread = (order[position] for position in spread_order(len(order)))
         samples = (self.base.reader.read(row, ()).sample for row in spread)
         if any(commit.num_with_images for commit in self.base.seal.shards):
             samples = (sample for sample in samples if sample.images)
@@ -217,23 +217,23 @@ class RecordExtender:
 
 
 def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, RecordKind]:
-    """What a cache holds when `wanted` is added, and what has to be computed for it.
+    """What a cache holds when `wanted` is added, and what must be computed for it.
 
-    A sketch is made with the top-k records that its shift belongs to. ValueError where nothing is
-    new.
+    A sketch is computed together with top-k records, to which its shift belongs. ValueError if
+    nothing is new.
     """
     pieces = {name for name in _PIECES if wanted is not None and holds(wanted, name)}
     new = pieces - set(held.split("+"))
     if not new:
         raise ValueError(
-            f"the cache holds {held}, {wanted} adds nothing to it; name records that it has not"
+            f"the cache holds {held}, and {wanted} adds nothing; name records that it lacks"
         )
     computed = new | ({"topk"} if "sketch" in new else set())
     return _kind(pieces | set(held.split("+"))), _kind(computed)
 
 
 def extend_records(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
-    """Write a cache with further records of its samples as a new one, in this process."""
+    """Write a cache with further records of its samples as a new cache, in this process."""
     extender = RecordExtender(config, progress)
     return build_all(extender, extender.cache)
 
@@ -260,12 +260,12 @@ def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> Rec
             if value is not None and name != "calibration_tokens":
                 changes[name] = value
         if piece == "topk" and new:
-            changes["least_logits"] = True  # a cache without logits says that it has none
+            changes["least_logits"] = True  # False in the spec of a cache without logits
     return dataclasses.replace(known, **changes)
 
 
 def _require_used(config: ExtendConfig, spec: CacheSpec) -> None:
-    """Raise ValueError for a setting that was given and is not among those of the new cache."""
+    """Raise ValueError for a given setting that the new cache's spec does not have."""
     for names in RECORD_SETTINGS.values():
         for name in names:
             idle = getattr(spec, name, "not part of a spec") is None

@@ -1,10 +1,10 @@
-"""New samples for a sealed cache, by the same teacher and the same recipe, as a new cache.
+"""Adds samples to a sealed cache, by the same teacher and settings, as a new cache.
 
-Promises: the old shards are linked or copied unopened and stay what they were, and so does the old
-cache; the new samples are computed exactly as a build would have computed them, by the settings of
-the cache's spec, with its own sketch basis and template, which are never fitted again. Samples
-whose keys the cache has are left out. Refuses a teacher that is not the cache's, with a table of
-the fields, and a source without a new sample. Running it again resumes it.
+Old shards are linked or copied unopened; the old cache does not change. New samples are computed
+exactly as a build would have computed them: settings of the cache's spec, the cache's own sketch
+basis and template, which are not fitted again. Samples whose keys the cache has are left out.
+Refuses another teacher, with a table of the fields that differ, and a source without new samples.
+Running it again resumes it.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ class CacheExtender(CacheBuilder):
         super().__init__(_build_config(config, self.base), progress)
 
     def prepare(self) -> Plan:
-        """Plan the base's samples and those of the source that are new, and check or write that."""
+        """Write or check the plan: the base's samples, then the source's new ones."""
         spec = self._require_same_spec()
         known = {key for commit in self.base.seal.shards for key, _ in self.base.kept(commit)}
-        scanned, rejected = scan(self.source, lambda done, all_: self.progress("scan", done, all_))
+        scanned, rejected = scan(self.source, self.progress)
         self._refuse(rejected)
         new = [sample for sample in scanned if sample.key not in known]
         if not new:
             raise ValueError(
-                f"{self.config.source.path}: each of its {len(scanned)} usable samples is in "
-                f"{self.base.store} already, there is nothing to add"
+                f"{self.config.source.path}: all of its {len(scanned)} usable samples are in "
+                f"{self.base.store} already; there is nothing to add"
             )
         groups = [sample.images if spec.share_vision else None for sample in new]
         added = group_shards(groups, self.config.samples_per_shard)
@@ -62,15 +62,15 @@ class CacheExtender(CacheBuilder):
         begin(self.cache, plan, head=base.head, sketch=base.sketch, template=base.template)
         return plan
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Take over shard `index` of the base, or run the teacher over a new one."""
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
+        """Adopt shard `index` of the base, or run the teacher over a new one."""
         if index < len(self.base.seal.shards):
             commit = self.base.seal.shards[index]
             return adopt_shard(self.cache, self._plan, index, self.base, commit)
-        return super().build_shard(index, killers)
+        return super().build_shard(index, crashing)
 
     def _require_same_spec(self) -> CacheSpec:
-        """The base's spec, which must be what this teacher and these settings give."""
+        """The base's spec; refused unless this teacher and these settings give the same."""
         require_same_teacher(self.base.spec, self.teacher, self.config.teacher)
         self.teacher.sketch, self.teacher.template = self.base.sketch, self.base.template
         found = self.teacher.spec(
@@ -78,19 +78,19 @@ class CacheExtender(CacheBuilder):
             batch_size=self.config.batch_size,
             share_vision=self.config.share_vision,
         )
-        remedy = "Only the teacher and the recipe of a cache can extend it."
+        remedy = "Extend a cache with its own teacher and settings only."
         require_equal(self.base.spec, found, f"{self.base.store}: its spec", remedy)
         return found
 
 
 def extend_samples(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
-    """Write the samples of a cache and new ones of a source as one cache, in this process."""
+    """Write a cache's samples and a source's new ones as one new cache, in this process."""
     extender = CacheExtender(config, progress)
     return build_all(extender, extender.cache)
 
 
 def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
-    """The settings of a build that computes what the base holds."""
+    """The settings of the build that computes what the base holds."""
     if config.source is None:
         raise ValueError("new samples need a source")
     known: dict[str, Any] = {
@@ -99,7 +99,7 @@ def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
         if getattr(base.spec, field.name, None) is not None
     }
     if not holds(base.spec.records, "topk"):
-        known.pop("least_logits")  # which says no where there is nothing that could have them
+        known.pop("least_logits")  # False in a spec without logits, where no build may set it
     known["dtype"] = base.spec.compute_dtype
     if base.spec.grid is not None:
         grid = dataclasses.asdict(base.spec.grid)

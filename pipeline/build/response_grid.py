@@ -1,10 +1,9 @@
-"""How a frozen teacher drops its own vision tokens: the passes behind the grid of a cache.
+"""Runs a teacher that drops its own vision tokens, at each ratio of a cache's grid.
 
-Promise: one pass over a batch as it is, and for each ratio the layers from the grid's on once more
-(`rerun_from_layer`, to the bit what a whole pass under `compress` gives). What is kept depends on
-the sample, the teacher and the settings; random draws on the sample's key. So it is as
-deterministic as the ordinary pass: the same batch gives the same bits. Teachers that cannot drop
-tokens there are refused before a sample is read.
+One whole pass over a batch, then for each ratio the layers from the grid's on once more
+(`rerun_from_layer`; bit-equal to a whole pass under `compress`). Which tokens are kept depends on
+the sample, the teacher and the settings; random draws depend on the sample's key. So the same batch
+gives the same bits. Refuses teachers that cannot drop tokens there, before a sample is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from teacher_cache.teacher.teacher import PredictingStates, Teacher
 
 
 def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:
-    """The settings of `compress` under which the teacher gives the grid's records at a ratio."""
+    """The settings of `compress` that give the grid's records at one ratio."""
     return CompressionSettings(
         compressor=grid.compressor,
         stages=(DropStage(layer=grid.layer, ratio=ratio),),
@@ -33,20 +32,20 @@ def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:
 
 
 def require_compressor(grid: GridSettings | None) -> None:
-    """Refuse a compressor that there is not, before a teacher is loaded."""
+    """Raise ValueError for an unknown compressor, before a teacher is loaded."""
     if grid is not None:
         find_compressor(grid.compressor)
 
 
 def with_grid(teacher: Teacher, grid: GridSettings | None) -> Teacher:
-    """The teacher, ready to give the records of this grid; ValueError where it cannot."""
+    """The teacher, ready to compute the records of this grid; ValueError if it cannot."""
     if grid is not None:
         require_compressible(teacher.model, compression_at(grid, grid.ratios[-1]))
         num_layers = len(decoder_of(teacher.model).layers)
         if grid.layer == num_layers:
             raise ValueError(
-                f"the grid's layer is {grid.layer}, but the teacher has {num_layers} layers: "
-                f"behind the last there is nothing to drop for; choose 1 to {num_layers - 1}"
+                f"the grid's layer is {grid.layer}, but the teacher has {num_layers} layers and "
+                f"no layer after the last would see the drop; choose 1 to {num_layers - 1}"
             )
         teacher.grid_passes = Passes(teacher.model)
     return teacher
@@ -62,7 +61,7 @@ class Passes:
     def __call__(
         self, grid: GridSettings, batch: ModelBatch, whole: Callable[[], Tensor]
     ) -> tuple[Float[Tensor, "B L D"], Sequence[PredictingStates]]:
-        """What `whole` gives, and each sample's predicting states at every ratio of the grid."""
+        """The states of `whole`, and each sample's predicting states at every ratio."""
         found: list[dict[float, Tensor]] = [{} for _ in batch.samples]
         with record_entry(self.model, grid.layer) as entry:
             states = whole()

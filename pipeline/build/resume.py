@@ -1,8 +1,8 @@
-"""With which settings and files a build was begun: what a build that goes on compares first.
+"""Recognises a build that was begun with the same settings and files, so that it may resume.
 
-Promise: an untouched build is recognised without reading its source or loading its teacher; where
-anything at all differs the build makes its plan again, and that decides (manifest.py). Refuses what
-the plan does not know of and a shard that is written cannot follow.
+An unchanged build is recognised without reading its source or loading its teacher. If anything
+differs, the build makes its plan again and compares plans (manifest.py). Refuses the one change
+that no plan shows but written shards cannot follow: another number of quality samples.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ SETTINGS_FILE = "build.json"
 
 
 def keep_settings(config: BuildConfig) -> None:
-    """Write down, beside the plan, what it was made from."""
+    """Write the settings and the state of the input files beside the plan."""
     open_store(config.out).write_atomic(SETTINGS_FILE, _settings(config).encode())
 
 
 def is_unchanged(config: BuildConfig) -> bool:
-    """Whether the cache was begun with these settings, and teacher and source are as they were."""
+    """Whether the cache was begun with these settings, and teacher and source are unchanged."""
     cache = open_store(config.out)
     known = cache.exists(SETTINGS_FILE) and cache.read(SETTINGS_FILE) == _settings(config).encode()
-    # What is not on a local disk cannot be seen to be unchanged: compare its content again.
+    # Whether anything remote changed cannot be seen here: the plan compares its content.
     return known and Path(config.teacher).exists() and Path(config.source.path).exists()
 
 
-def require_same_measuring(config: BuildConfig) -> None:
-    """ValueError where shards are written whose loss was measured on another number of samples."""
+def require_same_quality_samples(config: BuildConfig) -> None:
+    """Raise ValueError if written shards were measured on another number of samples."""
     cache = open_store(config.out)
     if not cache.exists(SETTINGS_FILE) or not committed(cache):
         return
@@ -38,8 +38,8 @@ def require_same_measuring(config: BuildConfig) -> None:
     if begun is not None and begun != config.quality_samples:
         raise ValueError(
             f"{config.out}: the quality of its {len(committed(cache))} written shards was measured "
-            f"on {begun} samples of each, found quality_samples {config.quality_samples} now; go "
-            f"on with {begun}, or build into a new folder"
+            f"on {begun} samples of each, found quality_samples {config.quality_samples} now; "
+            f"continue with {begun}, or build into a new folder"
         )
 
 
@@ -54,7 +54,7 @@ def _settings(config: BuildConfig) -> str:
 
 
 def _files(path: Path) -> list[tuple[str, int, int]] | None:
-    """(name, bytes, time of change) of a file or of a folder's files; None where not local."""
+    """(name, bytes, time of change) of a file or of a folder's files; None if not local."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     if not path.exists():
         return None

@@ -1,13 +1,10 @@
-"""Builds the shards that are missing."""
+"""Builds a planned cache shard by shard: what builds and extensions have in common."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-from teacher_cache.folder.layout import (
-    committed,
-    require_plan,
-)
+from teacher_cache.folder.layout import committed, require_plan
 from teacher_cache.folder.writer import seal_cache
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
 from teacher_cache.schema.progress import Progress
@@ -16,27 +13,27 @@ from teacher_cache.storage.store import Store
 
 @runtime_checkable
 class ShardBuilder(Protocol):
-    """Whoever can write a cache shard by shard: builds, and the two kinds of extensions."""
+    """Writes a cache shard by shard: a build, or one of the two kinds of extension."""
 
     progress: Progress
 
     def prepare(self) -> Plan:
-        """Write the plan, or check that the one that is there is the one wanted now."""
+        """Write the plan, or check that the existing plan matches the settings."""
         ...
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
-        """Write and commit a shard of the plan; `killers`: its samples that kill their worker."""
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
+        """Write and commit a shard of the plan; `crashing`: positions that crash their worker."""
         ...
 
 
 def missing_shards(cache: Store) -> list[int]:
-    """Numbers of the planned shards that are not committed yet."""
+    """Indices of the planned shards that are not committed yet."""
     done = committed(cache)
     return [index for index in range(len(require_plan(cache).shards)) if index not in done]
 
 
 def build_all(builder: ShardBuilder, cache: Store) -> Seal:
-    """Plan, build every shard that is missing, one after the other, and seal; tells of samples."""
+    """Plan, build every missing shard, one after the other, and seal; progress counts samples."""
     progress, plan = builder.progress, builder.prepare()
     missing = missing_shards(cache)
     done = plan.num_samples - sum(len(plan.shards[index]) for index in missing)

@@ -1,7 +1,7 @@
-"""Whether a live teacher is the one that a cache was made with, and its settings from the spec.
+"""Loads a teacher as a cache's spec says, and checks that it is the cache's own.
 
-Promise: the teacher is loaded with the dtype, attention and system prompt that the cache names, and
-every field of the spec that says who the teacher is, is compared; what is stored of it is not.
+Dtype, attention and system prompt are the spec's. Every field that identifies the teacher is
+compared; settings of the stored records are not.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ TEACHER_FIELDS = (
     "image_processor",
     "system_prompt",
 )
-"""Fields of a spec that are the teacher's, whatever is recorded of it."""
+"""Fields of a spec that identify the teacher, whatever is recorded of it."""
 
 
 def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
-    """The teacher in a folder (or of a hub id), loaded as the cache says its own was."""
+    """Load the teacher of a folder or hub id with the cache's dtype, attention and prompt."""
     teacher = Teacher.load(
         path,
         device=device,
@@ -43,7 +43,7 @@ def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
 
 
 def other_teacher(spec: CacheSpec, teacher: Teacher) -> list[tuple[str, str, str]]:
-    """(field, stored, found) of every field in which the teacher is not the cache's own."""
+    """(field, stored, found) of every field in which the teacher differs from the cache's."""
     found = teacher.spec(RecordSettings(records="topk", top_k=1), batch_size=spec.batch_size)
     stored = dataclasses.replace(found, **{name: getattr(spec, name) for name in TEACHER_FIELDS})
     return differences(stored, found)

@@ -1,1 +1,1 @@
-"""The miniatures' data, models and recipes."""
+"""Data, models and recipes of the demos."""

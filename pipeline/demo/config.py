@@ -18,7 +18,7 @@ class DigitsConfig(StrictRecord):
     num_train: int = 4096
     num_heldout: int = 512
     questions: DigitQuestions = "cells"
-    """Eight named cells behind the image, or one row named before it (of emkd demo --epic)."""
+    """Eight cells named after the image, or one row named before it (as emkd demo --epic)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,34 +1,34 @@
-"""Real images for the demo: grids of the handwritten digits that scikit-learn ships (UCI).
+"""Writes the demo's images: grids of the handwritten digits that scikit-learn ships (UCI).
 
-Promises: the same settings give the same bytes; a digit image that appears in the held-out grids
-appears in no training grid; an interrupted run is repeated by running it again, a finished one is
-left as it is. Refuses a folder that holds a set with other settings.
+The same settings give the same bytes. A digit image of the held-out grids appears in no training
+grid. Running again repeats an interrupted run and leaves a finished one as it is. Refuses a folder
+that holds a set with other settings.
 
 One image is 48 x 48: 4 x 4 cells of 12 x 12 pixels, each one digit enlarged from 8 x 8. A prompt
-names eight random cells ("Fill in bs? dq? ..."), the response repeats them with their digits
+names eight random cells ("Fill in bs? dq? ..."); the response repeats them with their digits
 (" bs5 dq2 ..."). Digits straddle patches (8 pixels) and pooling windows (16), so that a student
-with pooled vision tokens sees less than its teacher, by degrees.
-With `rows` a prompt names one row, and then shows the image ("Read d\n<image>"), the response reads
-it (" q7 s2 v9 x1"). A cell's name is itself where to look, and so is read in the first decoder
-layer; here the row must be looked up first, and vision tokens are needed in the layer after it.
+with pooled vision tokens sees somewhat less than its teacher.
+With `rows` a prompt names one row, then shows the image ("Read d\n<image>"); the response reads the
+row (" q7 s2 v9 x1"). A cell's name tells directly where to look, so it is read in the first decoder
+layer; a row must be looked up first, so vision tokens are needed in the next layer too.
 Written: train.json, heldout.json (LLaVA JSON; `digits` holds the 16 digits of a grid for
-pretraining a vision tower), images/*.png, and digits.json, the settings, last.
+pretraining a vision tower), images/*.png, and last digits.json, the settings.
 """
 
 import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipeline.demo.config import DigitQuestions, DigitsConfig
+from teacher_cache.schema.progress import Progress, no_progress
 
 GRID_SIDE = 4
 CELL_PIXELS = 12
@@ -40,36 +40,36 @@ NUM_TRAIN_DIGITS = 1350
 ROW_LETTERS = "bdfg"
 COLUMN_LETTERS = "qsvx"
 CELL_NAMES = tuple(row + column for row in ROW_LETTERS for column in COLUMN_LETTERS)
-"""Names of the 16 cells in raster order; each is meant to be one token of the demo's tokenizer."""
+"""Names of the 16 cells in raster order; each should be one token of the demo's tokenizer."""
 
 PROMPT_PREFIX = "Fill in"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchLabels:
-    """What stands under each 8 x 8 patch, raster order: the cell at the patch's centre."""
+    """The cell at the centre of each 8 x 8 patch, in raster order."""
 
     digit: Int[np.ndarray, "n 36"]
     row: Int[np.ndarray, " 36"]
     column: Int[np.ndarray, " 36"]
 
 
-def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path:
-    """Write both splits under `config.out` and return that folder; `progress(done, total)`.
+def write_digits(config: DigitsConfig, progress: Progress = no_progress) -> Path:
+    """Write both splits under `config.out` and return that folder.
 
-    Raises ValueError where the folder holds a set that was made with other settings.
+    Raises ValueError if the folder holds a set that was made with other settings.
     """
+    from sklearn.datasets import load_digits  # an extra, needed by this function only
+
     settings = dataclasses.asdict(config)
     del settings["out"]
     settings_file = config.out / "digits.json"
     if settings_file.exists():
-        # Earlier versions asked for cells and did not say so.
+        # Earlier versions asked for cells and did not store that.
         stored = {"questions": "cells", **json.loads(settings_file.read_bytes())}
         if stored != settings:
             raise ValueError(
-                f"{settings_file}: found digits made with {stored}, wanted {settings}; "
+                f"{settings_file}: found digits made with {stored}, expected {settings}; "
                 "choose another --out or remove the folder"
             )
         return config.out
@@ -90,8 +90,7 @@ def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path
             _write(config.out / "images" / f"{name}.png", _png(_grid(glyphs[chosen])))
             entries.append(_entry(name, labels[chosen].tolist(), *asked))
             done += 1
-            if progress is not None:
-                progress(done, total)
+            progress("digits", done, total)
         lines = ",\n".join(json.dumps(entry) for entry in entries)
         _write(config.out / f"{split}.json", f"[\n{lines}\n]\n".encode())
     _write(settings_file, (json.dumps(settings) + "\n").encode())
@@ -99,7 +98,7 @@ def write_digits(config: DigitsConfig, progress: Progress | None = None) -> Path
 
 
 def load_grids(path: Path) -> Int[np.ndarray, "n 16"]:
-    """Read the true digits of every grid of a split (train.json or heldout.json), in its order."""
+    """Read the true digits of every grid of a split (train.json or heldout.json), in order."""
     entries = json.loads(path.read_bytes())
     return np.array([entry["digits"] for entry in entries], dtype=np.int64).reshape(-1, 16)
 
@@ -132,7 +131,7 @@ def _png(grey: UInt8[np.ndarray, "48 48"]) -> bytes:
 
 
 def _asked(questions: DigitQuestions, rng: np.random.Generator) -> tuple[str, dict[str, int]]:
-    """The prompt, and the cells of its response, each behind the name that it has there."""
+    """The prompt, and the cells of its response by the names that they have there."""
     if questions == "rows":
         row = int(rng.integers(GRID_SIDE))
         names = {name: GRID_SIDE * row + column for column, name in enumerate(COLUMN_LETTERS)}
@@ -158,7 +157,7 @@ def _entry(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Publish by rename: whoever finds the file finds it whole."""
+    """Publish by rename, so that the file is whole or absent."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)

@@ -1,11 +1,11 @@
-"""The demo's vanilla teacher, untrained: tokenizer, processor and a LLaVA of 36 vision tokens.
+"""Makes the demo's untrained vanilla teacher: tokenizer, processor, a LLaVA of 36 vision tokens.
 
-Promises: ordinary transformers parts that `AutoProcessor` and `AutoModelForImageTextToText` load
-back from disk; one token per cell name and per digit, so that naming a cell's digit is one look
-at the image; the chat template renders a prompt (with the generation prompt) as a prefix of the
-whole conversation and ends every turn with the end-of-turn token.
-Sizes are the smallest at which a student with pooled vision tokens stays clearly behind: SigLIP
-and Qwen3 of two layers and width 64.
+Ordinary transformers classes that `AutoProcessor` and `AutoModelForImageTextToText` load from disk.
+Each cell name and each digit is one token, so that naming a cell's digit takes one look at the
+image. The chat template renders a prompt (with the generation prompt) as a prefix of the whole
+conversation and ends every turn with the end-of-turn token.
+Sizes are the smallest at which a student with pooled vision tokens is clearly worse: SigLIP and
+Qwen3 of two layers and width 64.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ WIDTH = 64
 NUM_LAYERS = 2
 NUM_HEADS = 4
 VOCAB_SIZE = 512
-"""Rows of embedding and head; the tokenizer uses the first of them only, as in many models."""
+"""Rows of embedding and head; as in many models, the tokenizer uses only the first ones."""
 INIT_STD = 0.12
 """The usual 0.02 stalls for hundreds of steps at this width."""
 
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the messages; digits stay single, cell names become one token."""
+    """Train a byte-level BPE on the messages: one token per digit and per cell name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -71,7 +71,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Join the tokenizer with SigLIP's image processor at 48 x 48 pixels, 36 placeholders each."""
+    """Join the tokenizer and SigLIP's image processor: 48 x 48 pixels, 36 placeholders each."""
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(
             size={"height": IMAGE_PIXELS, "width": IMAGE_PIXELS}

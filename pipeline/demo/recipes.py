@@ -1,4 +1,4 @@
-"""The complete settings of the miniatures."""
+"""Recipes of the demos: complete settings of their stages."""
 
 import dataclasses
 from pathlib import Path
@@ -10,23 +10,13 @@ from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
 
 DEMO_STRIDE = 2
-
-
 DEMO_STEPS = 260
-
-
 DEMO_ANSWER_TOKENS = 17
 """Eight names, eight digits and the end of the turn."""
-
-
 EPIC_LAYER = 1
-"""The demo's decoder has two layers: at the input of the last one."""
-
-
+"""Tokens are dropped at the input of the last of the decoder's two layers."""
 EPIC_FIXED_RATIO = 0.75
-"""Of the runs without progression: about the mean of what the ramps of `paper_notes` end with."""
-
-
+"""Of runs without progression: about the mean of the final ratios of `paper_notes`' ramps."""
 EPIC_ANSWER_TOKENS = 9
 """Four names, four digits and the end of the turn."""
 
@@ -49,7 +39,7 @@ def demo_cache(
 def demo_student(
     *, cache: str | Path, teacher: Path, out: Path, objective: ObjectiveName, seed: int
 ) -> TrainConfig:
-    """One student of the demo: 9 vision tokens instead of 36, begun from the teacher's weights.
+    """One student of the demo: 9 vision tokens instead of 36, initialised from the teacher.
 
     The vision tower stays frozen, as in LLaVA-1.5 and as it was for the teacher.
     """
@@ -99,7 +89,7 @@ def demo_evaluation(
 
 
 def demo_epic_cache(*, source: Path, teacher: Path, out: str | Path) -> BuildConfig:
-    """The samples alone, as it were: EPIC's own teacher is the student, so one logit is enough."""
+    """A cache of the samples with one logit each: EPIC's teacher is the student itself."""
     cache = demo_cache(source=source, teacher=teacher, out=out)
     return dataclasses.replace(cache, records="topk", top_k=1)
 
@@ -113,9 +103,9 @@ def demo_epic_student(
     progressive: bool,
     seed: int,
 ) -> TrainConfig:
-    """The demo's teacher trained on with all 36 vision tokens, ever fewer of which pass layer 0.
+    """Continues the demo's teacher with 36 vision tokens; with time, fewer of them pass layer 0.
 
-    Not `progressive`: three quarters are dropped from the first step to the last.
+    Not `progressive`: three quarters are dropped at every step.
     """
     plain = demo_student(cache=cache, teacher=teacher, out=out, objective="supervised", seed=seed)
     progression = ProgressionConfig(layer=EPIC_LAYER)
@@ -133,7 +123,7 @@ def demo_epic_evaluation(
     compressor: str | None = None,
     ratio: float | None = None,
 ) -> EvaluateConfig:
-    """Read the held-out rows with all vision tokens, or with a share dropped behind layer 0."""
+    """Read the held-out rows with all vision tokens, or with a share dropped after layer 0."""
     plain = demo_evaluation(model=model, source=source, out=out)
     plain = dataclasses.replace(plain, max_new_tokens=EPIC_ANSWER_TOKENS)
     if compressor is None:

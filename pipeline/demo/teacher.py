@@ -1,10 +1,10 @@
-"""Train the demo's vanilla teacher: a LLaVA that reads named cells of a grid of digits.
+"""Trains the demo's vanilla teacher: a LLaVA that reads named cells of a grid of digits.
 
-Promises: the same data, settings and number of threads give the same weights; `<out>/final` is
-renamed into place last, so it exists exactly when the teacher is trained, and running again after
-a kill starts over and ends in the same bytes. Refuses data without the digits of each grid, and
-a folder that holds a teacher of other settings or data.
-Two stages, as in LLaVA: the vision tower learns to name what each of its patches shows, then is
+The same data, settings and number of threads give the same weights. `<out>/final` is renamed into
+place last, so it exists only if the teacher is trained; running again after a kill starts over and
+ends in the same bytes. Refuses data without the digits of each grid, and a folder that holds a
+teacher of other settings or data.
+Two phases, as in LLaVA: the vision tower learns to name what each of its patches shows, then is
 frozen; projector and language model learn the conversations from the tower's stored features.
 B samples of a batch, C patches of a grid, D width of the tower.
 """
@@ -33,9 +33,8 @@ from pipeline.demo.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.demo.model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.sources.source import open_source
 from teacher_cache.models.chat_rendering import to_turns
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
-
-Progress = Callable[[int, int], None]
 
 NUM_DIGITS = 10
 NO_LABEL = -100
@@ -47,7 +46,7 @@ RECORD_FILE = "demo_teacher.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSettings:
-    """How long the two stages train; AdamW(0.9, 0.98), cosine to 5 %, weight decay 0.01."""
+    """How long the two phases train; AdamW(0.9, 0.98), cosine to 5 %, weight decay 0.01."""
 
     vision_steps: int = 200
     vision_batch_size: int = 48
@@ -57,12 +56,12 @@ class TeacherSettings:
     language_learning_rate: float = 4e-3
     seed: int = 0
     torch_threads: int = 1
-    """Sums are split by thread: another number of threads gives other last bits."""
+    """Sums are split by thread: another number of threads changes the last bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Examples:
-    """The training split, processed once; labels are -100 outside of the response."""
+    """The training split, processed once; labels are -100 outside the response."""
 
     pixels: Float[Tensor, "n 3 H W"]
     ids: Int[Tensor, "n L"]
@@ -74,13 +73,13 @@ def train_demo_teacher(
     data: Path,
     out: Path,
     settings: TeacherSettings = TeacherSettings(),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Train on `data`/train.json (see `digits.py`) and return `out`/final, model and processor.
 
-    A finished teacher is left as it is. `progress(done, total)` counts the steps of both stages.
-    Raises ValueError where the data is not a set of digit grids, or where the finished teacher
-    was trained with other settings or data.
+    A finished teacher is left as it is. Progress counts the steps of both phases. Raises ValueError
+    if the data is not a set of digit grids, or if the finished teacher was trained with other
+    settings or data.
     """
     final = out / "final"
     digest = hashlib.sha256((data / "train.json").read_bytes()).hexdigest()
@@ -99,8 +98,7 @@ def train_demo_teacher(
     def count_step() -> None:
         nonlocal done
         done += 1
-        if progress is not None:
-            progress(done, total)
+        progress("teacher", done, total)
 
     with _threads(settings.torch_threads):
         examples = _encode(processor, samples)
@@ -119,7 +117,7 @@ def _require_same(path: Path, wanted: dict[str, object]) -> None:
     found = json.loads(path.read_bytes())
     if found != wanted:
         raise ValueError(
-            f"{path}: found a teacher trained with {found}, wanted {wanted}; "
+            f"{path}: found a teacher trained with {found}, expected {wanted}; "
             "choose another folder or remove this one"
         )
 
@@ -163,7 +161,7 @@ def _encode(processor: LlavaProcessor, samples: Sequence[Sample]) -> _Examples:
     for sample in samples:
         with Image.open(io.BytesIO(sample.images[0])) as image:
             images.append(image.convert("RGB"))
-        # The turns that the cache and the students see, so that the teacher knows this prompt.
+        # The prompt that cache and students use, so that the teacher learns it.
         rendered.append(processor.apply_chat_template(to_turns(sample, None), tokenize=False))
     batch = processor(
         images=images,
@@ -185,14 +183,14 @@ def _train_vision_tower(
     settings: TeacherSettings,
     count_step: Callable[[], None],
 ) -> None:
-    """Teach the tower digit, row and column of the cell under each patch, then freeze it."""
+    """Train the tower to name digit, row and column of the cell under each patch; freeze it."""
     labels = patch_labels(grids.numpy())
     digits_BC = torch.from_numpy(labels.digit)
     row_C, column_C = torch.from_numpy(labels.row), torch.from_numpy(labels.column)
     sizes = [NUM_DIGITS, GRID_SIDE, GRID_SIDE]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        # The norm stays here: LLaVA reads the tower's states as they are before its own norm.
+        # With a norm of its own: LLaVA reads the tower's states before the tower's last norm.
         heads = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(sizes)))
     tower = model.model.vision_tower
     batches = _batches(len(pixels), settings.vision_batch_size, settings.seed)
@@ -215,7 +213,7 @@ def _train_language_model(
     settings: TeacherSettings,
     count_step: Callable[[], None],
 ) -> None:
-    """Supervised training of projector and language model; the frozen tower runs only once."""
+    """Train projector and language model, supervised; the frozen tower runs only once."""
     with torch.no_grad():
         chunks = examples.pixels.split(256)
         states = torch.cat([_patch_states(model, chunk) for chunk in chunks])
@@ -224,7 +222,7 @@ def _train_language_model(
     def loss() -> Tensor:
         index = next(batches)
         features = list(model.model.multi_modal_projector(states[index]))
-        # A list, one tensor per image, is what LLaVA itself puts there.
+        # LLaVA, too, puts a list there: one tensor per image.
         image_outputs = BaseModelOutputWithPooling(
             pooler_output=features  # pyright: ignore[reportArgumentType]
         )
@@ -247,15 +245,17 @@ def _train_language_model(
 def _patch_states(
     model: LlavaForConditionalGeneration, pixels: Float[Tensor, "B 3 H W"]
 ) -> Float[Tensor, "B C D"]:
-    """What the projector reads of an image: the tower's last layer, before its final norm."""
+    """The projector's input for an image: the tower's last layer, before its final norm."""
     layer = model.config.vision_feature_layer
     return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
 
 
 def _batches(num_samples: int, batch_size: int, seed: int) -> Iterator[Int[Tensor, " B"]]:
-    """Endless batches of indices: shuffled epochs by `seed`, the rest of an epoch left out."""
+    """Endless batches of indices: epochs shuffled by `seed`, incomplete last batches dropped."""
     if num_samples < batch_size:
-        raise ValueError(f"found {num_samples} samples, a batch alone needs {batch_size}")
+        raise ValueError(
+            f"found {num_samples} samples, expected at least one batch of {batch_size}; write more"
+        )
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(num_samples, generator=generator)

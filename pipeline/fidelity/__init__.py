@@ -1,1 +1,1 @@
-"""What a cache costs and what it loses of the teacher, before and after it is built."""
+"""Estimates and measures what a cache costs and what it loses of the teacher."""

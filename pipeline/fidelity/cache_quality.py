@@ -1,10 +1,10 @@
-"""What a cache keeps of its teacher, from its commit records: a table, a judgement, a complaint.
+"""Reports what a cache keeps of its teacher, from its commit records: table, verdict, warning.
 
-Promises: nothing is computed that the seal does not hold; the numbers of a whole cache are means
-over its shards, weighted by what each was measured on (their largest tail is the largest). Judged
-is the mean, by the very rule that recommends a tier (pilot_report.py); the shard that is furthest
-beyond it is named. A cache that also holds hidden states is shown but not judged: students learn
-from those. Recommended instead is what is known to do, hidden states; a pilot measures the rest.
+Everything comes from the seal. The numbers of a whole cache are means over its shards, weighted by
+the number of positions or pairs (the largest tail is the maximum). The mean is judged by the rule
+that recommends a tier (recommend.py); the worst shard is named. A cache that also holds hidden
+states is shown but not judged: students learn from those. The alternative offered is hidden states,
+which always pass; a pilot measures the tiers between.
 """
 
 import dataclasses
@@ -36,25 +36,25 @@ from teacher_cache.schema.shard_quality import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheQuality:
-    """What the shards of a cache say, and what follows."""
+    """The quality of a cache, its shards, and the verdict."""
 
     tier: Tier
     """The records that were measured."""
     mean: ShardQuality
     shards: tuple[ShardQuality | None, ...]
-    """In their order; None where nobody has measured a shard."""
+    """In order; None for a shard that was not measured."""
     worst: int | None
-    """The shard furthest beyond what is stated, or nearest to it; None where none has images."""
+    """The shard furthest beyond the stated quality, or nearest to it; None if none has images."""
     faults: tuple[str, ...]
-    """Where the mean misses the stated quality; empty where it does not."""
+    """How the mean misses the stated quality; empty if it does not."""
     num_missing: int
-    """Shards that miss it by themselves."""
+    """Shards that miss it individually."""
     instead: Recommendation | None
-    """What to build where there are faults."""
+    """What to build instead if there are faults."""
 
 
 def summarise(seal: Seal) -> CacheQuality | None:
-    """The quality of a cache; None where its records keep every logit, or nobody has measured."""
+    """The quality of a cache; None if its records keep every logit, or if nothing was measured."""
     shards = tuple(commit.quality for commit in seal.shards)
     found = [quality for quality in shards if quality is not None]
     if not found:
@@ -78,13 +78,13 @@ def summarise(seal: Seal) -> CacheQuality | None:
 
 
 def is_unknown(seal: Seal) -> bool:
-    """Whether students would learn from records whose quality nobody has measured."""
+    """Whether students would learn from records whose quality was not measured."""
     lossy = not holds(seal.spec.records, "hidden")
     return lossy and all(commit.quality is None for commit in seal.shards)
 
 
 def render_quality(quality: CacheQuality, num_shards: int = 10) -> str:
-    """A table of the mean and of the worst shards, and what its columns mean."""
+    """A table of the mean and of the worst shards, with a legend."""
     known = [index for index, each in enumerate(quality.shards) if each is not None]
     order = sorted(known, key=lambda index: -_severity(quality.tier, quality.shards[index]))
     rows = [("all", *_cells(quality.mean))]
@@ -96,8 +96,8 @@ def render_quality(quality: CacheQuality, num_shards: int = 10) -> str:
     sampled = quality.mean.sampled
     lines = [f"What {quality.tier.name} keeps of the teacher:", table(_HEADER, rows)]
     if len(known) > num_shards:
-        which = "is the worst" if num_shards == 1 else "are the worst"
-        lines.append(f"Shown {which} of {len(known)} shards.")
+        which = "the worst" if num_shards == 1 else f"the {num_shards} worst"
+        lines.append(f"Shown: {which} of {len(known)} shards.")
     if len(known) < len(quality.shards):
         lines.append(f"{len(quality.shards) - len(known)} shards were not measured.")
     if sampled is not None:
@@ -109,8 +109,8 @@ def render_quality(quality: CacheQuality, num_shards: int = 10) -> str:
     return "\n".join(lines)
 
 
-def complaint(quality: CacheQuality, cache: str) -> str | None:
-    """What to print, loudly, of a cache that misses its stated quality; None where it does not."""
+def warning_text(quality: CacheQuality, cache: str) -> str | None:
+    """The warning for a cache that misses its stated quality; None if it does not."""
     if quality.instead is None:
         return None
     rule = "!" * 80
@@ -118,10 +118,10 @@ def complaint(quality: CacheQuality, cache: str) -> str | None:
         rule,
         f"{cache}: its records, {quality.tier.name}, miss their stated quality:",
         *(f"  {fault}" for fault in quality.faults),
-        f"{quality.num_missing} of {len(quality.shards)} shards miss it by themselves, the worst "
+        f"{quality.num_missing} of {len(quality.shards)} shards miss it individually; the worst "
         f"is shard {quality.worst}.",
-        f"Choose instead, in a new folder: {quality.instead.flags}",
-        "or a tier between the two: emkd plan --pilot measures what each loses and takes.",
+        f"Build into a new folder, with {quality.instead.flags}",
+        "or a tier between the two: emkd plan --pilot measures the loss and the bytes of each.",
         rule,
     ]
     return "\n".join(lines)
@@ -160,13 +160,13 @@ def _faults(tier: Tier, quality: ShardQuality) -> list[str]:
 
 
 def _tail_p90(tier: Tier, quality: ShardQuality) -> float:
-    """What the rule looks at: the tails of bare top-k records; 0 for others."""
+    """The tail mass that the rule uses: that of top-k records alone; 0 for others."""
     bare = tier.records == "topk" and quality.vision_tail is not None
     return quality.vision_tail.p90 if bare and quality.vision_tail is not None else 0.0
 
 
 def _severity(tier: Tier, quality: ShardQuality | None) -> float:
-    """How far a shard is beyond what is stated: 1 where it just does."""
+    """How far a shard is beyond the stated quality; 1 at the limit."""
     if quality is None or quality.sampled is None:
         return -1.0
     loss = quality.sampled
@@ -225,7 +225,7 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def _instead(tier: Tier, mean: ShardQuality, seal: Seal) -> Recommendation:
-    """The rule's choice between what was measured and hidden states in the teacher's own dtype."""
+    """The rule's choice between the measured tier and hidden states in the teacher's dtype."""
     loss = mean.sampled
     assert loss is not None
     dtype = "bfloat16" if seal.spec.compute_dtype == "bfloat16" else "float32"
@@ -241,7 +241,7 @@ def _instead(tier: Tier, mean: ShardQuality, seal: Seal) -> Recommendation:
 def _measured(
     tier: Tier, seal: Seal, regret: float, gradient_cosine: float, tail_p90: float
 ) -> TierMeasure:
-    """A tier with its numbers, and the bytes of its vision and response records by arithmetic."""
+    """A tier with its numbers; bytes of vision and response records by arithmetic."""
     spec = seal.spec
     shape = SampleShape(
         num_views=0,

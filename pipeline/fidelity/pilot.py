@@ -1,8 +1,8 @@
-"""`emkd plan --pilot`: what each tier of a cache would lose on *this* teacher, measured.
+"""`emkd plan --pilot`: measures what each tier of a cache would lose on *this* teacher.
 
-Every second sample fits the sketch's basis, the others are measured, so that no number is
-flattered by its own calibration. Records are made, encoded and turned into signals by the very
-functions that build and training use (tier_loss.py).
+Every second sample fits the sketch's basis and the others are measured, so no number is flattered
+by its own calibration. Records are made, encoded and turned into signals by the functions that
+build and training use.
 
 Memory: the states of one batch and the records of one sample, whatever the number of samples.
 Refuses a source with fewer than two usable samples, or without images.
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.fidelity.recommend import STAND_IN, PilotReport, Tail, TierMeasure, recommend
+from pipeline.fidelity.recommend import PROXY_STUDENT, PilotReport, Tail, TierMeasure, recommend
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
-from pipeline.fidelity.tier_loss import TierSums, compare, logit_energy, shard_structure, shortened
+from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
+from pipeline.fidelity.tier_loss import LossMeter
 from pipeline.sources.source import open_source
-from student_train.matching.quality import row_mean_spread
 from student_train.signals.from_cache import TeacherAssets, vision_signal
-from student_train.signals.teacher_signal import DenseSignal, Signal
+from student_train.signals.teacher_signal import Signal
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.make_records import make_output
-from teacher_cache.records.sketch import HiddenMoments, basis_from_moments
+from teacher_cache.records.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec
@@ -37,7 +37,7 @@ from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import vision_digest
 
 SAMPLES_PER_SHARD = 256
-"""As a build has it unless told otherwise."""
+"""The default of a build."""
 
 
 class Pilot:
@@ -45,7 +45,7 @@ class Pilot:
 
     def __init__(self, config: PlanConfig, progress: Progress = no_progress) -> None:
         if config.source is None or config.teacher is None:
-            raise ValueError("a pilot needs a source and a teacher")
+            raise ValueError("a pilot needs a source and a teacher; give both")
         self.config = config
         self.progress = progress
         self.source = open_source(SourceConfig(path=config.source, image_root=config.image_root))
@@ -55,14 +55,12 @@ class Pilot:
         self.head = self.teacher.head
         self.vocab_size, self.hidden_size = self.head.weight.shape
         self.tiers = {tier.name: tier for tier in tiers(self.vocab_size, self.hidden_size)}
-        self.sums = {name: TierSums() for name in self.tiers}
+        self.bytes = {name: TierBytes() for name in self.tiers}
         self.rejected: list[str] = []
-        self.seconds: list[tuple[float, int]] = []
+        self.batch_times: list[tuple[float, int]] = []
+        """Seconds and samples of each batch."""
         self.tails: dict[tuple[int, str], list[Tensor]] = {}
-        self.energy = dict.fromkeys(sorted({min(r, self.hidden_size) for r in SKETCH_RANKS}), 0.0)
-        self.total_energy = 0.0
-        self.spreads: list[float] = []
-        self.num_with_images, self.shown = 0, set[str]()
+        self.num_with_images, self.vision_digests = 0, set[str]()
         self.num_samples = self.num_vision = self.num_response = 0
 
     def run(self) -> PilotReport:
@@ -75,8 +73,9 @@ class Pilot:
             moments.update(states[encoded.spans.vision])
             for top_k, tail in tails.items():
                 tail.update(states[encoded.spans.vision], self.head, top_k)
-        self.teacher.sketch = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
-        self.basis = self.teacher.sketch
+        self.basis = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
+        self.teacher.sketch = self.basis
+        self.meter = LossMeter(self.head, self.config.match_metric, self.tiers, self.basis)
         self.templates: dict[int | None, TailTemplate] = {
             top_k: TailTemplate(vision=tail.log_shares) for top_k, tail in tails.items()
         }
@@ -88,12 +87,13 @@ class Pilot:
                 )
         for sample, encoded, states in self._states(samples[1::2], "measure"):
             self._measure(sample, encoded, states)
-        if not self.spreads:
+        spread = self.meter.row_mean_spread
+        if spread is None:
             raise ValueError(
                 f"{self.config.source}: none of the samples that the pilot measured has a view of "
                 "more than one vision token; take more samples, or a source with images"
             )
-        return self._report(moments.count)
+        return self._report(moments.count, spread)
 
     def _read(self) -> list[Sample]:
         """The pilot's readable samples."""
@@ -128,7 +128,7 @@ class Pilot:
                 side = collate(encoded, self.teacher.encoder.pad_token_id, "right")
                 states = self.teacher.hidden_states(side)
                 float(states[0, 0, 0])  # waits for an accelerator
-                self.seconds.append((time.perf_counter() - begun, len(batch)))
+                self.batch_times.append((time.perf_counter() - begun, len(batch)))
                 for (sample, item), rows in zip(batch, states, strict=True):
                     self._count_images(sample, item)
                     if bool(torch.isfinite(rows[: item.num_tokens]).all()):
@@ -138,13 +138,13 @@ class Pilot:
             self.progress(what, min(start + size, len(samples)), len(samples))
 
     def _count_images(self, sample: Sample, encoded: EncodedSample) -> None:
-        seen = vision_digest(sample, encoded)
-        if seen is not None:
+        digest = vision_digest(sample, encoded)
+        if digest is not None:
             self.num_with_images += 1
-            self.shown.add(seen)
+            self.vision_digests.add(digest)
 
     def _measure(self, sample: Sample, encoded: EncodedSample, states: Tensor) -> None:
-        """One sample in every tier: its bytes, its tails, and its views against every logit."""
+        """Measure one sample in every tier: its bytes, its tails, and its views."""
         spans, device = encoded.spans, self.teacher.device
         self.num_samples += 1
         self.num_vision += len(spans.vision)
@@ -152,29 +152,15 @@ class Pilot:
         signals: dict[str, Signal] = {}
         for name, tier in self.tiers.items():
             rank = tier.sketch_rank
-            sketch = None if rank is None else shortened(self.basis, rank)
+            sketch = None if rank is None else _shortened(self.basis, rank)
             output = make_output(spans, states, self.head, _settings(tier), sketch)
             cached = CachedSample(sample=sample, output=output)
-            self.sums[name].weigh(cached, self.specs[tier.records])
+            self.bytes[name].add(cached, self.specs[tier.records])
             self._keep_tails(tier, output)
             template = self.templates.get(tier.top_k)
             assets = TeacherAssets(head=self.head, sketch=sketch, template=template)
             signals[name] = vision_signal(output, assets.to(device)).to(device)
-        vision, start = states[spans.vision], 0
-        for view in spans.views:
-            rows = torch.arange(start, start + view.num_tokens, device=device)
-            start += view.num_tokens
-            if view.num_tokens == 1:
-                continue  # the stand-in would be the teacher itself
-            logits = self.head.logits(vision[rows])
-            self.spreads.append(row_mean_spread(logits))
-            held, total = logit_energy(vision[rows], logits, self.basis)
-            self.total_energy += total
-            for rank in self.energy:
-                self.energy[rank] += float(held[rank - 1])
-            here = {name: signal.rows(rows) for name, signal in signals.items()}
-            exact, metric = DenseSignal(logits=logits), self.config.match_metric
-            compare(vision[rows], exact, view, self.head, metric, here, self.sums)
+        self.meter.add(states[spans.vision], spans.views, signals)
 
     def _keep_tails(self, tier: Tier, output: TeacherOutput) -> None:
         if tier.records != "topk" or tier.top_k is None:
@@ -184,12 +170,12 @@ class Pilot:
                 tails = self.tails.setdefault((tier.top_k, where), [])
                 tails.append(record.log_tail.to(torch.float64).exp())
 
-    def _report(self, calibration_tokens: int) -> PilotReport:
+    def _report(self, calibration_tokens: int, row_mean_spread: float) -> PilotReport:
         seconds = self.config.teacher_seconds_per_sample
-        seconds = _per_sample(self.seconds) if seconds is None else seconds
-        planned = self.config.samples or len(self.source)
-        measured = tuple(self._tier(name, planned) for name in self.tiers)
-        total = self.total_energy
+        seconds = _per_sample(self.batch_times) if seconds is None else seconds
+        num_planned = self.config.samples or len(self.source)
+        measured = tuple(self._tier(name, num_planned) for name in self.tiers)
+        ranks = sorted({min(rank, self.hidden_size) for rank in SKETCH_RANKS})
         return PilotReport(
             samples=self.num_samples,
             rejected=tuple(self.rejected),
@@ -199,22 +185,22 @@ class Pilot:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             match_metric=self.config.match_metric,
-            student_stand_in=STAND_IN,
+            proxy_student=PROXY_STUDENT,
             teacher_seconds_per_sample=seconds,
             tails=tuple(self._tail(k) for k in sorted({k for k, _ in self.tails})),
-            energy={r: held / total if total else 1.0 for r, held in self.energy.items()},
+            energy={rank: self.meter.energy(rank) for rank in ranks},
             samples_per_image=self.samples_per_image,
-            row_mean_spread=sum(self.spreads) / len(self.spreads),
+            row_mean_spread=row_mean_spread,
             tiers=measured,
-            cost=cost(self.config, planned, seconds),
+            cost=cost(self.config, num_planned, seconds),
             recommendation=recommend(measured),
         )
 
     @property
     def samples_per_image(self) -> float:
-        """Samples for each vision record: as the settings say, or as found so far."""
+        """Samples for each vision record: the setting if given, else as found so far."""
         given = self.config.samples_per_image
-        found = self.num_with_images / len(self.shown) if self.shown else 1.0
+        found = self.num_with_images / len(self.vision_digests) if self.vision_digests else 1.0
         return found if given is None else given
 
     def _tail(self, top_k: int) -> Tail:
@@ -228,12 +214,12 @@ class Pilot:
             response_p90=response_p90,
         )
 
-    def _tier(self, name: str, planned: int) -> TierMeasure:
-        tier, sums = self.tiers[name], self.sums[name]
-        dtype = self.specs[tier.records].logits_dtype
-        once = asset_bytes(tier, self.vocab_size, self.hidden_size, dtype)
+    def _tier(self, name: str, num_planned: int) -> TierMeasure:
+        tier, sums, loss = self.tiers[name], self.bytes[name], self.meter.losses[name]
+        spec = self.specs[tier.records]
+        once = asset_bytes(tier, self.vocab_size, self.hidden_size, spec.logits_dtype)
         saved = sums.shareable * (1 - 1 / self.samples_per_image)
-        per_row, per_shard = shard_structure(self.specs[tier.records])
+        per_row, per_shard = shard_structure(spec)
         structure = per_row + per_shard / SAMPLES_PER_SHARD
         per_sample = (sums.stored - saved) / self.num_samples + structure
         bare = tier.records == "topk" and tier.top_k is not None
@@ -243,12 +229,12 @@ class Pilot:
                 per_vision_token=sums.stored_vision / self.num_vision,
                 per_sample=per_sample,
                 once=once,
-                in_all=once + per_sample * planned,
+                in_all=once + per_sample * num_planned,
             ),
             layout_per_vision_token=sums.layout_vision / self.num_vision,
-            regret=sums.regret,
-            agreement=sums.agreement,
-            gradient_cosine=sums.gradient_cosine,
+            regret=loss.regret,
+            agreement=loss.agreement,
+            gradient_cosine=loss.gradient_cosine,
             tail_p90=self._tail(tier.top_k or 0).vision_p90 if bare else 0.0,
         )
 
@@ -267,15 +253,25 @@ def _settings(tier: Tier) -> RecordSettings:
     )
 
 
-def _per_sample(seconds: Sequence[tuple[float, int]]) -> float:
-    """Mean over all batches but the first, which pays for the start too (where there are more)."""
-    counted = seconds[1:] or seconds
-    return sum(spent for spent, _ in counted) / sum(count for _, count in counted)
+def _shortened(basis: SketchBasis, rank: int) -> SketchBasis:
+    """The basis that the same states give at a smaller rank: axes are ordered by energy."""
+    return SketchBasis(
+        hidden_mean=basis.hidden_mean,
+        projection=basis.projection[:, :rank],
+        mean_logits=basis.mean_logits,
+        directions=basis.directions[:, :rank],
+    )
 
 
-def _quantiles(parts: Sequence[Tensor]) -> tuple[float, float]:
+def _per_sample(batch_times: Sequence[tuple[float, int]]) -> float:
+    """Mean over all batches but the first, which also pays for start-up, if there are others."""
+    counted = batch_times[1:] or batch_times
+    return sum(seconds for seconds, _ in counted) / sum(count for _, count in counted)
+
+
+def _quantiles(tails: Sequence[Tensor]) -> tuple[float, float]:
     """Median and 90th percentile; (0, 0) where there is nothing."""
-    values = torch.cat(list(parts)).sort().values
+    values = torch.cat(list(tails)).sort().values
     if not len(values):
         return 0.0, 0.0
     return float(values[len(values) // 2]), float(values[len(values) * 9 // 10])

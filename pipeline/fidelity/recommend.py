@@ -1,7 +1,7 @@
-"""What a pilot found, the rule that recommends a tier from it, and both in words.
+"""Recommends a tier from what a pilot found, and prints both.
 
-Plain numbers, no tensors: the rule can be read, tested and argued with by itself. A recommendation
-always names what ruled out the cheaper tiers.
+Plain numbers, no tensors, so that the rule can be read and tested by itself. A recommendation names
+what ruled out the cheaper tiers.
 """
 
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pipeline.fidelity.sizes import Cost, Tier, TierSize, cost_lines
 from pipeline.fidelity.tables import human_bytes, table
 
-STAND_IN = "the teacher's own vision states, average-pooled 2 x 2 per view"
-"""What takes the place of a student that does not exist yet."""
+PROXY_STUDENT = "the teacher's own vision states, average-pooled 2 x 2 per view"
+"""Replaces the student, which does not exist yet."""
 
 MAX_REGRET = 0.01
-"""Excess of the exact matching cost, as a share of a random matching's, that is put up with: what a
-sketch of a few hundred directions reaches, while bare top-k loses 14-37 % of raw L1, and a greedy
+"""Largest acceptable regret: excess of the exact matching cost, as a share of a random matching's.
+A sketch of a few hundred directions reaches it. Top-k alone loses 14-37 % of raw L1, and a greedy
 matching of the exact costs 0.4-7 % (docs/method.md)."""
 MAX_TAIL = 0.02
-"""Mass outside the top k (90th percentile) up to which bare top-k matches by probability: each cost
-is off by at most twice that, and regret stays below 0.1 %; 2-6 % at a mass of 0.4."""
+"""Largest mass outside the top k (90th percentile) at which top-k alone may match by probability.
+Each cost is then off by at most twice that and regret stays below 0.1 %; at mass 0.4, 2-6 %."""
 MIN_GRADIENT_COSINE = 0.9
-"""Agreement of the reverse KL's gradient with the exact one that is asked for: near the teacher,
-where the stand-in is, a sketch reaches 0.95-0.996; further off all that is left out counts more."""
+"""Smallest acceptable cosine between the reverse KL's gradient and the exact one. A sketch reaches
+0.95-0.996 near the teacher, where the proxy student is; farther away, omissions weigh more."""
 EXACT_IS_WORTH = 1.25
-"""Share of bytes that a tier that keeps everything may cost over the cheapest that will do."""
+"""A tier that keeps everything may take this many times the bytes of the cheapest passing tier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class TierMeasure:
     """One tier on the pilot's samples; sizes are measured, after compression.
 
     `regret` is the excess of the exact cost under the tier's matching over the exact matching's, as
-    a share of a random matching's excess, `agreement` the share of equal pairs; None where the tier
-    cannot serve the metric at all. `tail_p90` is 0 but for bare top-k records.
+    a share of a random matching's excess; `agreement` is the share of equal pairs. Both are None if
+    the tier cannot serve the metric. `tail_p90` is 0 except for top-k records alone.
     """
 
     size: TierSize
@@ -62,7 +62,7 @@ class TierMeasure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """One tier, the flags of `emkd build` that choose it, and why."""
+    """One tier, the flags of `emkd build` that choose it, and the reason."""
 
     tier: str
     flags: str
@@ -73,10 +73,10 @@ class Recommendation:
 class PilotReport:
     """Everything that a pilot found.
 
-    `samples`, `vision_tokens` and `response_tokens` are those measured; `energy` maps r to the
-    share of the vision logits' variance that r directions hold; `row_mean_spread` is the standard
-    deviation over a view's tokens of the mean logit, which raw L1 sees and softmax does not;
-    `samples_per_image` counts samples with images for each vision record that a build would store.
+    `samples`, `vision_tokens` and `response_tokens` count what was measured. `energy` maps r to the
+    share of the vision logits' variance that r directions hold. `row_mean_spread` is the standard
+    deviation over a view's tokens of the mean logit, which raw L1 sees and softmax ignores.
+    `samples_per_image` counts samples with images per vision record that a build would store.
     """
 
     samples: int
@@ -87,7 +87,7 @@ class PilotReport:
     vocab_size: int
     hidden_size: int
     match_metric: str
-    student_stand_in: str
+    proxy_student: str
     teacher_seconds_per_sample: float
     tails: tuple[Tail, ...]
     energy: dict[int, float]
@@ -99,37 +99,37 @@ class PilotReport:
 
 
 def recommend(measured: Sequence[TierMeasure]) -> Recommendation:
-    """The cheapest tier that will do, or `hidden` where that costs hardly more.
+    """The cheapest tier that passes, or `hidden` if that costs little more.
 
-    A tier will do if its regret is at most `MAX_REGRET`, its gradient cosine at least
-    `MIN_GRADIENT_COSINE` and, for bare top-k, its tail at most `MAX_TAIL`. Among these the fewest
-    bytes in all win, except that the cheapest `hidden` tier that will do is taken if it is within
-    `EXACT_IS_WORTH` of that: nothing later can find it wanting. If none will do, float32 states.
+    A tier passes if its regret is at most `MAX_REGRET`, its gradient cosine at least
+    `MIN_GRADIENT_COSINE` and, for top-k records alone, its tail at most `MAX_TAIL`. The passing
+    tier with the fewest bytes in all wins, unless a passing `hidden` tier takes at most
+    `EXACT_IS_WORTH` times as many: that one loses nothing. If none passes, float32 states.
     """
     ordered = sorted(measured, key=lambda item: item.size.in_all)
     missed = {
         item.tier: faults(item.tier, item.regret, item.gradient_cosine, item.tail_p90)
         for item in ordered
     }
-    will_do = [item for item in ordered if not missed[item.tier]]
-    if not will_do:
+    passing = [item for item in ordered if not missed[item.tier]]
+    if not passing:
         worst = "; ".join(f"{tier.name}: {', '.join(found)}" for tier, found in missed.items())
         tier = Tier(records="hidden", hidden_dtype="float32")
         return _recommended(tier, f"no tier passes ({worst}), and float32 states lose least")
-    cheapest = will_do[0]
-    exact = next((item for item in will_do if item.tier.records == "hidden"), None)
+    cheapest = passing[0]
+    exact = next((item for item in passing if item.tier.records == "hidden"), None)
     limit = EXACT_IS_WORTH * cheapest.size.in_all
     if exact is not None and exact is not cheapest and exact.size.in_all <= limit:
         return _recommended(
             exact.tier,
             f"it keeps everything and takes {exact.size.in_all / cheapest.size.in_all:.2f} times "
-            f"the bytes of the cheapest tier that will do, {cheapest.tier.name}",
+            f"the bytes of the cheapest tier that passes, {cheapest.tier.name}",
         )
     cheaper = [item for item in ordered if item.size.in_all < cheapest.size.in_all]
     ruled_out = [f"{item.tier.name} ({', '.join(missed[item.tier])})" for item in cheaper]
-    reason = "it takes the fewest bytes of all tiers that will do"
+    reason = "it takes the fewest bytes of all tiers that pass"
     if ruled_out:
-        reason += "; cheaper ones will not: " + "; ".join(ruled_out)
+        reason += "; cheaper ones do not pass: " + "; ".join(ruled_out)
     return _recommended(cheapest.tier, reason)
 
 
@@ -138,18 +138,18 @@ def _recommended(tier: Tier, reason: str) -> Recommendation:
 
 
 def faults(tier: Tier, regret: float | None, gradient_cosine: float, tail_p90: float) -> list[str]:
-    """Why a tier with these numbers will not do; empty where it will."""
+    """Why a tier with these numbers does not pass; empty if it passes."""
     found: list[str] = []
     if regret is None:
         found.append("cannot match by raw logits")
     elif regret > MAX_REGRET:
-        found.append(f"regret {regret:.1%}, at most {MAX_REGRET:.0%} will do")
+        found.append(f"regret {regret:.1%}, expected at most {MAX_REGRET:.0%}")
     if gradient_cosine < MIN_GRADIENT_COSINE:
         found.append(
-            f"gradient cosine {gradient_cosine:.2f}, at least {MIN_GRADIENT_COSINE} will do"
+            f"gradient cosine {gradient_cosine:.2f}, expected at least {MIN_GRADIENT_COSINE}"
         )
     if tier.records == "topk" and tail_p90 > MAX_TAIL:
-        found.append(f"tail mass {tail_p90:.2f} (90 %), at most {MAX_TAIL} will do")
+        found.append(f"tail mass {tail_p90:.2f} (90 %), expected at most {MAX_TAIL}")
     return found
 
 
@@ -191,8 +191,8 @@ def render_pilot(report: PilotReport) -> str:
         tiers,
         "B / token, packed: bytes of a vision token's records before and after compression.",
         f"regret, agree: matching by {report.match_metric}; gradient: cosine of the reverse KL's;",
-        "all against every logit. In place of a student:",
-        f"{report.student_stand_in}.",
+        "all against every logit. Proxy for the student:",
+        f"{report.proxy_student}.",
         *cost_lines(report.cost),
         "",
         f"Recommended: {report.recommendation.flags}",

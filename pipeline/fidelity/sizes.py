@@ -1,9 +1,9 @@
-"""`emkd plan` without a model: what each tier of a cache would take, by arithmetic alone.
+"""`emkd plan` without a model: computes the size of each tier of a cache by arithmetic alone.
 
-Promise: `column_bytes` gives, column by column, exactly the bytes that `codec.output_columns` holds
-before compression; tests compare the two. Nothing is assumed of zstd (a pilot measures it), and
-what is small beside them is left out: texts, frame headers, checksums. Imports nothing heavy, so
-that the answer is there at once. Units are decimal.
+`column_bytes` gives, column by column, exactly the bytes of a sample before compression; tests
+compare it with the codec. Nothing is assumed of zstd (a pilot measures it); texts, frame headers
+and checksums are small and left out. Imports nothing heavy, so that the answer comes at once. Units
+are decimal.
 """
 
 from dataclasses import dataclass, replace
@@ -18,17 +18,17 @@ PAPER_SAMPLES = 779_000
 TOP_K = (16, 32, 64, 128, 256)
 SKETCH_RANKS = (64, 128, 256, 512)
 SKETCH_TOP_K = 64
-"""K of the tiers that have a sketch: more of it buys little beside one (docs/method.md)."""
+"""K of the tiers with a sketch, beside which a larger K gains little (docs/method.md)."""
 
 HIDDEN_GROUP = 64
-"""Channels that share a scale where states are int8, unless told otherwise."""
+"""Channels that share a scale in int8 states; the default of a build."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tier:
-    """One way to store the teacher; fields that its kind has no use for are None."""
+    """One way to store the teacher's outputs; fields that its records do not use are None."""
 
     records: RecordKind
     top_k: int | None = None
@@ -39,14 +39,14 @@ class Tier:
     @property
     def name(self) -> str:
         """Short name, as tables show it."""
-        parts = [f"k={self.top_k}"] if self.top_k else []
-        parts += [f"r={self.sketch_rank}"] if self.sketch_rank else []
-        parts += [self.hidden_dtype] if self.hidden_dtype else []
-        return " ".join([self.records, *parts])
+        words = [f"k={self.top_k}"] if self.top_k else []
+        words += [f"r={self.sketch_rank}"] if self.sketch_rank else []
+        words += [self.hidden_dtype] if self.hidden_dtype else []
+        return " ".join([self.records, *words])
 
     @property
     def flags(self) -> str:
-        """Flags of `emkd build` that choose it."""
+        """Flags of `emkd build` that choose this tier."""
         chosen = {
             "--top-k": self.top_k,
             "--sketch-rank": self.sketch_rank,
@@ -58,7 +58,7 @@ class Tier:
 
 
 def tiers(vocab_size: int, hidden_size: int) -> tuple[Tier, ...]:
-    """The tiers that a pilot compares, k capped at the vocabulary and ranks at the width."""
+    """The tiers that a pilot compares; k is capped at the vocabulary, ranks at the width."""
     kept = sorted({min(k, vocab_size) for k in TOP_K})
     ranks = sorted({min(rank, hidden_size) for rank in SKETCH_RANKS})
     sketch_k = min(SKETCH_TOP_K, vocab_size)
@@ -71,10 +71,10 @@ def tiers(vocab_size: int, hidden_size: int) -> tuple[Tier, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleShape:
-    """The counts that fix a sample's columns: views, M vision, T content, X and R text tokens.
+    """The counts that fix the size of a sample's columns: views, M, T, X and R tokens.
 
     `logits_dtype` is the LM head's; top-k logits are stored in it. `kept_vision` and
-    `kept_response` count the entries of all positions where those keep different numbers.
+    `kept_response` count the entries of all positions if positions keep different numbers.
     """
 
     num_views: int
@@ -89,7 +89,7 @@ class SampleShape:
     kept_vision: int | None = None
     kept_response: int | None = None
     num_ratios: int = 0
-    """Of the grid of responses, with `kept_grid` entries at each."""
+    """Ratios of the response grid, with `kept_grid` entries at each."""
     kept_grid: tuple[int, ...] | None = None
     least_logits: bool = True
 
@@ -153,7 +153,7 @@ def is_vision_column(name: str) -> bool:
 
 
 def asset_bytes(tier: Tier, vocab_size: int, hidden_size: int, logits_dtype: str) -> int:
-    """Bytes that a cache holds once: the LM head's weight, the sketch's basis, the template."""
+    """Bytes that a cache holds once: LM head, sketch basis, template."""
     head = vocab_size * hidden_size * _ITEM_BYTES[logits_dtype] if tier.hidden_dtype else 0
     once = head + (2 * 4 * vocab_size if tier.top_k else 0)
     if tier.sketch_rank is None:
@@ -164,7 +164,7 @@ def asset_bytes(tier: Tier, vocab_size: int, hidden_size: int, logits_dtype: str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSize:
-    """What one tier takes, in bytes; `in_all` includes what is stored once."""
+    """The size of one tier in bytes; `in_all` includes what is stored once."""
 
     tier: Tier
     per_vision_token: float
@@ -175,10 +175,10 @@ class TierSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What the teacher takes; None where it was not said.
+    """The teacher's time; None where the settings do not give it.
 
-    The cache pays from `break_even_runs` student runs on: the smallest whole number of runs whose
-    live teachers would together take longer than the build.
+    The cache pays off from `break_even_runs` student runs on: the smallest number of runs whose
+    live teachers together take longer than the build.
     """
 
     num_samples: int
@@ -226,20 +226,20 @@ def tier_sizes(config: PlanConfig) -> tuple[TierSize, ...]:
 
 
 def _with_mean_kept(shape: SampleShape, tier: Tier, mean: float | None) -> SampleShape:
-    """The shape where positions keep so many entries on average, or all that the tier has."""
+    """The shape if positions keep `mean` entries on average, at most the tier's K."""
     if mean is None or tier.top_k is None:
         return shape
-    each = min(mean, tier.top_k)
+    kept = min(mean, tier.top_k)
     return replace(
         shape,
-        kept_vision=round(each * shape.num_vision),
-        kept_response=round(each * shape.num_response),
-        kept_grid=(round(each * shape.num_response),) * shape.num_ratios,
+        kept_vision=round(kept * shape.num_vision),
+        kept_response=round(kept * shape.num_response),
+        kept_grid=(round(kept * shape.num_response),) * shape.num_ratios,
     )
 
 
 def cost(config: PlanConfig, num_samples: int, seconds_per_sample: float | None) -> Cost:
-    """The build's time against live teachers: the cache pays when runs x online > build."""
+    """The build's time against live teachers: the cache pays off when runs x online > build."""
     build = None if seconds_per_sample is None else num_samples * seconds_per_sample
     online = None
     if config.online_teacher_seconds_per_step is not None and config.steps_per_run is not None:
@@ -255,21 +255,21 @@ def cost(config: PlanConfig, num_samples: int, seconds_per_sample: float | None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanReport:
-    """What arithmetic alone can say."""
+    """The result of arithmetic alone."""
 
     tiers: tuple[TierSize, ...]
     cost: Cost
 
 
 def plan(config: PlanConfig) -> PlanReport:
-    """Sizes of every tier and, as far as the settings tell, the teacher's time."""
+    """The size of every tier and, if the settings give it, the teacher's time."""
     seconds = config.teacher_seconds_per_sample
     spent = cost(config, config.samples or PAPER_SAMPLES, seconds)
     return PlanReport(tiers=tier_sizes(config), cost=spent)
 
 
 def render_plan(report: PlanReport) -> str:
-    """The arithmetic's report for a terminal."""
+    """The plan as text for a terminal."""
     spent = report.cost
     header = ("records", "B / vision token", "per sample", "once", f"{spent.num_samples:,} samples")
     rows = [(size.tier.name, *size_cells(size)) for size in report.tiers]
@@ -278,7 +278,7 @@ def render_plan(report: PlanReport) -> str:
 
 
 def size_cells(size: TierSize) -> tuple[str, str, str, str]:
-    """The four numbers of a tier as texts."""
+    """The four sizes of a tier as texts."""
     return (
         f"{size.per_vision_token:,.0f}",
         human_bytes(size.per_sample),
@@ -288,7 +288,7 @@ def size_cells(size: TierSize) -> tuple[str, str, str, str]:
 
 
 def cost_lines(spent: Cost) -> list[str]:
-    """What is known of the teacher's time, a sentence each."""
+    """One sentence for each known time of the teacher."""
     lines: list[str] = []
     if spent.build_seconds is not None:
         lines.append(f"Build: {_duration(spent.build_seconds)} of teacher time.")
@@ -296,7 +296,7 @@ def cost_lines(spent: Cost) -> list[str]:
         online = _duration(spent.online_seconds_per_run)
         lines.append(f"A live teacher: {online} in each student run.")
     if spent.break_even_runs is not None:
-        lines.append(f"The cache pays from student run {spent.break_even_runs} on.")
+        lines.append(f"The cache pays off from student run {spent.break_even_runs} on.")
     return lines
 
 

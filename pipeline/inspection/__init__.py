@@ -1,1 +1,1 @@
-"""Looks at a sealed cache, and runs the teacher against it again."""
+"""Shows what a sealed cache holds, and runs its teacher again to compare."""

@@ -1,10 +1,10 @@
-"""What `emkd inspect` shows of a cache: its seal, where its bytes are, how flat its teacher is.
+"""Describes a cache for `emkd inspect`: its seal, where its bytes are, its tail masses.
 
-Promises: counts and settings are the seal's, bytes of each part are those of the shards' frames,
-tail masses come from a bounded, seeded sample of rows, which have passed the reader's checks, so
-that a cache of any size is described in bounded memory; beside them stands what the build measured
-of each shard (cache_quality.py). Everything is plain data (numbers, strings, lists), ready for
-JSON; `render` lays it out for a terminal.
+Counts and settings are the seal's; bytes of each part are those of the shards' frames. Tail masses
+come from a bounded, seeded sample of rows that have passed the reader's checks, so that memory is
+bounded for a cache of any size. Beside them is what the build measured (cache_quality.py).
+Everything is plain data (numbers, strings, lists), ready for JSON; `render` lays it out for a
+terminal.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.shard_quality import quantile
 
 MAX_WORD = 20
-"""Characters of a word that may stand in a list of one line."""
+"""Longest word, in characters, of a list that is written on one line."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
 _TAILED: frozenset[Part] = frozenset({"vision", "response", "response_grid"})
 
@@ -34,15 +34,15 @@ _TAILED: frozenset[Part] = frozenset({"vision", "response", "response_grid"})
 def describe_cache(
     reader: CacheReader, num_rows: int = 256, num_shards: int = 16
 ) -> dict[str, Any]:
-    """The seal of a cache: counts, bytes, every setting that fixed its numbers, the rejects.
+    """A cache's counts, bytes, settings and rejected samples.
 
-    `num_rows` bounds the rows whose tail masses are looked at; `num_shards` the shards of a cache
-    in an object store that are fetched to look into.
+    `num_rows` bounds the rows whose tail masses are read; `num_shards` the shards that are fetched
+    of a cache in an object store.
     """
     seal = reader.seal
-    numbers = list(range(len(seal.shards)))
+    indices = list(range(len(seal.shards)))
     if not reader.cache.in_place:
-        numbers = sorted(random.Random(0).sample(numbers, min(num_shards, len(numbers))))
+        indices = sorted(random.Random(0).sample(indices, min(num_shards, len(indices))))
     num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
     quality = summarise(seal)
     return {
@@ -60,43 +60,43 @@ def describe_cache(
         "response_tokens": sum(shard.num_response_tokens for shard in seal.shards),
         "bytes_per_vision_token": round(seal.num_bytes / num_vision, 1) if num_vision else None,
         "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
-        "bytes_of_parts": _bytes_of_parts(reader, numbers),
-        "tail_mass": _tail_mass(reader, numbers, num_rows),
+        "bytes_of_parts": _bytes_of_parts(reader, indices),
+        "tail_mass": _tail_mass(reader, indices, num_rows),
         "quality": None if quality is None else dataclasses.asdict(quality),
         "spec": dataclasses.asdict(seal.spec),
         "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
     }
 
 
-def _bytes_of_parts(reader: CacheReader, numbers: Sequence[int]) -> dict[str, int]:
-    """Where the bytes of some shards are: images, token spans, each part, and what is around."""
+def _bytes_of_parts(reader: CacheReader, indices: Sequence[int]) -> dict[str, int]:
+    """The bytes of some shards: images, token spans, each part, and everything around them."""
     plan = require_plan(reader.cache)
-    part_of = {column: part for part, columns in PART_COLUMNS.items() for column in columns}
+    part_of = {plane: part for part, planes in PART_COLUMNS.items() for plane in planes}
     found = Counter[str]()
     whole = 0
-    for number in numbers:
-        commit = reader.seal.shards[number]
-        for column, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
-            found["images" if column == "images" else part_of.get(column, "tokens")] += num_bytes
+    for index in indices:
+        commit = reader.seal.shards[index]
+        for plane, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
+            found["images" if plane == "images" else part_of.get(plane, "tokens")] += num_bytes
         whole += commit.num_bytes
     return {
-        "shards": len(numbers),
+        "shards": len(indices),
         **dict(sorted(found.items())),
         "around": whole - found.total(),
     }
 
 
-def _tail_mass(reader: CacheReader, numbers: Sequence[int], num_rows: int) -> dict[str, Any] | None:
-    """Quantiles of the probability outside the top-k over rows of some shards; None without it."""
+def _tail_mass(reader: CacheReader, indices: Sequence[int], num_rows: int) -> dict[str, Any] | None:
+    """Quantiles of the probability outside the top-k, over rows of some shards; None without k."""
     parts = _TAILED & reader.parts
     if not parts:
         return None
     starts = [0, *accumulate(reader.shard_sizes)]
-    rows = [row for number in numbers for row in range(starts[number], starts[number + 1])]
+    rows = [row for index in indices for row in range(starts[index], starts[index + 1])]
     count = min(num_rows, len(rows))
     tails: dict[str, list[Tensor]] = {}
-    for index in sorted(random.Random(0).sample(rows, count)):
-        for name, record in top_k_by_name(reader.read(index, parts).output).items():
+    for row in sorted(random.Random(0).sample(rows, count)):
+        for name, record in top_k_by_name(reader.read(row, parts).output).items():
             tails.setdefault(name, []).append(record.log_tail.double().exp())
     return {"rows": count, **{name: _quantiles(torch.cat(each)) for name, each in tails.items()}}
 
@@ -109,7 +109,7 @@ def _quantiles(values: Tensor) -> dict[str, float] | None:
 
 
 def render(described: Mapping[str, Any]) -> str:
-    """Lay a description out as YAML; lists of numbers and of short words stay on their lines."""
+    """Lay a description out as YAML; lists of numbers and of short words take one line."""
     text: str = yaml.dump(
         dict(described), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
     )
@@ -117,7 +117,7 @@ def render(described: Mapping[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Plain YAML; which lists are written in one line is for `_list` to say."""
+    """Plain YAML; `_list` decides which lists take one line."""
 
 
 def _list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:

@@ -1,10 +1,9 @@
-"""How far two runs of one teacher over one sample are apart, quantity by quantity.
+"""Measures how far two runs of one teacher over one sample differ, quantity by quantity.
 
-Promises: every number that a cache stores takes part in one quantity; entries of two top-k records
-are compared by id, and an id that one of them has not kept counts by how far its logit lies above
-the smallest one kept there, so that a tie that fell the other way is no difference at all. The
-scale of a quantity is the size of its numbers, for tolerances. ValueError where the two do not
-even have the same tokens or parts.
+Every number that a cache stores belongs to one quantity. Entries of two top-k records are compared
+by id. An id that one record lacks counts by how far its logit is above the smallest one kept there,
+so a tie broken the other way is no difference. The scale of a quantity is the size of its numbers,
+for tolerances. ValueError if the two have different tokens or parts.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from teacher_cache.schema.teacher_output import SketchRecord, TeacherOutput, Top
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Root mean square and largest of a set of numbers; zeros for none."""
+    """Root mean square and largest magnitude of a set of numbers; zeros if it is empty."""
 
     rms: float
     largest: float
@@ -29,32 +28,32 @@ class Spread:
     @classmethod
     def of(cls, *values: Tensor) -> "Spread":
         """The spread of all values, whatever their dtypes and shapes."""
-        flat = torch.cat([part.flatten().double().abs() for part in values])
+        flat = torch.cat([each.flatten().double().abs() for each in values])
         if not len(flat):
             return cls(rms=0.0, largest=0.0)
         return cls(rms=float(flat.square().mean().sqrt()), largest=float(flat.max()))
 
     def each(self, other: "Spread", join: Callable[[float, float], float]) -> "Spread":
-        """Both numbers of two spreads joined."""
+        """Join two spreads, number by number."""
         return Spread(rms=join(self.rms, other.rms), largest=join(self.largest, other.largest))
 
     def times(self, factor: float) -> "Spread":
-        """Both numbers multiplied."""
+        """Multiply both numbers."""
         return Spread(rms=self.rms * factor, largest=self.largest * factor)
 
     def within(self, allowed: "Spread") -> bool:
-        """Whether neither number is larger than the other's (nor NaN)."""
+        """Whether no number is larger than the other's, or NaN."""
         return self.rms <= allowed.rms and self.largest <= allowed.largest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One quantity of two outputs: how far they are apart, and how large its numbers are."""
+    """One quantity of two outputs: their distance, and the size of the numbers."""
 
     apart: Spread
     scale: Spread
     dtype: torch.dtype
-    """Dtype in which the quantity is stored."""
+    """The dtype in which the quantity is stored."""
 
 
 def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Difference]:
@@ -83,14 +82,14 @@ def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Differen
 
 
 def top_k_by_name(output: TeacherOutput) -> dict[str, TopKRecord]:
-    """The top-k records of an output by what they are of; those of a grid say at which ratio."""
+    """The top-k records of an output by name; names of a grid's records hold the ratio."""
     found = {"vision": output.vision, "response": output.response}
     found |= {f"response at {ratio}": at for ratio, at in (output.response_grid or {}).items()}
     return {name: record for name, record in found.items() if record is not None}
 
 
 def replaced_ids(left: TopKRecord, right: TopKRecord) -> tuple[int, int]:
-    """(Kept ids of the left that the right has not kept, kept ids of the left)."""
+    """(Kept ids of the left that the right lacks, kept ids of the left)."""
     _, known = _partners(left, right)
     kept = left.kept_mask
     return int((~known & kept).sum()), int(kept.sum())
@@ -120,7 +119,7 @@ def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Differen
     dtype = left.logits.dtype
     entries = Spread.of(_entries(left, right), _entries(right, left))
     normaliser = Spread.of(left.logsumexp - right.logsumexp)
-    # -inf where everything is kept; one entry more, by a hair of mass, is a tail of less.
+    # -inf where everything is kept; another count of entries has another tail.
     same = (left.log_tail == right.log_tail) | (left.counts != right.counts)
     tail = Spread.of((left.log_tail - right.log_tail).masked_fill(same, 0.0))
     found = {
@@ -138,7 +137,7 @@ def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Differen
 
 
 def _entries(left: TopKRecord, right: TopKRecord) -> Float[Tensor, " entries"]:
-    """For every entry kept on the left its distance from the right; see the top of this file."""
+    """The distance of every entry kept on the left from the right; see the top of this file."""
     partner, known = _partners(left, right)
     last = (right.counts - 1)[:, None].to(torch.int64)
     smallest = right.logits.double().gather(1, last)
@@ -152,11 +151,11 @@ def _entries(left: TopKRecord, right: TopKRecord) -> Float[Tensor, " entries"]:
 
 
 def _partners(left: TopKRecord, right: TopKRecord) -> tuple[Tensor, Tensor]:
-    """Column on the right that holds each id of the left, and whether there is one."""
+    """The column on the right that holds each id of the left, and whether there is one."""
     ordered = right.ids.contiguous().sort(dim=1)
-    place = torch.searchsorted(ordered.values, left.ids.contiguous())
-    place = place.clamp(max=right.ids.shape[1] - 1)
-    return ordered.indices.gather(1, place), ordered.values.gather(1, place) == left.ids
+    column = torch.searchsorted(ordered.values, left.ids.contiguous())
+    column = column.clamp(max=right.ids.shape[1] - 1)
+    return ordered.indices.gather(1, column), ordered.values.gather(1, column) == left.ids
 
 
 def _code(record: SketchRecord) -> Float[Tensor, "M S"]:

@@ -1,10 +1,10 @@
-"""What `emkd inspect --picture` draws: a sample's images, their view grids, and a heat map.
+"""Draws a sample for `emkd inspect --picture`: images, view grids, and a heat map.
 
-One row for each image: the image itself, then each of its views over it in grey, a cell for every
-vision token. A cell's colour is the probability that the teacher leaves outside the kept entries
-(top-k tiers) or the entropy of its words in nats (hidden tier). A view is drawn evenly over the
-whole image: where on it a tile lies, and what a processor cut off, the cache does not know. Equal
-records give equal pictures. ValueError for a sample without images, and for a file of another kind.
+One row for each image: the image itself, then each of its views over the image in grey, with a cell
+for every vision token. A cell's colour is the teacher's probability outside the kept entries (top-k
+tiers) or its entropy in nats (hidden tier). A view covers the whole image evenly: the cache does
+not hold where a tile lies or what a processor cropped. Equal records give equal pictures.
+ValueError for a sample without images, and for a file name that is not PNG.
 """
 
 import io
@@ -25,7 +25,7 @@ from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 
 MAX_VIEWS = 8
-"""Views of one image that are drawn."""
+"""How many views of one image are drawn."""
 PANEL_INCHES = 3.0
 _PARTS: frozenset[Part] = frozenset({"vision", "hidden"})
 
@@ -33,7 +33,7 @@ _PARTS: frozenset[Part] = frozenset({"vision", "hidden"})
 def draw_sample(reader: CacheReader, key: str, out: Path) -> Path:
     """Draw the sample whose key begins with `key` as a PNG file; returns the file."""
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: a picture is written as PNG; give it a name that ends in .png")
+        raise ValueError(f"{out}: pictures are written as PNG; give a name that ends in .png")
     parts = reader.parts & _PARTS
     cached = reader.read(find_sample(reader, key), parts)
     if not cached.sample.images:
@@ -47,7 +47,7 @@ def draw_sample(reader: CacheReader, key: str, out: Path) -> Path:
 
 
 def token_values(output: TeacherOutput, head: LmHead | None) -> tuple[str, Float[Tensor, " M"]]:
-    """What is drawn of each vision token, and how it is called: tail mass, else entropy."""
+    """The name and value of what is drawn of each vision token: tail mass, else entropy."""
     if output.vision is not None:
         return "mass outside the top-k", output.vision.log_tail.float().exp()
     assert output.hidden is not None
@@ -86,7 +86,7 @@ def _figure(cached: CachedSample, what: str, values: Any) -> Figure:
             extent = (0, width, height, 0)
             axes[number, 0].imshow(picture, extent=extent)
             axes[number, 0].set_title(f"image {number}: {width} x {height}")
-            grey = picture.mean(axis=2)  # so that every colour is a token's
+            grey = picture.mean(axis=2)  # so that all colours are the tokens'
             for panel, (view, grid) in zip(axes[number, 1:], drawn, strict=False):
                 panel.imshow(grey, extent=extent, vmin=0, vmax=255, cmap="gray")
                 mapped = panel.imshow(

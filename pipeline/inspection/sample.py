@@ -1,12 +1,11 @@
-"""What `emkd inspect --sample` shows of one record: the conversation, its tokens, the teacher.
+"""Describes one cached sample for `emkd inspect --sample`: conversation, tokens, teacher outputs.
 
-Reads through `CacheReader`, so what is shown has passed the reader's own checks. Tokens are shown
-as texts where a tokenizer is given, which must be the teacher's own (its vocabulary is compared
-with the cache's), else as ids. Everything is plain data, ready for JSON.
+Reads through `CacheReader`, so what is shown has passed the reader's checks. Tokens are shown as
+texts if the teacher's tokenizer is given (its vocabulary is compared with the cache's), else as
+ids. Everything is plain data, ready for JSON.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pipeline.student.token_texts import texts_with_shares, token_texts
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.digests import vocabulary_digest
 from teacher_cache.records.lm_head import LmHead
@@ -23,13 +23,13 @@ from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
 
 NUM_VISION_SHOWN = 6
-"""Vision tokens, evenly spread over the sample, whose first words are shown."""
+"""How many vision tokens, evenly spread over the sample, are shown with their first words."""
 NUM_RESPONSE_SHOWN = 8
 NUM_WORDS = 5
 
 
 def find_sample(reader: CacheReader, key: str) -> int:
-    """Number of the one sample whose key begins with `key`; ValueError unless there is one."""
+    """Index of the sample whose key begins with `key`; ValueError unless exactly one does."""
     found = [index for index, known in enumerate(reader.keys) if known.startswith(key)]
     if len(found) != 1:
         near = [reader.keys[index] for index in found[:5]] or list(reader.keys[:5])
@@ -41,7 +41,7 @@ def find_sample(reader: CacheReader, key: str) -> int:
 
 
 def describe_sample(reader: CacheReader, key: str, tokenizer: Any = None) -> dict[str, Any]:
-    """One record: the conversation, the token grids, and what the teacher says of them.
+    """One sample: the conversation, the token grids, and the teacher's outputs.
 
     `key` may be the beginning of a key. `tokenizer` is that of `load_tokenizer`, or None.
     """
@@ -52,7 +52,7 @@ def describe_sample(reader: CacheReader, key: str, tokenizer: Any = None) -> dic
 
 
 def load_tokenizer(path: str, spec: CacheSpec) -> Any:
-    """The tokenizer in a folder (or of a hub id), which must be that of the cache's teacher."""
+    """The tokenizer of a folder or hub id; ValueError unless it is the cache's teacher's."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -62,7 +62,7 @@ def load_tokenizer(path: str, spec: CacheSpec) -> Any:
         raise ValueError(
             f"{path}: the first {spec.vocab_size} ids stand for other tokens (vocabulary "
             f"{found[:12]}) than those of the cache's teacher ({spec.vocabulary[:12]}); give the "
-            "teacher's folder, or none to see ids"
+            "teacher's folder, or omit it to see ids"
         )
     return tokenizer
 
@@ -82,20 +82,9 @@ def _sample(cached: CachedSample, index: int, tokenizer: Any) -> dict[str, Any]:
         ],
         "content_tokens": len(output.content_ids),
         "response_tokens": int(response.sum()),
-        "prompt": words(tokenizer, output.content_ids[~response]),
-        "response": words(tokenizer, output.content_ids[response]),
+        "prompt": token_texts(tokenizer, output.content_ids[~response]),
+        "response": token_texts(tokenizer, output.content_ids[response]),
     }
-
-
-def words(tokenizer: Any, ids: Int[Tensor, " N"]) -> list[Any]:
-    """Tokens as texts; pieces of characters as the tokenizer spells them; ids without one."""
-    if tokenizer is None:
-        return ids.tolist()
-    texts = [tokenizer.decode([token]) for token in ids.tolist()]
-    return [
-        tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text
-        for token, text in zip(ids.tolist(), texts, strict=True)
-    ]
 
 
 def _records(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> dict[str, Any]:
@@ -155,7 +144,7 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
 
 
 def _least(record: TopKRecord) -> dict[str, Any]:
-    """The smallest probabilities, as logarithms; nothing where the record has none."""
+    """The smallest log-probabilities, if the record has them."""
     if record.log_least is None:
         return {}
     least = sorted(record.log_least.tolist())
@@ -164,21 +153,21 @@ def _least(record: TopKRecord) -> dict[str, Any]:
 
 def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
     """The first words of vision tokens that are spread over all views."""
-    places = [place for view in output.views for place in _places(view)]
-    count = min(NUM_VISION_SHOWN, len(places))
-    rows = torch.arange(count) * len(places) // max(count, 1)
+    names = [name for view in output.views for name in _names(view)]
+    count = min(NUM_VISION_SHOWN, len(names))
+    rows = torch.arange(count) * len(names) // max(count, 1)
     if output.vision is not None:
         top = _top(output.vision, rows)
     else:
         top = _from_states(output, "vision", head, rows)
     return [
-        {"at": places[row], "says": _said(tokenizer, ids, shares)}
+        {"at": names[row], "says": texts_with_shares(tokenizer, ids, shares)}
         for row, (ids, shares) in zip(rows.tolist(), top, strict=True)
     ]
 
 
 def _response_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
-    """The first response tokens and what the teacher expected in their places."""
+    """The first response tokens, and what the teacher expected at their positions."""
     labels = output.content_ids[output.is_response][:NUM_RESPONSE_SHOWN]
     rows = torch.arange(len(labels))
     if output.response is not None:
@@ -186,13 +175,13 @@ def _response_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -
     else:
         top = _from_states(output, "predicting", head, rows)
     return [
-        {"token": token, "expected": _said(tokenizer, ids, shares)}
-        for token, (ids, shares) in zip(words(tokenizer, labels), top, strict=True)
+        {"token": token, "expected": texts_with_shares(tokenizer, ids, shares)}
+        for token, (ids, shares) in zip(token_texts(tokenizer, labels), top, strict=True)
     ]
 
 
 _Top = list[tuple[Int[Tensor, " C"], Float[Tensor, " C"]]]
-"""For each position its first ids and their probabilities."""
+"""The first ids of each position, and their probabilities."""
 
 
 def _top(record: TopKRecord, rows: Tensor) -> _Top:
@@ -209,14 +198,9 @@ def _from_states(output: TeacherOutput, name: str, head: LmHead | None, rows: Te
     return _top(record, torch.arange(len(rows)))
 
 
-def _places(view: ViewGrid) -> list[str]:
+def _names(view: ViewGrid) -> list[str]:
     return [
         f"image {view.image} view {view.view} row {row} column {column}"
         for row in range(view.rows)
         for column in range(view.cols)
     ]
-
-
-def _said(tokenizer: Any, ids: Tensor, shares: Tensor) -> Sequence[list[Any]]:
-    values = [round(share, 4) for share in shares.tolist()]
-    return [[word, share] for word, share in zip(words(tokenizer, ids), values, strict=True)]

@@ -1,16 +1,16 @@
 """Runs the teacher again over samples of a sealed cache and compares with what is stored.
 
-Samples, images included, come from the shards themselves. Each is computed twice: in the batch that
-the build had it in (A), and in another one (B): alone, or in a pair where the build had it alone.
-How far B is from A is the control: rounding that depends on a batch's shape, and no more. A sample
-is the stored one if, for every quantity (compare_outputs.py), neither the root mean square nor the
-largest difference between what is stored and A passes
+Samples, images included, come from the shards themselves. Each is computed twice: in its batch of
+the build (A), and in another one (B): alone, or in a pair if the build had it alone. The difference
+between A and B is the control: rounding that depends on the batch's shape. A sample passes if, for
+every quantity (compare_outputs.py), neither the root mean square nor the largest difference between
+the stored numbers and A exceeds
 
     max(4 x the control's over all samples, 4 x eps x the size of the numbers + the codec's error),
 
-eps being that of the coarser of compute and storage dtype. Both runs pass through the cache's codec
-before they are compared, so that a lossy cache is held to what it would store. A teacher whose
-identity differs from the spec is not run at all: the report holds the table of the fields.
+with the eps of the coarser of compute and storage dtype. Both runs pass through the cache's codec
+before they are compared, so that a lossy cache is compared with what it would store. A teacher
+whose identity differs from the spec is not run; the report lists the fields that differ.
 """
 
 import random
@@ -39,7 +39,7 @@ from teacher_cache.shards.rows import decode_row, encode_row
 from teacher_cache.teacher.teacher import Teacher
 
 FACTOR = 4.0
-"""Times the control, and times eps, that a stored number may be off."""
+"""Largest acceptable difference, in multiples of the control and of eps."""
 _NOTHING = Spread(rms=0.0, largest=0.0)
 
 
@@ -49,32 +49,32 @@ class Quantity:
 
     name: str
     stored: Spread
-    """Stored against run again in the same batch."""
+    """Stored against run again, in the same batch."""
     control: Spread
     """Run again in two different batches."""
     failed: int
-    """Samples in which the stored numbers are not this teacher's."""
+    """How many samples hold numbers that are not this teacher's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherReport:
-    """What came of running the teacher again; a cache of this very teacher has no problems."""
+    """The result of running the teacher again; without problems for the cache's own teacher."""
 
     samples: int
     other_teacher: tuple[tuple[str, str, str], ...] = ()
-    """(field, stored, found) where the teacher is another one; then nothing was run."""
+    """(field, stored, found) if the teacher is another one; then nothing was run."""
     quantities: tuple[Quantity, ...] = ()
     ids_replaced: tuple[int, int] = (0, 0)
-    """Kept ids that the teacher did not keep again, of how many; near ties are expected."""
+    """(Kept ids that the teacher did not keep again, all kept ids); near ties are expected."""
     problems: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class _Sums:
-    """What is remembered of the samples that were run: numbers, no tensors."""
+    """The numbers of the samples that were run; no tensors."""
 
     seen: list[tuple[str, dict[str, tuple[Spread, Spread]]]] = field(default_factory=list)
-    """Key; quantity -> (stored against A, least that is allowed)."""
+    """(key, quantity -> (stored against A, smallest tolerance))."""
     control: dict[str, Spread] = field(default_factory=dict)
     ids: tuple[int, int] = (0, 0)
     problems: list[str] = field(default_factory=list)
@@ -89,9 +89,9 @@ def verify_teacher(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> TeacherReport:
-    """Compare `num_samples` stored records (all, if there are fewer) with the teacher in `path`.
+    """Compare `num_samples` stored samples (all, if there are fewer) with the teacher in `path`.
 
-    Raises ValueError where the teacher cannot be loaded or nothing would be compared,
+    Raises ValueError if the teacher cannot be loaded or nothing would be compared, and
     `ShardCorruptError` for damaged samples.
     """
     if num_samples < 1:
@@ -121,7 +121,7 @@ def verify_teacher(
 
 
 def _batches(reader: CacheReader, num_samples: int, seed: int) -> Iterator[list[int]]:
-    """The build's own batches in a seeded order, until there are enough samples."""
+    """The build's batches in a seeded order, until there are enough samples."""
     size = reader.spec.batch_size
     batches: list[list[int]] = []
     row = 0
@@ -143,7 +143,7 @@ def _batches(reader: CacheReader, num_samples: int, seed: int) -> Iterator[list[
 def _run(
     teacher: Teacher, samples: Sequence[Sample], settings: RecordSettings
 ) -> list[TeacherOutput | str]:
-    """Outputs of one batch; the reason where the teacher refuses a sample."""
+    """Outputs of one batch; the reason in place of a rejected sample's output."""
     outputs = teacher.outputs(samples, settings)
     return [item if isinstance(item, TeacherOutput) else item.reason for item in outputs]
 
@@ -167,7 +167,7 @@ def _compare(
 ) -> None:
     sample = cached.sample
     if isinstance(first, str) or isinstance(second, str):
-        sums.problems.append(f"sample {sample.key}: the teacher refuses it: {first}, {second}")
+        sums.problems.append(f"sample {sample.key}: the teacher rejects it: {first}, {second}")
         return
     try:
         coded = _through_codec(sample, first, spec)
@@ -198,7 +198,7 @@ def _through_codec(sample: Sample, output: TeacherOutput, spec: CacheSpec) -> Te
 
 
 def _least(stored: Difference, codec: Difference, spec: CacheSpec) -> Spread:
-    """What is allowed even where the control finds nothing."""
+    """The tolerance where the control finds no difference."""
     eps = max(torch.finfo(dtype).eps for dtype in (stored.dtype, DTYPES[spec.compute_dtype]))
     rounding = stored.scale.times(FACTOR * eps)
     return rounding.each(codec.apart, lambda left, right: left + right)
@@ -219,9 +219,9 @@ def _report(sums: _Sums, num_samples: int) -> TeacherReport:
                 failed += 1
                 problems.append(
                     f"sample {key}: its {name} differ from this teacher's by {apart.rms:.3g} "
-                    f"(rms; at most {apart.largest:.3g}), {allowed.rms:.3g} (at most "
-                    f"{allowed.largest:.3g}) are allowed; the cache is not this teacher's, or "
-                    "its numbers were made elsewhere: build it again"
+                    f"(rms; largest {apart.largest:.3g}), expected at most {allowed.rms:.3g} "
+                    f"(largest {allowed.largest:.3g}); the cache is of another teacher, or was "
+                    "computed on other hardware or libraries: build it again"
                 )
         quantities.append(Quantity(name=name, stored=largest, control=control, failed=failed))
     return TeacherReport(

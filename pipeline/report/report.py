@@ -232,7 +232,7 @@ def _view(view: Mapping[str, Any], images: list[str]) -> MatchingPicture:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("pipeline", "."),
+        loader=PackageLoader("pipeline.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,1 +1,1 @@
-"""Samples from LLaVA JSON, WebDataset and Parquet."""
+"""Reads samples from LLaVA JSON, WebDataset tars and Parquet."""

@@ -1,12 +1,13 @@
-"""One sample from what a source stores: turns in either of two spellings, and encoded images.
+"""Makes one sample from what a source stores: turns in one of two forms, and encoded images.
 
-Promises: whatever is wrong with one sample is a `SampleError` that names file, sample and remedy.
-Understood are LLaVA's turns ({"from": "human" | "gpt" | "system", "value": text}) and the hub's
-messages ({"role": ..., "content": text or a list of text and image parts}). Nothing is repaired:
-an image without its `<image>` placeholder is refused, not put in front.
+Accepts LLaVA's turns ({"from": "human" | "gpt" | "system", "value": text}) and the hub's messages
+({"role": ..., "content": text or a list of text and image parts}). Anything wrong with a sample is
+a `SampleError` that names file, sample and remedy. Nothing is repaired: an image without its
+`<image>` placeholder is refused, not put in front.
 """
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Role, Sample, make_sample
 
 TURN_COLUMNS = ("conversations", "messages")
-"""Where a source may keep the turns; the first that is there is read."""
+"""Fields that may hold the turns; the first one present is read."""
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -30,7 +31,7 @@ _ROLES: dict[str, Role] = {
 def build_sample(
     where: str, source_id: str, images: Sequence[bytes], entry: Mapping[str, Any]
 ) -> Sample:
-    """Check and assemble one sample; `where` (file and place in it) opens every error.
+    """Check and assemble one sample; every error begins with `where` (file and place in it).
 
     Raises SampleError for unknown roles, malformed turns, images that cannot be decoded, and
     whatever `Sample` refuses (placeholders, order of turns).
@@ -46,14 +47,30 @@ def build_sample(
         raise SampleError(source_id, f"{where}: {error}") from error
 
 
+def parse_json(data: bytes, where: str, source_id: str) -> Any:
+    """Parse an entry's JSON; raises SampleError if it is not valid."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise SampleError(source_id, f"{where}: not valid JSON: {error}") from error
+
+
+def require_object(entry: Any, where: str, source_id: str) -> dict[str, Any]:
+    """The entry, if it is a JSON object; raises SampleError if not."""
+    if isinstance(entry, dict):
+        return entry
+    found = type(entry).__name__
+    raise SampleError(source_id, f"{where}: expected a JSON object, found {found}")
+
+
 def entry_id(entry: Mapping[str, Any], default: str) -> str:
-    """What the source calls this entry: its `id`, or `default` where it has none."""
+    """The source's name for this entry: its `id`, or `default` without one."""
     found = entry.get("id")
     return default if found is None else str(found)
 
 
 def parse_turns(entry: Mapping[str, Any]) -> tuple[Message, ...]:
-    """Read the turns of an entry; raises ValueError that says what was found."""
+    """Read the turns of an entry; raises ValueError that names what was found."""
     column = next((name for name in TURN_COLUMNS if entry.get(name) is not None), None)
     if column is None:
         raise ValueError(
@@ -66,7 +83,7 @@ def parse_turns(entry: Mapping[str, Any]) -> tuple[Message, ...]:
 
 
 def check_image(data: bytes, name: str) -> None:
-    """Decode an image to see that it is whole (JPEG at an eighth of its size, which is quick).
+    """Decode an image to check that it is whole (JPEG at an eighth of its size, which is fast).
 
     Raises ValueError for bytes that Pillow cannot decode to the end.
     """
@@ -75,7 +92,7 @@ def check_image(data: bytes, name: str) -> None:
             image.draft("L", (1, 1))
             image.load()
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        # Pillow prints the address of the stream; a reason is stored and must be the same again.
+        # Pillow's text holds a memory address; a stored reason must be the same in every run.
         unknown = isinstance(error, UnidentifiedImageError)
         why = "its format is unknown" if unknown else str(error)
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Samples in Parquet as the hub stores them: image structs with bytes, turns as lists of structs.
+"""Reads samples from Parquet in the hub's layout: images as structs, turns as lists of structs.
 
-Promises: files are read one row group at a time, only the columns that are used. Understood are
-`image` (one struct of bytes and path), `images` (a list of them), `conversations` or `messages`,
-and optionally `id`. Refuses files without a column of turns, images that are stored as paths
-only, and two columns of images at once.
+Reads one row group at a time, and only the columns in use: `image` (one struct of bytes and path)
+or `images` (a list of them), `conversations` or `messages`, and optionally `id`. Refuses files
+without a column of turns, images stored as paths only, and both image columns at once.
 """
 
 import bisect
@@ -25,15 +24,14 @@ IMAGE_COLUMNS = ("image", "images")
 class ParquetSource:
     """A .parquet file, the .parquet files of a folder, or those of a pattern (train-*.parquet).
 
-    Files come in the order of their names, rows in the order of the file.
+    Files are ordered by name, rows as in the file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files = _files(path)
+        self.name = str(path)
         self._groups: list[tuple[Path, int]] = []
         sizes: list[int] = []
-        for file in self._files:
+        for file in _files(path):
             with _open(file) as table:
                 _check_columns(file, table.schema_arrow.names)
                 for group in range(table.num_row_groups):
@@ -42,11 +40,6 @@ class ParquetSource:
         self._starts = [0, *itertools.accumulate(sizes)]
         self._lock = threading.Lock()
         self._loaded: tuple[int, Any] | None = None
-
-    @property
-    def name(self) -> str:
-        """The file, folder or pattern."""
-        return str(self._path)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -64,7 +57,7 @@ class ParquetSource:
         return build_sample(where, source_id, images, row)
 
     def _group(self, number: int) -> Any:
-        """The table of one row group; the last is kept, for most readers go through in order."""
+        """The table of one row group; the last one is kept, since most readers go in order."""
         with self._lock:
             if self._loaded is None or self._loaded[0] != number:
                 file, group = self._groups[number]
@@ -83,7 +76,7 @@ def _files(path: Path) -> list[Path]:
     else:
         files = [path]
     if not files:
-        raise ValueError(f"{path}: found no .parquet file there; check the path")
+        raise ValueError(f"{path}: found no .parquet file; check the path")
     return files
 
 
@@ -101,7 +94,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
             f"{' or '.join(TURN_COLUMNS)}; rename the column that holds the turns"
         )
     if set(IMAGE_COLUMNS) <= set(names):
-        raise ValueError(f"{file}: found both `image` and `images`, expected one of them")
+        raise ValueError(f"{file}: found both `image` and `images`, expected one; drop the other")
 
 
 def _images(row: dict[str, Any]) -> list[Any]:

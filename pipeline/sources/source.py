@@ -1,15 +1,14 @@
-"""Where samples come from: LLaVA JSON or JSON lines, WebDataset tars, Parquet in the hub layout.
+"""Opens sample sources: LLaVA JSON or JSON lines, WebDataset tars, Parquet in the hub's layout.
 
-Promises: a source is a sequence of fixed length and order that reads one sample at a time; all
-kinds give the same `Sample`, with one, several or no images. `scan` reads every sample once and
-names each by its content, so that a build can be planned before any teacher work. Refuses an
-empty source and a file that is not what its name says (ValueError); a sample that cannot be used
-is a `SampleError`, which `scan` lists instead of stopping at the first.
+A source is a sequence of fixed length and order that reads one sample at a time. All kinds give
+the same `Sample`, with any number of images. `scan` reads every sample once and names it by its
+content, so that a build can be planned before the teacher runs. ValueError for an empty source or a
+file that is not what its name says; `SampleError` for a sample that cannot be used.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,16 +18,17 @@ from pipeline.sources.llava_json import LlavaSource
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import TarSource
 from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 
 
 @runtime_checkable
 class SampleSource(Protocol):
-    """A sequence of samples; reading one may raise `SampleError`. Safe to use from threads."""
+    """A sequence of samples; reading one may raise `SampleError`. Thread-safe."""
 
     @property
     def name(self) -> str:
-        """What it was read from, for people."""
+        """What it was read from, for messages."""
         ...
 
     def __len__(self) -> int: ...
@@ -37,7 +37,7 @@ class SampleSource(Protocol):
 
 
 def open_source(config: SourceConfig) -> SampleSource:
-    """Open the source that the end of `config.path` tells of.
+    """Open the source; the end of `config.path` tells its kind.
 
     Raises ValueError for an unknown kind, a missing or malformed file, and an empty source.
     """
@@ -53,9 +53,9 @@ def open_source(config: SourceConfig) -> SampleSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScannedSample:
-    """What `scan` notes of a usable sample: its key, where it is, which images it shows.
+    """A usable sample as `scan` found it: its key, its index in the source, its images.
 
-    `images` is the digest of its images in order; None where it has none.
+    `images` is the digest of its images in order; None without images.
     """
 
     key: str
@@ -64,11 +64,11 @@ class ScannedSample:
 
 
 def scan(
-    source: SampleSource, progress: Callable[[int, int], None] | None = None
+    source: SampleSource, progress: Progress = no_progress
 ) -> tuple[list[ScannedSample], list[RejectedSample]]:
     """Read every sample once: the usable ones in order, and the rejected ones.
 
-    Samples with the same content stay apart: the second occurrence of a key gets the suffix "-1",
+    Samples with equal content stay distinct: the second occurrence of a key gets the suffix "-1",
     the third "-2". A sample that could not be read has the key "index-<its position>".
     """
     found: list[ScannedSample] = []
@@ -86,13 +86,12 @@ def scan(
             seen[sample.key] += 1
             images = images_digest(sample.images)
             found.append(ScannedSample(key=sample.key + suffix, index=index, images=images))
-        if progress is not None:
-            progress(index + 1, len(source))
+        progress("scan", index + 1, len(source))
     return found, rejected
 
 
 def images_digest(images: Sequence[bytes]) -> str | None:
-    """64 hex digits over images in their order; None for none."""
+    """64 hex digits over the images in order; None without images."""
     each = [hashlib.sha256(image).hexdigest() for image in images]
     return hashlib.sha256(" ".join(each).encode()).hexdigest() if each else None
 
@@ -101,13 +100,9 @@ class FirstSamples:
     """The first samples of another source."""
 
     def __init__(self, source: SampleSource, num_samples: int) -> None:
+        self.name = source.name
         self._source = source
         self._num_samples = num_samples
-
-    @property
-    def name(self) -> str:
-        """What it was read from, for people."""
-        return self._source.name
 
     def __len__(self) -> int:
         return self._num_samples
@@ -125,13 +120,13 @@ def _open(config: SourceConfig) -> SampleSource:
     if config.image_root is not None:
         raise ValueError(
             f"{config.path}: image_root was given, but only .json and .jsonl sources name image "
-            "files; leave it out"
+            "files; omit it"
         )
     if path.suffix == ".tar":
         return TarSource(config.path)
     if path.suffix == ".parquet" or path.is_dir():
         return ParquetSource(path)
-    found = "unknown kind of source" if path.exists() else "there is no such file or folder"
+    found = "unknown kind of source" if path.exists() else "no such file or folder"
     raise ValueError(
         f"{config.path}: {found}; expected the name to end in .json, .jsonl, .tar or .parquet, or "
         "a folder of .parquet files"

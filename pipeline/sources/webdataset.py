@@ -1,23 +1,21 @@
-"""Samples in WebDataset tars: one JSON member and any number of image members for each sample.
+"""Reads samples from WebDataset tars: one JSON member and any number of images for each sample.
 
-Promises: any sample is one seek away (an index of member offsets is read at opening; member data
-are not), members never touch a path, nothing is unpickled. Members belong together when their
-names agree up to the first dot of the file name, as in WebDataset; `key.json` holds the turns,
-`key.jpg`, or `key.0.jpg`, `key.1.png`, ... the images, ordered by the numbers in their names.
-Refuses a tar without JSON members and a file that is no tar.
+Opening a tar reads an index of member offsets only, so any sample is one seek away. Members never
+touch a path; nothing is unpickled. As in WebDataset, members belong together when their names agree
+up to the first dot of the file name: `key.json` holds the turns; `key.jpg`, or `key.0.jpg`,
+`key.1.png`, ... the images, ordered by the numbers in their names. Refuses a sample without a JSON
+member and a file that is no tar.
 """
 
-import json
 import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from pipeline.sources.conversations import build_sample, entry_id
+from pipeline.sources.conversations import build_sample, entry_id, parse_json, require_object
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 
@@ -36,14 +34,9 @@ class TarSource:
     """A tar, or the tars of a brace pattern such as data/{000..009}.tar, in that order."""
 
     def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
+        self.name = pattern
         tars = [Path(url) for url in expand_urls(pattern)]
         self._entries = [entry for tar in tars for entry in _index(tar)]
-
-    @property
-    def name(self) -> str:
-        """The pattern."""
-        return self._pattern
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -54,14 +47,17 @@ class TarSource:
         if "json" not in entry.members:
             found = ", ".join(sorted(entry.members))
             raise SampleError(entry.key, f"{where}: found {found}, expected a json member too")
-        fields = _fields(_read(entry, "json"), entry.key, where)
+        turns = parse_json(_read(entry, "json"), f"{where}.json", entry.key)
+        if isinstance(turns, list):  # some sets store the bare list of turns
+            turns = {"conversations": turns}
+        fields = require_object(turns, f"{where}.json", entry.key)
         names = sorted((n for n in entry.members if _is_image(n)), key=_natural)
         images = [_read(entry, name) for name in names]
         return build_sample(where, entry_id(fields, entry.key), images, fields)
 
 
 def _index(tar: Path) -> list[_Entry]:
-    """List the samples of one tar from its headers; raises ValueError for what is no tar."""
+    """List the samples of one tar from its headers; raises ValueError for any other file."""
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -92,24 +88,11 @@ def _read(entry: _Entry, name: str) -> bytes:
     return data
 
 
-def _fields(data: bytes, key: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(data)
-    except ValueError as error:
-        raise SampleError(key, f"{where}.json: not valid JSON: {error}") from error
-    if isinstance(fields, list):  # some sets store the bare list of turns
-        return {"conversations": fields}
-    if not isinstance(fields, dict):
-        found = type(fields).__name__
-        raise SampleError(key, f"{where}.json: expected a JSON object, found {found}")
-    return fields
-
-
 def _is_image(extension: str) -> bool:
     return f".{extension}".endswith(IMAGE_ENDINGS)
 
 
 def _natural(extension: str) -> list[tuple[int, str]]:
     """Sort key under which image2 comes before image10."""
-    parts = re.split(r"(\d+)", extension)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    pieces = re.split(r"(\d+)", extension)
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]

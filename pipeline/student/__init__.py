@@ -1,1 +1,1 @@
-"""Trains a student, lets it answer, and scores the answers."""
+"""Trains students, generates their answers and scores them."""

@@ -1,15 +1,14 @@
-"""Generate answers for a source and score them: the evaluation stage.
+"""Generates answers for a source and scores them: the evaluation stage.
 
-Promises: greedy answers that do not depend on where an evaluation was killed (batches are fixed by
-the source's order; one with a missing answer is generated again as a whole); metrics.json, written
+Answers are greedy and do not depend on where an evaluation was killed: batches are fixed by the
+source's order, and one with a missing answer is generated again as a whole. metrics.json, written
 last, means that every sample was answered. Vision tokens may be dropped inside the language model
-(`--compressor`); that is part of what an evaluation is. Refuses bad samples (all of them are
-listed, nothing is scored), compression that the model cannot do, and a folder that holds the
-answers of another model, source, prompt or compression.
+(`--compressor`). Refuses bad samples (lists all of them, scores nothing), compression that the
+model cannot do, and a folder with the answers of another model, source, prompt or compression.
 
     evaluation.json    what decides the answers, written first
-    predictions.jsonl  one answer a line
-    pictures.json      whom each student token is matched to, where a cache was given
+    predictions.jsonl  one answer per line
+    pictures.json      the matching of vision tokens, if a cache was given
     metrics.json       mean scores, vision tokens, compression, samples, seconds; last
 """
 
@@ -18,7 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ from teacher_cache.models.digests import (
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
@@ -59,8 +59,6 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "evaluation.json"
 METRICS_FILE = "metrics.json"
 NUM_LISTED = 20
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +77,20 @@ class EvaluationIdentity(StrictRecord):
     max_new_tokens: int
     batch_size: int
     compression: CompressionSettings | None = None
-    """Not in the folders of earlier versions, where nothing was dropped."""
+    """Absent in the folders of earlier versions, where nothing was dropped."""
 
 
-def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Answer every sample of the source and return the metrics, as metrics.json holds them.
 
-    Goes on from the answers that are already there. Raises ValueError with the list of samples
-    that cannot be used, and CacheMismatchError where `config.out` holds another evaluation.
+    Keeps the answers that exist. Raises ValueError with the list of samples that cannot be used,
+    and CacheMismatchError if `config.out` holds another evaluation.
     """
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
     device = resolve_device(config.device)
     if config.cache is not None:
-        CacheReader.open(config.cache)  # before the answers, which take their time
+        CacheReader.open(config.cache)  # fails here, not after all answers
     source = open_source(config.source)
     scanned, rejected = scan(source)
     keys = [(sample.key, sample.index) for sample in scanned]
@@ -111,8 +109,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> dict[s
     for predictions in _answer(generator, source, keys, known, config.batch_size):
         append_predictions(path, predictions)
         known |= {prediction.key for prediction in predictions}
-        if progress is not None:
-            progress(len(known), len(keys))
+        progress("evaluate", len(known), len(keys))
     if config.cache is not None:
         pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
         write_atomic(config.out / PICTURES_FILE, (json.dumps(pictures) + "\n").encode())
@@ -129,18 +126,18 @@ def _answer(
     known: set[str],
     batch_size: int,
 ) -> Iterator[list[Prediction]]:
-    """The answers that are still missing, batch after batch.
+    """The missing answers, batch after batch.
 
     Once a sample cannot be encoded, the others are only encoded, to list all such samples.
     """
     bad: list[str] = []
     stop_ids: list[int] | None = None
     for start in range(0, len(keys), batch_size):
-        part = keys[start : start + batch_size]
-        if all(key in known for key, _ in part):
+        batch = keys[start : start + batch_size]
+        if all(key in known for key, _ in batch):
             continue
         started = time.monotonic()
-        samples = [source[index] for _, index in part]
+        samples = [source[index] for _, index in batch]
         prompts: list[EncodedSample] = []
         for sample in samples:
             try:
@@ -151,7 +148,7 @@ def _answer(
         if bad or stop_ids is None:
             continue
         answers = generator.answers(prompts, stop_ids)
-        seconds = (time.monotonic() - started) / len(part)
+        seconds = (time.monotonic() - started) / len(batch)
         yield [
             Prediction(
                 key=key,
@@ -162,7 +159,7 @@ def _answer(
                 reference=sample.messages[-1].text.strip(),
                 seconds=seconds,
             )
-            for (key, _), sample, answer in zip(part, samples, answers, strict=True)
+            for (key, _), sample, answer in zip(batch, samples, answers, strict=True)
             if key not in known
         ]
     _refuse(source, bad)
@@ -174,7 +171,7 @@ def _refuse(source: SampleSource, bad: Sequence[str]) -> None:
         more = f"\n  ... and {len(bad) - NUM_LISTED} more" if len(bad) > NUM_LISTED else ""
         raise ValueError(
             f"{source.name}: {len(bad)} samples cannot be used:\n{lines}{more}\n"
-            "Mend them or take them out; an evaluation leaves nothing out by itself."
+            "Fix or remove them; an evaluation never leaves samples out by itself."
         )
 
 
@@ -227,7 +224,7 @@ def _metrics(
 
 
 def _vision_tokens(predictions: Sequence[Prediction]) -> dict[str, float] | None:
-    """Mean vision tokens of a sample before and after dropping; None where not all were counted."""
+    """Mean vision tokens of a sample before and after dropping; None unless all were counted."""
     counts = [(p.num_vision, p.num_kept) for p in predictions]
     known = [(n, kept) for n, kept in counts if n is not None and kept is not None]
     if len(known) < len(counts):

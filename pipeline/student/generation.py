@@ -1,10 +1,9 @@
-"""Greedy answers from a model, several prompts at a time.
+"""Generates greedy answers, several prompts at a time.
 
-Promise: an answer is what the model gives to that prompt alone, up to the last bits of its logits;
-control tokens are not part of it. It ends at the checkpoint's end tokens or at the chat template's
-own end of turn, whichever comes first. With compression settings, vision tokens are dropped inside
-the language model; what it cannot do is refused when the generator is made. Dimensions as in
-schema.py.
+An answer is what the model gives to that prompt alone, up to the last bits of its logits, without
+control tokens. It ends at the checkpoint's end tokens or at the chat template's own end of turn,
+whichever comes first. With compression settings, vision tokens are dropped inside the language
+model. Dimensions: see teacher_output.py.
 """
 
 from collections.abc import Sequence
@@ -33,19 +32,19 @@ def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a model said, and how many of the prompt's vision tokens it said it from."""
+    """A model's answer, and how many of the prompt's vision tokens it used."""
 
     text: str
     """Without control tokens and outer white space."""
     num_vision: int
     num_kept: int
-    """Those that reached the last layer; all of them without compression."""
+    """How many reached the last layer; all of them without compression."""
 
 
 class Generator:
     """A model that answers samples greedily, several at a time.
 
-    ValueError where tokens cannot be dropped in this model as `compression` says.
+    ValueError if this model cannot drop tokens as `compression` says.
     """
 
     def __init__(
@@ -69,8 +68,8 @@ class Generator:
     def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[Answer]:
         """The answer to each encoded prompt.
 
-        Prompts are padded on the left; greedy, so that neither a seed nor the sampling settings
-        of the checkpoint matter.
+        Prompts are padded on the left. Neither a seed nor the checkpoint's sampling settings
+        matter.
         """
         batch = collate(prompts, self.encoder.pad_token_id, side="left")
         settings = GenerationConfig(
@@ -110,10 +109,10 @@ class Generator:
 
 
 def _require_layers_behind(model: Any, compression: CompressionSettings) -> None:
-    """Answers would be those without compression, under its name."""
+    """Refuse a drop after the last layer, which would change no answer."""
     num_layers = len(decoder_of(model).layers)
     if any(stage.ratio and stage.layer == num_layers for stage in compression.stages):
         raise ValueError(
-            f"nothing is dropped at layer {num_layers}: it is behind the last of the model's "
-            f"{num_layers} layers; choose 1 to {num_layers - 1}"
+            f"dropping at layer {num_layers} would have no effect: it is after the last of the "
+            f"model's {num_layers} layers; choose 1 to {num_layers - 1}"
         )

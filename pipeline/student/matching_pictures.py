@@ -1,10 +1,10 @@
-"""What the pictures of a report show: whom each student vision token is matched to, and why.
+"""Computes the pictures of a report: which teacher token each student vision token is paired with.
 
-Promises: the same matching that training used (`matching/matching.py`), on samples whose
-teacher outputs come from the cache; plain JSON data, images as PNG. For each view of each image:
-the grid of the teacher's vision tokens with the word each ranks first, the student's grid with
-its words, and the matched pairs. Raw logits decide, or probabilities where the cache holds only
-the top-k. The grid is drawn evenly over the whole image: what a processor cut off is not shown.
+The matching is the one of training (`matching/matching.py`), on samples whose teacher outputs come
+from a cache; by raw logits, or by probabilities if the cache holds the top-k only. Plain JSON data,
+images as PNG. For each view of each image: the grid of the teacher's vision tokens with the word
+that each ranks first, the student's grid with its words, and the matched pairs. Grids cover the
+whole image evenly: what a processor cropped is not known.
 """
 
 import base64
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.student.generation import model_inputs
+from pipeline.student.token_texts import texts_with_shares
 from student_train.config.objective import MatchingConfig
 from student_train.matching.matching import Assignment, match_tokens
 from student_train.models.forward import final_hidden, output_head
@@ -35,16 +36,16 @@ from teacher_cache.storage.store import Location
 PICTURES_FILE = "pictures.json"
 MAX_PIXELS = 512
 PARTS: frozenset[Part] = frozenset({"vision", "sketch", "hidden"})
-"""What matching reads of a cached sample, as far as the cache holds it."""
+"""The parts of a cached sample that matching reads, as far as the cache holds them."""
 
 
 @torch.no_grad()
 def draw_pictures(
     model: Any, encoder: SampleEncoder, cache: Location, num_pictures: int
 ) -> dict[str, Any]:
-    """Match the first samples of `cache` that have images; returns what pictures.json holds.
+    """Match the first samples of `cache` that have images; returns the content of pictures.json.
 
-    Raises ValueError where the student's tokenizer or views do not fit the cached teacher's.
+    Raises ValueError if the student's tokenizer or views do not fit the cached teacher's.
     """
     reader = CacheReader.open(cache)
     tier = tier_to_learn_from(reader.spec.records, None)
@@ -75,8 +76,8 @@ def _draw(
     spans = encoded.spans
     if not torch.equal(spans.content_ids, cached.output.content_ids.to(spans.content_ids)):
         raise ValueError(
-            f"sample {cached.sample.source_id!r}: the model's tokens of the text differ from the "
-            "cached teacher's; pictures need the cache of a teacher with the same tokenizer"
+            f"sample {cached.sample.source_id!r}: the model's text tokens differ from the cached "
+            "teacher's; give --cache a cache of a teacher with the same tokenizer"
         )
     batch = collate([encoded], encoder.pad_token_id, side="right")
     student_ND = final_hidden(model, model_inputs(model, batch))[0, spans.vision.to(model.device)]
@@ -85,8 +86,8 @@ def _draw(
     signal = vision_signal(cached.output, assets)
     found = match_tokens(student_ND, logits_NV, spans.views, signal, cached.output.views, config)
     tokenizer = encoder.processor.tokenizer
-    student = _tokens(tokenizer, *_top_words(logits_NV[:, : signal.vocab_size]))
-    teacher = _tokens(tokenizer, *_teacher_words(signal))
+    student = texts_with_shares(tokenizer, *_top_words(logits_NV[:, : signal.vocab_size]))
+    teacher = texts_with_shares(tokenizer, *_teacher_words(signal))
     return {
         "key": cached.sample.key,
         "source_id": cached.sample.source_id,
@@ -140,19 +141,6 @@ def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M
     if isinstance(signal, TopKSignal):
         return signal.ids[:, 0].long(), signal.kept_log_probs()[:, 0].exp()
     return _top_words(signal.dense_logits())
-
-
-def _tokens(
-    tokenizer: Any, ids: Int[Tensor, " N"], probabilities: Float[Tensor, " N"]
-) -> list[list[Any]]:
-    """[word, probability] of each token; pieces of characters as the tokenizer spells them."""
-    words = [tokenizer.decode([token]) for token in ids.tolist()]
-    words = [
-        tokenizer.convert_ids_to_tokens(token) if "\ufffd" in word else word
-        for token, word in zip(ids.tolist(), words, strict=True)
-    ]
-    shares = [round(value, 4) for value in probabilities.tolist()]
-    return [[word, share] for word, share in zip(words, shares, strict=True)]
 
 
 def _png(data: bytes) -> str:

@@ -1,8 +1,8 @@
-"""How right an answer is: plain functions of (answer, references) with values from 0 to 1.
+"""Scores answers: plain functions of (answer, references) with values from 0 to 1.
 
-Promises: where several references are allowed an answer scores as well as against the best of
-them (VQA accuracy counts agreeing annotators instead); runs of white space never matter; an
-answer equal to its only reference scores 1 everywhere. Refuses an empty list of references.
+With several references the best match counts (VQA accuracy counts agreeing annotators instead).
+Runs of white space never matter. An answer equal to its only reference scores 1 everywhere. Refuses
+an empty list of references.
 """
 
 import math
@@ -29,14 +29,14 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer is one of the references, letter for letter but for white space."""
+    """1 if the answer equals one of the references, white space aside."""
     return _best(lambda reference: float(_squeeze(answer) == _squeeze(reference)), references)
 
 
 def word_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Share of the reference's words that the answer has at the same place.
+    """Share of the reference's words that the answer has at the same position.
 
-    Surplus words of the answer are not counted; an empty reference is met by an empty answer.
+    Extra words of the answer are ignored; only an empty answer matches an empty reference.
     """
     found = answer.split()
 
@@ -53,10 +53,10 @@ def word_accuracy(answer: str, references: Sequence[str]) -> float:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """VQA's soft accuracy (Antol et al. 2015): min(agreeing annotators / 3, 1) on normalised text.
 
-    As in the official evaluation it is averaged over leaving out one annotator at a time, which
-    takes four or more references (VQA has ten) to reach 1. A single reference stands for
-    unanimous annotators; two or three are refused with ValueError. Contractions agree with and
-    without their apostrophe, which is what the official table of contractions brings about.
+    As in the official evaluation it is averaged over leaving out one annotator at a time, so only
+    four or more references (VQA has ten) can reach 1. A single reference counts as unanimous
+    annotators; two or three are refused with ValueError. Contractions match with and without
+    their apostrophe, as by the official table of contractions.
     """
     if len(references) in (2, 3):
         raise ValueError(
@@ -66,8 +66,8 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     agrees = [normalise_vqa(answer) == normalise_vqa(reference) for reference in references]
     if len(agrees) == 1:
         return float(agrees[0])
-    shares = [min((sum(agrees) - agree) / 3, 1.0) for agree in agrees]
-    return _mean(shares)
+    _require_references(references)
+    return math.fsum(min((sum(agrees) - agree) / 3, 1.0) for agree in agrees) / len(agrees)
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
@@ -91,8 +91,8 @@ def anls(answer: str, references: Sequence[str]) -> float:
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
     """ChartQA's accuracy (Masry et al. 2022): a number may be off by 5 % of the reference.
 
-    "12%" is read as 0.12. Where either side is no number, or the reference is 0, the texts must
-    agree but for case.
+    "12%" is read as 0.12. If either side is no number, or the reference is 0, the texts must be
+    equal, case aside.
     """
 
     def score(reference: str) -> float:
@@ -116,8 +116,8 @@ SCORES: dict[ScoreName, Score] = {
 def normalise_vqa(text: str) -> str:
     """Lower case, number words as digits, no articles, no punctuation (as the VQA evaluation).
 
-    Punctuation beside a space is dropped and becomes a space elsewhere; inside a text that holds
-    a number such as 1,000 it is always dropped. Full stops stay only in front of a digit.
+    Punctuation beside a space is dropped; elsewhere it becomes a space. In a text that holds a
+    number such as 1,000 it is always dropped. Full stops stay only in front of a digit.
     """
     text = _squeeze(text).replace("'", "").replace("\u2019", "")
     has_comma_number = _NUMBER_WITH_COMMA.search(text) is not None
@@ -142,15 +142,13 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def _best(score: Callable[[str], float], references: Sequence[str]) -> float:
-    if not references:
-        raise ValueError("there is no reference to score the answer against")
+    _require_references(references)
     return max(score(reference) for reference in references)
 
 
-def _mean(values: Sequence[float]) -> float:
-    if not values:
+def _require_references(references: Sequence[str]) -> None:
+    if not references:
         raise ValueError("there is no reference to score the answer against")
-    return math.fsum(values) / len(values)
 
 
 def _squeeze(text: str) -> str:

@@ -1,14 +1,15 @@
-"""The train stage: a sealed cache and a student to begin with in, a trained student out. No Ray.
+"""Trains a student from a sealed cache: the train stage. Knows nothing of Ray.
 
 The same function runs in a plain process, under torchrun and in a Ray Train worker. No teacher is
-loaded: what the losses need of it is in the cache. The resolved settings are written beside the
-run as config.json, ready to be fed back with `--config`.
+loaded: the cache holds what the losses need of it. The resolved settings are written beside the
+run as config.json; `--config` reads them back.
 """
 
 import dataclasses
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,30 @@ from pipeline.config.stages import TrainConfig
 from student_train.models.student import student_from_vanilla, vanilla_student
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.run import train_student
-from student_train.training.trainer import Progress, Report
+from student_train.training.trainer import Report
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.digests import vocabulary_digest
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.storage.durable_files import sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-"""Ends of the names of what a model and its processor are loaded from."""
+"""Endings of the files that a model and its processor are loaded from."""
 
 
 def train(
-    config: TrainConfig, report: Report | None = None, progress: Progress | None = None
+    config: TrainConfig, report: Report | None = None, progress: Progress = no_progress
 ) -> Path:
-    """Train the student of `config`, or go on where it was stopped; returns the final folder.
+    """Train the student of `config`, or resume it; returns the final folder.
 
-    Raises `IncompleteCacheError` for a cache that is not sealed, `CacheMismatchError` for a cache,
-    tokenizer or run folder other than the one wanted, `SampleError` for a sample whose text the
-    student's processor reads differently.
+    Raises `IncompleteCacheError` for a cache that is not sealed, `CacheMismatchError` for another
+    cache, tokenizer or run folder than expected, `SampleError` for a sample whose text the
+    student's processor tokenizes differently.
     """
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
@@ -48,7 +50,7 @@ def train(
     if not reader.fingerprint.startswith(config.expect_cache or ""):
         raise CacheMismatchError(
             f"{config.cache} has fingerprint {reader.fingerprint}, expected one that begins with "
-            f"{config.expect_cache}; give the cache that was meant, or drop --expect-cache"
+            f"{config.expect_cache}; give that cache, or omit --expect-cache"
         )
 
     def load() -> tuple[Any, Any]:
@@ -66,7 +68,7 @@ def train(
         config.training,
         student=student_identity(config.student, config.projector, config.stride),
         report=report,
-        progress=progress,
+        progress=partial(progress, "steps"),
     )
     return config.out / FINAL_FOLDER
 
@@ -80,9 +82,9 @@ def _load(config: TrainConfig) -> tuple[Any, Any]:
 
 
 def student_identity(path: str, projector: str, stride: int) -> str:
-    """A digest of what a student begins as: weights and settings on disk, or a hub commit.
+    """A digest of the initial student: its weights and settings on disk, or a hub commit.
 
-    Of a student trained before, the record of its training (which holds wall times) is left out.
+    The record of an earlier training of the student, which holds wall times, is left out.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -95,7 +97,7 @@ def student_identity(path: str, projector: str, stride: int) -> str:
 
 
 def _require_vocabulary(config: TrainConfig, processor: Any, reader: CacheReader) -> None:
-    """Refuse a tokenizer whose ids mean other tokens than the teacher's: logits would not align."""
+    """Refuse a tokenizer whose ids stand for other tokens than the teacher's."""
     num_rows = reader.spec.vocab_size
     found = vocabulary_digest(processor.tokenizer, num_rows)
     if found != reader.spec.vocabulary:

@@ -40,14 +40,14 @@ class Doomed(CacheBuilder):
     Those on other machines wait until it has begun.
     """
 
-    def build_shard(self, index: int, killers: Sequence[int] = ()) -> ShardCommit:
+    def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
         folder = Path(self.config.out).parent
         if ray.get_runtime_context().get_node_id() == (folder / "doomed").read_text():
             (folder / "at work").touch()
             time.sleep(3600)
         while not (folder / "at work").exists():
             time.sleep(0.1)
-        return super().build_shard(index, killers)
+        return super().build_shard(index, crashing)
 
 
 def test_a_machine_that_is_lost_costs_only_its_own_work(

@@ -247,7 +247,7 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
     with pytest.raises(ValueError, match="on 2 samples of each, found quality_samples 3"):
         build(otherwise)
     build(config)
-    with pytest.raises(ValueError, match="go on with 2, or build into a new folder"):
+    with pytest.raises(ValueError, match="continue with 2, or build into a new folder"):
         build(otherwise)
 
 

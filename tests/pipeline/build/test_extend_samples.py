@@ -218,7 +218,7 @@ def test_samples_that_kill_the_worker_that_extends_them_are_named(
     extender.prepare()
     extender.probe(1, 0, 2)
     with pytest.raises(ValueError, match=f"samples {CacheReader.open(base).keys[4]} of .* kill"):
-        extender.build_shard(1, killers=[1])
+        extender.build_shard(1, crashing=[1])
 
 
 def test_what_records_are_joined_and_computed() -> None:

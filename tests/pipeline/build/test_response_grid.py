@@ -230,7 +230,7 @@ def test_settings_that_make_no_grid_are_refused_at_once(
     ("changes", "message"),
     [
         ({"compressor": "pyramid"}, "compressor is 'pyramid', expected one of dart, fastv, random"),
-        ({"compress_layer": 2}, "behind the last there is nothing to drop for"),
+        ({"compress_layer": 2}, "no layer after the last would see the drop"),
         ({"compress_layer": 7}, "choose 1 to 1"),
     ],
 )

@@ -48,7 +48,7 @@ def test_same_settings_give_the_same_bytes_in_any_folder(folder: Path, tmp_path:
 def test_an_interrupted_run_is_completed_by_running_it_again(folder: Path, tmp_path: Path) -> None:
     config = DigitsConfig(out=tmp_path, num_train=40, num_heldout=20, seed=3)
 
-    def stop(done: int, total: int) -> None:
+    def stop(_what: str, done: int, total: int) -> None:
         assert total == 60
         if done == 50:
             raise KeyboardInterrupt

@@ -117,7 +117,7 @@ def test_training_again_gives_the_same_files(data: Path, teacher: Path, tmp_path
 
 
 def test_a_finished_teacher_is_left_as_it_is(data: Path, teacher: Path) -> None:
-    def refuse(done: int, total: int) -> None:
+    def refuse(_what: str, _done: int, _total: int) -> None:
         raise AssertionError("a finished teacher was trained again")
 
     before = digests(teacher)
@@ -136,7 +136,7 @@ def test_a_teacher_of_other_settings_or_data_is_refused(
 
 
 def test_a_killed_training_leaves_no_teacher(data: Path, tmp_path: Path) -> None:
-    def kill(done: int, total: int) -> None:
+    def kill(_what: str, done: int, total: int) -> None:
         if done == total:
             raise KeyboardInterrupt
 
@@ -147,7 +147,7 @@ def test_a_killed_training_leaves_no_teacher(data: Path, tmp_path: Path) -> None
 
 def test_progress_counts_the_steps_of_both_stages(data: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    train_demo_teacher(data, tmp_path, TINY, lambda done, total: seen.append((done, total)))
+    train_demo_teacher(data, tmp_path, TINY, lambda _, done, total: seen.append((done, total)))
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -161,7 +161,7 @@ def test_data_without_digits_is_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_samples_for_a_batch_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found 128 samples, a batch alone needs 129"):
+    with pytest.raises(ValueError, match="found 128 samples, expected at least one batch of 129"):
         train_demo_teacher(data, tmp_path, TeacherSettings(vision_batch_size=129))
 
 

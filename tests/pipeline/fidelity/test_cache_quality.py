@@ -9,7 +9,7 @@ import pytest
 
 from jobs.cli.__main__ import main
 from pipeline.config.build import BuildConfig, SourceConfig
-from pipeline.fidelity.cache_quality import complaint, is_unknown, render_quality, summarise
+from pipeline.fidelity.cache_quality import is_unknown, render_quality, summarise, warning_text
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind
@@ -66,16 +66,26 @@ def test_a_cache_is_the_mean_of_its_shards(tmp_path: Path) -> None:
     assert found.mean.vision_tail is not None
     assert (found.mean.vision_tail.median, found.mean.vision_tail.max) == (0.004, 0.9)
     assert (found.faults, found.num_missing, found.worst) == ((), 0, 1)
-    assert complaint(found, "here") is None
+    assert warning_text(found, "here") is None
     assert "1, the worst" in render_quality(found)
 
 
 @pytest.mark.parametrize(
     ("records", "changes", "tail", "fault"),
     [
-        ("topk+sketch", {"regret": 0.04}, TAIL, "regret 2.1%, at most 1% will do"),
-        ("topk+sketch", {"gradient_cosine": 0.5}, TAIL, "gradient cosine 0.74, at least 0.9"),
-        ("topk", {}, dataclasses.replace(TAIL, p90=0.5), "tail mass 0.26 (90 %), at most 0.02"),
+        ("topk+sketch", {"regret": 0.04}, TAIL, "regret 2.1%, expected at most 1%"),
+        (
+            "topk+sketch",
+            {"gradient_cosine": 0.5},
+            TAIL,
+            "cosine 0.74, expected at least 0.9",
+        ),
+        (
+            "topk",
+            {},
+            dataclasses.replace(TAIL, p90=0.5),
+            "mass 0.26 (90 %), expected at most 0.02",
+        ),
     ],
 )
 def test_what_misses_is_said_with_the_worst_shard_and_another_tier(
@@ -85,10 +95,10 @@ def test_what_misses_is_said_with_the_worst_shard_and_another_tier(
     assert found is not None
     assert [line[: len(fault)] for line in found.faults] == [fault]
     assert (found.worst, found.num_missing) == (1, 1)
-    said = complaint(found, "here")
+    said = warning_text(found, "here")
     assert said is not None
-    assert "1 of 2 shards miss it by themselves, the worst is shard 1" in said
-    assert "Choose instead, in a new folder: --records hidden --hidden-dtype " in said
+    assert "1 of 2 shards miss it individually; the worst is shard 1" in said
+    assert "Build into a new folder, with --records hidden --hidden-dtype " in said
     assert "here" in said
 
 

@@ -99,7 +99,7 @@ def test_bytes_are_those_of_a_build_that_follows(
 def test_the_report_says_what_was_measured_on_what(report: PilotReport) -> None:
     text = render_pilot(report)
     assert report.recommendation.flags in text
-    assert report.student_stand_in in text
+    assert report.proxy_student in text
     assert report.samples == 5  # the other half fitted the sketch
 
 

@@ -15,7 +15,7 @@ from pipeline.build.shard_builder import missing_shards
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard, sampled_rows
-from pipeline.fidelity.tier_loss import stand_in
+from pipeline.fidelity.tier_loss import proxy_student
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.subset import Selection, subset_cache
@@ -116,7 +116,7 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
     weight = teacher.head.weight.tolist()
     vision = states[encoded.spans.vision]
     exact = linear(vision.tolist(), weight)
-    student = linear(stand_in(vision, view).tolist(), weight)
+    student = linear(proxy_student(vision, view).tolist(), weight)
     sketched = output.sketch is not None
     if output.sketch is not None:
         assert teacher.sketch is not None

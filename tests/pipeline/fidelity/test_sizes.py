@@ -175,7 +175,7 @@ def test_settings_that_do_not_fit_together_are_refused(
 
 def test_the_command_answers_without_torch() -> None:
     code = (
-        "import sys; from jobs.cli import main; assert main(['plan']) == 0;"
+        "import sys; from jobs.cli.__main__ import main; assert main(['plan']) == 0;"
         "print([m for m in ('torch', 'transformers', 'ray', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -211,7 +211,7 @@ def test_the_page_says_what_a_cache_keeps_of_its_teacher(
     for text in ("keep of the teacher", "topk k=8", "0.987", "0.0015 / 0.0123", "worst shard: 0"):
         assert text in page.text, text
     assert ("missed" in page.text) == missed
-    assert ("regret 30.0%, at most 1% will do" in page.text) == missed
+    assert ("regret 30.0%, expected at most 1%" in page.text) == missed
     unsaid, _, _ = _report(tmp_path, [fake_evaluation(tmp_path / "b", [True])])
     assert "keep of the teacher" not in unsaid.text
 

@@ -131,7 +131,7 @@ def test_scan_keeps_identical_samples_apart_and_reports_progress(
 ) -> None:
     seen: list[tuple[int, int]] = []
     source = _open(write(tmp_path, ENTRIES))
-    found, rejected = scan(source, lambda done, total: seen.append((done, total)))
+    found, rejected = scan(source, lambda _, done, total: seen.append((done, total)))
     assert not rejected
     assert seen == [(n, 5) for n in range(1, 6)]
     assert [sample.index for sample in found] == [0, 1, 2, 3, 4]
@@ -277,7 +277,7 @@ def test_a_missing_file_is_refused(file: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: there is no such file or folder"):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         _open(str(tmp_path / "nowhere"))
 
 

@@ -103,7 +103,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_answers(
     evaluate(whole)
     killed = dataclasses.replace(whole, out=tmp_path / "killed")
 
-    def stop(done: int, total: int) -> None:
+    def stop(_what: str, done: int, total: int) -> None:
         assert total == 7
         if done == 6:
             raise KeyboardInterrupt
@@ -115,7 +115,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_answers(
     path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
     assert not (killed.out / "metrics.json").exists()
     seen: list[int] = []
-    evaluate(killed, lambda done, total: seen.append(done))
+    evaluate(killed, lambda _, done, _total: seen.append(done))
     assert seen == [6, 7]
     assert _answers(killed) == _answers(whole)
 
