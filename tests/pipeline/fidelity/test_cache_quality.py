@@ -32,6 +32,7 @@ GOOD = SampledLoss(
     energy=0.9,
     row_mean_spread=1.0,
 )
+COSINE_FAULT = "gradient cosine 0.74, expected at least 0.9"
 TAIL = TailMass(num_positions=1000, median=0.001, p90=0.01, p99=0.1, max=0.2)
 
 
@@ -71,26 +72,17 @@ def test_a_cache_is_the_mean_of_its_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "changes", "tail", "fault"),
+    ("records", "changes", "p90", "fault"),
     [
-        ("topk+sketch", {"regret": 0.04}, TAIL, "regret 2.1%, expected at most 1%"),
-        (
-            "topk+sketch",
-            {"gradient_cosine": 0.5},
-            TAIL,
-            "cosine 0.74, expected at least 0.9",
-        ),
-        (
-            "topk",
-            {},
-            dataclasses.replace(TAIL, p90=0.5),
-            "mass 0.26 (90 %), expected at most 0.02",
-        ),
+        ("topk+sketch", {"regret": 0.04}, 0.01, "regret 2.1%, expected at most 1%"),
+        ("topk+sketch", {"gradient_cosine": 0.5}, 0.01, COSINE_FAULT),
+        ("topk", {}, 0.5, "tail mass 0.26 (90 %), expected at most 0.02"),
     ],
 )
 def test_what_misses_is_said_with_the_worst_shard_and_another_tier(
-    tmp_path: Path, records: RecordKind, changes: dict[str, object], tail: TailMass, fault: str
+    tmp_path: Path, records: RecordKind, changes: dict[str, object], p90: float, fault: str
 ) -> None:
+    tail = dataclasses.replace(TAIL, p90=p90)
     found = summarise(_seal(tmp_path, [_quality(), _quality(tail, **changes)], records))
     assert found is not None
     assert [line[: len(fault)] for line in found.faults] == [fault]
