@@ -156,8 +156,8 @@ class RecordExtender:
     def _rows(self, cached: Sequence[CachedSample]) -> Iterator[EncodedRow]:
         """These samples with the new columns only."""
         for row in encode_rows(cached, self._new_spec):
-            planes = {name: row.frames[name] for name in self._new_columns}
-            yield dataclasses.replace(row, images=(), frames=planes)
+            columns = {name: row.frames[name] for name in self._new_columns}
+            yield dataclasses.replace(row, images=(), frames=columns)
 
     def _batches(
         self, index: int, first: int = 0, last: int | None = None

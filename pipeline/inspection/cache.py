@@ -71,13 +71,13 @@ def describe_cache(
 def _bytes_of_parts(reader: CacheReader, indices: Sequence[int]) -> dict[str, int]:
     """The bytes of some shards: images, token spans, each part, and everything around them."""
     plan = require_plan(reader.cache)
-    part_of = {plane: part for part, planes in PART_COLUMNS.items() for plane in planes}
+    part_of = {column: part for part, columns in PART_COLUMNS.items() for column in columns}
     found = Counter[str]()
     whole = 0
     for index in indices:
         commit = reader.seal.shards[index]
-        for plane, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
-            found["images" if plane == "images" else part_of.get(plane, "tokens")] += num_bytes
+        for column, num_bytes in open_shard(reader.cache, plan, commit).stored_bytes().items():
+            found["images" if column == "images" else part_of.get(column, "tokens")] += num_bytes
         whole += commit.num_bytes
     return {
         "shards": len(indices),
