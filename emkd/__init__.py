@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from student_train.losses.objective_loss import distillation_loss
     from student_train.matching.matching import match_tokens
     from student_train.models.student import load_student
-    from student_train.signals.from_cache import TeacherAssets
     from student_train.training.trainer import student_loss
     from teacher_cache.folder.reader import CacheReader
     from teacher_cache.folder.verify import verify_cache as verify
     from teacher_cache.models.sample_encoder import SampleEncoder
+    from teacher_cache.records.assets import TeacherAssets
     from teacher_cache.schema.samples import Sample
     from teacher_cache.schema.teacher_output import TeacherOutput
 
@@ -75,7 +75,7 @@ _HOMES = {
     "Sample": "teacher_cache.schema.samples:Sample",
     "SampleEncoder": "teacher_cache.models.sample_encoder:SampleEncoder",
     "SourceConfig": "pipeline.config.build:SourceConfig",
-    "TeacherAssets": "student_train.signals.from_cache:TeacherAssets",
+    "TeacherAssets": "teacher_cache.records.assets:TeacherAssets",
     "TeacherOutput": "teacher_cache.schema.teacher_output:TeacherOutput",
     "TrainConfig": "pipeline.config.stages:TrainConfig",
     "TrainingStream": "student_train.data.stream:TrainingStream",

@@ -36,7 +36,7 @@ from student_train.data.sample_states import SampleStates
 from student_train.losses import batch_matching, objective_loss
 from student_train.losses.objective_loss import distillation_loss
 from student_train.matching import matching
-from student_train.signals.from_cache import TeacherAssets
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import AffinityRecord, SketchRecord, TeacherOutput

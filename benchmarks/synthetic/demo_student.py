@@ -21,9 +21,9 @@ from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.models.student import student_from_vanilla
 from student_train.models.trainable import set_trainable
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache

@@ -37,8 +37,8 @@ from student_train.data.sample_states import SampleStates
 from student_train.head.linear_head import LinearHead
 from student_train.losses.objective_loss import distillation_loss
 from student_train.matching.assignment import solve_assignment
-from student_train.signals.from_cache import TeacherAssets
 from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.sketch import encode_sketch
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.samples import ViewGrid

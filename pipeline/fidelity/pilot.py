@@ -21,9 +21,10 @@ from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, c
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
 from pipeline.fidelity.tier_loss import LossMeter
 from pipeline.sources.source import open_source
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate

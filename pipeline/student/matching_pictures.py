@@ -22,12 +22,13 @@ from pipeline.student.token_texts import texts_with_shares
 from student_train.config.objective import MatchingConfig
 from student_train.matching.matching import Assignment, match_tokens
 from student_train.models.forward import final_hidden, output_head
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import tier_to_learn_from
 from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import CachedSample

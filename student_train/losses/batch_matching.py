@@ -30,8 +30,9 @@ from student_train.matching.matching import Assignment, Matching, PendingMatchin
 from student_train.matching.problems import VisionTokens
 from student_train.matching.quality import assignment_stats, matching_quality, row_mean_spread
 from student_train.matching.separability import LEAST_SEPARABILITY
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, concatenate
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.teacher_output import TeacherOutput
 
 logger = logging.getLogger(__name__)

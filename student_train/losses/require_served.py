@@ -13,8 +13,9 @@ import torch
 from student_train.config.objective import ObjectiveConfig
 from student_train.divergence.divergence import reverse_kl
 from student_train.matching.matching import match_tokens
-from student_train.signals.from_cache import TeacherAssets, response_signal, vision_signal
+from student_train.signals.from_cache import response_signal, vision_signal
 from student_train.signals.teacher_signal import Signal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import TierName, tier_to_learn_from
 from teacher_cache.schema.samples import ViewGrid

@@ -1,36 +1,14 @@
 """Makes the teacher's signals from a record of a cache."""
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from student_train.config.compression import grid_ratio
 from student_train.signals.sketch_code import SketchCode
-from student_train.signals.teacher_signal import HiddenSignal, Signal, move_head
+from student_train.signals.teacher_signal import HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherAssets:
-    """What a cache stores once: the head of tier `hidden`, the basis of tier `topk+sketch`, and of
-    both top-k tiers the template of their tails, unless the cache is of an earlier day."""
-
-    head: LmHead | None = None
-    sketch: SketchBasis | None = None
-    template: TailTemplate | None = None
-
-    def to(self, device: torch.device) -> "TeacherAssets":
-        """The same assets on another device."""
-        return TeacherAssets(
-            head=None if self.head is None else move_head(self.head, device),
-            sketch=None if self.sketch is None else self.sketch.to(device),
-            template=None if self.template is None else self.template.to(device),
-        )
 
 
 def vision_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:

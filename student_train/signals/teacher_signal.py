@@ -100,7 +100,7 @@ class HiddenSignal:
 
     def to(self, device: torch.device) -> "HiddenSignal":
         """The same signal on another device (free where it is already there)."""
-        return HiddenSignal(hidden=self.hidden.to(device), head=move_head(self.head, device))
+        return HiddenSignal(hidden=self.hidden.to(device), head=self.head.to(device))
 
 
 Signal = DenseSignal | HiddenSignal | TopKSignal
@@ -134,11 +134,6 @@ def _concatenated(signals: Sequence[Signal]) -> Signal:
             return concatenate_top_k(kept)
     kinds = sorted({type(signal).__name__ for signal in signals})
     raise ValueError(f"cannot concatenate {len(signals)} signals of kinds {kinds} into one")
-
-
-def move_head(head: LmHead, device: torch.device) -> LmHead:
-    """The same head on another device."""
-    return LmHead.from_tensors({name: value.to(device) for name, value in head.tensors().items()})
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
 from student_train.models.forward import output_head
 from student_train.models.trainable import set_trainable
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import (
     FINAL_FOLDER,
     FinishedRun,
@@ -39,6 +38,7 @@ from student_train.training.fsdp_trainer import ShardedTrainer
 from student_train.training.trainer import EmkdTrainer, Progress, Report, training_arguments
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import TierName, tier_to_learn_from
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,6 @@ from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.head.linear_head import LogitsOf
 from student_train.losses.objective_loss import LossTerms, distillation_loss
 from student_train.models.forward import output_head
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import (
     CheckpointRecord,
     RunIdentity,
@@ -50,6 +49,7 @@ from student_train.training.checkpoint import (
 from student_train.training.gradient_norms import term_gradient_norms
 from student_train.training.metrics_log import MeanWindow, MetricsLog, means, merge
 from teacher_cache.models.checkpoint import load_model
+from teacher_cache.records.assets import TeacherAssets
 
 logger = logging.getLogger(__name__)
 

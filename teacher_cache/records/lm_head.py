@@ -8,6 +8,7 @@ this against the model's own logits.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +46,10 @@ class LmHead:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LmHead":
         """The inverse of `tensors`."""
         return cls(weight=tensors["weight"], bias=tensors.get("bias"))
+
+    def to(self, device: torch.device) -> "LmHead":
+        """The same head on another device."""
+        return LmHead.from_tensors({name: each.to(device) for name, each in self.tensors().items()})
 
     @property
     def digest(self) -> str:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from student_train.data.sample_states import SampleStates
-from student_train.signals.from_cache import TeacherAssets
 from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_from_hidden

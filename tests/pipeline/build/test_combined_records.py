@@ -10,11 +10,12 @@ from student_train.config.objective import preset
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.losses.require_served import require_served
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import HiddenSignal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.codec.columns import output_columns
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder

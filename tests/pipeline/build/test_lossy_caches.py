@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from student_train.divergence.divergence import reverse_kl
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from teacher_cache.codec.columns import TIER_PARTS
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher

@@ -15,10 +15,11 @@ from student_train.config.objective import TailPolicy
 from student_train.divergence import tail_bounds
 from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.divergence.student_rows import largest_entries
-from student_train.signals.from_cache import TeacherAssets, response_signal
+from student_train.signals.from_cache import response_signal
 from student_train.signals.teacher_signal import DenseSignal, TopKSignal
 from teacher_cache.codec.columns import encode_columns, output_columns, output_from_columns
 from teacher_cache.codec.frames import decode_frame
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.student_train.signals.test_top_k import normal, ragged, signal_of

@@ -14,9 +14,9 @@ from student_train.config.objective import MatchingConfig, preset
 from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
 from student_train.divergence.tail_policies import resolve_tail
 from student_train.losses.objective_loss import distillation_loss
-from student_train.signals.from_cache import TeacherAssets
 from student_train.signals.teacher_signal import DenseSignal, concatenate
 from student_train.signals.top_k import TopKSignal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.records.top_k import top_k_record
 from tests.student_train.signals.test_top_k import alone, normal, signal_of

@@ -16,10 +16,10 @@ from student_train.config.recipe import TrainRecipe
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream, parts_needed
 from student_train.models.forward import final_hidden, output_head
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache

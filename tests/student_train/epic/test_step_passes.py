@@ -17,8 +17,8 @@ from student_train.epic.step_plan import StepPlan
 from student_train.losses.objective_loss import distillation_loss
 from student_train.models.forward import output_head
 from student_train.models.student import student_from_vanilla
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.trainer import student_loss
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model, encode

@@ -14,8 +14,9 @@ from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.head.linear_head import LinearHead, LogitsOf
 from student_train.head.student_logits import StudentLogits
 from student_train.matching.cost import cost_matrix, pair_costs
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import HiddenSignal, Signal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from tests.support.batches import ONE_IMAGE, RecordForm, random_batch
 

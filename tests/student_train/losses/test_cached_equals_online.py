@@ -23,12 +23,12 @@ from student_train.losses.reductions import supervised_rows, token_mean, vlad_me
 from student_train.losses.vlad import padded
 from student_train.matching.matching import match_tokens
 from student_train.models.forward import final_hidden, output_head
-from student_train.signals.from_cache import TeacherAssets
 from student_train.signals.teacher_signal import DenseSignal
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.affinity import cosine_affinity
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache, student_loader

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, ObjectiveConfig, VladText, preset
 from student_train.losses.objective_loss import LossTerms, distillation_loss
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support import references
 from tests.support.batches import (

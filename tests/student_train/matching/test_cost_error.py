@@ -13,8 +13,9 @@ from torch import Tensor
 from student_train.config.objective import MatchingConfig
 from student_train.matching.certificate import certified_pairs
 from student_train.matching.cost import cost_error, cost_matrix
-from student_train.signals.from_cache import TeacherAssets, response_signal
+from student_train.signals.from_cache import response_signal
 from student_train.signals.teacher_signal import DenseSignal, Signal, TopKSignal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
 

@@ -14,9 +14,10 @@ from student_train.matching.cost import cost_error, cost_matrix
 from student_train.matching.matching import match_tokens, start_matching
 from student_train.matching.problems import VisionTokens
 from student_train.matching.quality import assignment_stats
-from student_train.signals.from_cache import TeacherAssets, vision_signal
+from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from student_train.signals.top_k import TopKSignal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.samples import ViewGrid
 from tests.support import references

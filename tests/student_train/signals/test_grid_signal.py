@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from student_train.config.compression import grid_ratio
-from student_train.signals.from_cache import TeacherAssets, response_signal, teacher_response_at
+from student_train.signals.from_cache import response_signal, teacher_response_at
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, TopKSignal
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support.strategies import VOCAB_SIZE, WIDTH, make_output

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.signals.from_cache import TeacherAssets, response_signal, vision_signal
+from student_train.signals.from_cache import response_signal, vision_signal
 from student_train.signals.teacher_signal import (
     DenseSignal,
     HiddenSignal,
@@ -14,6 +14,7 @@ from student_train.signals.teacher_signal import (
     TopKSignal,
     concatenate,
 )
+from teacher_cache.records.assets import TeacherAssets
 from tests.support.batches import ONE_IMAGE, TWO_IMAGES, RandomBatch, random_batch
 
 VOCAB = 11

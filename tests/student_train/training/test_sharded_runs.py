@@ -23,11 +23,11 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
 from student_train.models.trainable import set_trainable
-from student_train.signals.from_cache import TeacherAssets
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.records.assets import TeacherAssets
 from tests.conftest import TinyFolder
 from tests.support.caches import student_loader
 from tests.support.children import finish, kill_once_logged, start_ranks
