@@ -1,4 +1,4 @@
-"""Plain-text tables and sizes in bytes."""
+"""Formats plain-text tables and sizes in bytes."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def human_bytes(count: int | float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
+    """Aligned columns, the first to the left, the others to the right."""
     widths = [max(len(row[at]) for row in (header, *rows)) for at in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,1 +1,1 @@
-"""The page that compares runs."""
+"""Writes one HTML page that compares runs."""

@@ -1,11 +1,11 @@
-"""Which objective did better, by how much, and how sure that is.
+"""Compares objectives: paired differences of their scores, with two uncertainties.
 
-Promises: runs are pooled over seeds only where all other settings agree; a difference is always
-paired, sample by sample and seed by seed, and comes with the number of seeds behind it. The
-baseline of a group is the supervised group that differs from it in nothing but the objective; of a
-group whose vision tokens become ever fewer, also the one where they do not, all else being equal.
-Two uncertainties are stated apart: the standard deviation over seeds (training noise, from few
-values), and a bootstrap interval over samples (which held-out samples were drawn).
+Runs are pooled over seeds only if all other settings agree. A difference is always paired, sample
+by sample and seed by seed, and comes with its number of seeds. The baseline of a group is the
+supervised group that differs in the objective alone; a group with a growing ratio is also compared
+with the one that differs in not having it. The two uncertainties are the standard deviation over
+seeds (training noise, from few values) and a bootstrap interval over samples (the choice of
+held-out samples).
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ TERM_NAMES = {
     "vsd": "VSD (vision)",
     "vlad": "VLAD (affinity)",
 }
-"""Loss terms, as settings and logs call them, and their titles."""
+"""Loss terms by their names in settings and logs, and their titles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Runs that differ in their seed alone, or one model that was not trained here."""
+    """Runs that differ in the seed alone, or one model that was not trained here."""
 
     label: str
     runs: tuple[RunFolder, ...]
@@ -75,7 +75,7 @@ class Difference:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def sentence(self) -> str:
-        """The result in words, whoever has won."""
+        """The result as a sentence, whichever side is better."""
         count = len(self.by_seed)
         spread = f"sd {100 * self.deviation:.1f}, " if self.deviation is not None else ""
         if self.low > 0:
@@ -83,7 +83,7 @@ class Difference:
         elif self.high < 0:
             verdict = f"{self.label} is worse on these samples"
         else:
-            verdict = "these samples cannot tell them apart"
+            verdict = "no difference can be shown on these samples"
         return (
             f"{self.label} - {self.baseline} = {100 * self.mean:+.1f} pp of "
             f"{self.score.replace('_', ' ')} ({spread}n = {count} seed{'s' * (count != 1)}; 95 % "
@@ -93,7 +93,7 @@ class Difference:
 
 
 def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
-    """Pool runs over seeds; models not trained here come first, then by number of terms."""
+    """Pool runs over seeds; models not trained here come first, then by number of loss terms."""
     pools: dict[str, list[RunFolder]] = {}
     for run in runs:
         pools.setdefault(_settings(run), []).append(run)
@@ -109,7 +109,7 @@ def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
 
 
 def num_terms(run: RunFolder) -> int:
-    """Loss terms that the run was trained with; 0 for a model that was not trained here."""
+    """How many loss terms the run was trained with; 0 for a model not trained here."""
     if run.identity is None:
         return 0
     objective = run.identity.recipe.objective
@@ -117,9 +117,9 @@ def num_terms(run: RunFolder) -> int:
 
 
 def measured_as(run: RunFolder, term: str) -> str | None:
-    """What a term's values mean in this run: divergence, tail policies, temperature.
+    """How a term was measured in this run: divergence, tail policies, temperature.
 
-    None for terms that are no divergences. Values of two meanings do not compare.
+    None for terms that are not divergences. Values measured differently do not compare.
     """
     if run.identity is None or term not in ("rld", "vsd", "kd"):
         return None
@@ -135,7 +135,7 @@ def measured_as(run: RunFolder, term: str) -> str | None:
 
 
 def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
-    """Paired differences of every group to its supervised baseline, and why some are lacking."""
+    """Paired differences of every group to its supervised baseline; reasons for missing ones."""
     differences: list[Difference] = []
     missing: list[str] = []
     for group in groups:
@@ -144,22 +144,22 @@ def compare(groups: Sequence[Group]) -> tuple[list[Difference], list[str]]:
         baseline = next((g for g in groups if _is_baseline(g, group)), None)
         if baseline is None:
             missing.append(
-                f"{group.label}: there is no {BASELINE} run that differs in the objective alone, "
-                "so no difference to it"
+                f"{group.label}: no difference, since no {BASELINE} run differs in the objective "
+                "alone; train one"
             )
             continue
         found = _differences(group, baseline)
         if not found:
             missing.append(
-                f"{group.label}: no seed was evaluated on the same samples as {baseline.label}, "
-                "so no difference to it"
+                f"{group.label}: no difference, since no seed was evaluated on the same samples as "
+                f"{baseline.label}; evaluate both on one source"
             )
         differences += found
     return differences, missing
 
 
 def compare_progressions(groups: Sequence[Group]) -> list[Difference]:
-    """Paired differences of groups with a schedule to those that differ in having none alone."""
+    """Paired differences of groups with a schedule to those that only lack it."""
     return [
         difference
         for group in groups
@@ -173,7 +173,7 @@ def compare_progressions(groups: Sequence[Group]) -> list[Difference]:
 
 
 def _differences(group: Group, baseline: Group) -> list[Difference]:
-    """Of each score that all runs have; none where no seed has the same samples on both sides."""
+    """The difference of each score that all runs have; none without seeds of the same samples."""
     pairs = _pairs(group, baseline)
     names = list(_scores(pairs[0][0])) if pairs else []
     return [
@@ -238,7 +238,7 @@ def _progresses(run: RunFolder) -> bool:
 
 
 def _settings(run: RunFolder, *without: str) -> str:
-    """Digest of everything that shaped the weights but the seed (and fields of the recipe)."""
+    """Digest of all that shaped the weights except the seed and the recipe fields `without`."""
     if run.identity is None:
         return str(run.path)
     fields = dataclasses.asdict(run.identity)
@@ -252,7 +252,7 @@ def _objective(run: RunFolder) -> str | None:
 
 
 def _name(run: RunFolder) -> str:
-    """The objective, and what is dropped while it is trained where its name does not say so."""
+    """The objective, and what is dropped in training unless its name says so."""
     if run.identity is None:
         return run.name
     recipe = run.identity.recipe

@@ -1,8 +1,8 @@
-"""Curves and matching pictures for the report, as SVG that needs nothing outside the page.
+"""Draws curves and lays out matching pictures for the report, as self-contained SVG.
 
-Promises: the same numbers give the same bytes (no dates, no random ids); ids inside one figure do
-not clash with those of another. Curves are drawn by matplotlib; a matching picture is laid out
-here as plain cells, and the page's template, which escapes all text, writes them down.
+The same numbers give the same bytes (no dates, no random ids). Ids of one figure do not clash with
+those of another. matplotlib draws curves; a matching picture is laid out here as plain cells, which
+the page's template writes and escapes.
 """
 
 import colorsys
@@ -33,7 +33,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What the seeds of a group scored with so many vision tokens."""
+    """The scores of a group's seeds at one number of vision tokens."""
 
     num_kept: float
     scores: tuple[float, ...]
@@ -51,8 +51,8 @@ def draw_curves(
 ) -> str:
     """One SVG with a panel for each term: panel title -> label -> curves of its seeds.
 
-    Values are drawn on a logarithmic axis where all of them are positive. `name` keeps the ids of
-    several figures in one page apart.
+    The axis is logarithmic if all values are positive and spread. `name` keeps the ids of several
+    figures of one page distinct.
     """
     return _draw(name, list(panels), lambda axes, title: _draw_panel(axes, panels[title], colours))
 
@@ -64,7 +64,7 @@ def draw_budgets(
 ) -> str:
     """One SVG with a panel for each compressor: title -> label -> budgets.
 
-    A point is the mean over seeds, its bar reaches from the worst to the best of them.
+    A point is the mean over seeds; its bar spans the worst to the best seed.
     """
 
     def draw(axes: Axes, title: str) -> None:
@@ -91,7 +91,7 @@ def draw_budgets(
 
 
 def _draw(name: str, titles: Sequence[str], draw: Callable[[Axes, str], None]) -> str:
-    """An SVG of panels in the page's style, four in a row."""
+    """An SVG of panels in the page's style, four per row."""
     num_columns = min(4, max(1, len(titles)))
     num_rows = math.ceil(len(titles) / num_columns)
     settings: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 8.5}
@@ -142,11 +142,11 @@ class Cell:
     width: float
     height: float
     colour: str | None
-    """Colour of the student token it is, or is matched to; None for an unmatched teacher token."""
+    """Colour of the student token that it is or is matched to; None if unmatched."""
     label: str | None
-    """What is written into it, where there is room."""
+    """Text inside the cell; None if there is no room."""
     title: str
-    """Shown when the pointer rests on it."""
+    """Tooltip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +167,10 @@ class MatchingPicture:
 
 
 def lay_out_matching(view: Mapping[str, Any], image: str, aspect: float) -> MatchingPicture:
-    """Place the cells of one view of pictures.json; `aspect` is the image's width over height.
+    """Lay out the cells of one view of pictures.json; `aspect` is the image's width over height.
 
-    A student token's colour follows its place (hue by column, lightness by row): where the
-    matching keeps neighbours together the teacher's panel looks like the student's.
+    A student token's colour follows its position (hue by column, lightness by row), so the
+    teacher's panel looks like the student's if the matching keeps neighbours together.
     """
     width = PANEL_PIXELS * min(1.0, aspect)
     height = PANEL_PIXELS * min(1.0, 1 / aspect)
@@ -181,18 +181,19 @@ def lay_out_matching(view: Mapping[str, Any], image: str, aspect: float) -> Matc
     colours = _grid_colours(student["rows"], student["cols"])
     size = (width, height)
 
+    def title(side: str, index: int, word: str, share: float, other: str, match: int | None) -> str:
+        fate = "not matched" if match is None else f"matched to {other} token {match}"
+        return f"{side} token {index}: {word!r} ({share:.0%}), {fate}"
+
     def teacher_cell(index: int, word: str, share: float) -> Cell:
         match = partner.get(index)
-        said = f"teacher token {index}: {word!r} ({share:.0%})"
-        fate = "not matched" if match is None else f"matched to student token {match}"
         colour = None if match is None else colours[match]
-        return _cell(teacher, index, edges[1], size, colour, word, f"{said}, {fate}")
+        text = title("teacher", index, word, share, "student", match)
+        return _cell(teacher, index, edges[1], size, colour, word, text)
 
     def student_cell(index: int, word: str, share: float) -> Cell:
-        match = teacher_of.get(index)
-        said = f"student token {index}: {word!r} ({share:.0%})"
-        fate = "not matched" if match is None else f"matched to teacher token {match}"
-        return _cell(student, index, edges[2], size, colours[index], word, f"{said}, {fate}")
+        text = title("student", index, word, share, "teacher", teacher_of.get(index))
+        return _cell(student, index, edges[2], size, colours[index], word, text)
 
     return MatchingPicture(
         width=edges[2] + width,
@@ -235,7 +236,7 @@ def _cell(
 
 
 def _shorten(word: str) -> str:
-    """A token's text that fits a cell; white space and control characters are spelled out."""
+    """A token's text shortened to fit a cell; white space and control characters are escaped."""
     shown = word.strip() or word.encode("unicode_escape").decode() or "(none)"
     return shown if len(shown) <= MAX_LABEL else f"{shown[: MAX_LABEL - 1]}\u2026"
 

@@ -1,8 +1,8 @@
-"""One self-contained HTML page that compares runs: the report stage.
+"""Writes one self-contained HTML page that compares runs: the report stage.
 
-Promises: the page loads nothing from outside and runs no script; all text from data is escaped;
-results are stated for every objective, also where EM-KD does not win; what a run lacks is named
-on the page and returned. The page is written atomically. Refuses to write a page without a run.
+The page loads nothing from outside and runs no script; all text from data is escaped. It states the
+results of every objective, also where EM-KD does not win. What a run lacks is named on the page and
+returned. The page is written atomically. Refuses to write a page without a run.
 """
 
 import base64
@@ -36,7 +36,7 @@ from teacher_cache.storage.durable_files import write_atomic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureSample:
-    """One sample with its matching pictures and what each group answered to it."""
+    """One sample with its matching pictures and each group's answer."""
 
     source_id: str
     question: str
@@ -58,9 +58,9 @@ class ScoreRow:
 
 
 def write_report(config: ReportConfig) -> list[str]:
-    """Write the page to `config.out`; returns what is missing, one line each, for the caller.
+    """Write the page to `config.out`; returns what is missing, one line each.
 
-    Raises ValueError where no folder is a run or a file is not what it should be.
+    Raises ValueError if no folder is a run or a file is malformed.
     """
     found = collect(config.runs)
     groups = group_runs(found.runs)
@@ -122,7 +122,7 @@ def _score_row(group: Group, colour: str, differences: Sequence[Difference]) -> 
 
 
 def _settings(group: Group, caches: Sequence[CacheFolder]) -> dict[str, Any]:
-    """What was run, of one group: its objective and the settings its seeds share."""
+    """A group's objective and the settings that its seeds share."""
     identity = group.runs[0].identity
     assert identity is not None
     recipe = identity.recipe
@@ -152,9 +152,9 @@ def _settings(group: Group, caches: Sequence[CacheFolder]) -> dict[str, Any]:
 def _curves(
     name: str, prefix: str, groups: Sequence[Group], colours: Mapping[str, str]
 ) -> Markup | None:
-    """Small multiples of all values whose name begins with `prefix`; None where there are none.
+    """One panel for each value whose name begins with `prefix`; None if there is none.
 
-    Runs that measure a term differently get panels of their own.
+    Runs that measure a term differently get separate panels.
     """
     panels: dict[str, dict[str, list[Curve]]] = {}
     terms = [*TERM_NAMES, *sorted(_terms(groups, prefix) - TERM_NAMES.keys())]
@@ -189,7 +189,7 @@ def _curve(run: RunFolder, key: str) -> Curve:
 
 
 def _pictures(groups: Sequence[Group]) -> tuple[RunFolder | None, list[PictureSample]]:
-    """The pictures of one run: the first one of the group with most loss terms that has any."""
+    """The pictures of one run: of the group with most loss terms, the first run that has any."""
     drawn = [
         run
         for group in sorted(groups, key=lambda group: num_terms(group.runs[0]), reverse=True)

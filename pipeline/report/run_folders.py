@@ -1,10 +1,10 @@
-"""What a run folder holds, read for comparison: settings, loss terms, answers, pictures, cost.
+"""Reads run folders for comparison: settings, loss terms, answers, pictures, cost.
 
-Promises: nothing is guessed or passed over in silence: every piece that a folder lacks is named in
-`missing`, with what would make it. Three kinds of folders are told apart by their files: a trained
-student (emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json).
-Evaluations of one model under compression lie beside `eval`, in folders whose names begin with
-`eval-`. Refuses files that are there but not what they should be.
+Nothing is guessed or silently skipped: everything that a folder lacks is named in `missing`, with
+the command that makes it. Files tell three kinds of folders apart: a trained student
+(emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json). Evaluations of
+the same model under compression are beside `eval`, in folders whose names begin with `eval-`.
+Refuses malformed files.
 """
 
 import json
@@ -30,10 +30,10 @@ from teacher_cache.schema.strict_json import decode_json, decode_mapping
 from teacher_cache.storage.open_store import open_store
 
 CONFIG_FILE = "config.json"
-"""The settings that `emkd train` was given; says where the cache is."""
+"""The resolved settings of `emkd train`, which name the cache."""
 EVALUATION_FOLDER = "eval"
 COMPRESSED_FOLDERS = "eval-*"
-"""Evaluations of the same samples under compression; those without any are not looked at."""
+"""Evaluations of the same samples under compression; others are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +50,18 @@ class Evaluation:
     """By sample key."""
     pictures: dict[str, Any] | None
     compression: CompressionSettings | None = None
-    """What was dropped inside the language model."""
+    """The compression inside the language model."""
     num_vision: float | None = None
-    """Mean vision tokens of a sample; None where an earlier version answered some of them."""
+    """Mean vision tokens of a sample; None if an earlier version answered some samples."""
     num_kept: float | None = None
-    """Those that reached the last layer."""
+    """Mean vision tokens that reached the last layer."""
     weights: str | None = None
-    """Digest of the model's."""
+    """Digest of the model's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolder:
-    """One model that is compared: a student that was trained here, or any other model."""
+    """One compared model: a student that was trained here, or any other model."""
 
     path: Path
     identity: RunIdentity | None
@@ -71,7 +71,7 @@ class RunFolder:
     """Lines of metrics.jsonl: step, loss, term/<name>, gradient/<name>, ..."""
     evaluation: Evaluation | None
     compressed: tuple[Evaluation, ...] = ()
-    """The same samples with vision tokens dropped; no settings twice."""
+    """Evaluations of the same samples with vision tokens dropped; no settings twice."""
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class CacheFolder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """Everything found, and what is lacking."""
+    """Everything found, and everything missing."""
 
     runs: tuple[RunFolder, ...]
     caches: tuple[CacheFolder, ...]
@@ -98,7 +98,7 @@ class Collection:
 
 
 def collect(folders: Iterable[Path]) -> Collection:
-    """Read the folders; ValueError where none of them is a run."""
+    """Read the folders; ValueError if none of them is a run."""
     folders = list(folders)
     runs: list[RunFolder] = []
     caches: dict[str, CacheFolder] = {}
@@ -113,8 +113,8 @@ def collect(folders: Iterable[Path]) -> Collection:
                 runs.append(run)
             else:
                 missing.append(
-                    f"{folder}: is left out; it repeats {known.path}, with the same settings and "
-                    "seed, and would count as one more seed"
+                    f"{folder}: is left out; it has settings and seed of {known.path}, and would count "
+                    "as one more seed"
                 )
         else:
             missing.append(
@@ -137,7 +137,7 @@ def collect(folders: Iterable[Path]) -> Collection:
 
 
 def _same(run: RunFolder, other: RunFolder) -> bool:
-    """Whether both are one run: of one identity, seed included, or one folder named twice."""
+    """Whether both have one identity, seed included, or are one folder named twice."""
     if run.identity is None or other.identity is None:
         return run.path.resolve() == other.path.resolve()
     return run.identity == other.identity
@@ -161,10 +161,12 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
         identity = decode_json(RunIdentity, path.read_bytes(), str(path))
         finished = finished_run(folder)
         if finished is None:
-            missing.append(f"{folder}: final/ is missing, training has not ended; emkd train it")
+            missing.append(
+                f"{folder}: final/ is missing, training has not ended; run emkd train again"
+            )
         metrics = _read_metrics(folder, missing)
         _find_cache(folder, caches, missing)
-    # A vanilla student pairs each token with itself: nothing to draw.
+    # A vanilla student pairs each token with itself: no matching to draw.
     draws = identity is not None and identity.recipe.progression is None
     evaluation = _read_evaluation(folder, draws, missing)
     return RunFolder(
@@ -190,7 +192,7 @@ def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...
 
 
 def _find_cache(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> None:
-    """Add the cache that the run's settings point to, if it can still be read there."""
+    """Add the cache that the run's settings name, if it can still be read there."""
     path = folder / CONFIG_FILE
     if path.exists():
         location = str(json.loads(path.read_text())["cache"])
@@ -220,7 +222,7 @@ def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluatio
 def _read_compressed(
     folder: Path, plain: Evaluation | None, missing: list[str]
 ) -> tuple[Evaluation, ...]:
-    """The evaluations under compression, by compressor and stages; each setting once."""
+    """The evaluations under compression, each setting once."""
     found: list[Evaluation] = []
     for place in sorted(folder.glob(COMPRESSED_FOLDERS)):
         if not (place / "metrics.json").exists():
@@ -252,12 +254,12 @@ def _read_answers(place: Path) -> Evaluation:
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:
         raise ValueError(
-            f"{place}: {PREDICTIONS_FILE} holds {len(predictions)} answers, metrics.json speaks of "
+            f"{place}: {PREDICTIONS_FILE} holds {len(predictions)} answers, metrics.json counts "
             f"{metrics['num_samples']}; remove the folder and evaluate again"
         )
     names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
     pictures = place / "pictures.json"
-    # Neither is in the metrics of earlier versions.
+    # The metrics of earlier versions hold neither.
     settings, tokens = metrics.get("compression"), metrics.get("vision_tokens") or {}
     return Evaluation(
         samples_digest=metrics["samples_digest"],

@@ -1,9 +1,9 @@
-"""Accuracy against vision tokens kept: what the report says of evaluations under compression.
+"""Compares accuracy against vision tokens kept, from evaluations under compression.
 
-Promises: a point is one setting of compression, its height the mean over seeds, its bar their
-range; the evaluation without compression is the point where all tokens are kept. Differences at a
-budget are paired like all others (`comparison.py`), so runs are compared at equal settings, never
-at merely similar counts. Nothing is shown of runs that have no such evaluations.
+A point is one setting of compression: its height is the mean over seeds, its bar their range. The
+evaluation without compression is the point where all tokens are kept. Differences at a budget are
+paired like all others (`comparison.py`), so runs are compared at equal settings, never at merely
+similar counts. Runs without such evaluations are not shown.
 """
 
 import dataclasses
@@ -19,21 +19,21 @@ from student_train.config.compression import CompressionSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetRow:
-    """One setting of compression: what every group scored, and who was better."""
+    """One setting of compression: every group's score, and their differences."""
 
     dropped: str
-    """Share that each stage drops: "75 %"."""
+    """Share that is dropped at each layer: "75 %"."""
     num_kept: float
     """Mean over samples, groups and seeds."""
     scores: Mapping[str, Budget]
-    """By label of the group."""
+    """By group label."""
     differences: Mapping[tuple[str, str], Difference]
     """By labels of group and baseline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One compressor at its layers, by one score; rows by tokens kept, descending."""
+    """One compressor at its layers, by one score; most tokens kept first."""
 
     title: str
     score: str
@@ -42,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """All panels, and which groups were compared anywhere in them."""
+    """All panels, and the groups that are compared in any of them."""
 
     labels: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
@@ -60,7 +60,7 @@ class Budgets:
 
 
 def budgets_of(groups: Sequence[Group]) -> Budgets | None:
-    """The budgets at which some run was evaluated; None where there are none."""
+    """The budgets at which some run was evaluated; None if there are none."""
     found = {
         evaluation.compression: evaluation
         for group in groups
@@ -105,7 +105,7 @@ def _panel(
 def _row(
     score: str, settings: CompressionSettings | None, groups: Sequence[Group]
 ) -> BudgetRow | None:
-    """All groups at one setting; None where nobody was evaluated there."""
+    """All groups at one setting; None if none was evaluated there."""
     there = [
         Group(label=group.label, runs=tuple(_at(run, settings) for run in group.runs))
         for group in groups
@@ -129,7 +129,7 @@ def _row(
 
 
 def _at(run: RunFolder, settings: CompressionSettings | None) -> RunFolder:
-    """The run as if it had been evaluated at this setting alone."""
+    """The run with its evaluation at this setting only."""
     evaluation: Evaluation | None = run.evaluation
     if settings is not None:
         same = (e for e in run.compressed if e.compression == settings)
@@ -138,7 +138,7 @@ def _at(run: RunFolder, settings: CompressionSettings | None) -> RunFolder:
 
 
 def _place(settings: CompressionSettings) -> str:
-    """Compressor and layers: the settings that share a curve differ in their ratios alone."""
+    """Compressor and layers; settings of one curve differ in their ratios alone."""
     layers = [str(stage.layer) for stage in settings.stages]
     text = f"{settings.compressor} at layer{'s' * (len(layers) != 1)} {', '.join(layers)}"
     if settings.text != "instruction":

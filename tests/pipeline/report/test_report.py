@@ -77,15 +77,15 @@ def test_the_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)|@import", text)
     assert len(page.ids) == len(set(page.ids))
     for heading in (
-        "What came out",
-        "What was run",
+        "Results",
+        "Settings",
         "Loss terms",
         "Gradient norms",
         "cost",
         "whom",
     ):
         assert heading in page.text
-    assert "What is missing" not in page.text
+    assert "<h2>Missing</h2>" not in page.text
 
 
 def test_the_result_is_stated_where_emkd_loses(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_equal_answers_cannot_be_told_apart(tmp_path: Path) -> None:
     differences, _ = compare(group_runs(found.runs))
     sentence = differences[0].sentence()
     assert sentence.startswith("emkd - supervised = +0.0 pp of exact match (n = 1 seed; ")
-    assert sentence.endswith("these samples cannot tell them apart.")
+    assert sentence.endswith("no difference can be shown on these samples.")
 
 
 def test_runs_with_other_settings_are_not_pooled_or_compared(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_answers_that_disagree_with_the_metrics_are_refused(tmp_path: Path) -> N
     run = fake_evaluation(tmp_path / "a", [True, False])
     metrics = json.loads((run / "eval" / "metrics.json").read_text())
     write_json(run / "eval" / "metrics.json", metrics | {"num_samples": 3})
-    with pytest.raises(ValueError, match=r"holds 2 answers, metrics.json speaks of 3"):
+    with pytest.raises(ValueError, match=r"holds 2 answers, metrics.json counts 3"):
         collect([run])
 
 
@@ -257,7 +257,9 @@ def test_a_repeated_run_is_no_further_seed(tmp_path: Path) -> None:
     fake_evaluation(again, _right(1, 0.2))
     found = collect([*runs, again, runs[0]])
     assert [run.path for run in found.runs] == runs
-    assert f"{again}: is left out; it repeats {tmp_path / 'emkd-1'}" in "\n".join(found.missing)
+    assert f"{again}: is left out; it has settings and seed of {tmp_path / 'emkd-1'}" in "\n".join(
+        found.missing
+    )
 
 
 def test_divergences_that_do_not_compare_are_not_drawn_together(
