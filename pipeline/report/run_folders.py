@@ -113,8 +113,8 @@ def collect(folders: Iterable[Path]) -> Collection:
                 runs.append(run)
             else:
                 missing.append(
-                    f"{folder}: is left out; it has settings and seed of {known.path}, and would count "
-                    "as one more seed"
+                    f"{folder}: is left out; it repeats {known.path} (settings and seed) and would "
+                    "count as one more seed"
                 )
         else:
             missing.append(
