@@ -214,12 +214,12 @@ def test_the_page_says_what_a_cache_keeps_of_its_teacher(
     cache = fake_cache(tmp_path / "cache", quality)
     run = fake_evaluation(fake_run(tmp_path / "a", "rld", 0, cache=cache), [True], pictures=True)
     page, _, _ = _report(tmp_path, [run])
-    for text in ("keep of the teacher", "topk k=8", "0.987", "0.0015 / 0.0123", "worst shard: 0"):
+    for text in ("Quality of the caches", "topk k=8", "0.987", "0.0015 / 0.0123", "worst shard: 0"):
         assert text in page.text, text
     assert ("missed" in page.text) == missed
     assert ("regret 30.0%, expected at most 1%" in page.text) == missed
     unsaid, _, _ = _report(tmp_path, [fake_evaluation(tmp_path / "b", [True])])
-    assert "keep of the teacher" not in unsaid.text
+    assert "Quality of the caches" not in unsaid.text
 
 
 def test_data_cannot_change_the_page(tmp_path: Path) -> None:
@@ -263,9 +263,7 @@ def test_a_repeated_run_is_no_further_seed(tmp_path: Path) -> None:
     fake_evaluation(again, _right(1, 0.2))
     found = collect([*runs, again, runs[0]])
     assert [run.path for run in found.runs] == runs
-    assert f"{again}: is left out; it has settings and seed of {tmp_path / 'emkd-1'}" in "\n".join(
-        found.missing
-    )
+    assert f"{again}: is left out; it repeats {tmp_path / 'emkd-1'}" in "\n".join(found.missing)
 
 
 def test_divergences_that_do_not_compare_are_not_drawn_together(
