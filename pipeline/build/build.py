@@ -33,6 +33,7 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import write_assets, write_plan, write_shard
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
 from teacher_cache.schema.options import RecordSettings, holds
@@ -141,7 +142,9 @@ class CacheBuilder:
         )
         head = self.teacher.head if holds(config.records, "hidden") else None
         write_plan(cache, plan)
-        write_assets(cache, head, self.teacher.sketch, self.teacher.template)
+        teacher = self.teacher
+        assets = TeacherAssets(head=head, sketch=teacher.sketch, template=teacher.template)
+        write_assets(cache, assets)
         keep_settings(config)
         return plan
 
@@ -232,9 +235,9 @@ class CacheBuilder:
         )
 
     def _load_assets(self, plan: Plan) -> None:
-        if plan.spec.sketch_digest is not None and self.teacher.sketch is None:
+        if self.teacher.sketch is None:
             self.teacher.sketch = read_sketch(self.cache, plan.spec)
-        if plan.spec.template_digest is not None and self.teacher.template is None:
+        if self.teacher.template is None:
             self.teacher.template = read_template(self.cache, plan.spec)
 
     def _refuse(self, rejected: Sequence[RejectedSample]) -> None:

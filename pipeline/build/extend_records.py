@@ -35,6 +35,7 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import spread_order
 from teacher_cache.folder.writer import commit_shard, write_shard_file
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.progress import Progress, no_progress
@@ -86,7 +87,8 @@ class RecordExtender:
         head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
         sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
         template = self.teacher.template if self.plan.spec.template_digest is not None else None
-        begin(self.cache, self.plan, head=head, sketch=sketch, template=template)
+        assets = TeacherAssets(head=head, sketch=sketch, template=template)
+        begin(self.cache, self.plan, assets)
         return self.plan
 
     def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
@@ -181,9 +183,9 @@ class RecordExtender:
         if new and not self._load_begun(teacher):
             self._calibrate(teacher)
         if "topk" not in new:
-            teacher.template = self.base.template
+            teacher.template = read_template(self.base.store, self.base.spec)
         if "sketch" not in new:
-            teacher.sketch = self.base.sketch
+            teacher.sketch = read_sketch(self.base.store, self.base.spec)
 
     def _load_begun(self, teacher: Teacher) -> bool:
         """Take basis and template of an earlier run; False if it left none."""
@@ -194,8 +196,8 @@ class RecordExtender:
         files = {SKETCH_FILE: sketched, TEMPLATE_FILE: shaped}
         if not all(self.cache.exists(name) for name, digest in files.items() if digest is not None):
             return False
-        teacher.sketch = None if sketched is None else read_sketch(self.cache, begun.spec)
-        teacher.template = None if shaped is None else read_template(self.cache, begun.spec)
+        teacher.sketch = read_sketch(self.cache, begun.spec)
+        teacher.template = read_template(self.cache, begun.spec)
         return True
 
     def _calibrate(self, teacher: Teacher) -> None:

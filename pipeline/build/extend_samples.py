@@ -58,8 +58,7 @@ class CacheExtender(CacheBuilder):
             ),
             rejected=(*self.base.seal.rejected, *rejected),
         )
-        base = self.base
-        begin(self.cache, plan, head=base.head, sketch=base.sketch, template=base.template)
+        begin(self.cache, plan, self.base.assets)
         return plan
 
     def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
@@ -72,7 +71,8 @@ class CacheExtender(CacheBuilder):
     def _require_same_spec(self) -> CacheSpec:
         """The base's spec; refused unless this teacher and these settings give the same."""
         require_same_teacher(self.base.spec, self.teacher, self.config.teacher)
-        self.teacher.sketch, self.teacher.template = self.base.sketch, self.base.template
+        assets = self.base.assets
+        self.teacher.sketch, self.teacher.template = assets.sketch, assets.template
         found = self.teacher.spec(
             self.records,
             batch_size=self.config.batch_size,

@@ -10,9 +10,7 @@ from teacher_cache.folder.layout import (
     shard_name,
 )
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import Plan, Seal, ShardFile
 from teacher_cache.schema.progress import Progress, no_progress
@@ -22,28 +20,18 @@ from teacher_cache.storage.durable_files import sha256_file
 from teacher_cache.storage.store import Store
 
 
-def begin(
-    out: Store,
-    plan: Plan,
-    *,
-    head: LmHead | None,
-    sketch: SketchBasis | None,
-    template: TailTemplate | None = None,
-) -> None:
+def begin(out: Store, plan: Plan, assets: TeacherAssets) -> None:
     """Write plan and assets; `CacheMismatchError` where `out` was begun with another plan."""
     out.require_writable()
     write_plan(out, plan)
-    write_assets(out, head=head, sketch=sketch, template=template)
+    write_assets(out, assets)
 
 
 def derive(
     out: Store,
     plan: Plan,
     make: Callable[[int], object],
-    *,
-    head: LmHead | None,
-    sketch: SketchBasis | None,
-    template: TailTemplate | None = None,
+    assets: TeacherAssets,
     progress: Progress = no_progress,
 ) -> Seal:
     """Write plan and assets, `make` every shard that is not committed yet, and seal.
@@ -51,7 +39,7 @@ def derive(
     `make` is given a shard number and commits that shard. Raises `CacheMismatchError` where `out`
     was begun with another plan.
     """
-    begin(out, plan, head=head, sketch=sketch, template=template)
+    begin(out, plan, assets)
     done = committed(out)
     for index in range(len(plan.shards)):
         if index not in done:

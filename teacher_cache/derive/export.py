@@ -32,8 +32,6 @@ def export_cache(
         store,
         plan,
         make,
-        head=base.head,
-        sketch=base.sketch,
-        template=base.template,
-        progress=progress,
+        base.assets,
+        progress,
     )

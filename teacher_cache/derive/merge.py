@@ -64,10 +64,8 @@ def merge_caches(
         store,
         plan,
         lambda index: adopt_shard(store, plan, index, parts[index].cache, parts[index].commit),
-        head=first.head,
-        sketch=first.sketch,
-        template=first.template,
-        progress=progress,
+        first.assets,
+        progress,
     )
 
 

@@ -10,18 +10,9 @@ never written to. Refuses inputs that are not sealed.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from teacher_cache.folder.layout import (
-    open_shard,
-    read_head,
-    read_sketch,
-    read_template,
-    require_plan,
-    shard_keys,
-)
+from teacher_cache.folder.layout import open_shard, read_assets, require_plan, shard_keys
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.shards.shard import Shard
 from teacher_cache.storage.local_store import LocalStore
@@ -51,19 +42,9 @@ class SealedCache:
         return self.seal.spec
 
     @property
-    def head(self) -> LmHead | None:
-        """The LM head, where the records need it."""
-        return None if self.spec.head_digest is None else read_head(self.store, self.spec)
-
-    @property
-    def sketch(self) -> SketchBasis | None:
-        """The basis of the sketch, where there is one."""
-        return None if self.spec.sketch_digest is None else read_sketch(self.store, self.spec)
-
-    @property
-    def template(self) -> TailTemplate | None:
-        """The template of the tails, where there is one."""
-        return None if self.spec.template_digest is None else read_template(self.store, self.spec)
+    def assets(self) -> TeacherAssets:
+        """What the cache stores once for all of its records; reads the files again each time."""
+        return read_assets(self.store, self.spec)
 
     def kept(self, commit: ShardCommit) -> tuple[tuple[str, int], ...]:
         """(key, position in the source) of every row of a shard, in order."""

@@ -138,10 +138,8 @@ def subset_cache(
         lambda index: write_encoded_shard(
             store, plan, index, reassign_owners(rows_at(base, parts[index]))
         ),
-        head=base.head,
-        sketch=base.sketch,
-        template=base.template,
-        progress=progress,
+        base.assets,
+        progress,
     )
 
 

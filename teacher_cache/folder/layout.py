@@ -19,6 +19,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
@@ -262,26 +263,35 @@ def _require_identity(shard: Shard, file: ShardFile, plan: Plan) -> None:
             )
 
 
-def read_head(cache: Store, spec: CacheSpec) -> LmHead:
-    """The LM head of a hidden-tier cache; its content is checked against the spec."""
+def read_head(cache: Store, spec: CacheSpec) -> LmHead | None:
+    """The LM head, checked against its digest in the spec; None where the cache has none."""
     return _asset(cache, HEAD_FILE, spec.head_digest, LmHead.from_tensors)
 
 
-def read_sketch(cache: Store, spec: CacheSpec) -> SketchBasis:
-    """The basis of a sketch-tier cache; its content is checked against the spec."""
+def read_sketch(cache: Store, spec: CacheSpec) -> SketchBasis | None:
+    """The sketch basis, checked against its digest in the spec; None where the cache has none."""
     return _asset(cache, SKETCH_FILE, spec.sketch_digest, SketchBasis.from_tensors)
 
 
-def read_template(cache: Store, spec: CacheSpec) -> TailTemplate:
-    """The template of the tails; its content is checked against the spec."""
+def read_template(cache: Store, spec: CacheSpec) -> TailTemplate | None:
+    """The tail template, checked against its digest in the spec; None where the cache has none."""
     return _asset(cache, TEMPLATE_FILE, spec.template_digest, TailTemplate.from_tensors)
+
+
+def read_assets(cache: Store, spec: CacheSpec) -> TeacherAssets:
+    """All assets of a cache; raises `ShardCorruptError` for a file that is missing or damaged."""
+    return TeacherAssets(
+        head=read_head(cache, spec),
+        sketch=read_sketch(cache, spec),
+        template=read_template(cache, spec),
+    )
 
 
 def _asset(
     cache: Store, name: str, digest: str | None, build: Callable[[Mapping[str, Tensor]], _A]
-) -> _A:
+) -> _A | None:
     if digest is None:
-        raise ValueError(f"this cache has no {name}: its records need none")
+        return None
     try:
         with cache.fetched(name) as file:
             asset = build(load_file(file))

@@ -125,15 +125,21 @@ class CacheReader:
 
     def head(self) -> LmHead:
         """The teacher's LM head (hidden tier); its content is checked against the spec."""
-        return read_head(self.cache, self.spec)
+        head = read_head(self.cache, self.spec)
+        if head is None:
+            raise ValueError(f"{self.cache} has no LM head: {self.spec.records} records need none")
+        return head
 
     def sketch_basis(self) -> SketchBasis:
         """The basis of the sketch records; its content is checked against the spec."""
-        return read_sketch(self.cache, self.spec)
+        sketch = read_sketch(self.cache, self.spec)
+        if sketch is None:
+            raise ValueError(f"{self.cache} has no basis: {self.spec.records} records need none")
+        return sketch
 
     def tail_template(self) -> TailTemplate | None:
         """The template of the tails, checked against the spec; None where the cache has none."""
-        return None if self.spec.template_digest is None else read_template(self.cache, self.spec)
+        return read_template(self.cache, self.spec)
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

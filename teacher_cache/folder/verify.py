@@ -19,10 +19,8 @@ from teacher_cache.folder.layout import (
     REMEDY,
     commit_name,
     open_files,
+    read_assets,
     read_commit,
-    read_head,
-    read_sketch,
-    read_template,
     require_same_plan,
     require_seal,
     require_shard_file,
@@ -132,11 +130,6 @@ def _row_problems(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Ite
 
 def _asset_problems(cache: Store, seal: Seal) -> Iterator[str]:
     try:
-        if seal.spec.head_digest is not None:
-            read_head(cache, seal.spec)
-        if seal.spec.sketch_digest is not None:
-            read_sketch(cache, seal.spec)
-        if seal.spec.template_digest is not None:
-            read_template(cache, seal.spec)
+        read_assets(cache, seal.spec)
     except ShardCorruptError as error:
         yield str(error)

@@ -33,9 +33,7 @@ from teacher_cache.folder.layout import (
     shard_metadata,
     shard_name,
 )
-from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.records.tail_template import TailTemplate
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.manifest import (
     Plan,
@@ -76,21 +74,16 @@ def write_plan(cache: Store, plan: Plan) -> Plan:
     return stored
 
 
-def write_assets(
-    cache: Store,
-    head: LmHead | None,
-    sketch: SketchBasis | None,
-    template: TailTemplate | None = None,
-) -> None:
-    """Store what the plan's spec refers to: head, basis, template; replaces damaged files.
+def write_assets(cache: Store, assets: TeacherAssets) -> None:
+    """Write the assets that the plan's spec names; replaces damaged files.
 
     Raises `CacheMismatchError` unless their digests are those of the spec.
     """
     spec = require_plan(cache).spec
     for name, asset, digest in (
-        (HEAD_FILE, head, spec.head_digest),
-        (SKETCH_FILE, sketch, spec.sketch_digest),
-        (TEMPLATE_FILE, template, spec.template_digest),
+        (HEAD_FILE, assets.head, spec.head_digest),
+        (SKETCH_FILE, assets.sketch, spec.sketch_digest),
+        (TEMPLATE_FILE, assets.template, spec.template_digest),
     ):
         found = None if asset is None else asset.digest
         if found != digest:

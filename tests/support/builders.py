@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from teacher_cache.folder.writer import committed, seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
@@ -47,7 +48,7 @@ def build(
     """What a build does with rows that are there: plan, assets, missing shards, seal."""
     cache = open_store(location)
     plan: Plan = write_plan(cache, make_plan(shards, spec, form))
-    write_assets(cache, head, sketch, template)
+    write_assets(cache, TeacherAssets(head=head, sketch=sketch, template=template))
     for index, rows in enumerate(shards):
         if index not in committed(cache):
             write_shard(cache, plan, index, rows, [], 0.0)

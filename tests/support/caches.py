@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from student_train.models.student import student_from_vanilla
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import Plan
 from teacher_cache.schema.options import RecordSettings, ShardFormatName, holds
 from teacher_cache.schema.samples import Sample
@@ -47,7 +48,7 @@ def build_cache(
     head = teacher.head if holds(settings.records, "hidden") else None
     sketch = teacher.sketch if holds(settings.records, "sketch") else None
     template = teacher.template if holds(settings.records, "topk") else None
-    write_assets(cache, head, sketch, template)
+    write_assets(cache, TeacherAssets(head=head, sketch=sketch, template=template))
     for index, shard in enumerate(plan.shards):
         members = [samples[position] for _, position in shard]
         outputs = teacher.outputs(members, settings)

@@ -27,6 +27,7 @@ from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_shard
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import IncompleteCacheError
 from teacher_cache.schema.manifest import Plan
 from teacher_cache.schema.options import ShardFormatName
@@ -202,7 +203,7 @@ class Caches(RuleBasedStateMachine):
                 write_shard(store, plan, index, cached, [], 0.0)
 
         extended = self.sealed[source] + tuple(number for shard in new for number in shard)
-        self.make(name, lambda: derive(store, plan, make, head=None, sketch=None), extended, kill)
+        self.make(name, lambda: derive(store, plan, make, TeacherAssets()), extended, kill)
 
     @precondition(lambda self: self.sealed)
     @rule(draw=draws)

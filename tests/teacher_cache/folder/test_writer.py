@@ -10,6 +10,7 @@ import torch
 
 from teacher_cache.folder.layout import committed, read_plan, read_seal
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
+from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
@@ -191,8 +192,8 @@ def test_assets_must_be_those_of_the_spec(tmp_path: Path, store: LocalStore) -> 
     other = LmHead(weight=torch.zeros(2, 3))
     for wrong in (None, other):
         with pytest.raises(CacheMismatchError, match="head"):
-            write_assets(store, wrong, None)
-    write_assets(store, head, None)
+            write_assets(store, TeacherAssets(head=wrong))
+    write_assets(store, TeacherAssets(head=head))
     before = published(tmp_path)
-    write_assets(store, head, None)
+    write_assets(store, TeacherAssets(head=head))
     assert published(tmp_path) == before
