@@ -1,1 +1,1 @@
-"""Rows in files, in several formats behind one interface."""
+"""Stores rows in files, in several formats behind one interface."""

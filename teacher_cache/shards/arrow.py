@@ -1,11 +1,11 @@
-"""Shards as Arrow IPC files: memory-mapped, one record batch per row, one Arrow column per column.
+"""Stores shards as Arrow IPC files: memory-mapped, one record batch per row.
 
 Columns: key, source_id, messages (JSON), checks (JSON), shared_from: string; shared_row: int32;
-images: list<large_binary>; and for every column a large_binary with one zstd frame. Nothing outside
-the frames is compressed and no extension type is used, so pyarrow and zstandard alone can read a
-shard. One batch per row lets the writer stream, keeps a row's pages together, and touches the
-pages of a column only when it is read. What another row stores is empty; that row's key and number
-are stored.
+images: list<large_binary>; one large_binary per record column, holding one zstd frame. Only frames
+are compressed and no extension type is used, so pyarrow and zstandard alone can read a shard. One
+batch per row lets the writer stream, keeps the pages of a row together, and leaves the pages of a
+column untouched until it is read. A row that shares a vision record has empty images and vision
+columns; `shared_from` and `shared_row` name the row that stores them.
 """
 
 import threading
@@ -36,7 +36,7 @@ class ArrowFormat(ShardFormat):
         columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the columns named."""
+        """Write a new file at `path`; each row has exactly the columns named."""
         schema = _schema(sorted(columns), metadata)
         with path.open("xb") as file, pa.ipc.new_file(file, schema) as writer:
             for stored in stored_rows(rows, columns):
@@ -51,7 +51,7 @@ class ArrowFormat(ShardFormat):
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
 
     def open(self, path: Path) -> "ArrowShard":
-        """Map a file into memory; raises `ShardCorruptError` for what is not an Arrow file."""
+        """Map a file into memory; raises `ShardCorruptError` if it is not an intact Arrow file."""
         try:
             data = pa.memory_map(str(path)).read_buffer()
             octets = memoryview(data).cast("B")
@@ -65,7 +65,10 @@ class ArrowFormat(ShardFormat):
         if not reader.schema.equals(_schema(names[len(_TEXTS) + 2 :], {})):
             raise ShardCorruptError(f"{path} is not a shard: it has columns {reader.schema}")
         if reader.num_record_batches != len(blocks):
-            raise ShardCorruptError(f"{path}: its footer speaks of {len(blocks)} batches")
+            raise ShardCorruptError(
+                f"{path}: its footer lists {len(blocks)} batches, "
+                f"pyarrow finds {reader.num_record_batches}"
+            )
         return ArrowShard(path, metadata, reader, octets, blocks)
 
 
@@ -98,7 +101,7 @@ class ArrowShard(Shard):
         try:
             with self._lock:
                 batch = self._reader.get_batch(row)
-            # Damaged offsets would read outside the buffers; the check looks at offsets and texts.
+            # Damaged offsets would read outside the buffers; validate checks offsets and texts.
             batch.validate(full=True)
         except pa.ArrowException as error:
             raise ValueError(str(error)) from error
@@ -107,7 +110,7 @@ class ArrowShard(Shard):
         return batch
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each column, and of `images`; only offsets are looked at."""
+        """Bytes of the frames of each column, and of `images`; reads only offsets."""
         names: list[str] = self._reader.schema.names[len(_TEXTS) + 2 :]
         found = dict.fromkeys(("images", *names), 0)
         for row in range(self.num_rows):

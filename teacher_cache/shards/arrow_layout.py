@@ -1,9 +1,9 @@
-"""Where the batches of an Arrow file lie, and that none of them is compressed; nothing is trusted.
+"""Finds the record batches of an Arrow file and refuses compressed ones; trusts no byte of it.
 
-pyarrow takes the sizes of compressed buffers from the file and unpacks them before anybody can
-look: a few kilobytes may ask for all memory. Our shards compress nothing but their frames, so this
-module reads just enough of the flatbuffers (Arrow's File.fbs and Message.fbs) to refuse
-compression, dictionaries, and batches that overlap or lie outside of the file.
+pyarrow takes the sizes of compressed buffers from the file and unpacks them before the caller can
+check: a few kilobytes may claim all memory. Our shards compress only their frames. So this module
+reads just enough of the flatbuffers (Arrow's File.fbs and Message.fbs) to refuse compression,
+dictionaries, and batches that overlap or lie outside the file.
 """
 
 import struct
@@ -12,9 +12,9 @@ from itertools import pairwise
 
 _MAGIC = b"ARROW1"
 _DICTIONARIES, _BATCHES = 2, 3  # fields of Footer
-_MARK = b"\xff\xff\xff\xff"  # before each message; files older than ours have none
+_MARK = b"\xff\xff\xff\xff"  # before each message; older Arrow versions have none
 _VERSION, _HEADER_TYPE, _HEADER, _CUSTOM = 0, 1, 2, 4  # fields of Message
-_V5 = 4  # of versions; those before it could ask for compression in the custom metadata
+_V5 = 4  # metadata version; earlier ones could ask for compression in custom metadata
 _RECORD_BATCH = 3  # of header types
 _COMPRESSION = 3  # field of RecordBatch
 
@@ -29,7 +29,7 @@ class BatchBlock:
 
 
 def batch_blocks(data: memoryview) -> tuple[BatchBlock, ...]:
-    """The record batches of a file in order; ValueError unless they lie in it one after another."""
+    """The record batches of a file in order; ValueError if they overlap or lie outside it."""
     try:
         (length,) = struct.unpack_from("<i", data, len(data) - len(_MAGIC) - 4)
         footer = len(data) - len(_MAGIC) - 4 - length
@@ -51,9 +51,9 @@ def batch_blocks(data: memoryview) -> tuple[BatchBlock, ...]:
 
 
 def require_plain(data: memoryview, block: BatchBlock) -> None:
-    """Raise ValueError unless a block holds a record batch that is not compressed."""
+    """Raise ValueError unless a block holds an uncompressed record batch."""
     try:
-        message = _follow(data, block.start + 8)  # after the mark and the length of what follows
+        message = _follow(data, block.start + 8)  # after the mark and the length
         version, kind, header, custom = (
             _field(data, message, number) for number in (_VERSION, _HEADER_TYPE, _HEADER, _CUSTOM)
         )
@@ -79,7 +79,7 @@ def _structs(data: memoryview, table: int, number: int) -> list[tuple[int, int, 
 
 
 def _field(data: memoryview, table: int, number: int) -> int | None:
-    """Where a field of a table lies; None where it is absent."""
+    """Position of a field of a table; None where it is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     size, slot = struct.unpack_from("<H", data, vtable)[0], 4 + 2 * number
     offset = struct.unpack_from("<H", data, vtable + slot)[0] if slot < size else 0
@@ -87,5 +87,5 @@ def _field(data: memoryview, table: int, number: int) -> int | None:
 
 
 def _follow(data: memoryview, place: int) -> int:
-    """Where the offset that is stored at `place` leads."""
+    """The position that the offset stored at `place` points to."""
     return place + struct.unpack_from("<I", data, place)[0]

@@ -1,4 +1,4 @@
-"""One row of a shard: its encoded fields, and how it is stored."""
+"""Defines one row of a shard as bytes, its checksums, and how it is stored."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from teacher_cache.codec.columns import VISION_COLUMNS
 from teacher_cache.schema.errors import ShardCorruptError
 
 KEY_PATTERN = re.compile(r"[0-9a-f]{32}(-[1-9][0-9]*)?")
-"""A content digest; samples that repeat another one's content are numbered from 1."""
+"""A content digest; samples that repeat the content of another one are numbered from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class EncodedRow:
 
     @property
     def without_shared(self) -> "EncodedRow":
-        """The row without what another one stores for it."""
+        """The row without the images and vision columns that its owner stores."""
         if self.shared_from is None:
             return self
         columns = {name: frame for name, frame in self.frames.items() if name not in VISION_COLUMNS}
@@ -51,13 +51,13 @@ class EncodedRow:
 
     @property
     def checks(self) -> str:
-        """The text that is stored beside the row and binds its pieces together."""
+        """The JSON text stored beside the row: a sum of each piece, and one over all of them."""
         images = [_sum(image) for image in self.images]
         columns = {name: _sum(frame) for name, frame in sorted(self.frames.items())}
         return json.dumps({"images": images, "planes": columns, "row": self._sum(images, columns)})
 
     def verify(self, checks: str) -> None:
-        """Raise `ShardCorruptError` unless each piece is the one that `checks` was made of.
+        """Raise `ShardCorruptError` unless `checks` was made from these pieces.
 
         Columns that the row was read without need not be there.
         """
@@ -65,7 +65,7 @@ class EncodedRow:
             stored = json.loads(checks)
             images, columns = stored["images"], stored["planes"]
             intact = stored["row"] == self._sum(images, columns)
-        except (ValueError, KeyError, TypeError, RecursionError):  # the last: JSON in JSON in JSON
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: JSON nested too deep
             intact, images, columns = False, [], {}
         if not intact:
             raise ShardCorruptError("its key, id, messages or checks are damaged")

@@ -1,11 +1,11 @@
-"""The shard formats by name."""
+"""Looks up shard formats by name."""
 
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.shards.shard import ShardFormat
 
 
 def shard_format(name: ShardFormatName) -> ShardFormat:
-    """The format of that name. Imports lazily: a reader of one never loads the other's library."""
+    """The format of that name; imports its module only then, so one format's library is enough."""
     if name == "arrow":
         from teacher_cache.shards.arrow import ArrowFormat
 

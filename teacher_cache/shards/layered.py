@@ -1,8 +1,8 @@
-"""A shard whose columns lie in several files: samples with some columns in one, others in layers.
+"""Reads a shard whose columns lie in several files (layers) as one shard.
 
-Promises: a row is one sample in every layer that is asked for it (key, source id and messages are
-compared before a number is returned); each layer's bytes pass that layer's own checks; layers that
-are not asked for a column are not touched. Refuses layers of other lengths and other keys.
+Promises: a row is the same sample in every layer that is read for it (key, source id, messages and
+owner are compared first); the bytes of each layer pass the checks of that layer; layers without a
+wanted column are not touched. Refuses layers with other numbers of rows or other keys.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from teacher_cache.shards.shard import Shard
 
 
 class LayeredShard(Shard):
-    """Several open shards with the same rows, read as one; the first holds the images."""
+    """Several open shards with the same rows; the first holds the images."""
 
     def __init__(self, layers: Sequence[Shard], columns: Sequence[Collection[str]]) -> None:
         """`columns[n]` are the names of the columns that are read from `layers[n]`."""

@@ -1,9 +1,9 @@
-"""A cached sample as an encoded row, and back: the one place where content meets its bytes.
+"""Encodes a cached sample to a row of bytes, and decodes it.
 
-Promises: what is decoded equals what was encoded, to the bit, unless the spec has lossy codecs:
-then it is within the bounds that the spec states, or is refused at writing (error_gate.py). The
-sample's content has been checked against its key; whatever does not add up is a
-`ShardCorruptError`. Parts not asked for are not decompressed.
+Promises: a decoded sample equals the encoded one to the bit. With lossy codecs it is within the
+error bounds of the spec, or the writer refuses it (codec/error_bounds.py). The content of a sample
+is checked against its key; any disagreement is a `ShardCorruptError`. Parts not asked for stay
+compressed.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""What the two shard formats have in common: encoded rows, their checks, and one interface.
+"""Defines the interface of a shard format, and the checks that all formats share.
 
-A row is stored as its parts plus `checks`, a JSON text that binds them together: the xxh3 sums of
-every image and frame, and `row`, the sum over key, source id, messages and all those sums. So a
-flipped byte, a frame of another row or another column, a lost column: each is a `ShardCorruptError`
-that names file and sample before a number is returned, and only what is asked for is read.
+A row is stored as its pieces plus `checks`, a JSON text with the xxh3 sum of every image and frame,
+and `row`, the sum over key, source id, messages and all those sums. A flipped byte, a frame of
+another row or column, or a lost column raises a `ShardCorruptError` that names file and sample
+before a number is returned. Only what is asked for is read.
 
-A row with `shared_from` has the images and vision columns of an earlier row of its file, its owner:
-they are stored there alone, `checks` speak of them as of the row's own, and what `Shard.read`
-returns is complete. An owner that is absent, later, another's guest or of other content is refused.
+A row with `shared_from` has the images and vision columns of an earlier row of its file, its owner.
+They are stored there only; the row's `checks` cover them, and `Shard.read` returns the whole row.
+An owner that is absent, later, of other content, or that shares itself is refused.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ class Shard(ABC):
 
     @abstractmethod
     def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
-        """What is stored of a row; columns that are not there are left out.
+        """What the file stores of a row; columns that are absent are left out.
 
         Raises ValueError, KeyError, TypeError, OSError or RecursionError.
         """
@@ -63,9 +63,9 @@ class Shard(ABC):
     def _with_owner(
         self, encoded: EncodedRow, row: int, owner: int, columns: Collection[str]
     ) -> EncodedRow:
-        """The row with what its owner stores for it."""
+        """The row with the images and vision columns of its owner."""
         if not 0 <= owner < row:
-            raise ValueError(f"it shares from row {owner}, which is no earlier one")
+            raise ValueError(f"it shares from row {owner}, which is not an earlier row")
         found = self._fetch(owner, VISION_COLUMNS.intersection(columns)).row
         if (found.key, found.shared_from) != (encoded.shared_from, None):
             raise ValueError(
@@ -78,17 +78,17 @@ class Shard(ABC):
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of the frames of each column, and of `images`, over all rows, each counted once.
 
-        Looks at sizes, not at the frames. Raises `ShardCorruptError` for what cannot be looked at.
+        Reads sizes only. Raises `ShardCorruptError` where they cannot be read.
         """
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of all rows, in order; reads every row's sample, but none of its columns."""
+        """The keys of all rows, in order; reads every sample but no column."""
         return tuple(self.read(row, ()).key for row in range(self.num_rows))
 
 
 class ShardFormat(ABC):
-    """One way to put rows in a file: equal rows give equal bytes."""
+    """One way to store rows in a file; equal rows give equal bytes. contract.py tests it."""
 
     suffix: ClassVar[str]
     """End of a shard's file name."""
@@ -101,11 +101,11 @@ class ShardFormat(ABC):
         columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the columns named.
+        """Write a new file at `path`; each row has exactly the columns named.
 
-        Raises ValueError for a row with other columns; the file is then of no use.
+        Raises ValueError for a row with other columns; the file is then unusable.
         """
 
     @abstractmethod
     def open(self, path: Path) -> Shard:
-        """Open a file for random access; raises `ShardCorruptError` for what is not a shard."""
+        """Open a file for random access; raises `ShardCorruptError` if it is not a shard."""

@@ -1,11 +1,10 @@
-"""Shards as WebDataset tars: the same frames, readable by plain webdataset and tarfile.
+"""Stores shards as WebDataset tars with the same frames; webdataset and tarfile can read them.
 
 Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<column>.zst, <key>.sample.json. The
-first member, __shard__/metadata.json, is one that webdataset skips. A row that shares another's
-images and vision columns has no such members; its sample.json names the other. Times, owners and
-order are fixed, so equal rows give equal bytes. Opening reads headers only; payloads are mapped
-into memory. Refuses members of any other name or kind (links, folders, pickles), and never
-extracts to a path.
+first member, __shard__/metadata.json, is skipped by webdataset. A row that shares images and vision
+columns has no such members; its sample.json names the owner. Times, owners and order are fixed, so
+equal rows give equal bytes. Opening reads headers only; payloads are memory-mapped. Refuses members
+of any other name or kind (links, folders, pickles), and never extracts to a path.
 """
 
 import json
@@ -45,7 +44,7 @@ class WebDatasetFormat(ShardFormat):
         columns: Collection[str],
         metadata: Mapping[str, str],
     ) -> None:
-        """Write a new file at `path`, row after row; each row has exactly the columns named."""
+        """Write a new file at `path`; each row has exactly the columns named."""
         with path.open("xb") as file, TarWriter(file, user="", group="", mtime=0) as writer:
             text = json.dumps(dict(sorted(metadata.items())), indent=1)
             writer.write({"__key__": _METADATA, "json": text.encode()})
@@ -53,7 +52,7 @@ class WebDatasetFormat(ShardFormat):
                 writer.write({"__key__": stored.row.key, **_members(stored)})
 
     def open(self, path: Path) -> "TarShard":
-        """Index a file by its headers; raises `ShardCorruptError` for what is not a shard."""
+        """Index a file by its headers; raises `ShardCorruptError` if it is not a shard."""
         try:
             return TarShard(path)
         except (tarfile.TarError, OSError, ValueError, KeyError, EOFError, RecursionError) as error:
@@ -76,18 +75,18 @@ def _members(stored: StoredRow) -> dict[str, bytes]:
 
 
 class _PlainMember(tarfile.TarInfo):
-    """A header that is refused before tarfile acts on it, unless it is that of a plain file."""
+    """A tar header; refuses all but plain files before tarfile acts on the header."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        # Headers of other kinds have tarfile read as many bytes as they say; a negative size has
-        # it read the same header for ever. isreg() would let sparse files through.
+        # tarfile reads as many bytes as a header of another kind claims; a negative size makes it
+        # read the same header for ever. isreg() would accept sparse files.
         if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or self.size < 0:
             raise ValueError(f"member {self.name!r} is not a plain file")
         return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 
 
 class TarShard(Shard):
-    """A tar with an index from member to place; payloads stay on the disk until they are read."""
+    """A tar with an index of its members; payloads stay on the disk until they are read."""
 
     def __init__(self, path: Path) -> None:
         self._names: set[str] = set()
@@ -97,7 +96,7 @@ class TarShard(Shard):
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             metadata, end = self._index(file)
-        # tarfile takes a damaged header for the end; after the true end there are only zeros.
+        # tarfile takes a damaged header for the end; only zeros follow the true end.
         tail = len(self._map) - end
         if not 1024 <= tail <= 2 * tarfile.RECORDSIZE or any(self._map[end:]):
             raise ValueError(f"the tar does not end at byte {end}, where its members do")
@@ -144,7 +143,7 @@ class TarShard(Shard):
         return self._map[offset : offset + size]
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes of the frames of each column, and of `images`; the headers tell them."""
+        """Bytes of the frames of each column, and of `images`, from the headers."""
         found = Counter[str]()
         for places in self._images.values():
             found["images"] += sum(size for _, size in places.values())

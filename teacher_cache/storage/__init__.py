@@ -1,1 +1,1 @@
-"""Files that are whole or absent, on a disk or in an object store."""
+"""Stores the files of a cache, each whole or absent, on a disk or in an object store."""

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 STEPS = ("write_new", "sync_file", "sync_folder", "link", "replace", "remove", "make_one_folder")
-"""Functions of this module through which every change of a disk goes, each of them one step."""
+"""The functions of this module that change the disk, each in one step; tests make them fail."""
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -26,38 +26,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give a file a second name; FileExistsError where that is taken."""
+    """Give a file a second name; FileExistsError where that name is taken."""
     os.link(path, name)
 
 
 def replace(path: Path, name: Path) -> None:
-    """Give a file another name, in place of what has it."""
+    """Rename a file, replacing the target."""
     os.replace(path, name)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     path.unlink(missing_ok=True)
 
 
 def make_one_folder(folder: Path) -> None:
-    """Create a folder whose parent is there, unless it is there itself."""
+    """Create a folder, unless it exists; its parent must exist."""
     folder.mkdir(exist_ok=True)
 
 
 def private_path(path: Path) -> Path:
-    """A fresh name beside `path` that no other process uses and no reader looks at."""
+    """A new name beside `path` that no other process uses and readers ignore."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_durable(path: Path, data: bytes) -> None:
-    """Write a new file down to the disk; FileExistsError where there is one."""
+    """Write a new file and wait until it is on the disk; FileExistsError where there is one."""
     write_new(path, data)
     sync_file(path)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` under `path`, replacing what is there; readers see the old bytes or the new."""
+    """Write `data` to `path`, replacing the file; readers see the old bytes or the new."""
     make_folder(path.parent)
     attempt = private_path(path)
     try:
@@ -79,7 +79,7 @@ def create_exclusive(path: Path, data: bytes) -> bool:
         try:
             link(attempt, path)
         except FileExistsError:
-            # A network file system may repeat a call that had succeeded: then the link is ours.
+            # A network file system may repeat a call that succeeded: then the link is ours.
             return attempt.stat().st_nlink == 2
         sync_folder(path.parent)
         return True
@@ -103,7 +103,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """64 hex digits over a file's bytes."""
+    """The SHA-256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

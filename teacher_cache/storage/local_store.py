@@ -1,11 +1,11 @@
-"""A store in a folder of a local or mounted disk."""
+"""Stores files in a folder of a local or mounted disk."""
 
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from teacher_cache.storage import durable_files  # its steps by this name: tests fail them
+from teacher_cache.storage import durable_files  # tests replace its functions by name
 from teacher_cache.storage.durable_files import (
     create_exclusive,
     make_folder,
@@ -29,7 +29,7 @@ class LocalStore(Store):
         return (LocalStore, (self.folder,))
 
     def absence(self) -> str | None:
-        """Whether there is such a folder."""
+        """Why the folder cannot be used; None where it exists."""
         return None if self.folder.is_dir() else "there is no such folder"
 
     def require_writable(self) -> None:
@@ -45,7 +45,7 @@ class LocalStore(Store):
         """The bytes of a file; FileNotFoundError where there is none."""
         try:
             return (self.folder / name).read_bytes()
-        except NotADirectoryError as error:  # the store was said to be at a file
+        except NotADirectoryError as error:  # the location is a file
             raise FileNotFoundError(f"{self.folder} is not a folder") from error
 
     def size(self, name: str, *, expected: bool = False) -> int | None:
@@ -64,20 +64,20 @@ class LocalStore(Store):
         return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Create a file unless it exists; True for the one who created it."""
+        """Create a file unless it exists; True for the process that created it."""
         return create_exclusive(self.folder / name, data)
 
     def write_atomic(self, name: str, data: bytes) -> None:
-        """Put `data` under `name`; readers see the old bytes or the new."""
+        """Write `data` to `name`; readers see the old bytes or the new."""
         write_atomic(self.folder / name, data)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         durable_files.remove(self.folder / name)
 
     @contextmanager
     def attempt(self, name: str) -> Generator[Path]:
-        """A private path beside `name`; what is not published is removed with the block."""
+        """A private path beside `name`; an unpublished file is removed when the block ends."""
         path = self.folder / name
         make_folder(path.parent)
         attempt = private_path(path)
@@ -87,7 +87,7 @@ class LocalStore(Store):
             durable_files.remove(attempt)
 
     def publish(self, attempt: Path, name: str) -> None:
-        """Move what was written to an `attempt` to its public name, durably."""
+        """Rename an `attempt` to its public name, durably."""
         publish(attempt, self.folder / name)
 
     @contextmanager
@@ -96,13 +96,13 @@ class LocalStore(Store):
         yield self.folder / name
 
     def local(self, name: str, num_bytes: int, sha256: str) -> Path:
-        """The file itself, unchecked: `open_shard` and `verify` look into it."""
+        """The file itself, unchecked: `open_shard` and `verify` check its content."""
         return self.folder / name
 
     def copy_from(self, other: Store, name: str, as_name: str) -> None:
-        """Publish a file of another store: a second name where one disk has both, else a copy.
+        """Publish a file of another store: a hard link where both are on one disk, else a copy.
 
-        A second name shares its bytes: a damaged disk block then damages both caches.
+        A link shares its bytes: a damaged disk block then damages both caches.
         """
         with other.fetched(name) as source, self.attempt(as_name) as attempt:
             try:

@@ -1,12 +1,12 @@
-"""A cache in an object store: S3, Google Cloud Storage, whatever fsspec has a library for.
+"""Stores files in an object store: S3, Google Cloud Storage, or any other that fsspec can reach.
 
-Promises: an object appears whole or not at all; of several creators one wins (conditional PUT,
-tried out once before it is relied upon: a store that cannot is refused); throttling, time-outs and
-late-visible objects are met with a bounded number of retries, then a clear error; an answer that
-was lost is settled by reading again. Shards are read from local copies, named by content and
-checked (size, SHA-256) when they are fetched and whenever a process finds them there.
+Promises: an object appears whole or not at all. Of several creators one wins by a conditional PUT,
+which is tried once before it is relied on; a store that ignores the condition is refused.
+Throttling, time-outs and objects that appear late are retried a bounded number of times, then raise
+a clear error. If an answer is lost, the object is read again. Shards are read from local copies,
+named by content and checked (size, SHA-256) when fetched and when a process finds them on disk.
 
-Access, endpoint and region come from the library's own settings (for S3: AWS_ENDPOINT_URL, ...).
+Access, endpoint and region come from the settings of the library (for S3: AWS_ENDPOINT_URL, ...).
 """
 
 import errno
@@ -32,13 +32,13 @@ from teacher_cache.storage.store import Store
 logger = logging.getLogger(__name__)
 
 WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Pauses between attempts; the library below retries a throttled call several times in each."""
+"""Pauses between attempts; within each, the library retries a throttled call several times."""
 
 DOWNLOADS_VARIABLE = "EMKD_DOWNLOADS"
-"""Names the folder of local copies; default: ~/.cache/emkd. It may be emptied at any time."""
+"""Variable with the folder of local copies; default ~/.cache/emkd. It can be emptied any time."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-# Four pieces of 8 MiB are in memory at once; the library's own choice is ten of 50.
+# Holds four pieces of 8 MiB in memory; the library's default is ten of 50.
 _TRANSFER = {"s3": {"chunksize": 2**23, "max_concurrency": 4}}
 _TRANSFER["s3a"] = _TRANSFER["s3"]
 
@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 class ObjectStore(Store):
-    """Objects under a URL. Opens its connections late, and anew in every process."""
+    """Objects under a URL; each process opens its connections at the first call."""
 
     in_place = False
 
@@ -73,7 +73,7 @@ class ObjectStore(Store):
             remedy = f"pip install 'emkd[{extra}]'" if extra else "install the library it names"
             raise ValueError(f"{url} cannot be reached: {error}; {remedy}") from error
         if _looks_first(kind):
-            raise ValueError(_cannot_create(url, "its library looks first and writes then"))
+            raise ValueError(_cannot_create(url, "its library looks first, then writes"))
         self._root: str = kind._strip_protocol(self.url)
         self._connection: tuple[int, Any] | None = None
         self._is_exclusive = False
@@ -83,23 +83,25 @@ class ObjectStore(Store):
         return (ObjectStore, (self.url,))
 
     def absence(self) -> str | None:
-        """Whether the bucket can be seen; some libraries say no where they are not allowed to."""
+        """Why the bucket cannot be used; libraries also report a forbidden bucket as absent."""
         bucket = self._root.partition("/")[0]
         if self._call("looked up", "", lambda files, _: files.exists(bucket)):
             return None
         return f"there is no bucket {bucket!r}, or these credentials and this endpoint hide it"
 
     def require_writable(self) -> None:
-        """Create a private object twice: a store that takes the second one is refused."""
+        """Create a private object twice; refuse a store that accepts the second."""
         if self._is_exclusive:
             return
         probe = f".probe.{secrets.token_hex(8)}.tmp"
         try:
             self._create(probe, b"1")
             if self._create(probe, b"2"):
-                raise ValueError(_cannot_create(self.url, "it took a second object of one name"))
+                raise ValueError(
+                    _cannot_create(self.url, "it accepted a second object of one name")
+                )
         except FileNotFoundError as error:
-            why = self.absence() or "the store knows no such place"
+            why = self.absence() or "the store has no such location"
             raise ValueError(f"{self.url} cannot be written: {why}") from error
         finally:
             self.remove(probe)
@@ -110,7 +112,7 @@ class ObjectStore(Store):
         return self._call("read", name, lambda files, path: files.cat_file(path))
 
     def size(self, name: str, *, expected: bool = False) -> int | None:
-        """Bytes of an object; None where there is none, which is believed late if `expected`."""
+        """Bytes of an object; None where there is none; if `expected`, only after all retries."""
         try:
             info = self._call(
                 "looked up", name, lambda files, path: files.info(path), may_be_late=expected
@@ -137,23 +139,23 @@ class ObjectStore(Store):
         return sorted(name.removeprefix(f"{self._root}/") for name in found)
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Create an object unless it exists; True for whoever finds `data` there afterwards.
+        """Create an object unless it exists; True if it holds `data` afterwards.
 
         ValueError for a store that ignores the condition.
         """
         self.require_writable()
         if self._create(name, data):
             return True
-        # Taken: by another, or by ourselves in a call whose answer was lost.
+        # It exists: created by another process, or by a call of ours whose answer was lost.
         found = self._call("read", name, lambda files, path: files.cat_file(path), may_be_late=True)
         return found == data
 
     def write_atomic(self, name: str, data: bytes) -> None:
-        """Put `data` under `name`; readers see the old bytes or the new."""
+        """Write `data` to `name`; readers see the old bytes or the new."""
         self._call("written", name, lambda files, path: files.pipe_file(path, data))
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         try:
             self._call("removed", name, lambda files, path: files.rm_file(path))
         except FileNotFoundError:
@@ -161,12 +163,12 @@ class ObjectStore(Store):
 
     @contextmanager
     def attempt(self, name: str) -> Generator[Path]:
-        """A file in a private temporary folder, which is removed with the block."""
+        """A file in a private temporary folder, removed when the block ends."""
         with tempfile.TemporaryDirectory(prefix="emkd-") as folder:
             yield Path(folder) / PurePosixPath(name).name
 
     def publish(self, attempt: Path, name: str) -> None:
-        """Upload a file piece by piece; the object appears when the last piece is there."""
+        """Upload a file in pieces; the object appears with the last piece."""
         how = _TRANSFER.get(self._scheme, {})
         self._call("uploaded", name, lambda files, path: files.put_file(str(attempt), path, **how))
 
@@ -178,7 +180,7 @@ class ObjectStore(Store):
             yield path
 
     def local(self, name: str, num_bytes: int, sha256: str) -> Path:
-        """A checked local copy; a bad one is fetched again, once, then `ShardCorruptError`."""
+        """A checked local copy; a bad one is fetched again once, then `ShardCorruptError`."""
         path = downloads_folder() / sha256[:2] / f"{sha256}{PurePosixPath(name).suffix}"
         if not path.is_file():
             self._fetch_intact(name, path, num_bytes, sha256)
@@ -189,7 +191,7 @@ class ObjectStore(Store):
         return path
 
     def copy_from(self, other: Store, name: str, as_name: str) -> None:
-        """Publish a file of another store; within one object store no bytes come by here."""
+        """Publish a file of another store; within one object store the server copies it."""
         if isinstance(other, ObjectStore) and other._scheme == self._scheme:
             target = self._path(as_name)
             other._call("copied", name, lambda files, path: files.cp_file(path, target))
@@ -241,13 +243,13 @@ class ObjectStore(Store):
         *,
         may_be_late: bool = False,
     ) -> _T:
-        """`operation(file system, path)`, repeated while its failure may pass; OSError at last."""
+        """`operation(file system, path)`, retried after failures that may pass; then OSError."""
         for wait_s in (*WAITS_S, None):
             try:
                 return operation(self._files(), self._path(name))
             except _BUGS:
                 raise
-            except Exception as error:  # each library has its own kinds
+            except Exception as error:  # each library raises its own kinds
                 if _says_exists(error):
                     raise FileExistsError(self.where(name)) from error
                 if wait_s is None or not _may_pass(error, may_be_late):
@@ -266,7 +268,7 @@ class ObjectStore(Store):
         return f"{self._root}/{name}"
 
     def _files(self) -> Any:
-        """The library's file system; its threads and sockets do not survive a fork."""
+        """The library's file system, one per process: its threads do not survive a fork."""
         if self._connection is None or self._connection[0] != os.getpid():
             files = fsspec.filesystem(
                 self._scheme, skip_instance_cache=True, use_listings_cache=False
@@ -276,7 +278,7 @@ class ObjectStore(Store):
 
 
 def downloads_folder() -> Path:
-    """Where local copies of shards lie."""
+    """The folder of local copies of shards."""
     named = os.environ.get(DOWNLOADS_VARIABLE)
     return Path(named) if named else Path.home() / ".cache" / "emkd"
 
@@ -285,7 +287,7 @@ _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, Valu
 
 
 def _looks_first(kind: type) -> bool:
-    """Whether a library's conditional creation is fsspec's own, which is none."""
+    """Whether a library inherits fsspec's creation, which looks first and then writes."""
     if issubclass(kind, AsyncFileSystem):
         return getattr(kind, "_pipe_file") is getattr(AsyncFileSystem, "_pipe_file")  # noqa: B009
     return getattr(kind, "pipe_file") is AbstractFileSystem.pipe_file  # noqa: B009
@@ -300,7 +302,7 @@ def _may_pass(error: Exception, may_be_late: bool) -> bool:
 
 
 def _says_exists(error: Exception) -> bool:
-    """Whether a conditional creation was refused; not every S3 says which condition failed."""
+    """Whether a conditional creation was refused; S3 services report this in different ways."""
     response = getattr(error.__cause__, "response", None) or {}
     code = response.get("Error", {}).get("Code")
     return isinstance(error, FileExistsError) or code in ("PreconditionFailed", "412")
@@ -318,6 +320,6 @@ def _state(path: Path) -> tuple[int, ...]:
 def _cannot_create(url: str, found: str) -> str:
     return (
         f"{url}: this store cannot create an object only where there is none ({found}), so two "
-        "builds could overwrite one another; keep the cache on a disk, or in a store with "
+        "builds could overwrite each other; keep the cache on a disk, or in a store with "
         "conditional writes (S3, Google Cloud Storage, MinIO)"
     )

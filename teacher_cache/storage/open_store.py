@@ -8,14 +8,14 @@ from teacher_cache.storage.store import Location, Store
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is a URL, which is the same from every folder, and not a path."""
+    """Whether a location is a URL rather than a path."""
     return isinstance(location, str) and "://" in location
 
 
 def open_store(location: Location) -> Store:
-    """The store at a folder or URL; nothing has to be there yet.
+    """The store at a folder or URL, which need not exist yet.
 
-    ValueError for a URL whose library is missing, or that was squeezed through a Path.
+    ValueError for a URL whose library is missing, or that went through a Path.
     """
     if isinstance(location, Store):
         return location
