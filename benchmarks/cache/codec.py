@@ -1,13 +1,13 @@
-"""Bytes and speed of the records' layouts: plain zstd frames (A) against the transforms (B).
+"""Measures bytes and speed of the records' layouts: plain zstd frames (A), the transforms (B).
 
     python -m benchmarks.cache.codec [--quick] [--json PATH]
 
-Prints two tables: the top-k record of vision tokens over k and dtypes, with a decoder that walks
-token by token in plain Python as the naive reference (checked to give the same numbers), and every
-column in every layout. Data are synthetic: a smooth field of
-states over 24 x 24 tokens, 24,576 of 151,936 vocabulary rows in use; neighbours share about 25 of
-their 64 ids ("corr"), or nearly none ("iid"). Real caches should lie between. Speed is that of one
-core in processor time, best of some rounds. Dimensions: M tokens, K kept entries, D width.
+Prints two tables: the top-k record of vision tokens over k and dtypes, beside a naive decoder that
+goes token by token in plain Python (checked to give the same numbers), and every column in every
+layout. Data are synthetic: a smooth field of states over 24 x 24 tokens, 24,576 of 151,936
+vocabulary rows in use; neighbours share about 25 of their 64 ids ("corr"), or nearly none ("iid").
+Real caches should lie between. Speed is that of one core in processor time, best of several rounds.
+Dimensions: M tokens, K kept entries, D width.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def other_columns(hidden: Tensor) -> dict[str, Tensor]:
 
 
 def decode_naively(ids_frame: bytes, logits_frame: bytes) -> tuple[list[list[int]], list[Tensor]]:
-    """Ids and logits of a record, value after value, token after token, in plain Python."""
+    """Decode a record's ids and logits value by value in plain Python."""
     ids, steps = zstandard.decompress(ids_frame), zstandard.decompress(logits_frame)
     num_rows, num_kept = (int.from_bytes(ids[at : at + 4], "little") for at in (3, 7))
     total = num_rows * num_kept
@@ -125,7 +125,7 @@ def shared_ids(ids: Tensor) -> float:
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Least processor time of some rounds (other processes do not count)."""
+    """Least processor time of several rounds (other processes do not count)."""
     times: list[float] = []
     for _ in range(rounds):
         start = time.process_time()
@@ -187,7 +187,7 @@ def measure(regime: str, dtype: str, k: int, num_images: int, rounds: int) -> Ro
 
 
 def by_layout(correlated: bool) -> dict[str, dict[str, float]]:
-    """Bytes per vision token of every column in every layout, and in the one that is taken."""
+    """Bytes per vision token of every column in every layout, and in the one in use."""
     hidden = states(0, correlated)
     named = {
         "plain": PLAIN,
@@ -206,7 +206,7 @@ def by_layout(correlated: bool) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, say whether the goal is met; the exit status is 1 where it is not."""
+    """Measure, print, and say whether the goal is met; exit status 1 if not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one image, one round, k = 64 only")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

@@ -1,12 +1,11 @@
-"""What each option of a cache takes and loses: bytes per vision token, error, speed.
+"""Measures bytes per vision token, error and speed of each option of a cache.
 
     python -m benchmarks.cache.codec_options [--quick]
 
-Prints one table of top-k records over k, with a packing in DistillKit's manner beside them, one of
-sketches, cosines and hidden states, on the synthetic images of benchmarks.codec (V = 151,936,
-correlated tokens), and one of response records. Errors are those of decoded numbers against what
-the teacher said; speed is that of one core in processor time, from records to frames and back.
-Dimensions as in schema.py.
+Prints three tables: top-k records over k, beside a packing like DistillKit's; sketches, cosines and
+hidden states, on the synthetic images of benchmarks.cache.codec (V = 151,936, correlated tokens);
+response records. Errors are those of decoded numbers against the teacher's; speed is that of one
+core in processor time, from records to frames and back. Dimensions: see teacher_output.py.
 """
 
 import argparse
@@ -54,7 +53,7 @@ HEADER = ("bytes / token", "largest error", "rms error", "encode", "decode")
 
 
 def output_of(**parts: Any) -> TeacherOutput:
-    """An image's output that has these parts alone."""
+    """An image's output with these parts only."""
     num_text = len(parts["affinity"].cosine) if "affinity" in parts else 0
     return TeacherOutput(
         views=(ViewGrid(image=0, view=0, rows=GRID, cols=GRID),),
@@ -66,7 +65,7 @@ def output_of(**parts: Any) -> TeacherOutput:
 
 
 def answer(record: TopKRecord) -> TeacherOutput:
-    """The output of a text-only sample that is one response."""
+    """The output of a text-only sample that consists of one response."""
     num_text = len(record.ids)
     return TeacherOutput(
         views=(),
@@ -85,7 +84,7 @@ def measured(
 ) -> list[str]:
     """Bytes, largest and rms error, thousands of tokens encoded and decoded a second.
 
-    `errors` gives those of the output of a number, as it is read back.
+    `errors` computes the errors of the output that is read back.
     """
 
     def encoded() -> list[dict[str, bytes]]:
@@ -121,8 +120,8 @@ def top_k(hidden: Tensor, dtype: str, k: int, mass: float | None) -> TopKRecord:
 def in_distillkits_manner(records: Sequence[TopKRecord], num_exact: int, degree: int) -> list[str]:
     """18-bit ids, the first log-probabilities as bfloat16, a polynomial over ranks for the rest.
 
-    The fit is a least-squares one in float64 over ranks from 0 to 1, which is kinder than the
-    original's default; what it packs is counted after zstd where that helps.
+    The fit is by least squares in float64 over ranks from 0 to 1, which is better than the
+    original's default; packed bytes are counted after zstd where that helps.
     """
     num_bytes, apart = 0, []
     for record in records:
@@ -179,7 +178,7 @@ def top_k_rows(num_images: int, rounds: int, kept: Sequence[int]) -> Iterator[li
 
 
 def wide_states(seed: int, width: int, outliers: int = 0) -> Tensor:
-    """[M, width] states whose energy falls by direction, some channels of which are outliers."""
+    """[M, width] states whose energy falls by direction, with some outlier channels."""
     generator = torch.Generator().manual_seed(30)
     mix = torch.randn(WIDTH, width, generator=generator) / WIDTH**0.5
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
@@ -262,7 +261,7 @@ def hidden_rows(num_images: int, rounds: int) -> Iterator[list[str]]:
 
 
 def response_rows(num_samples: int, kept: Sequence[int]) -> Iterator[list[str]]:
-    """Bytes per response token of one record: the ordinary one, or that of one ratio of a grid.
+    """Bytes per response token of one record: the ordinary one, or one ratio of a grid.
 
     Neighbouring response tokens are unrelated here.
     """

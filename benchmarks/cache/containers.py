@@ -1,11 +1,11 @@
-"""The same samples in our containers and in those of others, behind one interface.
+"""Stores the same samples in our containers and in those of others, behind one interface.
 
-Every peer gets each sample as fields of bytes (LitData and WebDataset as arrays): a JSON text, the
-picture, and an array's plain bytes for each column; reading gives the arrays back (`decode`). Their
-settings are those that serve them best here: zstd level 3 where a level can be set, no encryption,
-no hashes, no second copy of a remote. Ours give validated records and check every byte.
+Peers get each sample as fields of bytes (LitData and WebDataset as arrays): a JSON text, the
+picture, and the plain bytes of each column's array; reading returns the arrays (`decode`). Their
+settings are the best for them here: zstd level 3 where a level can be set, no encryption, no
+hashes, no second copy of a remote. Ours return validated records and check every byte.
 
-Peers that are not installed are named by `missing`; docs/performance.md says how to install them.
+`missing` names peers that are not installed; docs/performance.md says how to install them.
 """
 
 import importlib
@@ -38,7 +38,7 @@ MDS_SHARD_BYTES = 1 << 26
 
 
 def fields(cached: CachedSample) -> Fields:
-    """A sample as peers store it; bfloat16 as the integers that its bits are."""
+    """A sample as peers store it; bfloat16 as integers of the same bits."""
     arrays: Arrays = {}
     for name, values in tensors(cached).items():
         is_bfloat16 = values.dtype == torch.bfloat16  # which numpy lacks
@@ -72,10 +72,10 @@ class Container(ABC):
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot be measured here, or None."""
+        """Why this container cannot be measured here, or None."""
         try:
             importlib.import_module(self.library or "pyarrow")
-        except ImportError as error:  # it is not there, or something that it needs is not
+        except ImportError as error:  # of the library, or of something that it needs
             return f"{self.library} cannot be imported: {error}"
         return None
 
@@ -85,7 +85,7 @@ class Container(ABC):
 
     @abstractmethod
     def open(self, folder: Path) -> Any:
-        """What `read` and `stream` are given."""
+        """The argument of `read` and `stream`."""
 
     @abstractmethod
     def read(self, opened: Any, index: int) -> object:
@@ -133,7 +133,7 @@ def _first_row(batch: Any) -> Arrays:
 
 
 class _Files:
-    """The files of a folder, each opened when it is first asked for: there may be thousands."""
+    """The files of a folder, each opened on first use: there may be thousands."""
 
     def __init__(self, folder: Path, open_file: Callable[[Path], Any]) -> None:
         self._paths = sorted(folder.iterdir())
@@ -198,7 +198,7 @@ class ParquetZstd(Container):
         return _Files(folder, lambda path: pq.ParquetFile(path, memory_map=True))
 
     def read(self, opened: Any, index: int) -> object:
-        """The sample's row group, for its sake."""
+        """The sample's whole row group."""
         shard, row = divmod(index, ROWS_PER_SHARD)
         group, place = divmod(row, self._rows_per_group)
         table = opened[shard].read_row_group(group, use_threads=False)
@@ -259,7 +259,7 @@ class WebDatasetNpy(Container):
 
 
 class Mds(Container):
-    """MosaicML Streaming, whole shards in zstd; the first read leaves them decompressed beside."""
+    """MosaicML Streaming, whole shards in zstd; the first read leaves decompressed copies."""
 
     name = "MDS zstd"
     library = "streaming"
@@ -268,7 +268,7 @@ class Mds(Container):
         self._shard_bytes = shard_bytes
 
     def write(self, folder: Path, samples: Sequence[CachedSample]) -> None:
-        """Through its writer; shards have a size in bytes: by default that of `ROWS_PER_SHARD`."""
+        """Through its writer; shards have a size in bytes, by default that of `ROWS_PER_SHARD`."""
         from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
 
         columns = dict.fromkeys(fields(samples[0]), "bytes")
@@ -332,7 +332,7 @@ class LitData(Container):
         return StreamingDataset(str(folder))
 
     def read(self, opened: Any, index: int) -> object:
-        """One sample; the arrays are made by its own serializer."""
+        """One sample; its own serializer makes the arrays."""
         return opened[index]
 
     def stream(self, opened: Any, num_samples: int) -> Iterator[object]:
@@ -341,7 +341,7 @@ class LitData(Container):
 
 
 def containers() -> list[Container]:
-    """All, ours first."""
+    """All containers, ours first."""
     ours = [Ours("arrow"), Ours("webdataset")]
     files = [ArrowZstd(), ParquetZstd(16), ParquetZstd(1), WebDatasetNpy()]
     return [*ours, *files, Mds(), LitData("batch"), LitData("sample")]

@@ -1,10 +1,10 @@
-"""A decoder of the kind that text distillation tools use, as the reference of "token by token".
+"""Encodes and decodes as text distillation tools do: the reference for "token by token".
 
-A stand-in written from the description of such codecs, not from anyone's code. Of each token: ids
-packed to ceil(log2 V) bits, the first log-probabilities as bfloat16, the rest as coefficients of a
-polynomial over the rank; all of it one list of bytes in a Parquet column list<list<uint8>>, which
-`datasets` hands out as Python integers. Decoding is a Python loop over tokens with a few torch
-calls for each: that loop, not any one call, is what it costs. Lossy, as those are.
+Written from the description of such codecs, not from anyone's code. For each token: ids packed to
+ceil(log2 V) bits, the first log-probabilities as bfloat16, the rest as coefficients of a polynomial
+over the rank; together one list of bytes in a Parquet column list<list<uint8>>, which `datasets`
+returns as Python integers. Decoding is a Python loop over tokens with a few torch calls for each;
+the loop dominates the cost. Lossy, like the originals.
 """
 
 import math
@@ -36,7 +36,7 @@ def pack(ids: Int[Tensor, "N K"], log_probs: Float[Tensor, "N K"], vocab_size: i
 def unpack(
     tokens: Sequence[Packed], k: int, vocab_size: int
 ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"]]:
-    """Decode tokens one after the other; ids come back exactly, log-probabilities about."""
+    """Decode tokens one after the other; ids are exact, log-probabilities approximate."""
     num_bits, powers = _num_bits(vocab_size), _powers(k).float()
     sizes = (-(-k * num_bits // 8), 2 * NUM_EXACT, 4 * (DEGREE + 1))
     in_byte, in_id = torch.arange(8), torch.arange(num_bits)
@@ -56,6 +56,6 @@ def _num_bits(vocab_size: int) -> int:
 
 
 def _powers(k: int) -> Float[Tensor, "rest terms"]:
-    """Powers 0 to `DEGREE` of the rank, from 0 to 1, of the entries that the curve stands for."""
+    """Powers 0 to `DEGREE` of the rank, from 0 to 1, of the entries that the curve approximates."""
     rank = torch.linspace(0, 1, k - NUM_EXACT, dtype=torch.float64)
     return rank[:, None] ** torch.arange(DEGREE + 1)

@@ -1,11 +1,11 @@
-"""How much of a cache's bytes is information that no coder of single bytes can take away.
+"""Measures how far a cache's bytes are from the entropy bound of single bytes.
 
     python -m benchmarks.cache.entropy_bound [--k 128]
 
-Prints, for every column that EM-KD reads, its bytes per sample raw, as stored, and its bound: the
-entropy of each of its bytes on their own (lowest byte, next one, ...), counted over all samples.
-zstd beats the bound where values repeat or depend on their neighbours in ways that a layout brings
-together; where it only reaches it, what is left is noise to every container that uses zstd.
+Prints, for every column that EM-KD reads, its bytes per sample raw, as stored, and as a bound: the
+entropy of each byte of a value (lowest byte, next one, ...), counted over all samples. zstd beats
+the bound where values repeat, or depend on neighbours that a layout brings together. Where it only
+reaches the bound, the rest is noise to every container that uses zstd.
 """
 
 import argparse
@@ -32,13 +32,13 @@ COLUMNS = (
 
 
 def entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Bits per symbol of the distribution that the counts are of."""
+    """Bits per symbol of the counted distribution."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log2(shares)).sum())
 
 
 def column_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, int, float]]:
-    """Of each column the bytes over all samples: raw, as stored, and their entropy."""
+    """The bytes of each column over all samples: raw, as stored, and their entropy."""
     found: dict[str, tuple[int, int, float]] = {}
     rows = [tensors(sample) for sample in samples]
     for name in rows[0]:
@@ -57,7 +57,7 @@ def column_bounds(samples: Sequence[CachedSample]) -> Mapping[str, tuple[int, in
 
 
 def lines(samples: Sequence[CachedSample], k: int, least_share: float = 0.01) -> list[list[str]]:
-    """The table's rows: columns that are at least such a share of what is stored, then all."""
+    """The table's rows: columns with at least this share of the stored bytes, then the sum."""
     bounds = column_bounds(samples)
     total = [sum(each[at] for each in bounds.values()) for at in range(3)]
     shown = {name: each for name, each in bounds.items() if each[1] >= least_share * total[1]}

@@ -1,12 +1,12 @@
-"""How soon the first sample of a cache is there: ours against MDS, in shards of two sizes.
+"""Measures the time to the first sample of a cache: ours against MDS, for two shard sizes.
 
     python -m benchmarks.cache.first_sample [--k 128]
 
-To open a folder and read one sample is what a resumed run, a notebook and `emkd inspect` do first.
-MDS unpacks the whole shard for it, so that its time grows with the shard: `ROWS_PER_SHARD` samples
-as in the other tables, then each side's own default (ours 256 samples, theirs 64 MiB raw). Folders
-are copied anew before each try and lie in the page cache. Times are the least of some rounds in
-turns: wall, and processor time of all threads.
+A resumed run, a notebook and `emkd inspect` first open a folder and read one sample. MDS unpacks
+the whole shard for it, so its time grows with the shard: `ROWS_PER_SHARD` samples as in the other
+tables, then each side's default (ours 256 samples, theirs 64 MiB raw). Folders are copied before
+each try and are in the page cache. Times are the least of several alternating rounds: wall time,
+and processor time of all threads.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def first_sample(container: Container, stored: Path, fresh: Path) -> tuple[float
 
 
 def compare_first(samples: Sequence[CachedSample], rounds: int) -> list[FirstSample]:
-    """Ours and MDS, in small shards and in those of their own choice."""
+    """Ours and MDS, in small shards and in shards of their default sizes."""
     raw = sum(len(data) for sample in samples for data in fields(sample).values())
     small, theirs = f"{ROWS_PER_SHARD}", f"{min(raw, MDS_SHARD_BYTES) >> 20} MiB raw"
     ways: list[tuple[Container, str, bool]] = [

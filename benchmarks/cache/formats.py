@@ -1,12 +1,12 @@
-"""What containers cost in bytes and time: ours and those of others, on the same samples.
+"""Measures bytes and times of containers: ours and those of others, on the same samples.
 
     python -m benchmarks.cache.formats [--quick] [--json PATH]
 
-One table. Times of writing and reading are processor time (all threads), of the first sample wall
-and processor time; each is the least of some rounds, in which the containers take turns. `first
-epoch` is the first pass after opening, `again` the second, when peers that keep decompressed copies
-have them. `random, cold` opens a dataset and reads one sample of each shard, the first apart;
-`random, warm` reads any samples after a whole epoch. Files are in the page cache throughout.
+Prints one table. Writing and reading are in processor time (all threads), the first sample in wall
+and processor time; each is the least of several rounds in which the containers alternate. `first
+epoch` is the first pass after opening; `again` is the second, when some peers have decompressed
+copies. `random, cold` opens a dataset and reads one sample of each shard, the first not counted;
+`random, warm` reads any samples after a whole epoch. Files are always in the page cache.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """What was measured of one container, a number per round; seconds per sample."""
+    """The times of one container, one number per round; seconds per sample."""
 
     write: list[float] = field(default_factory=list[float])
     first_epoch: list[float] = field(default_factory=list[float])
@@ -49,7 +49,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table; None where a container cannot do it."""
+    """One line of the table; None for what a container cannot do."""
 
     name: str
     kb_per_sample: float
@@ -79,14 +79,14 @@ class Row:
 
 
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """How long it takes by that clock."""
+    """How long a call takes by this clock."""
     start = clock()
     work()
     return clock() - start
 
 
 def take(samples: object) -> None:
-    """Go through an iterable and keep nothing."""
+    """Exhaust an iterable and keep nothing."""
     for _ in samples:  # pyright: ignore[reportGeneralTypeIssues]
         pass
 
@@ -94,7 +94,7 @@ def take(samples: object) -> None:
 def measure(
     container: Container, stored: Path, fresh: Path, num_samples: int, timings: Timings
 ) -> None:
-    """One round of reading; `stored` is what was written and is not touched."""
+    """One round of reading; `stored` is the written folder, which does not change."""
 
     def opened_anew() -> object:
         shutil.rmtree(fresh, ignore_errors=True)

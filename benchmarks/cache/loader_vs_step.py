@@ -1,8 +1,8 @@
-"""Whether loading or learning is what the demo's student waits for.
+"""Measures whether the demo's student waits for loading or for learning.
 
-A student of the demo's sizes takes optimizer steps with the demo's settings (miniature.py).
-`loader` is what one process reads, decodes, encodes and collates; `student` is what the steps
-consume when batches cost nothing. Both on one thread.
+A student of the demo's sizes takes optimizer steps with the demo's settings (demo_student.py).
+`loader` is the samples per second that one process reads, decodes, encodes and collates; `student`
+is what the steps consume when batches are ready. Both on one thread.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ class Throughput:
 
 
 def measure(num_samples: int, num_steps: int) -> Throughput:
-    """Build the miniature, then time loading and learning in turns."""
+    """Build the miniature, then time loading and learning alternately."""
     with tempfile.TemporaryDirectory() as place:
         miniature = make_miniature(Path(place), num_samples)
         batches = iter(miniature.stream)

@@ -1,13 +1,12 @@
-"""How fast a cache is read, held to what could limit it and to what others do.
+"""Measures how fast a cache is read, against its limits and against other containers.
 
     python -m benchmarks.cache.reader [--quick] [--json PATH]
 
-Prints the goals of reading as ratios of two times taken in turns on the same made-up samples
-(V = 151,936; 576 or 729 vision tokens): goal, measured, verdict. Then where a sequential read
-spends its time and what threads that decode ahead change, how soon a first sample is there, and
-what entropy leaves to save. Times are processor time of one thread and the least of some rounds,
-unless they say wall. Exit status 1 where a goal is missed; goals that need a peer which is not
-installed say so.
+Prints the goals of reading as ratios of two times, measured alternately on the same synthetic
+samples (V = 151,936; 576 or 729 vision tokens): goal, measured, verdict. Then where a sequential
+read spends its time and what prefetch threads change, the time to the first sample, and what
+entropy leaves to save. Times are processor time of one thread, the least of several rounds, unless
+named wall time. Exit status 1 if a goal is missed; a goal whose peer is not installed is named.
 """
 
 import argparse
@@ -41,7 +40,7 @@ VISION_COLUMNS = ("v_ids", "v_logits", "v_lse", "v_tail")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One goal: a ratio that should be at least, or at most, so much."""
+    """One goal: a lower or upper limit of a ratio."""
 
     goal: str
     wanted: float
@@ -51,7 +50,7 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """None where it could not be measured."""
+        """Whether the goal is met; None if it could not be measured."""
         if self.measured is None:
             return None
         reached = self.measured >= self.wanted
@@ -66,7 +65,7 @@ class Verdict:
 
 
 def least_in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Processor time of each way, the least of some rounds in which they take turns."""
+    """Least processor time of each way over several alternating rounds."""
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, work in ways.items():
@@ -75,7 +74,7 @@ def least_in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def frames_of(cache: Path) -> list[dict[str, bytes]]:
-    """All frames of an Arrow cache, which are those that EM-KD reads, sample by sample."""
+    """All frames of an Arrow cache, sample by sample; EM-KD reads all of them."""
     rows: list[dict[str, bytes]] = []
     for path in sorted((cache / "shards").iterdir()):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -121,7 +120,7 @@ def token_by_token(
 
 
 def against_peers(rows: Mapping[str, Row], missing: Mapping[str, str], k: int) -> list[Verdict]:
-    """Random access and bytes, over those of others."""
+    """Random access and bytes against other containers."""
     ours = rows["emkd Arrow"]
     verdicts: list[Verdict] = []
 
@@ -158,7 +157,7 @@ def against_peers(rows: Mapping[str, Row], missing: Mapping[str, str], k: int) -
 
 
 def first_of_defaults(found: Sequence[FirstSample], k: int) -> Verdict:
-    """The first sample, each side with shards of its own choice."""
+    """The first sample, each side with its default shards."""
     chosen = {each.name: each for each in found if each.is_default}
     ours, peer = chosen["emkd Arrow"], chosen.get(Mds.name)
     detail = Mds().missing or ""
@@ -224,7 +223,7 @@ def sequential(
 
 
 def wall_seconds(reader: CacheReader, num_threads: int, rounds: int) -> float:
-    """Wall time of one sequential pass with so many threads ahead."""
+    """Wall time of one sequential pass with a number of prefetch threads."""
 
     def read(index: int) -> object:
         return reader.read(index, PARTS)

@@ -1,9 +1,9 @@
-"""Samples with made-up teacher outputs of realistic size, the same for every benchmark of reading.
+"""Makes samples with synthetic teacher outputs of realistic size for all benchmarks of reading.
 
-An image has 576 or 729 vision tokens from codec.py's correlated field of states: top-k
+An image has 576 or 729 vision tokens from correlated_states.py's field of states: top-k
 records over 151,936 vocabulary rows (24,576 of them in use), sketch codes of rank 128, float16
 affinities of every text token, and a response of 12 to 256 tokens with top-k records of its own.
-Pictures are noise, as compressed ones are to any container. Everything follows from the seed.
+Pictures are noise, as compressed pictures are to any container. The seed decides everything.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def make_samples(
     picture_kb: int = 16,
     grids: Sequence[int] = GRIDS,
 ) -> list[CachedSample]:
-    """Samples whose grids take turns; logits in `dtype`, K = k."""
+    """Samples with alternating grids; logits in `dtype`, K = k."""
     return [
         _sample(number, k, dtype, picture_kb, grids[number % len(grids)])
         for number in range(num_samples)
@@ -75,7 +75,7 @@ def build_cache(
 
 
 def tensors(cached: CachedSample) -> dict[str, Tensor]:
-    """What a sample's output consists of, by name, for containers that know no records."""
+    """A sample's output as named tensors, for containers that know no records."""
     output = cached.output
     vision, response, sketch, affinity = (
         output.vision,

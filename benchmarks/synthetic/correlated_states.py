@@ -1,4 +1,4 @@
-"""Synthetic logits whose neighbouring rows are correlated, as those of image patches are."""
+"""Makes logits whose neighbouring rows are correlated, like those of image patches."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def states(seed: int, correlated: bool, grid: int = GRID) -> Tensor:
-    """[M, D] states of one image: random vectors on a coarse lattice, interpolated, and noise."""
+    """[M, D] states of one image: random vectors on a coarse lattice, interpolated, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(grid, grid, WIDTH, generator=generator)
     if not correlated:
@@ -30,7 +30,7 @@ def states(seed: int, correlated: bool, grid: int = GRID) -> Tensor:
 
 
 def made_up_logits(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [M, NUM_USED] of states, and the vocabulary rows that are in use; all else is -inf."""
+    """Logits [M, NUM_USED] of states, and the vocabulary rows in use; all others are -inf."""
     generator = torch.Generator().manual_seed(20)
     head = torch.randn(WIDTH, NUM_USED, generator=generator) * 4.3 / WIDTH**0.5
     bias = torch.randn(NUM_USED, generator=generator) * 1.5

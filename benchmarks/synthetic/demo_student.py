@@ -1,7 +1,7 @@
-"""The demo's student and its cache, for benchmarks of a training step.
+"""Makes the demo's student and its cache, for benchmarks of a training step.
 
-A teacher of the demo's sizes (barely trained: its numbers do not matter, its sizes do), a cache of
-its outputs, and a student of it with the demo's settings.
+A teacher of the demo's sizes (barely trained: only sizes matter), a cache of its outputs, and a
+student with the demo's settings.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SKETCH_RANK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Miniature:
-    """EM-KD in the demo's sizes: where batches come from, and what an optimizer step does."""
+    """EM-KD in the demo's sizes: the batches, and the optimizer step."""
 
     stream: TrainingStream
     settings: TrainerSettings

@@ -1,4 +1,4 @@
-"""Peak memory of a call, measured in a process of its own."""
+"""Measures the peak memory of a call in a process of its own."""
 
 import ctypes
 import multiprocessing
@@ -16,7 +16,7 @@ def status_mib(field: str) -> float:
 
 
 def in_child(work: Callable[[], Found]) -> Found:
-    """What `work` returns in a forked child, which has no threads of ours."""
+    """What `work` returns in a forked child, which has none of our threads."""
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     child = fork.Process(target=lambda: theirs.send(work()))
@@ -29,24 +29,24 @@ def in_child(work: Callable[[], Found]) -> Found:
 
 
 def return_freed_memory() -> None:
-    """Let glibc map every larger block and unmap it when it is freed, here and in children.
+    """Let glibc map every larger block and unmap it when freed, here and in children.
 
-    Call it before anything is allocated: what lies free in the heap would be used again.
+    Call it before anything is allocated: free heap memory would be reused.
     """
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> None:
-    """What glibc comes to by itself: blocks of up to 32 MiB are used again."""
+    """glibc's usual state: freed blocks of up to 32 MiB are reused."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**25)
     libc.mallopt(-1, 2**26)  # M_TRIM_THRESHOLD
 
 
 def peak_mib(work: Callable[[], object], before: Callable[[], object]) -> float:
-    """What `work` adds to the resident set at its peak, in a child; see `return_freed_memory`.
+    """How much `work` adds to the resident set at its peak, in a child (`return_freed_memory`).
 
-    `before` is done first: code that the child loads at first use is no part of it.
+    `before` runs first, so that code loaded on first use does not count.
     """
 
     def measure() -> float:

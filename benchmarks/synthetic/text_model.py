@@ -1,8 +1,8 @@
-"""Teacher and student of text that are not made up: word statistics of the installed sources.
+"""Makes a text teacher and student from real text: word statistics of the installed sources.
 
-Both mix what follows the last two words, the last word, and any word, in Python files of torch and
-transformers; the student has read a twentieth of it and never looks at more than one word. Every
-prediction follows true text, as in RLD. Held-out positions; a fixed seed.
+Both mix the counts of what follows the last two words, the last word, and any word, in Python files
+of torch and transformers. The student has read a twentieth of the text and uses one word at most.
+Every prediction follows true text, as in RLD. Held-out positions; a fixed seed.
 """
 
 import random
@@ -28,7 +28,7 @@ _WORD = re.compile(r"[A-Za-z_]+|\d|[^\sA-Za-z_\d]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextProblem:
-    """Logits at held-out positions, and what a record of K entries says of the teacher."""
+    """Logits at held-out positions, and records of K entries of the teacher."""
 
     student_logits: Tensor
     teacher: DenseSignal
@@ -92,7 +92,7 @@ class _Counts:
             counts = self.after.get(words)
             if counts:
                 share = torch.tensor(list(counts.values()), dtype=torch.float64)
-                trust = weight / (share.sum() + 5)  # the rarer a context, the less it tells
+                trust = weight / (share.sum() + 5)  # rare contexts count less
                 found = found.index_add(0, torch.tensor(list(counts)), trust * share)
         return found / found.sum()
 

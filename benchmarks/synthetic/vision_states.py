@@ -1,10 +1,10 @@
-"""Vision states and heads made up to be as hard to match as real ones, the same everywhere.
+"""Makes vision states and heads that are as hard to match as real ones, the same everywhere.
 
-A head's rows belong to 3,000 clusters of tokens, with heavy-tailed norms and a bias that falls
-with a token's rank; the student's head shares 80 % of the teacher's. States are fields over the
-teacher's grid (smooth background, an object, noise), whose axes' spread falls as a power of their
-rank. The student sees them pooled to its own grid, with noise of its own. Teacher logits have about
-1.5 nats of entropy at V = 151,936, and some 2 % of their mass outside the top 64.
+A head's rows belong to 3,000 clusters of tokens, with heavy-tailed norms and a bias that falls with
+a token's rank; the student's head shares 80 % of the teacher's. States are fields over the
+teacher's grid (smooth background, an object, noise); the spread along their axes falls as a power
+of the rank. The student sees them pooled to its own grid, with noise of its own. Teacher logits
+have about 1.5 nats of entropy at V = 151,936, and about 2 % of their mass outside the top 64.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Models:
         )
 
     def cut(self, rank: int) -> SketchBasis:
-        """The first directions of the basis alone."""
+        """The first directions of the basis."""
         return SketchBasis(
             hidden_mean=self.basis.hidden_mean,
             projection=self.basis.projection[:, :rank].contiguous(),
@@ -76,7 +76,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One view: the student's states and head, and what each tier tells of the teacher."""
+    """One view: the student's states and head, and the teacher's signal of each tier."""
 
     student_hidden: Tensor
     student_head: LinearHead
@@ -94,7 +94,7 @@ class Problem:
         ranks: Sequence[int],
         image: int = 0,
     ) -> "Problem":
-        """A view of an image that the basis was not fitted to; there are many images."""
+        """A view of an image that the basis was not fitted to."""
         states = field(models.axes, *teacher_grid, seed=200 + 2 * image)
         grid = states.T.reshape(1, WIDTH, *teacher_grid)
         pooled = functional.adaptive_avg_pool2d(grid, student_grid)[0].flatten(1).T
@@ -131,14 +131,14 @@ class Problem:
 
     @property
     def student_logits(self) -> Tensor:
-        """All of them, computed now."""
+        """All student logits, computed now."""
         return self.student_head(self.student_hidden)
 
 
 def field(
     axes: Tensor, rows: int, cols: int, seed: int, noise: float = NOISE, smooth: float = 1.0
 ) -> Tensor:
-    """States [rows * cols, WIDTH] over a grid: a smooth background, an object before it, noise."""
+    """States [rows * cols, WIDTH] over a grid: smooth background, an object, noise."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(1, WIDTH, 7, 7, generator=generator)
     background = functional.interpolate(coarse, (rows, cols), mode="bicubic", align_corners=True)
