@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.student.train import train
     from student_train.compression.compression import compress
     from student_train.config.objective import ObjectiveConfig, preset
+    from student_train.config.recipe import TrainerSettings
     from student_train.data.batch_plan import BatchPlan
     from student_train.data.stream import TrainingStream
     from student_train.losses.objective_loss import distillation_loss
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from teacher_cache.folder.verify import verify_cache as verify
     from teacher_cache.models.sample_encoder import SampleEncoder
     from teacher_cache.records.assets import TeacherAssets
+    from teacher_cache.schema.options import RecordSettings
     from teacher_cache.schema.samples import Sample
     from teacher_cache.schema.teacher_output import TeacherOutput
 
@@ -42,6 +44,7 @@ __all__ = [
     "CacheReader",
     "EvaluateConfig",
     "ObjectiveConfig",
+    "RecordSettings",
     "ReportConfig",
     "Sample",
     "SampleEncoder",
@@ -49,6 +52,7 @@ __all__ = [
     "TeacherAssets",
     "TeacherOutput",
     "TrainConfig",
+    "TrainerSettings",
     "TrainingStream",
     "__version__",
     "build",
@@ -71,6 +75,7 @@ _HOMES = {
     "CacheReader": "teacher_cache.folder.reader:CacheReader",
     "EvaluateConfig": "pipeline.config.stages:EvaluateConfig",
     "ObjectiveConfig": "student_train.config.objective:ObjectiveConfig",
+    "RecordSettings": "teacher_cache.schema.options:RecordSettings",
     "ReportConfig": "pipeline.config.stages:ReportConfig",
     "Sample": "teacher_cache.schema.samples:Sample",
     "SampleEncoder": "teacher_cache.models.sample_encoder:SampleEncoder",
@@ -78,6 +83,7 @@ _HOMES = {
     "TeacherAssets": "teacher_cache.records.assets:TeacherAssets",
     "TeacherOutput": "teacher_cache.schema.teacher_output:TeacherOutput",
     "TrainConfig": "pipeline.config.stages:TrainConfig",
+    "TrainerSettings": "student_train.config.recipe:TrainerSettings",
     "TrainingStream": "student_train.data.stream:TrainingStream",
     "build": "pipeline.build.build:build",
     "compress": "student_train.compression.compression:compress",

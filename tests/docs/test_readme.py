@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from student_train.models.student import student_from_vanilla
-from teacher_cache.records.make_records import RecordSettings
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
@@ -16,6 +16,7 @@ from tests.support.tiny import tiny_samples
 from tests.whole.test_architecture import PACKAGES
 
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 
 
 def test_the_example_runs_on_what_the_demo_leaves(
@@ -24,7 +25,7 @@ def test_the_example_runs_on_what_the_demo_leaves(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (example,) = (text for language, text in BLOCKS if language == "python")
     vanilla = tiny_folder("llava")
     teacher = Teacher.load(str(vanilla), device="cpu", dtype="float32")
     records = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)
@@ -46,7 +47,7 @@ def rooms() -> set[str]:
 def test_its_map_shows_every_room_and_no_other() -> None:
     shown: set[str] = set()
     package = ""
-    (block,) = (b for b in re.findall(r"^```\n(.*?)^```", README, re.M | re.S) if "jobs/" in b)
+    (block,) = (text for language, text in BLOCKS if not language and "jobs/" in text)
     for line in block.splitlines():
         names = re.match(r" *((?:[a-z_]+/ ?)+)", line)
         assert names is not None, line
@@ -59,7 +60,9 @@ def test_its_map_shows_every_room_and_no_other() -> None:
 
 
 def test_architecture_md_gives_every_room_a_sentence() -> None:
-    rows = re.findall(r"^\| `([a-z_]+/[a-z_]+)/` \| \w", (DOCS / "architecture.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `([a-z_]+/[a-z_]+)/` \| \w", (DOCS / "architecture.md").read_text(), re.M
+    )
     assert sorted(rows) == sorted(rooms())
 
 
