@@ -24,6 +24,7 @@ def _arguments(line: str) -> list[str]:
     return [word for each in found for word in each]
 
 
+@pytest.mark.timeout(300)  # ten commands, each of which is a stage
 def test_every_command_works_in_the_order_of_the_page(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from jobs.cli.__main__ import main
 from jobs.cli.stage_commands import defaults
 from tests.support.paths import DOCS, ROOT
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 CODE = ("emkd", "jobs", "pipeline", "student_train", "teacher_cache", "tests", "benchmarks", "docs")
 OTHERS = {"torch", "nn", "transformers", "scipy", "weight", "AWS_PROFILE"}
 """First parts of names that belong to other libraries."""
@@ -131,7 +131,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_and_their_anchors_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("https://"):
