@@ -18,7 +18,7 @@ from benchmarks.synthetic.vision_states import Models, Problem
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.cost import cost_matrix
-from student_train.matching.separability import separability
+from student_train.matching.quality import separability
 
 STUDENT, TEACHER = (12, 12), (27, 27)
 CONSTANTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

@@ -34,9 +34,10 @@ from benchmarks.synthetic.memory import status_mib
 from benchmarks.synthetic.vision_states import WIDTH, Models, Problem
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.assignment import solve_assignment
-from student_train.matching.certificate import certified_pairs
-from student_train.matching.cost import cost_error, cost_matrix
-from student_train.matching.separability import hubness, separability
+from student_train.matching.certificate import prove_pairs
+from student_train.matching.cost import cost_matrix
+from student_train.matching.cost_error import cost_error
+from student_train.matching.quality import hubness, separability
 from student_train.ops.l1 import l1_distances
 from student_train.signals.teacher_signal import Signal
 
@@ -196,7 +197,7 @@ def describe(problem: Problem, raw: Tensor, prob: Tensor) -> None:
     config = MatchingConfig(metric="prob_l1")
     sparse = cost_matrix(problem.student_hidden, problem.student_head, top_k, config)
     error = cost_error(top_k, config, sparse.dtype).of(sparse)
-    sure = certified_pairs(sparse, error, *solve_assignment(sparse))
+    sure = prove_pairs(sparse, error, *solve_assignment(sparse))
     log_probs = problem.hidden.dense_logits().log_softmax(1)
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
     tail = top_k.log_tail.exp()

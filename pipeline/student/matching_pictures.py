@@ -20,7 +20,8 @@ from torch import Tensor
 from pipeline.student.generation import model_inputs
 from pipeline.student.token_texts import texts_with_shares
 from student_train.config.objective import MatchingConfig
-from student_train.matching.matching import Assignment, match_tokens
+from student_train.matching.assignment import Assignment
+from student_train.matching.matching import match_tokens
 from student_train.models.forward import final_hidden, output_head
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, TopKSignal

@@ -1,9 +1,9 @@
-"""The settings of compression inside the language model: who drops how many tokens, and where.
+"""Settings of compression inside the language model: what is dropped, where and by which compressor.
 
-A stage drops, at the input of one decoder layer, a share of the vision tokens that arrive there:
-one stage is EPIC's setting (2510.00515), several are a pyramid such as PyramidDrop's. Settings that
-no model could carry out are refused here; those that one model cannot, by `decoder.py`, before a
-forward pass. Imports nothing heavy: `emkd --help` reads this.
+A drop stage drops a share of the vision tokens at the input of one decoder layer. One stage is
+EPIC's setting (arXiv 2510.00515), several are a pyramid such as PyramidDrop's. Settings that no
+model could carry out are refused here; those that a given model cannot, by `decoder.py` before its
+first forward pass. Imports nothing heavy: `emkd --help` reads this.
 """
 
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ class DropStage(StrictRecord):
     """Drop a share of the vision tokens at the input of one decoder layer."""
 
     layer: int
-    """Decoder layer, counted from 0, whose input is shortened (EPIC's K). What is kept is decided
-    by the layer below, so there is none at 0; the number of layers itself stands behind the last
-    layer, where nothing is dropped: layer consistency distillation begins there."""
+    """Decoder layer, counted from 0, whose input is shortened (EPIC's K). At least 1: the layer
+    below decides which tokens are kept. A value equal to the number of layers means behind the last
+    layer, where nothing is dropped (LCD begins there)."""
     ratio: float
-    """Share of the vision tokens at this layer's input that are dropped, 0 <= ratio < 1."""
+    """Share of the vision tokens at this layer's input to drop, 0 <= ratio < 1."""
 
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ValueError(
                 f"a stage is at the input of layer {self.layer}, expected 1 or more: the layer "
-                "below it decides which tokens are kept"
+                "below decides which tokens are kept"
             )
         if not 0 <= self.ratio < 1:
             raise ValueError(
@@ -40,18 +40,18 @@ class DropStage(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionSettings(StrictRecord):
-    """Which compressor, at which stages, and what it may look at."""
+    """Which compressor, its drop stages, and the text that it may use."""
 
     compressor: str = "dart"
-    """A name in `compressors.COMPRESSORS`: dart, fastv, random, or one that was registered."""
+    """A name in `compressors.COMPRESSORS`: dart, fastv, random, or a registered one."""
     stages: tuple[DropStage, ...]
-    """Ascending layers; none at all is the uncompressed model."""
+    """Ascending layers; empty for the uncompressed model."""
     text: TextSource = "instruction"
-    """Text that decides what is kept. `instruction`: that of the turn that shows the images, which
-    is known before any answer. `released`: all text behind the images, answers included, as in
-    EPIC's code: what is kept then depends on the labels, and differs in generation."""
+    """Text that decides what is kept. `instruction`: the user's text in the turn that shows the
+    images, known before the answer. `released`: all text after the images, answers included, as in
+    EPIC's code; then what is kept depends on the labels and differs in generation."""
     seed: int = 0
-    """Of compressors that draw (random)."""
+    """Seed of compressors that draw random numbers (random)."""
 
     def __post_init__(self) -> None:
         layers = [stage.layer for stage in self.stages]
@@ -60,8 +60,8 @@ class CompressionSettings(StrictRecord):
 
 
 def grid_ratio(ratios: Iterable[float], wanted: float) -> float:
-    """The largest of the ratios that is at most `wanted`, or 0, which every cache has.
+    """Return the largest ratio that is at most `wanted`, or 0, which every cache has.
 
-    Differences such as 0.7 - 0.2 count as the decimals that they stand for.
+    Differences such as 0.7 - 0.2 are compared as decimals.
     """
     return max((ratio for ratio in ratios if ratio <= wanted + 1e-9), default=0.0)

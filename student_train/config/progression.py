@@ -1,11 +1,10 @@
-"""How vision tokens are dropped inside the student's language model over the course of training.
+"""Settings of progressive compression: how many vision tokens each training step drops.
 
-A schedule (TCD, LCD, ICD) says how hard each step is, a preset with which numbers, a compressor
-which tokens go. EPIC's objectives need one; any other objective may have one too: `supervised`
-with a schedule is EPIC without its consistency term. The preset `fixed` is no progression at all:
-one ratio from the first step to the last. Refuses settings that no model could carry out; those
-that one model cannot, `decoder.py` refuses before training. `emkd --help` reads this: no heavy
-imports.
+The schedule (TCD, LCD, ICD) gives layer and ratio of each step, the preset its numbers, the
+compressor chooses the tokens. EPIC's objectives need a progression; any other objective may have
+one: `supervised` with a schedule is EPIC without its consistency term. The preset `fixed` has one
+ratio from first to last step. Refuses settings that no model could carry out; those that a given
+model cannot, `decoder.py` refuses before training. `emkd --help` reads this: no heavy imports.
 """
 
 from dataclasses import dataclass
@@ -24,28 +23,28 @@ from teacher_cache.schema.strict_json import StrictRecord
 ProgressionPreset = SchedulePreset | Literal["fixed"]
 
 FIXED_GAP = 0.3
-"""Gap of the preset `fixed` where none is given: that of the other presets at their end."""
+"""Default gap of the preset `fixed`: the final gap of the other presets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressionConfig(StrictRecord):
-    """Compression inside the language model while training; part of a run's identity."""
+    """Compression inside the language model during training; part of a run's identity."""
 
     schedule: ScheduleName = "tcd"
     preset: ProgressionPreset = "paper_notes"
-    """Whose ratios: those of notes on the paper, of its released code (tcd alone), or `fixed`."""
+    """Ratios from notes on the paper, from its released code (tcd only), or `fixed`."""
     compressor: str = "dart"
-    """A name in `compressors.COMPRESSORS`: dart, fastv, random, or one that was registered."""
+    """A name in `compressors.COMPRESSORS`: dart, fastv, random, or a registered one."""
     text: TextSource = "instruction"
-    """Text that decides what is kept: the instruction of the turn, or `released`, all text."""
+    """Text that decides what is kept (`CompressionSettings.text`)."""
     layer: int = 2
-    """Decoder layer, counted from 0, whose input is shortened: TCD's, and where LCD and ICD end."""
+    """Decoder layer, counted from 0, whose input is shortened; LCD and ICD end at it."""
     icd_layers: tuple[int, ...] = ()
-    """ICD's layers before that, descending; default: 3/4, 1/2 and 1/4 of the depth."""
+    """ICD's earlier layers, descending; default: 3/4, 1/2 and 1/4 of the depth."""
     ratio: float | None = None
-    """Share of vision tokens dropped at every step; for the preset `fixed`, which needs it."""
+    """Share of vision tokens dropped at every step; required by the preset `fixed` alone."""
     gap: float | None = None
-    """How much smaller the teacher's ratio is; for the preset `fixed`; default 0.3."""
+    """Student's ratio minus the teacher's, for the preset `fixed`; default 0.3."""
 
     def __post_init__(self) -> None:
         if self.layer < 1:
@@ -58,12 +57,12 @@ class ProgressionConfig(StrictRecord):
             )
         if self.icd_layers and self.schedule != "icd":
             raise ValueError(
-                f"icd_layers is {self.icd_layers}, but the schedule is {self.schedule}; leave it "
-                "out, or take the schedule icd"
+                f"icd_layers is {self.icd_layers}, but the schedule is {self.schedule}; omit it, "
+                "or take the schedule icd"
             )
         if self.compressor == "random" and self.text != "instruction":
             raise ValueError(
-                f"text is {self.text!r}, but the compressor random looks at no text; leave it out"
+                f"text is {self.text!r}, but the compressor random uses no text; omit it"
             )
         falling = list(self.icd_layers)
         if falling and ([*falling, self.layer] != sorted({*falling, self.layer}, reverse=True)):
@@ -86,12 +85,12 @@ class ProgressionConfig(StrictRecord):
         elif self.ratio is not None or self.gap is not None:
             name = "ratio" if self.ratio is not None else "gap"
             raise ValueError(
-                f"{name} is set, but the preset {self.preset} has ratios of its own; leave it out, "
-                "or take the preset fixed"
+                f"{name} is set, but the preset {self.preset} has its own ratios; omit it, or take "
+                "the preset fixed"
             )
 
     def schedule_of(self, num_layers: int) -> Schedule:
-        """The schedule for a decoder of that many layers; ValueError where it is too shallow."""
+        """Return the schedule for a decoder's depth; ValueError where it is too shallow."""
         if self.layer >= num_layers:
             raise ValueError(
                 f"tokens are to be dropped at the input of layer {self.layer}, but the decoder has "

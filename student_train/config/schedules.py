@@ -1,16 +1,16 @@
-"""How hard each training step of EPIC is: TCD, LCD and ICD as pure functions of progress.
+"""EPIC's schedules TCD, LCD and ICD: where and how much each training step drops.
 
     p = steps done / steps in all        u = random_uniform(seed, "ratio", step), in [0, 1)
 
     TCD  fixed layer K;  r_student = low(p) + u (high(p) - low(p))       (token-wise)
     LCD  layer = round(L - p (L - K));  r_student as above, ramps constant  (layer-wise)
-    ICD  stages of equal length at ever lower layers, a whole TCD ramp inside each
+    ICD  phases of equal length at descending layers, a whole TCD ramp in each
     all  r_teacher = max(0, r_student - gap(p));  same layer for both
 
-Promise: nothing is remembered from step to step, so a run that resumes at step t continues the
-same draws. Presets are `paper_notes` (what notes on the paper report) and
-`released_code` (what its code computes: token-wise only). Refuses progress outside [0, 1], ratios
-outside [0, 1) and layers that the model does not have. `emkd --help` reads this: no heavy imports.
+Promise: pure functions of progress and draw, so that a run that resumes at step t continues the
+same draws. Presets: `paper_notes` (what notes on the paper report) and `released_code` (what its
+code computes: TCD only). Refuses progress outside [0, 1], ratios outside [0, 1) and layers that the
+model does not have. `emkd --help` reads this: no heavy imports.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ScheduleName = Literal["tcd", "lcd", "icd"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difficulty:
-    """One training step: at which layer both passes drop tokens, and what share of them."""
+    """The layer at which both passes of a step drop tokens, and the share that each drops."""
 
     layer: int
     student_ratio: float
@@ -33,7 +33,7 @@ class Difficulty:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ramp(StrictRecord):
-    """A ratio that goes linearly from `start` to `end` and stays there from progress `until` on."""
+    """A ratio that goes linearly from `start` to `end`, and stays there from progress `until`."""
 
     start: float
     end: float
@@ -47,7 +47,7 @@ class Ramp(StrictRecord):
             raise ValueError(f"a ramp reaches its end at progress {self.until}, expected (0, 1]")
 
     def at(self, progress: float) -> float:
-        """The ratio at a progress in [0, 1]."""
+        """Return the ratio at a progress in [0, 1]."""
         if not 0 <= progress <= 1:
             raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
         if progress >= self.until:
@@ -57,7 +57,7 @@ class Ramp(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioRamps(StrictRecord):
-    """Where the student's ratio is drawn from, and how far the teacher's lies below it."""
+    """The interval of the student's ratio, and the gap down to the teacher's."""
 
     low: Ramp
     high: Ramp
@@ -69,10 +69,10 @@ class RatioRamps(StrictRecord):
             raise ValueError(f"low {self.low} is above high {self.high} at some progress")
 
     def at(self, progress: float, draw: float) -> tuple[float, float]:
-        """Ratios of student and teacher at a progress, for a draw in [0, 1).
+        """Return the ratios of student and teacher at a progress, for a draw in [0, 1).
 
-        A difference such as 0.8 - 0.2 is the decimal that it stands for: a bit more than 0.6 would
-        drop one token more.
+        The difference is rounded to 12 decimals: 0.8 - 0.2 in floating point is more than 0.6 and
+        would drop one token more.
         """
         if not 0 <= draw < 1:
             raise ValueError(f"a draw is {draw}, expected 0 <= draw < 1")
@@ -83,20 +83,20 @@ class RatioRamps(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSchedule(StrictRecord):
-    """TCD: ever more tokens dropped at one layer."""
+    """TCD: drops more and more tokens at one layer."""
 
     ratios: RatioRamps
     layer: int = 2
 
     def at(self, progress: float, draw: float) -> Difficulty:
-        """What the step at this progress does, for its draw in [0, 1)."""
+        """Return what the step at this progress drops, for its draw in [0, 1)."""
         student, teacher = self.ratios.at(progress, draw)
         return Difficulty(layer=self.layer, student_ratio=student, teacher_ratio=teacher)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSchedule(StrictRecord):
-    """LCD: tokens dropped ever earlier, from behind the last layer (nothing) down to `layer`."""
+    """LCD: drops tokens at ever lower layers, from behind the last (none) down to `layer`."""
 
     ratios: RatioRamps
     num_layers: int
@@ -107,7 +107,7 @@ class LayerSchedule(StrictRecord):
             raise ValueError(f"layer is {self.layer}, expected 1 to {self.num_layers}")
 
     def at(self, progress: float, draw: float) -> Difficulty:
-        """What the step at this progress does; halves are rounded to the deeper layer."""
+        """Return what the step at this progress drops; halves round to the deeper layer."""
         student, teacher = self.ratios.at(progress, draw)
         depth = self.num_layers - progress * (self.num_layers - self.layer)
         return Difficulty(layer=int(depth + 0.5), student_ratio=student, teacher_ratio=teacher)
@@ -115,7 +115,7 @@ class LayerSchedule(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegratedSchedule(StrictRecord):
-    """ICD: layers outside, tokens inside; each layer has an equal share of the training."""
+    """ICD: TCD's ramps at each of several descending layers, an equal share of steps for each."""
 
     ratios: RatioRamps
     layers: tuple[int, ...]
@@ -126,7 +126,7 @@ class IntegratedSchedule(StrictRecord):
             raise ValueError(f"layers are {self.layers}, expected descending, each only once")
 
     def at(self, progress: float, draw: float) -> Difficulty:
-        """What the step at this progress does; all ramps start anew with each layer."""
+        """Return what the step at this progress drops; ramps start again at each layer."""
         if not 0 <= progress <= 1:
             raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
         position = progress * len(self.layers)
@@ -154,11 +154,11 @@ def schedule_preset(
     layer: int = 2,
     icd_layers: tuple[int, ...] = (),
 ) -> Schedule:
-    """A schedule as the paper's notes or its released code have it, for a decoder's depth.
+    """Return the schedule of the paper's notes or of its released code, for a decoder's depth.
 
-    All drop at `layer` in the end. ICD's layers before that are `icd_layers`, by default 3/4, 1/2
-    and 1/4 of the depth (the paper's number of stages is not known). ValueError for
-    `released_code` with anything but TCD, and where the decoder is too shallow.
+    All end at `layer`. ICD's layers before it are `icd_layers`, by default 3/4, 1/2 and 1/4 of the
+    depth (the paper's number is not known). ValueError for `released_code` with another schedule
+    than TCD, and for a decoder that is too shallow.
     """
     if name == "released_code":
         if kind != "tcd":
@@ -182,7 +182,7 @@ def schedule_preset(
 
 
 def fixed_schedule(ratio: float, gap: float, layer: int) -> TokenSchedule:
-    """No progression: one ratio, one gap and one layer at every step."""
+    """Return a constant schedule: one ratio, one gap and one layer at every step."""
     ratios = RatioRamps(low=_constant(ratio), high=_constant(ratio), gap=_constant(gap))
     return TokenSchedule(ratios=ratios, layer=layer)
 

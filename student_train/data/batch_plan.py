@@ -1,4 +1,4 @@
-"""Which positions of the sample order form a batch."""
+"""Cuts the sample order into optimizer steps, ranks and micro-batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from student_train.data.sample_order import micro_batches, owned_positions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """How the endless order is cut: `batch_size` samples a step, over all ranks and micro-batches.
+    """`batch_size` samples a step, over all ranks and micro-batches.
 
-    ValueError unless every rank gets the same number of full micro-batches in every step: then a
-    step's gradient, the mean over ranks and micro-batches, weighs all samples alike.
+    ValueError unless every rank has the same number of full micro-batches in every step. So a
+    step's gradient, the mean over ranks and micro-batches, weighs all samples equally.
     """
 
     batch_size: int
@@ -32,13 +32,13 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches that one rank computes for one optimizer step."""
+        """Micro-batches of one rank in one optimizer step."""
         return self.batch_size // (self.micro_batch_size * self.world_size)
 
     def positions(self, start: int) -> Iterator[range]:
-        """Positions of this rank's micro-batches from position `start` on, endless.
+        """Yield the positions of this rank's micro-batches from `start` on, without end.
 
-        ValueError where `start` is not the beginning of a step.
+        ValueError where `start` is not the first position of a step.
         """
         if start < 0 or start % self.batch_size:
             raise ValueError(f"position {start} is not a multiple of batch_size {self.batch_size}")

@@ -1,10 +1,10 @@
-"""Calls a function ahead of time in threads, in order and within a bound.
+"""Calls a function ahead of time in threads, in order and with bounded memory.
 
-Promises: results come in the order of their arguments, whatever thread was quicker; an error is
-raised where its result is due, after all that come before it; at most `depth` results exist that
-nobody has taken, finished or not, so memory is bounded by `depth` results and what `num_threads`
-calls need while they run; leaving the iterator ends the threads. zstd, xxhash, file access and
-most of torch and numpy run without the interpreter lock, so that the threads do work meanwhile.
+Promises: results come in the order of their arguments; an error is raised where its result is due,
+after all earlier results; at most `depth` results, finished or not, wait to be taken, so that
+memory is bounded by `depth` results plus the working memory of `num_threads` calls; leaving the
+iterator ends the threads. Threads help because zstd, xxhash, file access and most of torch and
+numpy release the interpreter lock.
 """
 
 from collections import deque
@@ -19,9 +19,9 @@ Result = TypeVar("Result")
 def read_ahead(
     load: Callable[[Argument], Result], arguments: Iterator[Argument], num_threads: int, depth: int
 ) -> Iterator[Result]:
-    """`load` of every argument, in order; with 0 threads in this one, when asked for it.
+    """Yield `load(argument)` in order; with 0 threads, compute each in this thread when it is due.
 
-    `arguments` are taken in this thread, at most `depth` before their result is. They may end.
+    `arguments` is read in this thread, at most `depth` ahead of the results. It may be finite.
     """
     if num_threads == 0:
         yield from map(load, arguments)

@@ -1,4 +1,4 @@
-"""Requires that the student reads the same text tokens as the teacher did."""
+"""Refuses samples whose text, images or views differ between student and teacher."""
 
 import torch
 
@@ -11,11 +11,11 @@ from teacher_cache.schema.teacher_output import TeacherOutput
 def check_against_teacher(
     encoded: EncodedSample, output: TeacherOutput, scope: MatchScope | None
 ) -> None:
-    """Refuse a sample whose student tokens do not correspond to the teacher's (SampleError).
+    """Raise SampleError where the student's tokens do not correspond to the teacher's.
 
-    The text of the messages must be the same tokens, of the same roles, on the same side of the
-    first image. `scope` is the matching's, None where no vision tokens are matched: a matching per
-    view needs the same views in the same order, one per image the same images.
+    The text of the messages must be the same tokens, with the same roles, on the same side of the
+    first image. `scope` is the matching's, None without matching: `view` needs the same views in
+    the same order, `global` the same images.
     """
     spans = encoded.spans
     if not torch.equal(spans.content_ids, output.content_ids):

@@ -1,4 +1,7 @@
-"""The order of samples in an epoch, a pure function of seed and epoch."""
+"""Decides the shuffle order of samples: a pure function of shard sizes, seed and window.
+
+Each epoch permutes the shards, cuts them into windows, and permutes the rows inside each window.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ _Ints = npt.NDArray[np.int64]
 
 
 class SampleOrder:
-    """The endless shuffled order: position p -> row, rows counted over all shards in order."""
+    """The endless shuffled order: position -> row, counted over all shards in order."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
         if sum(shard_sizes) < 1 or min(shard_sizes) < 0:
@@ -23,12 +26,12 @@ class SampleOrder:
         self._starts = [0, *accumulate(shard_sizes)]
         self._seed = seed
         self._window = window
-        # The latest epoch's shard order and the latest window's rows, with what they belong to.
+        # Caches of the latest epoch's shard order and the latest window's rows, with their keys.
         self._epoch: tuple[int, _Ints, list[int]] | None = None
         self._rows: tuple[int, int, _Ints] | None = None
 
     def index_at(self, position: int) -> int:
-        """The row at a position of the endless order."""
+        """Return the row at a position of the endless order."""
         if position < 0:
             raise ValueError(f"positions count from 0, found {position}")
         epoch, offset = divmod(position, self.num_rows)
@@ -37,7 +40,7 @@ class SampleOrder:
         return int(self._rows_of(epoch, number, shards)[offset - starts[number]])
 
     def _shards_of(self, epoch: int) -> tuple[_Ints, list[int]]:
-        """Order of the shards in an epoch, and the offset at which each window begins."""
+        """The order of the shards in an epoch, and the offset where each window begins."""
         cached = self._epoch
         if cached is None or cached[0] != epoch:
             shards = self._permutation(epoch, 0, len(self._sizes))
@@ -60,7 +63,7 @@ class SampleOrder:
         return cached[2]
 
     def _permutation(self, epoch: int, stream: int, count: int) -> _Ints:
-        # Key and counter make every (seed, epoch, stream) a sequence of its own.
+        # Key and counter give every (seed, epoch, stream) its own sequence.
         words = np.random.Philox(
             key=np.array([self._seed, epoch], dtype=np.uint64),
             counter=np.array([0, 0, 0, stream], dtype=np.uint64),
@@ -69,7 +72,7 @@ class SampleOrder:
 
 
 def owned_positions(start: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Rank `rank`'s contiguous share of the global batch that begins at position `start`."""
+    """Return the contiguous share of `rank` in the global batch that begins at `start`."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size} workers")
     if batch_size < 1 or batch_size % world_size:
@@ -82,7 +85,7 @@ def owned_positions(start: int, batch_size: int, rank: int, world_size: int) -> 
 
 
 def micro_batches(positions: range, size: int) -> tuple[range, ...]:
-    """Cut a worker's share into forward passes of `size` samples; the last may be smaller."""
+    """Cut a rank's share into forward passes of `size` samples; the last may be smaller."""
     if size < 1:
         raise ValueError(f"a forward pass of {size} samples; give at least 1")
     return tuple(positions[start : start + size] for start in range(0, len(positions), size))

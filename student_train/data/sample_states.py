@@ -1,8 +1,8 @@
-"""The student's final hidden states of one sample, as the losses take them.
+"""Gathers the student's final hidden states of each sample, as the losses take them.
 
-Promise: gathered by position in the sample, so that padding, its side, and vision tokens that were
-dropped inside the language model leave no trace in what a state is compared with. Refuses a layout
-without a token that a loss needs. Dimensions as in schema.py.
+Promise: states are gathered by position in the sample, so that padding, its side and vision tokens
+dropped inside the language model do not change which teacher token a state is compared with.
+Refuses a layout that lacks a token that a loss needs. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleStates:
-    """The student's final hidden states of one sample, gathered: padding has left no trace.
+    """The student's final hidden states of one sample, without padding.
 
-    `predicting[i]` is the state whose logits predict `response_ids[i]`; `text` are the content
-    tokens after the image, of which `text_is_response` tells the response from the instruction.
+    `predicting[i]` is the state whose logits predict `response_ids[i]`. `text` holds the content
+    tokens after the image; `text_is_response` marks those of the response.
     """
 
     views: tuple[ViewGrid, ...]
@@ -30,19 +30,19 @@ class SampleStates:
     text_is_response: Bool[Tensor, " X"]
     response_ids: Int[Tensor, " R"]
     content_ids: Int[Tensor, " T"]
-    """Kept to be compared with the teacher's, so that no sample is distilled from another."""
+    """Compared with the teacher's, so that no sample is distilled from another one's record."""
     kept: Int[Tensor, " N"] | None = None
-    """Which of the vision tokens of `views` are left, ascending, where some were dropped inside the
-    language model; on the CPU. None: `vision` has all of them."""
+    """Ascending numbers of the vision tokens of `views` that are left where some were dropped
+    inside the language model; on the CPU. None: `vision` has all of them."""
 
 
 def gather_states(
     hidden: Float[Tensor, "B L D"], spans: Sequence[TokenSpans], layout: TokenLayout
 ) -> list[SampleStates]:
-    """Pick the states that the losses need from a padded batch, with gradient.
+    """Gather the states that the losses need from a padded batch, with gradient.
 
-    The layout says where each sample's tokens are, so that either side of the padding gathers the
-    same states, and which vision tokens are left. ValueError where other tokens were dropped.
+    `layout` says where each sample's tokens are and which vision tokens are left. Either padding
+    side gives the same states. ValueError where tokens other than vision tokens were dropped.
     """
     device = hidden.device
     states: list[SampleStates] = []

@@ -1,14 +1,14 @@
-"""The stream of training batches: which samples, in which order, resumable at any position.
+"""Streams training micro-batches from a sealed cache, resumable at any position.
 
-Promise: the order is a pure function of (cache fingerprint, seed, position), see sharding.py. The
-endless order is cut into steps of `batch_size` samples, steps into contiguous shares of ranks,
-shares into micro-batches, so that neither world size, micro-batch size nor threads change which
-samples form a step. The whole state is one integer: samples consumed by optimizer steps, never
-what was read ahead. Only the parts that the objective needs are read.
+Promise: the order is a pure function of (cache fingerprint, seed, position), see sample_order.py.
+It is cut into steps of `batch_size` samples, steps into contiguous shares of ranks, shares into
+micro-batches (batch_plan.py), so that world size, micro-batch size and threads do not change which
+samples form a step. The whole state is one integer: the samples consumed by optimizer steps, not
+those read ahead. Only the columns that the objective needs are read.
 
-Refuses, naming the sample: a student whose tokens of the messages' text differ from the teacher's,
-and images or views that do not correspond. An error in a loader thread is raised where its sample
-is due: no hang, no early end. Reaches neither transformers nor ray.
+Refuses, naming the sample: text tokens that differ between student and teacher, and images or views
+that do not correspond. An error in a loader thread is raised where its sample is due. Reaches
+neither transformers nor ray.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,20 +32,20 @@ from teacher_cache.schema.teacher_output import TeacherOutput
 Encoder = Callable[[Sample], EncodedSample]
 
 ORDER_VERSION = 1
-"""Raised whenever one seed would come to mean another order of the same rows."""
+"""Goes up by one whenever a change gives a seed another order of the same rows."""
 SHUFFLE_WINDOW = 16
 """Shards whose rows are shuffled together; part of the order."""
 READ_AHEAD = 2
 """Micro-batches that loader threads may be ahead of the training loop.
 
-With the one in use and the one that is put together, a rank holds at most (READ_AHEAD + 2) *
-micro_batch_size decoded samples; docs/performance.md says how many bytes that is.
+Together with the one in use and the one being collated, a rank holds at most (READ_AHEAD + 2) *
+micro_batch_size decoded samples; docs/performance.md has the bytes.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentBatch:
-    """One micro-batch of one rank: the student's inputs and, row for row, the teacher's outputs."""
+    """One micro-batch of one rank: the student's inputs and, row by row, the teacher's outputs."""
 
     model: ModelBatch
     outputs: tuple[TeacherOutput, ...]
@@ -59,7 +59,7 @@ class StudentBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState(StrictRecord):
-    """Where a stream stands: which order it runs through, and how many samples were consumed."""
+    """A stream's order, and how many of its samples were consumed."""
 
     cache: str
     """Fingerprint of the cache."""
@@ -70,7 +70,7 @@ class StreamState(StrictRecord):
 
 
 class TrainingStream:
-    """Endless micro-batches of one rank from a sealed cache, from `position` on (`seek` sets it).
+    """Yields micro-batches of one rank without end, from `position` on (`seek` sets it).
 
     `encode` is called from several threads at once unless `num_threads` is 0. `records` is the tier
     to learn from where the cache holds several, by default the most exact one.
@@ -107,7 +107,7 @@ class TrainingStream:
 
     @property
     def grid(self) -> GridSettings | None:
-        """How the cache's teacher dropped vision tokens for further response records, if it did."""
+        """Settings of the response grid that the cache's teacher was run on; None without one."""
         return self._reader.spec.grid
 
     @property
@@ -116,7 +116,7 @@ class TrainingStream:
         return len(self._reader)
 
     def state(self, position: int) -> StreamState:
-        """The state after `position` samples, of all ranks, have been used by optimizer steps."""
+        """Return the state after optimizer steps have used `position` samples, over all ranks."""
         return StreamState(
             cache=self._reader.fingerprint,
             order_version=ORDER_VERSION,
@@ -126,8 +126,8 @@ class TrainingStream:
         )
 
     def seek(self, state: StreamState) -> None:
-        """Begin at a stored state; CacheMismatchError names what differs from this stream."""
-        remedy = "A stream resumes in the order that it began in, or not at all"
+        """Start at a stored state; CacheMismatchError names what differs from this stream."""
+        remedy = "A stream resumes only in the order that it began with"
         require_equal(state, self.state(state.position), "The stored state of the stream", remedy)
         self.position = state.position
 

@@ -1,9 +1,9 @@
-"""Where each sample's tokens sit in a padded batch, before and after some were dropped.
+"""Maps each sample's tokens to columns of a padded batch, before and after some were dropped.
 
-Promise: a sample's tokens are side by side and in order, whatever was dropped; padding is on the
-side where it was, or on the left where there was none (so that the last column predicts the next
-token). `positions` says which token of its sample each column holds, so that losses find labels,
-vision tokens and text again. Asking for a token that was dropped is an error, never a neighbour.
+Promise: a sample's tokens are adjacent and in order, whatever was dropped. Padding stays on its
+side, or goes left where there was none (so that the last column predicts the next token).
+`positions` says which token of its sample each column holds; losses find labels, vision tokens and
+text by it. Asking for a dropped token is an error.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from torch import Tensor
 from teacher_cache.models.collate import ModelBatch
 
 PADDING = -1
-"""Stands for a position in columns that hold no token."""
+"""The position of columns that hold no token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """The tokens of each row, by position in their sample (ascending), and the row's first column.
+    """Each row's tokens, as ascending positions in their sample, and its first column.
 
     Tensors are on the CPU.
     """
@@ -45,7 +45,7 @@ class TokenLayout:
         return self.positions != PADDING
 
     def columns(self, row: int, positions: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Columns where the given tokens of sample `row` sit; ValueError for dropped ones."""
+        """Return the columns of the given tokens of sample `row`; ValueError for dropped ones."""
         tokens = self.rows[row]
         found = torch.searchsorted(tokens, positions).clamp(max=max(0, len(tokens) - 1))
         missing = positions[~torch.isin(positions, tokens)]
@@ -57,11 +57,11 @@ class TokenLayout:
         return found + self.starts[row]
 
     def kept(self, row: int, positions: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Which of the given tokens of sample `row` are in the layout."""
+        """Return which of the given tokens of sample `row` are in the layout."""
         return torch.isin(positions, self.rows[row])
 
     def only(self, rows: Sequence[Int[Tensor, " _"]]) -> "TokenLayout":
-        """The layout with only these tokens of each row, padded to the longest."""
+        """Return the layout with only these tokens of each row, padded to the longest."""
         length = max(len(tokens) for tokens in rows)
         return TokenLayout(
             rows=tuple(rows),
@@ -70,7 +70,7 @@ class TokenLayout:
         )
 
     def index_of(self, other: "TokenLayout") -> Int[Tensor, "B K"]:
-        """For each column of `other`, the column here that holds its token (0 for padding)."""
+        """Return, for each column of `other`, the column here of its token (0 for padding)."""
         index_BK = torch.zeros_like(other.positions)
         for row, (tokens, start) in enumerate(zip(other.rows, other.starts, strict=True)):
             index_BK[row, start : start + len(tokens)] = self.columns(row, tokens)
@@ -84,10 +84,9 @@ class TokenLayout:
 
 
 def layout_of(batch: ModelBatch, num_new: int = 0) -> TokenLayout:
-    """The layout of a batch as it was collated, with tokens generated since appended to each row.
+    """Return the layout of a collated batch, with `num_new` generated tokens appended to each row.
 
-    ValueError for a batch that is padded on the right and has new tokens: these would follow
-    padding.
+    ValueError for new tokens in a batch padded on the right: they would follow padding.
     """
     length = batch.inputs["input_ids"].shape[1]
     num_tokens = [sample.num_tokens for sample in batch.samples]

@@ -25,11 +25,16 @@ from student_train.config.objective import MatchMetric, ObjectiveConfig
 from student_train.data.sample_states import SampleStates
 from student_train.head.linear_head import LinearHead, LogitsOf
 from student_train.head.student_logits import autocast_here
+from student_train.matching.assignment import Assignment
 from student_train.matching.cost import require_comparable
-from student_train.matching.matching import Assignment, Matching, PendingMatching, start_matching
+from student_train.matching.matching import Matching, PendingMatching, start_matching
 from student_train.matching.problems import VisionTokens
-from student_train.matching.quality import assignment_stats, matching_quality, row_mean_spread
-from student_train.matching.separability import LEAST_SEPARABILITY
+from student_train.matching.quality import (
+    LEAST_SEPARABILITY,
+    assignment_stats,
+    matching_quality,
+    row_mean_spread,
+)
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, concatenate
 from teacher_cache.records.assets import TeacherAssets

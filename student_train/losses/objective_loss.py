@@ -37,7 +37,7 @@ from student_train.losses.logit_terms import (
 )
 from student_train.losses.reductions import token_mean, vsd_loss
 from student_train.losses.vlad import batch_vlad
-from student_train.matching.matching import Assignment
+from student_train.matching.assignment import Assignment
 from student_train.signals.from_cache import teacher_response_at
 from student_train.signals.teacher_signal import Signal, concatenate
 from teacher_cache.records.assets import TeacherAssets

@@ -1,14 +1,66 @@
-"""Solves one linear assignment problem: the pairs of least total cost.
+"""Solves one linear assignment problem, and the types of its solution.
 
 Promise: min(N, M) pairs, optimal up to the solver's float64, sorted by row, no row and no column
 twice; N and M may differ either way. No gradient, CPU only. `cost.py` computes costs, `matching.py`
 decides which tokens form one problem.
 """
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
+
+
+class SolvedProblem(NamedTuple):
+    """One assignment problem and its solution; rows and columns are its own; all on the CPU."""
+
+    cost: Float[Tensor, "n m"]
+    rows: Int[Tensor, " p"]
+    columns: Int[Tensor, " p"]
+    total_cost: float
+    separability: float
+    hubness: float
+    certified: Bool[Tensor, " p"] | None
+    """Pairs that are provably those of the exact costs (`MatchingConfig.certify`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Student token `student[i]` is matched to teacher token `teacher[i]`; no token twice.
+
+    `problems` keeps each solved problem with its costs, for diagnostics.
+    """
+
+    student: Int[Tensor, " P"]
+    teacher: Int[Tensor, " P"]
+    num_student: int
+    num_teacher: int
+    problems: tuple[SolvedProblem, ...] = field(repr=False)
+
+    @property
+    def num_pairs(self) -> int:
+        """Matched pairs."""
+        return self.student.shape[0]
+
+    @property
+    def total_cost(self) -> float:
+        """Cost of all pairs."""
+        return sum((problem.total_cost for problem in self.problems), 0.0)
+
+    @property
+    def mean_cost(self) -> float:
+        """Cost of the average pair; 0 without pairs."""
+        return self.total_cost / max(1, self.num_pairs)
+
+    @property
+    def unmatched_students(self) -> Int[Tensor, " U"]:
+        """Student tokens without a partner: none unless some problem has N > M."""
+        free = torch.ones(self.num_student, dtype=torch.bool, device=self.student.device)
+        free[self.student] = False
+        return free.nonzero()[:, 0]
 
 
 def solve_assignment(cost: Float[Tensor, "N M"]) -> tuple[Int[Tensor, " P"], Int[Tensor, " P"]]:

@@ -1,13 +1,14 @@
-"""Which pairs of a matching are provably those of the exact costs, when these are known roughly.
+"""Proves which pairs of a matching are those of the exact costs, given bounds of the costs' error.
+
+Only `MatchingConfig.certify` uses this file; matching is complete without it.
 
 Given costs C' with |C - C'| <= E entry by entry, a pair is certified when every optimal assignment
-of every such C contains it. Any other assignment moves some rows along cycles: a row leaves its
-column for that of the next row, or for a free column, which closes the cycle through one node
-`free`. An optimal assignment contains no cycle that it could do better without, so a row of which
-every simple cycle costs more than 0 at least, at C' - E on the columns entered and C' + E on those
-left, keeps its column. Dual potentials change no cycle and make single moves tell what cycles cost:
-moves that cannot be part of a cheap cycle are struck out until none is left to strike; what remains
-is asked for its shortest cycles.
+of every such C contains it. Any other assignment moves some rows along cycles: each row takes the
+column of the next row, or a free column, which closes the cycle through one node `free`. A row
+keeps its column if each simple cycle through it costs more than 0, counted at C' - E on the columns
+entered and at C' + E on those left. Dual potentials change the cost of no cycle and make single
+moves informative: moves that cannot belong to a cycle of cost 0 or less are removed until no more
+can be, and Floyd and Warshall's algorithm bounds the shortest cycles of the rest.
 
 Promise: never wrong, ties and float64 rounding included; a pair that is not certified may still be
 right. It does not matter how the assignment was found.
@@ -20,23 +21,35 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse.csgraph import connected_components  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
+from student_train.matching.cost_error import CostError
+
 _Matrix = npt.NDArray[np.float64]
 _FARTHEST = -1e200
-"""Below this no distance matters, and sums of two do not overflow."""
+"""Floor of distances: sums of two of them do not overflow."""
 
 
-def certified_pairs(
+def certify(
+    cost: Float[Tensor, "n m"],
+    error: CostError | None,
+    rows: Int[Tensor, " p"],
+    columns: Int[Tensor, " p"],
+) -> Bool[Tensor, " p"] | None:
+    """Return `prove_pairs` under a bound of the costs' error; None without a bound."""
+    return None if error is None else prove_pairs(cost, error.of(cost), rows, columns)
+
+
+def prove_pairs(
     cost: Float[Tensor, "N M"],
     error: Float[Tensor, "N M"],
     rows: Int[Tensor, " P"],
     columns: Int[Tensor, " P"],
 ) -> Bool[Tensor, " P"]:
-    """Which pairs (rows[i], columns[i]) of an assignment are certified; on the CPU.
+    """Return which pairs (rows[i], columns[i]) of an assignment are certified; on the CPU.
 
-    `error` bounds every entry of `cost`; P is min(N, M), and no row or column occurs twice.
+    `error` bounds the error of each cost; P is min(N, M), and no row or column occurs twice.
     """
     if cost.shape[0] > cost.shape[1]:
-        return certified_pairs(cost.T, error.T, columns, rows)
+        return prove_pairs(cost.T, error.T, columns, rows)
     order = rows.argsort()
     matched = columns[order].numpy()
     wide = cost.detach().to("cpu", torch.float64).numpy()
@@ -49,7 +62,7 @@ def certified_pairs(
 def _certified_rows(
     cost: _Matrix, error: _Matrix, matched: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """For each row, matched to column `matched[row]`, whether it keeps it under every cost."""
+    """Return which rows keep their column `matched[row]` under every cost within the bound."""
     own = np.arange(len(matched)), matched
     if not len(matched):
         return np.empty(0, dtype=bool)
@@ -59,13 +72,13 @@ def _certified_rows(
     rounding = 8 * np.finfo(np.float64).eps * (len(matched) + 1) * largest
     least = _moves(expected - error - error[own][:, None], matched) - rounding
     least += potential[:, None] - potential
-    possible = _struck_out(least)
+    possible = _possible_moves(least)
     remaining = np.where(possible, least, np.inf)
     return _shortest_cycles(remaining)[: len(matched)] > 0
 
 
 def _moves(gain: _Matrix, matched: npt.NDArray[np.int64]) -> _Matrix:
-    """Weights between rows, and one more node for the free columns; infinite where no move is."""
+    """Costs of moves between rows, and one more node for the free columns; infinite: no move."""
     size = len(matched)
     moves = np.full((size + 1, size + 1), np.inf)
     moves[:size, :size] = gain[:, matched]
@@ -79,7 +92,7 @@ def _moves(gain: _Matrix, matched: npt.NDArray[np.int64]) -> _Matrix:
 
 
 def _potentials(moves: _Matrix) -> _Matrix:
-    """Distances from a node that is 0 away from all (Bellman and Ford): the duals of the rows."""
+    """Distances from a node at distance 0 of all (Bellman and Ford): the duals of the rows."""
     potential = np.zeros(len(moves))
     for _ in range(len(moves)):
         closer = np.minimum(potential, (potential[:, None] + moves).min(axis=0))
@@ -89,21 +102,21 @@ def _potentials(moves: _Matrix) -> _Matrix:
     return potential
 
 
-def _struck_out(moves: _Matrix) -> npt.NDArray[np.bool_]:
-    """Which moves may be part of a simple cycle of weight 0 or less.
+def _possible_moves(moves: _Matrix) -> npt.NDArray[np.bool_]:
+    """Return which moves may belong to a simple cycle of cost 0 or less.
 
-    Beside a move, each other node of its strongly connected part adds to a cycle at least the
-    cheapest move out of it (or into it), or nothing.
+    Besides the move, each other node of its strongly connected component adds to the cycle at least
+    its cheapest move out (or in), or nothing.
     """
     possible = np.isfinite(moves)
     while True:
-        _, part = connected_components(possible, directed=True, connection="strong")
-        kept = possible & (part[:, None] == part)
+        _, component = connected_components(possible, directed=True, connection="strong")
+        kept = possible & (component[:, None] == component)
         weights = np.where(kept, moves, np.inf)
         leaving = np.minimum(0.0, weights.min(axis=1))
         entering = np.minimum(0.0, weights.min(axis=0))
-        others_leaving = np.bincount(part, leaving)[part] - leaving
-        others_entering = np.bincount(part, entering)[part] - entering
+        others_leaving = np.bincount(component, leaving)[component] - leaving
+        others_entering = np.bincount(component, entering)[component] - entering
         kept &= weights + others_leaving[:, None] <= 0
         kept &= weights + others_entering <= 0
         if (kept == possible).all():
@@ -112,7 +125,7 @@ def _struck_out(moves: _Matrix) -> npt.NDArray[np.bool_]:
 
 
 def _shortest_cycles(moves: _Matrix) -> _Matrix:
-    """For each node no more than the weight of its shortest simple cycle (Floyd and Warshall)."""
+    """A lower bound of each node's shortest simple cycle (Floyd and Warshall)."""
     shortest = np.full(len(moves), np.inf)
     busy = np.isfinite(moves).any(axis=1)
     distance = moves[busy][:, busy]

@@ -1,23 +1,21 @@
-"""What it costs to pair a student vision token with a teacher vision token.
+"""Computes the cost of pairing each student vision token with each teacher vision token.
 
     raw_l1         sum_v |s_v - t_v|        over raw logits: the paper's Manhattan distance
-    centred_l1     the same after each row's mean is taken off: blind to the logits' free constant
+    centred_l1     the same minus each row's mean: ignores the logits' free constant
     prob_l1        sum_v |q_v - p_v|        over probabilities, between 0 and 2
     raw_l2         (sum_v (s_v - t_v)^2)^(1/2)   over raw logits, always over all V
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
     hidden_l2      |h_s - h_t|              the same, with their lengths
 
-Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn once by a fixed seed for
-all images (nearly as good as all V at a fraction of the work), or at all V, teacher columns decoded
-block by block; raw logits are refused on a top-k record without a sketch, whose matching would be
-wrong (errors of all: docs/method.md). Neither N x M x V nor M x V entries are ever held at once,
-nor N x V where the student's logits come from its head, nor a gradient. Small problems of one shape
-are taken together, so that calls cost little beside arithmetic. Dimensions as in schema.py, B
-problems of n student and m teacher tokens each: N = B n, M = B m.
+Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn by a fixed seed (nearly as
+good as all V at a fraction of the work), or at all V, teacher columns decoded block by block. Raw
+logits are refused on a top-k record without a sketch: their matching would be wrong (errors of all
+metrics: docs/method.md). Never held: N x M x V or M x V entries, N x V where logits come from the
+student's head, a gradient. Small problems of one shape are computed together to save call overhead.
+Dimensions as in teacher_output.py, B problems of n student and m teacher tokens: N = B n, M = B m.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import NamedTuple, TypeGuard
 
@@ -31,7 +29,7 @@ from student_train.head.linear_head import LogitsOf
 from student_train.head.student_logits import StudentLogits
 from student_train.matching.l2_cost import l2_distances
 from student_train.matching.top_k_l1_cost import sparse_probability_l1
-from student_train.ops.l1 import l1_distances, l1_rounding
+from student_train.ops.l1 import l1_distances
 from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal
@@ -41,15 +39,15 @@ _SHARED_IDS_SEED = 20251121
 _COLUMNS_AT_ONCE = 8192
 """Teacher logits are decoded at this many vocabulary rows at a time."""
 _TOGETHER = 2**21
-"""Most numbers, of logits and of costs, that problems taken together have: 8 MiB in float32. With
-so many to compute, the calls' own time no longer counts."""
+"""Most logits and costs of problems that are computed together: 8 MiB in float32. Beyond this size,
+call overhead is negligible."""
 
 
 @lru_cache(maxsize=8)
 def shared_ids(vocab_size: int, num_shared_ids: int | None) -> Int[Tensor, " C"]:
-    """The vocabulary rows, ascending, at which L1 costs are summed; all of them for None.
+    """Return the vocabulary rows, ascending, at which L1 costs are summed; all of them for None.
 
-    Every image, run and machine compares the same rows: they follow from the two sizes alone.
+    They depend on the two sizes alone: every image, run and machine compares the same rows.
     """
     if num_shared_ids is None or num_shared_ids >= vocab_size:
         return torch.arange(vocab_size)
@@ -58,12 +56,12 @@ def shared_ids(vocab_size: int, num_shared_ids: int | None) -> Int[Tensor, " C"]
 
 
 class Costs(NamedTuple):
-    """The cost of every pair of each problem, and what was seen of the student on the way."""
+    """The cost of every pair of each problem, and the mean logits of the student."""
 
     cost: Float[Tensor, "B n m"]
     """Float32 or wider."""
     mean_logits: Float[Tensor, "B n"] | None
-    """Of each student token, over the vocabulary rows that were compared; None for states."""
+    """Of each student token, over the compared vocabulary rows; None for costs of states."""
 
 
 def cost_matrix(
@@ -72,11 +70,11 @@ def cost_matrix(
     teacher: Signal,
     config: MatchingConfig,
 ) -> Float[Tensor, "N M"]:
-    """Cost of every pair under `config.metric` (EM-KD: vision token matching); float32 or wider.
+    """Return the cost of every pair under `config.metric`; float32 or wider.
 
-    The student's W >= V logits, given or computed by the head that is given instead of them, are
-    cut to the V rows of the teacher; costs of hidden states need neither.
-    ValueError where the teacher's record cannot serve the metric, with the records that can.
+    `student_logits` are the student's W >= V logits or the head that computes them; they are cut to
+    the teacher's V rows. Costs of hidden states need neither.
+    ValueError where the teacher's record cannot serve the metric; it names the records that can.
     """
     return pair_costs(student_hidden, student_logits, teacher, config).cost[0]
 
@@ -84,9 +82,9 @@ def cost_matrix(
 def problems_at_once(
     num_students: int, num_teachers: int, teacher: Signal, config: MatchingConfig
 ) -> int:
-    """How many problems of n student and m teacher tokens to give to `pair_costs` together.
+    """Return how many problems of n student and m teacher tokens `pair_costs` should take at once.
 
-    It follows from sizes alone, so that equal batches are always grouped alike.
+    Depends on sizes alone, so that equal batches are always grouped alike.
     """
     num_columns = teacher.vocab_size
     if isinstance(teacher, HiddenSignal) and config.metric in ("hidden_cosine", "hidden_l2"):
@@ -107,10 +105,10 @@ def pair_costs(
     config: MatchingConfig,
     num_problems: int = 1,
 ) -> Costs:
-    """As `cost_matrix` for each problem of one shape, with what else there is to tell.
+    """Compute `cost_matrix` for each of several problems of one shape, and the mean logits.
 
-    The rows of both sides are those of the problems, one after another; `problems_at_once` says how
-    many of them to take. Autocast reaches the head only.
+    Rows of both sides are those of the problems, one after another (`problems_at_once` says how
+    many). Autocast applies to the head only.
     """
     require_comparable(student_hidden, teacher, config)
     plain = torch.autocast(student_hidden.device.type, enabled=False)
@@ -126,48 +124,6 @@ def pair_costs(
         if config.metric == "raw_l2":
             return _logit_l2(student, teacher, num_problems)
         return _logit_l1(student, teacher, config, num_problems)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostError:
-    """Bound of the error of each cost: a share of the cost and, by teacher token, a constant."""
-
-    relative: float
-    absolute: Float[Tensor, " M"]
-
-    def of(self, cost: Float[Tensor, "N M"]) -> Float[Tensor, "N M"]:
-        """The bound for every entry of `cost`, in float64 on the CPU."""
-        return self.relative * cost.to("cpu", torch.float64).abs() + self.absolute
-
-
-def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> CostError:
-    """How far `cost_matrix`, in `dtype`, can be from the costs of every logit, rounding included.
-
-    Exact signals: raw_l1 over all of V, prob_l1. Bare top-k records: prob_l1, whose uniform tail
-    moves at most twice the tail's mass; kept logits count as they are stored. ValueError where no
-    bound is known: at shared ids and on sketches the error is measured, not bounded
-    (docs/method.md), and the other metrics round in ways that nobody has bounded.
-    """
-    num_ids, rounding = config.num_shared_ids, l1_rounding(teacher.vocab_size, dtype)
-    if config.metric == "raw_l1" and teacher.exact and (num_ids or torch.inf) >= teacher.vocab_size:
-        return CostError(relative=rounding, absolute=torch.zeros(teacher.num_rows).double())
-    bare = isinstance(teacher, TopKSignal) and teacher.sketch is None
-    if config.metric == "prob_l1" and (teacher.exact or bare):
-        # Probabilities of both sides: their sum is added up eight at a time at the worst, and the
-        # exponent of one that is not zero carries at most 104 units of rounding, beside those of
-        # a record's normaliser. The teacher's may be float32 whatever the cost is.
-        unit = torch.finfo(torch.float32).eps
-        softmax = unit * (teacher.vocab_size / 8 + 1000)
-        absolute = torch.full((teacher.num_rows,), 2 * (softmax + rounding), dtype=torch.float64)
-        if isinstance(teacher, TopKSignal) and not teacher.exact:
-            absolute += 2 * unit * teacher.logsumexp.to("cpu", torch.float64).abs()
-            absolute += 2 * teacher.log_tail.to("cpu", torch.float64).exp() * (1 + softmax)
-        return CostError(relative=0.0, absolute=absolute)
-    raise ValueError(
-        f"no bound is known for the error of {config.metric} on this record, so no pair can be "
-        "certified: match by prob_l1 on records without a sketch or, with records `hidden`, by "
-        "raw_l1 with num_shared_ids=None; or set certify=False"
-    )
 
 
 def require_comparable(
@@ -196,14 +152,14 @@ def require_comparable(
 
 
 def _is_bare(teacher: Signal) -> TypeGuard[TopKSignal]:
-    """Whether nothing at all is known of logits outside the top-k."""
+    """Whether nothing is known of logits outside the top-k."""
     return isinstance(teacher, TopKSignal) and not teacher.exact and teacher.sketch is None
 
 
 def _logit_l1(
     student: StudentLogits, teacher: Signal, config: MatchingConfig, num_problems: int
 ) -> Costs:
-    """Raw or centred L1 at the shared ids, block by block; centring takes a pass of its own."""
+    """Raw or centred L1 at the shared ids, block by block; centring needs one more pass."""
     ids = shared_ids(teacher.vocab_size, config.num_shared_ids).to(student.hidden.device)
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
@@ -237,7 +193,7 @@ def _apart(rows: Tensor, num_problems: int) -> Tensor:
 
 
 def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The sum of the first of all pairs, and of the second."""
+    """Sums the first entries of all pairs, and the second ones."""
     return reduce(lambda left, right: (left[0] + right[0], left[1] + right[1]), pairs)
 
 
@@ -269,16 +225,16 @@ def _state_distances(
 
 
 def _probability_l1(student: StudentLogits, teacher: Signal, num_problems: int) -> Costs:
-    """L1 of probabilities over the whole vocabulary; bare top-k records never become dense.
+    """L1 of probabilities over the whole vocabulary; top-k records without a sketch stay sparse.
 
     Without a sketch the tail is uniform. Its mass tau is exact, so each cost is off by at most
-    2 tau, and in practice matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail
-    misleads gradients of the reverse KL, not this distance, in which tiny probabilities hardly
-    count. Logits of both sides are computed a few rows at a time.
+    2 tau; matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail harms gradients
+    of the reverse KL, but not this distance, where tiny probabilities hardly count. Logits of both
+    sides are computed a few rows at a time.
     """
     costs: list[Tensor] = []
     means: list[Tensor] = []
-    for chunk in student.chunks:  # several only where there is a single problem
+    for chunk in student.chunks:  # several chunks only for a single problem
         logits_BnV = _apart(student.rows(chunk), num_problems)
         means.append(at_least_float32(logits_BnV).mean(dim=2))
         if _is_bare(teacher):
@@ -295,7 +251,7 @@ def _dense_probability_l1(logits_BnV: Tensor, teacher: Signal) -> Tensor:
     """Against a signal that knows or estimates every logit, a few teacher rows at a time."""
     own_BnV = at_least_float32(logits_BnV).softmax(dim=2)
     blocks = [own_BnV.new_zeros(*own_BnV.shape[:2], 0)]
-    # As for the student: one chunk has all teachers of several problems, or a single problem's.
+    # As for the student: one chunk holds all teachers of several problems, or of a single one.
     for rows in row_chunks(teacher.num_rows, teacher.vocab_size):
         theirs = _probabilities(teacher.rows(rows)).to(own_BnV)
         blocks.append(l1_distances(own_BnV, _apart(theirs, len(own_BnV))))

@@ -8,7 +8,7 @@ of a sketch), need no decoding: with d = s - mu
 so the student's rows are read once, a block of columns at a time, no pair costs anything of size V,
 and the Gram matrix U'U of a frozen teacher is computed once. Other teachers are compared block by
 block. Promise: sums in float64, no gradient, inputs untouched, neither N x V nor M x V numbers at
-once. Dimensions as in schema.py, S the number of coordinates.
+once. Dimensions as in teacher_output.py, S the number of coordinates.
 """
 
 from collections.abc import Iterable

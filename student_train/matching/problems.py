@@ -1,12 +1,12 @@
-"""Which rows of a micro-batch's vision tokens are matched with which: its assignment problems.
+"""Cuts a micro-batch's vision tokens into assignment problems.
 
-The vision tokens of all samples lie behind one another, on either side. A problem is what is
-matched apart from everything else: one view of one image (`scope=view`: both models cut the image
-alike) or all views of one image (`scope=global`). Its rows are spans of those of the batch.
+The vision tokens of all samples are concatenated, on each side. A problem is one view of one image
+(`scope=view`: both models cut the image alike) or all views of one image (`scope=global`). Its rows
+are spans of those of the batch.
 
-Promise: problems in the order of samples and of the student's views; a student's dropped tokens are
-in none, and what has none left poses none. Refuses sides that do not show the same views or, for
-scope=global, images.
+Promise: problems are in the order of samples and of the student's views. Dropped student tokens are
+in no problem; a view (image) without student tokens gives none. Refuses two sides with different
+views or, for scope=global, different images.
 """
 
 from bisect import bisect_left
@@ -25,12 +25,12 @@ _Spans = dict[tuple[int, ...], list[range]]
 
 
 class VisionTokens(NamedTuple):
-    """Which vision tokens one sample has on either side, in the order of their rows."""
+    """The vision tokens of one sample on each side, in the order of their rows."""
 
     student_views: Sequence[ViewGrid]
     teacher_views: Sequence[ViewGrid]
     student_kept: Int[Tensor, " N"] | None = None
-    """Which tokens of the student's views are left, ascending, where others were dropped."""
+    """Ascending numbers of the student's tokens that are left; None: all."""
 
 
 class Problem(NamedTuple):
@@ -42,12 +42,12 @@ class Problem(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Its numbers of student and of teacher tokens."""
+        """Numbers of student and of teacher tokens."""
         return sum(map(len, self.student)), sum(map(len, self.teacher))
 
 
 class Problems(NamedTuple):
-    """The problems of a micro-batch, and how many rows each of its samples has on either side."""
+    """The problems of a micro-batch, and the number of rows of each sample on each side."""
 
     all: list[Problem]
     num_student: list[int]
@@ -55,7 +55,7 @@ class Problems(NamedTuple):
 
 
 def find_problems(samples: Sequence[VisionTokens], scope: MatchScope) -> Problems:
-    """Cut samples into problems. ValueError where their two sides do not show the same."""
+    """Cut samples into problems. ValueError where their two sides differ in views (images)."""
     found = Problems([], [], [])
     student_start = teacher_start = 0
     for number, sample in enumerate(samples):
@@ -73,7 +73,7 @@ def find_problems(samples: Sequence[VisionTokens], scope: MatchScope) -> Problem
 
 
 def rows_of(spans: Sequence[range]) -> slice | Tensor:
-    """The rows of some spans in order: a slice, which copies nothing, where one follows another."""
+    """The rows of spans in order: a slice, which copies nothing, where the spans adjoin."""
     start = stop = spans[0].start
     for span in spans:
         if span.start != stop:
@@ -83,7 +83,7 @@ def rows_of(spans: Sequence[range]) -> slice | Tensor:
 
 
 def _spans(views: Sequence[ViewGrid], scope: MatchScope, start: int) -> tuple[_Spans, int]:
-    """The spans of each problem, counted from `start`, and where the next sample's begin."""
+    """The spans of each problem, counted from `start`, and the start of the next sample."""
     spans: _Spans = {}
     for view in views:
         key = (view.image, view.view) if scope == "view" else (view.image,)
@@ -94,7 +94,7 @@ def _spans(views: Sequence[ViewGrid], scope: MatchScope, start: int) -> tuple[_S
 
 
 def _only_kept(spans: _Spans, start: int, kept: list[int]) -> _Spans:
-    """The spans as rows of the kept tokens, which are counted from the sample's first."""
+    """The same spans, counted in kept tokens instead of all tokens."""
     assert kept == sorted(kept)
 
     def left(span: range) -> range:

@@ -1,33 +1,60 @@
-"""Numbers that tell whether distillation is healthy; none of them enters a loss.
+"""Measures matchings: how arbitrary one is, and how far one is from another's costs.
 
-Promise: detached Python floats, computed without gradient (`term_gradient_norms` apart, which
-asks autograd and leaves every `.grad` alone). Dimensions as in schema.py.
+No number here enters a loss. Promise: detached Python floats (tensors from `separability` and
+`hubness`), computed without gradient; inputs untouched. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from student_train.matching.matching import Assignment
-from student_train.matching.separability import LEAST_SEPARABILITY
+from student_train.matching.assignment import Assignment
 from student_train.ops.precision import at_least_float32
+
+LEAST_SEPARABILITY = 0.1
+"""Below this a matching is nearly arbitrary (measured: docs/method.md)."""
+
+
+@torch.no_grad()
+def separability(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
+    """Standard deviation of the interaction over that of the costs; 1 where costs are constant.
+
+    Costs are row + column + interaction, and only the interaction decides the matching. In float64.
+    """
+    wide = cost.to(torch.float64)
+    by_row = wide.mean(dim=-1, keepdim=True)
+    interaction = wide - by_row
+    by_column = interaction.mean(dim=-2, keepdim=True)
+    interaction -= by_column
+    # The three terms are orthogonal: their mean squares add up to that of the costs.
+    apart = interaction.square_().mean(dim=(-2, -1))
+    by_row -= by_row.mean(dim=-2, keepdim=True)
+    spread = apart + by_row.square_().mean(dim=(-2, -1)) + by_column.square_().mean(dim=(-2, -1))
+    return torch.where(spread > 0, apart / spread, 1.0).sqrt()
+
+
+@torch.no_grad()
+def hubness(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
+    """Number of distinct nearest columns over the number of rows; 1 where each row has its own."""
+    nearest = cost.argmin(dim=-1)
+    is_nearest = torch.zeros_like(cost[..., 0, :]).scatter_(-1, nearest, 1.0)
+    return is_nearest.sum(dim=-1, dtype=torch.float64) / cost.shape[-2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssignmentStats:
-    """What a cost matrix says about the matching drawn from it (means over its problems).
+    """Means over the problems of some matchings.
 
-    `separability`: spread of the costs left after row and column means are taken off, over their
-    whole spread. Near 0 the cost is row + column, any pairing costs the same and the matching is
-    arbitrary; raw logits with a large free constant get there (docs/method.md).
-    `arbitrary`: share of the problems whose separability is below `LEAST_SEPARABILITY`, among those
-    of several tokens on both sides.
-    `hubness`: distinct nearest teacher tokens per student token; 1 where each has its own.
-    `certified`: share of the pairs that are provably those of the exact costs; None where that was
-    not asked for.
+    `separability`: near 0 the cost is row + column, every pairing costs the same and the matching
+    is arbitrary; raw logits with a large free constant come near 0 (docs/method.md).
+    `arbitrary`: share of problems with separability below `LEAST_SEPARABILITY`, among those with
+    several tokens on both sides.
+    `hubness`: distinct nearest teacher tokens per student token.
+    `certified`: share of pairs that are provably those of the exact costs; None unless
+    `MatchingConfig.certify`.
     """
 
     mean_cost: float
@@ -38,27 +65,34 @@ class AssignmentStats:
 
 
 def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
-    """Averages over every problem of every assignment; all 0 where nothing was matched."""
+    """Average over every problem of every assignment; all 0 where nothing was matched."""
     problems = [problem for assignment in assignments for problem in assignment.problems]
     num_pairs = sum(assignment.num_pairs for assignment in assignments)
-    # Of one token nothing interacts, and nothing is arbitrary.
+    # With one token on a side there is no interaction, and nothing is arbitrary.
     several = [problem.separability for problem in problems if min(problem.cost.shape) > 1]
-    proofs = [each.certified for each in assignments if each.certified is not None]
+    proven = certified_pairs(assignments)
     return AssignmentStats(
         mean_cost=sum(problem.total_cost for problem in problems) / max(1, num_pairs),
         separability=_mean(problem.separability for problem in problems),
         arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several),
         hubness=_mean(problem.hubness for problem in problems),
-        certified=float(torch.cat(proofs).double().mean()) if proofs and num_pairs else None,
+        certified=None if proven is None or not num_pairs else float(proven.double().mean()),
     )
+
+
+def certified_pairs(assignments: Sequence[Assignment]) -> Bool[Tensor, " P"] | None:
+    """Return which pairs are proven, problem by problem; None unless `MatchingConfig.certify`."""
+    problems = [problem for assignment in assignments for problem in assignment.problems]
+    proofs = [problem.certified for problem in problems if problem.certified is not None]
+    return torch.cat(proofs) if proofs else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatchingQuality:
-    """A matching, judged by other costs than those that it was drawn from.
+    """A matching judged by more exact costs than those it was computed from.
 
     `regret`: its excess over the least total cost, as a share of a random matching's excess.
-    `agreement`: share of its pairs that the least costly matching has too.
+    `agreement`: share of its pairs that the optimal matching has too.
     """
 
     regret: float
@@ -66,7 +100,7 @@ class MatchingQuality:
 
 
 def matching_quality(chosen: Assignment, exact: Assignment) -> MatchingQuality:
-    """Judge `chosen` by the costs of `exact`, a matching of the same tokens."""
+    """Judge `chosen` by the costs of `exact`, the optimal matching of the same tokens."""
     excess = random_excess = 0.0
     num_equal = num_pairs = 0
     for found, best in zip(chosen.problems, exact.problems, strict=True):
@@ -87,7 +121,7 @@ def matching_quality(chosen: Assignment, exact: Assignment) -> MatchingQuality:
 
 @torch.no_grad()
 def row_mean_spread(logits: Float[Tensor, "N V"]) -> float:
-    """Standard deviation over positions of the mean logit, the constant that softmax ignores."""
+    """Standard deviation over positions of the mean logit, a constant that softmax ignores."""
     if len(logits) < 2:
         return 0.0
     return float(at_least_float32(logits).mean(dim=1).std())

@@ -1,13 +1,13 @@
-"""L1 of probabilities against top-k records, exactly, at the cost of reading the student once.
+"""Computes the exact L1 of probabilities against top-k records, in one pass over the student.
 
 Without a sketch a record is K exact probabilities p_v and a uniform tail, c = tau / (V - K) each.
-All but K entries of its row are one number, so with F(c) = sum_v |q_v - c| (constant_l1.py)
+All but K entries of a row are one number. With F(c) = sum_v |q_v - c| (ops/l1_to_constants.py)
 
     C = F(c) + sum over the K kept of ( |q_v - p_v| - |q_v - c| )
 
-No teacher row of V entries exists, no more than a few student rows of V probabilities, and no
-gradient; positions may keep different numbers of entries. Dimensions as in schema.py, U distinct
-kept ids, n students at a time.
+No teacher row of V entries is built, and only a few student rows of V probabilities at a time. No
+gradient. Positions may keep different numbers of entries. Dimensions as in teacher_output.py, U
+distinct kept ids, n students at a time.
 """
 
 import torch
@@ -19,14 +19,14 @@ from student_train.ops.precision import at_least_float32
 from student_train.signals.top_k import TopKSignal
 
 _GATHERED = 2**18
-"""Most gathered probabilities held at once: a mebibyte in float32, a core's second cache."""
+"""Most gathered probabilities held at once: 1 MiB in float32, the size of an L2 cache."""
 
 
 @torch.no_grad()
 def sparse_probability_l1(student_logits: Float[Tensor, "N V"], teacher: TopKSignal) -> Tensor:
-    """Costs [N, M] of softmax(student) against the records' distributions; float32 or wider.
+    """Return costs [N, M] of softmax(student) against the records' distributions.
 
-    What a sketch knows is not used. Equal to the dense L1 of the filled-in rows but for rounding.
+    Float32 or wider. A sketch is not used. Equals the dense L1 of filled-in rows up to rounding.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     kept_MK = teacher.kept_log_probs().exp().to(dtype)
@@ -56,10 +56,10 @@ def _kept_correction(
     share_M: Float[Tensor, " M"],
     kept_mask: Tensor | None,
 ) -> Float[Tensor, "M N"]:
-    """The sum over the kept entries.
+    """Sum over the kept entries.
 
-    |q - p| - |q - c| is (p - c) - 2 clamp(q - c, 0, p - c) where p >= c, and its negative with p
-    and c exchanged elsewhere. A product adds up, and leaves out the entries that only fill a row.
+    |q - p| - |q - c| is (p - c) - 2 clamp(q - c, 0, p - c) where p >= c, else its negative with p
+    and c exchanged. A matrix product does the sum; `sign` is 0 at entries that only pad a row.
     """
     share_MK = share_M[:, None].expand_as(kept_MK)
     low_MK, span_MK = torch.minimum(kept_MK, share_MK), (kept_MK - share_MK).abs()

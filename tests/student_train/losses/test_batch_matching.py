@@ -23,8 +23,8 @@ from student_train.config.recipe import TrainerSettings
 from student_train.head.linear_head import LinearHead
 from student_train.losses import batch_matching
 from student_train.losses.batch_matching import start_batch_matching
-from student_train.matching.assignment import solve_assignment
-from student_train.matching.matching import Assignment, PendingMatching, match_tokens
+from student_train.matching.assignment import Assignment, solve_assignment
+from student_train.matching.matching import PendingMatching, match_tokens
 from student_train.matching.quality import matching_quality
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.matching.assignment import solve_assignment
-from student_train.matching.certificate import certified_pairs
+from student_train.matching.certificate import prove_pairs
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
 
@@ -34,7 +34,7 @@ def pairs_of_every_optimum(cost: Tensor) -> set[tuple[int, int]]:
 def certified(cost: Tensor, error: Tensor) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     rows, columns = solve_assignment(cost)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
-    sure = certified_pairs(cost, error, rows, columns).tolist()
+    sure = prove_pairs(cost, error, rows, columns).tolist()
     return {pair for pair, held in zip(pairs, sure, strict=True) if held}, set(pairs)
 
 
@@ -85,11 +85,11 @@ def test_an_uncertain_corner_leaves_the_rest_certified() -> None:
 def test_any_assignment_may_be_asked_about_and_bad_pairs_are_not_certified() -> None:
     cost = torch.tensor([[0.0, 5.0, 9.0], [5.0, 0.0, 9.0], [9.0, 9.0, 0.0]]).double()
     rows, columns = torch.tensor([2, 0, 1]), torch.tensor([2, 1, 0])
-    found = certified_pairs(cost, torch.zeros_like(cost), rows, columns)
+    found = prove_pairs(cost, torch.zeros_like(cost), rows, columns)
     assert found.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
 def test_no_pairs_need_no_certificate(shape: tuple[int, int]) -> None:
     none = torch.empty(0, dtype=torch.int64)
-    assert certified_pairs(torch.zeros(shape), torch.zeros(shape), none, none).shape == (0,)
+    assert prove_pairs(torch.zeros(shape), torch.zeros(shape), none, none).shape == (0,)

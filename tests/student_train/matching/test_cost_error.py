@@ -11,8 +11,9 @@ from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissin
 from torch import Tensor
 
 from student_train.config.objective import MatchingConfig
-from student_train.matching.certificate import certified_pairs
-from student_train.matching.cost import cost_error, cost_matrix
+from student_train.matching.certificate import prove_pairs
+from student_train.matching.cost import cost_matrix
+from student_train.matching.cost_error import cost_error
 from student_train.signals.from_cache import response_signal
 from student_train.signals.teacher_signal import DenseSignal, Signal, TopKSignal
 from teacher_cache.records.assets import TeacherAssets
@@ -69,7 +70,7 @@ def check(student: Tensor, signal: Signal, config: MatchingConfig, true: Tensor)
     slack = 1e-14 * (true + 1)
     assert bool(((cost.double() - true).abs() <= bound + slack).all())
     rows, columns = (torch.from_numpy(np.asarray(each)) for each in linear_sum_assignment(cost))
-    held = certified_pairs(cost, bound + slack, rows, columns)
+    held = prove_pairs(cost, bound + slack, rows, columns)
     for row, column, is_held in zip(rows.tolist(), columns.tolist(), held.tolist(), strict=True):
         assert not is_held or must_keep(true, row, column)
 

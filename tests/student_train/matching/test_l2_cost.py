@@ -10,7 +10,8 @@ from torch import Tensor
 
 from student_train.config.objective import MatchingConfig
 from student_train.matching import l2_cost
-from student_train.matching.cost import cost_error, cost_matrix
+from student_train.matching.cost import cost_matrix
+from student_train.matching.cost_error import cost_error
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, MatchMetric
+from student_train.matching.assignment import Assignment
 from student_train.matching.cost import cost_matrix, shared_ids
-from student_train.matching.matching import Assignment, match_tokens
+from student_train.matching.matching import match_tokens
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
 from teacher_cache.records.assets import TeacherAssets

@@ -11,9 +11,11 @@ from torch import Tensor
 from student_train.config.objective import MatchingConfig, MatchMetric, MatchScope
 from student_train.head.linear_head import LinearHead
 from student_train.matching import cost, matching
+from student_train.matching.assignment import Assignment
 from student_train.matching.cost import problems_at_once
-from student_train.matching.matching import Assignment, match_tokens, start_matching
+from student_train.matching.matching import match_tokens, start_matching
 from student_train.matching.problems import VisionTokens, find_problems, rows_of
+from student_train.matching.quality import certified_pairs
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import DenseSignal, Signal, concatenate
 from teacher_cache.schema.samples import ViewGrid
@@ -160,9 +162,10 @@ def test_what_is_certified_together_is_what_is_certified_alone(
         expected = match_tokens(
             states, case.head, of.student_views, signal, of.teacher_views, config, of.student_kept
         )
-        assert own.certified is not None
-        assert expected.certified is not None
-        assert torch.equal(own.certified, expected.certified)
+        proven, alone = certified_pairs([own]), certified_pairs([expected])
+        assert proven is not None
+        assert alone is not None
+        assert torch.equal(proven, alone)
 
 
 def alike(num_samples: int, num_student: int, num_teacher: int) -> list[VisionTokens]:

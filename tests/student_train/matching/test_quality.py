@@ -6,8 +6,7 @@ from torch import nn
 
 from student_train.config.objective import MatchingConfig
 from student_train.matching.matching import match_tokens
-from student_train.matching.quality import assignment_stats, row_mean_spread
-from student_train.matching.separability import hubness, separability
+from student_train.matching.quality import assignment_stats, hubness, row_mean_spread, separability
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import DenseSignal, kept_mass
 from student_train.training.gradient_norms import term_gradient_norms
