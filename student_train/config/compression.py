@@ -1,4 +1,4 @@
-"""Settings of compression inside the language model: what is dropped, where and by which compressor.
+"""Settings of compression inside the language model: what is dropped where, by which compressor.
 
 A drop stage drops a share of the vision tokens at the input of one decoder layer. One stage is
 EPIC's setting (arXiv 2510.00515), several are a pyramid such as PyramidDrop's. Settings that no
