@@ -4,15 +4,15 @@
         hidden = final_hidden(model, batch.inputs)          # or model.generate(...)
     compression.layout.columns(row, positions)              # where a sample's tokens now are
 
-Promise: layers from the first stage on see the shorter sequence with the positions that its tokens
-had (rotary embeddings are gathered, mRoPE included), each sample keeps its own tokens, text is
-never dropped, and padding stays masked. Where nothing is dropped, nothing is touched. Nothing of
-the model changes: hooks are on its layers while the context is open, and gone afterwards.
+Promise: layers from the first stage on get the shorter sequence, with the original positions of its
+tokens (rotary embeddings are gathered, mRoPE included). Each sample keeps its own tokens, text is
+never dropped, padding stays masked. Where nothing is dropped, inputs are unchanged. The model does
+not change: its layers have hooks while the context is open.
 
-Hooks before the layers, not a replaced layer list or a copied model: they run outside transformers'
-gradient checkpointing, which wraps a layer's `forward` and so repeats it with the shortened inputs;
-modules, parameter names and saved weights stay as they were; and a decoder's own loop and cache
-code is used as it is.
+Why hooks before the layers, not a replaced layer list or a copied model: they run outside of
+transformers' gradient checkpointing, which wraps a layer's `forward` and so repeats it with the
+shortened inputs; module names, parameter names and saved weights stay; the decoder's own loop and
+cache code is used.
 """
 
 from collections.abc import Generator, Mapping
@@ -37,13 +37,13 @@ from teacher_cache.models.collate import ModelBatch
 def compress(
     model: nn.Module, settings: CompressionSettings, batch: ModelBatch, draw: int = 0
 ) -> Generator["Compression"]:
-    """Let the model's passes over this batch drop tokens as the settings say.
+    """Drop vision tokens in the model's passes over this batch, as the settings say.
 
-    The batch must be what goes into the model, all rows of it, whole (`generate` may go on from
-    it, with a cache or without). `draw` numbers the draws of compressors that have any: one number
-    gives one choice for a sample, whatever its batch. ValueError for what `require_compressible`
-    refuses, and in a forward pass that is not of this batch. Do not pass labels to the model: its
-    output is laid out as `layout` says.
+    The model must get exactly this batch, whole; `generate` may continue from it, with a cache or
+    without. `draw` numbers the draws of random compressors: one number gives one choice for a
+    sample, whatever its batch. ValueError for what `require_compressible` refuses, and in a forward
+    pass over another batch. Do not pass labels to the model: its output has the columns of
+    `layout`.
     """
     compression = Compression(model, settings, batch, draw)
     handles = compression.attach()
@@ -56,14 +56,14 @@ def compress(
 
 @dataclass(frozen=True, kw_only=True)
 class _Shortened:
-    """What the layers from a stage on are given instead of their own inputs."""
+    """Inputs that replace those of the layers from a stage on."""
 
     is_token: Bool[Tensor, "B L"]
     position_embeddings: tuple[Tensor, Tensor]
 
 
 class Compression:
-    """An open context; `layout` is that of the model's output in the latest pass over the batch."""
+    """An open `compress` context; `layout` is that of the output of the latest pass."""
 
     def __init__(
         self, model: nn.Module, settings: CompressionSettings, batch: ModelBatch, draw: int
@@ -77,7 +77,7 @@ class Compression:
         self._stages = {s.layer: s for s in stages if s.ratio and s.layer < depth}
         self._recorders: dict[int, AttentionRecorder] = {}
         self.layout: TokenLayout = layout_of(batch)
-        """Which token of which sample each column of the output belongs to."""
+        """The token that each column of the output belongs to."""
         self._whole = self.layout
         self._cache: Any = None
         # By layer of the stage; only stages that dropped something in the latest whole pass.
@@ -88,10 +88,10 @@ class Compression:
     def attach(
         self, recorded: Mapping[int, AttentionRecorder] | None = None
     ) -> list[RemovableHandle]:
-        """Put the hooks on the decoder's layers; removing them all undoes it.
+        """Put hooks on the decoder's layers; removing all of them undoes it.
 
-        `recorded` are, by layer of a stage, recorders that hold what the layer below computed, for
-        a pass that begins above it.
+        `recorded`: by layer of a stage, recorders that already hold what the layer below computed,
+        for a pass that starts at that layer.
         """
         layers, handles = self._decoder.layers, list[RemovableHandle]()
         self._recorders = dict(recorded or {})
@@ -113,7 +113,7 @@ class Compression:
     def _enter(
         self, number: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The inputs of decoder layer `number`, instead of those that it was given."""
+        """Return the inputs of decoder layer `number` that replace its own."""
         cache = kwargs.get("past_key_values")
         num_cached = 0 if cache is None else int(cache.get_seq_length(number))
         if number == min(self._stages):
@@ -133,14 +133,14 @@ class Compression:
                 past_key_values=cache,
                 layer_idx=number,
             )
-        # Without position ids: flash kernels would take the gaps in them for packed sequences.
+        # No position ids: flash kernels would read gaps in them as packed sequences.
         kwargs = {**kwargs, "attention_mask": self._masks[stage], "position_ids": None}
         if not num_cached:
             kwargs["position_embeddings"] = shortened.position_embeddings
         return hidden, kwargs
 
     def _begin(self, hidden: Tensor, cache: Any, num_cached: int) -> None:
-        """A pass has reached the first stage: a whole one, or one that goes on from a cache."""
+        """Start a pass at the first stage: a whole one, or one that continues from a cache."""
         num_rows, length = self._batch.inputs["input_ids"].shape
         if len(hidden) != num_rows:
             raise ValueError(
@@ -152,7 +152,7 @@ class Compression:
         if num_cached:
             if cache is not self._cache:
                 raise ValueError(
-                    "the model goes on from a cache that was not filled in this context; run the "
+                    "the model continues from a cache that was not filled in this context; run the "
                     "prompt inside the same `with compress(...)`"
                 )
             return
@@ -168,9 +168,9 @@ class Compression:
     def _shorten(
         self, stage: DropStage, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Drop tokens at the input of layer `stage.layer`; returns the hidden states that stay.
+        """Drop tokens at the input of layer `stage.layer`; return the hidden states that stay.
 
-        `position_embeddings` are those of the whole sequence, which every layer is given.
+        `position_embeddings` are those of the whole sequence, as every layer gets them.
         """
         recorder = self._recorders[stage.layer] if self._selector.needs_attention else None
         view = LayerView(self._selector.needs, self._decoder.norm, recorder, hidden)
@@ -191,5 +191,5 @@ class Compression:
 
 
 def _gather(values: Float[Tensor, "B L D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """Row by row, the columns that the index names."""
+    """Gather columns by index, row by row."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))

@@ -1,11 +1,11 @@
-"""Which vision tokens are kept: DART, FastV and Random keep-sets (EPIC, arXiv 2510.00515).
+"""Chooses which vision tokens are kept: DART, FastV and Random (EPIC, arXiv 2510.00515).
 
-Promise: a keep-set is a pure function of one turn of one sample: positions of its vision tokens
-in, the kept ones out, ascending; it has seen no padding and no other sample. At ratio 0 all are
-kept. Counts are those of the released code, with the ratio read as a decimal fraction (0.9 of 10
-keeps 1, where floating point would keep 0). Ties go to the earlier position.
+Promise: a choice is a pure function of one turn of one sample, without padding or other samples:
+positions of its vision tokens in, the kept ones out, ascending. At ratio 0 all are kept. Counts are
+those of the released code, with the ratio read as a decimal (0.9 of 10 keeps 1, where floating
+point would keep 0). Ties go to the earlier position.
 
-One more compressor is one small file: a keep function and `register(Compressor(...))`.
+To add a compressor, write a keep function and call `register(Compressor(...))`.
 
 Legend: L tokens of the sample at layer K's input, M vision tokens and T instruction tokens of the
 turn, D width of the states, C width of the keys (all heads side by side).
@@ -23,6 +23,8 @@ from jaxtyping import Float, Int, UInt64
 from torch import Tensor
 from torch.nn import functional
 
+from student_train.ops.precision import at_least_float32
+
 NUM_PIVOTS = 4
 """DART's pivots among the images and among the text, each."""
 
@@ -31,10 +33,10 @@ Need = Literal["states", "keys", "attention", "random_words"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressorInputs:
-    """What a compressor may look at: one turn of one sample, where layer K begins.
+    """What a compressor gets: one turn of one sample, at the input of layer K.
 
-    `vision` and `instruction` are rows of `states` and `keys`, ascending; there is at least one
-    vision token, and there may be no instruction. What a compressor does not need is None.
+    `vision` (never empty) and `instruction` (may be empty) are ascending rows of `states` and
+    `keys`. What the compressor does not need is None.
     """
 
     vision: Int[Tensor, " M"]
@@ -44,18 +46,18 @@ class CompressorInputs:
     keys: Float[Tensor, "L C"] | None = None
     """Keys of layer K-1 after rotary embedding."""
     attention: Float[Tensor, " L"] | None = None
-    """Layer K-1's attention from the end of the turn's prompt, mean over heads."""
+    """Layer K-1's attention from the last token of the turn's prompt, mean over heads."""
     random_words: UInt64[np.ndarray, " M"] | None = None
-    """Random 64-bit words that belong to this sample, turn, layer and draw."""
+    """Random 64-bit words for this sample, turn, layer and draw."""
 
 
 KeepSet = Callable[[CompressorInputs, float], Int[Tensor, " K"]]
-"""Kept vision positions, ascending, for a ratio of dropped ones."""
+"""Maps the inputs and the ratio to drop to the kept vision positions, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compressor:
-    """A way to choose: its name, what it needs to see, and the choice itself."""
+    """A named keep function and the inputs that it needs."""
 
     name: str
     needs: frozenset[Need]
@@ -63,11 +65,11 @@ class Compressor:
 
 
 COMPRESSORS: dict[str, Compressor] = {}
-"""By name; add to it with `register`."""
+"""Compressors by name; add one with `register`."""
 
 
 def register(compressor: Compressor) -> Compressor:
-    """Make a compressor known by its name; a name can be taken once."""
+    """Register a compressor under its name; ValueError where the name is taken."""
     if compressor.name in COMPRESSORS:
         raise ValueError(f"there is a compressor {compressor.name!r} already; choose another name")
     COMPRESSORS[compressor.name] = compressor
@@ -75,17 +77,17 @@ def register(compressor: Compressor) -> Compressor:
 
 
 def find_compressor(name: str) -> Compressor:
-    """The compressor of that name; ValueError lists those there are."""
+    """Return the compressor of that name; ValueError lists the known ones."""
     if name not in COMPRESSORS:
         raise ValueError(
-            f"compressor is {name!r}, expected one of {', '.join(sorted(COMPRESSORS))}; another "
-            "must be registered first (student_train.compressors.register)"
+            f"compressor is {name!r}, expected one of {', '.join(sorted(COMPRESSORS))}; register "
+            "another first (student_train.compression.compressors.register)"
         )
     return COMPRESSORS[name]
 
 
 def num_kept(ratio: float, num_tokens: int, num_parts: int = 1) -> int:
-    """floor((1 - ratio) * num_tokens / num_parts), with the ratio as the decimal it is written."""
+    """Return floor((1 - ratio) * num_tokens / num_parts), with the ratio read as a decimal."""
     return math.floor((1 - Fraction(repr(float(ratio)))) * num_tokens / num_parts)
 
 
@@ -96,19 +98,19 @@ def dart_keep(
     text: Int[Tensor, " T"],
     ratio: float,
 ) -> Int[Tensor, " K"]:
-    """DART: pivots, and for each pivot the vision tokens that resemble it least.
+    """DART: keep pivots and, for each pivot, the vision tokens that resemble it least.
 
     Pivots are the 4 vision and the 4 text tokens whose keys have the largest L1 norm (fewer where
-    there are fewer). In ascending order of position, vision before text, each pivot takes the
-    m = floor((1 - ratio) M / pivots) vision tokens not taken yet whose states have the lowest
-    cosine with its own. Kept are the vision pivots and all that was taken: 8 m + 4, at most M.
+    there are fewer). In order of position, vision before text, each pivot takes the
+    m = floor((1 - ratio) M / pivots) free vision tokens whose states have the lowest cosine with
+    its own. Kept are the vision pivots and all taken tokens: 8 m + 4, at most M.
     """
     if ratio == 0:
         return vision
-    norms_L = _wide(keys).abs().sum(dim=1)
+    norms_L = at_least_float32(keys).abs().sum(dim=1)
     first = _largest(norms_L[vision], NUM_PIVOTS)
     pivots = torch.cat([vision[first], text[_largest(norms_L[text], NUM_PIVOTS)]])
-    unit_LD = functional.normalize(_wide(states), dim=1)
+    unit_LD = functional.normalize(at_least_float32(states), dim=1)
     cosine_PM = unit_LD[pivots] @ unit_LD[vision].T
     share = num_kept(ratio, len(vision), len(pivots))
     cosine_PM[:, first] = torch.inf
@@ -124,26 +126,21 @@ def dart_keep(
 def fastv_keep(
     attention: Float[Tensor, " L"], vision: Int[Tensor, " M"], ratio: float
 ) -> Int[Tensor, " K"]:
-    """FastV: the floor((1 - ratio) M) vision tokens that receive most attention."""
+    """FastV: keep the floor((1 - ratio) M) vision tokens that receive most attention."""
     return vision[_largest(attention[vision], num_kept(ratio, len(vision)))]
 
 
 def random_keep(
     words: UInt64[np.ndarray, " M"], vision: Int[Tensor, " M"], ratio: float
 ) -> Int[Tensor, " K"]:
-    """Random: floor((1 - ratio) M) vision tokens without replacement, those of smallest words."""
+    """Random: keep the floor((1 - ratio) M) vision tokens with the smallest random words."""
     chosen = np.sort(np.argsort(words, kind="stable")[: num_kept(ratio, len(vision))])
     return vision[torch.from_numpy(chosen).to(vision.device)]
 
 
 def _largest(values: Float[Tensor, " M"], count: int) -> Int[Tensor, " K"]:
-    """Where the `count` largest values are, ascending; all of them where there are fewer."""
+    """Indices of the `count` largest values (or of all), ascending."""
     return values.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def _wide(values: Tensor) -> Tensor:
-    """At least float32: sums of half-precision numbers lose the small ones."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _dart(inputs: CompressorInputs, ratio: float) -> Tensor:

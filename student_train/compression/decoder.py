@@ -1,9 +1,9 @@
-"""The language model inside a multimodal model: where its layers are, and what they attend to.
+"""Finds a model's text decoder, and refuses compression that it cannot carry out.
 
-Promise: found through transformers' own `get_decoder`, whatever wraps it, and refused before any
-forward pass where tokens cannot be dropped rightly: decoders whose layers are not plainly stacked
-(only `DECODERS` were tried), sliding windows (they would count dropped tokens), stages beyond the
-last layer, compressors that need keys or attention of an attention module that does not show them.
+Promise: the decoder comes from transformers' own `get_decoder`, also in a wrapped model. Refused
+before any forward pass: decoders outside `DECODERS` (the ones that were tried), sliding windows
+(they would count dropped tokens), stages beyond the last layer, and compressors that need keys or
+attention of an attention module that does not expose them.
 """
 
 import sys
@@ -16,21 +16,22 @@ from student_train.compression.compressors import Compressor, find_compressor
 from student_train.config.compression import CompressionSettings
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text")
-"""Model types of text decoders: each layer takes hidden states and `position_embeddings`, no layer
-is fed from elsewhere, and positions matter to nothing but the rotary embedding."""
+"""Model types of text decoders whose layers take hidden states and `position_embeddings` and no
+other features, and where only the rotary embedding depends on positions."""
 
-_ATTENTION_PARTS = ("q_proj", "k_proj", "head_dim", "scaling")
+_ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "head_dim", "scaling")
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The text decoder of a model, also of one wrapped by DistributedDataParallel or compiled."""
+    """Return the text decoder of a model, which may be wrapped (DDP) or compiled."""
     return extract_model_from_parallel(model, keep_torch_compile=False).get_decoder()
 
 
 def require_compressible(model: nn.Module, settings: CompressionSettings) -> Compressor:
-    """Refuse, with the remedy, what the settings cannot do with this model; costs nothing.
+    """Raise ValueError, with the remedy, where the model cannot carry out the settings.
 
-    Returns the settings' compressor. Call it where a run begins; `compress` calls it again.
+    Returns the settings' compressor. Runs no forward pass. Call it where a run begins; `compress`
+    calls it again.
     """
     compressor = find_compressor(settings.compressor)
     decoder = decoder_of(model)
@@ -62,7 +63,7 @@ def require_compressible(model: nn.Module, settings: CompressionSettings) -> Com
 
 def _require_shown(layer: Any, number: int, compressor: Compressor) -> None:
     attention = layer.self_attn
-    lacks = [part for part in _ATTENTION_PARTS if not hasattr(attention, part)]
+    lacks = [name for name in _ATTENTION_ATTRIBUTES if not hasattr(attention, name)]
     if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
         lacks.append("apply_rotary_pos_emb")
     if lacks:

@@ -1,10 +1,9 @@
-"""What may decide which images' tokens are kept: the text of the turn that shows them.
+"""Finds the turns of a sample that show images, and the text that may decide what they keep.
 
-Promise (`instruction`): a turn's images are judged by what the user says with them and by the end
-of the prompt, all of which is known before that turn is answered. So no label leaks into the
-choice, training and generation choose alike, and a later turn changes nothing for an earlier one.
-`released` looks at all text behind the images, answers included, as EPIC's code does (but never at
-padding, which its code also looks at).
+Promise (`instruction`): only the user's text of the same turn and the end of its prompt decide, all
+known before the answer. So no label leaks into the choice, training and generation choose alike,
+and a later turn changes nothing for an earlier one. `released` uses all text after the images,
+answers included, as EPIC's code does (but never padding, which EPIC's code also uses).
 """
 
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from teacher_cache.models.collate import EncodedSample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTurn:
-    """The vision tokens of one turn, and the text that may be asked about them.
+    """The vision tokens of one turn, and the text that may decide which are kept.
 
-    Positions of the sample, ascending. `end` is the last position of the prompt, whose logits
-    predict the turn's answer: the row of attention that FastV reads.
+    Ascending positions in the sample. `end` is the last position of the prompt, whose logits
+    predict the answer: the row of attention that FastV uses.
     """
 
     vision: Int[Tensor, " M"]
@@ -31,12 +30,12 @@ class ImageTurn:
 
 
 def image_turns(sample: EncodedSample, source: TextSource) -> tuple[ImageTurn, ...]:
-    """The turns of a sample that show images, in order; none for text alone."""
+    """Return the turns of a sample that show images, in order; none for text alone."""
     spans = sample.spans
     vision = spans.vision.sort().values
     response = spans.response
     instruction = spans.content[~spans.is_response]
-    # Tokens of one turn have equally many response tokens before them.
+    # All tokens of one turn have the same number of response tokens before them.
     number_M = torch.searchsorted(response, vision)
     number_T = torch.searchsorted(response, instruction)
     turns: list[ImageTurn] = []

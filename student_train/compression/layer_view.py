@@ -1,9 +1,9 @@
-"""What the layer below a stage shows of each sample: states, keys, one row of attention.
+"""Reads states, keys and one row of attention from the layer below a stage, for each sample.
 
-Promise: queries and keys are caught where the layer's own projections compute them, so the kernel
-of the attention does not matter (FlashAttention included), no weights are used outside their
-layer, and nothing is computed twice; the row of attention is then computed from them as the eager
-kernels would. Only what the compressor needs is made. A sample sees neither padding nor others.
+Promise: queries and keys are recorded where the layer's own projections compute them. So any
+attention kernel works (FlashAttention included), no weight is used outside its layer, and nothing
+is computed twice. The row of attention is computed from them as eager kernels would. Only what the
+compressor needs is computed. A sample's inputs contain neither padding nor other samples.
 
 Dimensions as in compressors.py; B batch, H heads, G heads of the keys (grouped queries), d width
 of a head.
@@ -22,14 +22,14 @@ from student_train.compression.compressors import CompressorInputs, Need
 
 
 class AttentionRecorder:
-    """Catches the queries and keys that a layer's attention computes, as it computes them."""
+    """Records the queries and keys that a layer's attention computes."""
 
     def __init__(self, layer: Any) -> None:
         self._attention: Any = layer.self_attn
         self._seen: dict[str, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
-        """Hook the last module before the rotary embedding: Qwen3's norms, else projections."""
+        """Hook the last modules before the rotary embedding: Qwen3's norms, else projections."""
         handles: list[RemovableHandle] = []
         for letter in ("q", "k"):
             norm, projection = f"{letter}_norm", f"{letter}_proj"
@@ -43,13 +43,13 @@ class AttentionRecorder:
         return handles
 
     def copy(self) -> "AttentionRecorder":
-        """A recorder of the same layer that holds what this one has caught; not attached."""
+        """Return an unattached recorder of the same layer with the same recorded tensors."""
         copied = AttentionRecorder.__new__(AttentionRecorder)
         copied._attention, copied._seen = self._attention, dict(self._seen)
         return copied
 
     def take(self) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
-        """Queries and keys of the latest call, before rotary embedding; forgets them."""
+        """Return and forget the queries and keys of the latest call, before rotary embedding."""
         width: int = self._attention.head_dim
         query, key = (
             self._seen.pop(letter).flatten(2).unflatten(2, (-1, width)).transpose(1, 2)
@@ -63,7 +63,7 @@ class AttentionRecorder:
         keys: Float[Tensor, "G L d"],
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[Float[Tensor, "H L d"], Float[Tensor, "G L d"]]:
-        """The attention's own rotary embedding, of one sample; cosines and sines are [L, d]."""
+        """Apply the attention's own rotary embedding to one sample."""
         rotary = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
         cos, sin = position_embeddings
         query, keys = rotary(query[None], keys[None], cos[None], sin[None])
@@ -76,9 +76,9 @@ class AttentionRecorder:
 
 
 class LayerView:
-    """What the layer below a stage shows of a batch: its output, and what `recorder` caught.
+    """The output of the layer below a stage, and the queries and keys that `recorder` holds.
 
-    Without gradients: to choose tokens is no part of the model.
+    Without gradients: choosing tokens is not part of the model.
     """
 
     @torch.no_grad()
@@ -104,10 +104,10 @@ class LayerView:
         end: int,
         random_words: UInt64[np.ndarray, " M"] | None,
     ) -> CompressorInputs:
-        """One turn of the sample in batch row `row`, whose tokens are at `columns`.
+        """Return a compressor's inputs for one turn of the sample at `columns` of batch row `row`.
 
-        `vision`, `text` and `end` count from the first of these columns; the cosines and sines are
-        those of the sample's own tokens.
+        `vision`, `text` and `end` count from the first column; cosines and sines are those of the
+        sample's own tokens.
         """
         states = keys = attention = None
         if self._states is not None:
@@ -133,9 +133,9 @@ class LayerView:
 def attention_row(
     query: Float[Tensor, "H d"], keys: Float[Tensor, "G L d"], row: int, scaling: float
 ) -> Float[Tensor, " L"]:
-    """Causal attention of one token to all of its sample, mean over heads; 0 behind it.
+    """Return the causal attention of one token to its sample, mean over heads; 0 after the token.
 
-    `query` is row `row`'s; H is a multiple of G. Computed in float32 at least.
+    `query` belongs to row `row`; H is a multiple of G. Computed in float32 or wider.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped_GHd = query.to(dtype).unflatten(0, (len(keys), -1))

@@ -1,8 +1,7 @@
-"""Asks the compressor about every turn of a batch: which tokens of each sample go on.
+"""Selects the tokens of each sample in a batch that go on, turn by turn.
 
-Promise: a turn is judged by what its own sample shows (`evidence.py`, `turns.py`), never by its
-neighbours in the batch, their padding or its row; text always goes on. One copy from the device
-per stage, however many turns there are.
+Promise: a turn's choice depends on its own sample alone (`layer_view.py`, `image_turns.py`), not on
+the batch, padding or its row. Text always goes on. One copy from the device per stage.
 """
 
 import numpy as np
@@ -19,11 +18,11 @@ from student_train.data.token_layout import TokenLayout
 from teacher_cache.models.collate import ModelBatch
 
 Embeddings = tuple[Float[Tensor, "_ _ d"], Float[Tensor, "_ _ d"]]
-"""Cosines and sines of the whole batch as a decoder makes them: of each row, or one for all."""
+"""Cosines and sines of the whole batch as the decoder computes them: per row, or one for all."""
 
 
 class TokenSelector:
-    """A compressor, and the batch that it chooses from; `draw` numbers its random draws."""
+    """Applies a compressor to a batch; `draw` numbers its random draws."""
 
     def __init__(
         self, compressor: Compressor, settings: CompressionSettings, batch: ModelBatch, draw: int
@@ -40,21 +39,21 @@ class TokenSelector:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the compressor looks at."""
+        """The inputs that the compressor needs."""
         return self._compressor.needs
 
     @property
     def needs_attention(self) -> bool:
-        """Whether it looks at anything that a layer's attention computes."""
+        """Whether the compressor needs anything that a layer's attention computes."""
         return bool(self.needs & {"keys", "attention"})
 
     @torch.no_grad()
     def kept_rows(
         self, stage: DropStage, layout: TokenLayout, view: LayerView, embeddings: Embeddings
     ) -> list[Int[Tensor, " _"]]:
-        """Positions of the tokens of each sample that go on, ascending, on the CPU.
+        """Return the positions of each sample's tokens that go on, ascending, on the CPU.
 
-        `layout` says where tokens are in `view`; `embeddings` are those of the whole batch.
+        `layout` locates tokens in `view`; `embeddings` are those of the whole batch.
         """
         device = embeddings[0].device
         chosen: list[Tensor] = []
@@ -87,10 +86,10 @@ class TokenSelector:
     def _own_embeddings(
         self, row: int, tokens: Tensor, embeddings: Embeddings
     ) -> tuple[Float[Tensor, "L d"], Float[Tensor, "L d"]]:
-        """Cosines and sines of a sample's tokens, as if it had been run alone.
+        """Return cosines and sines of a sample's tokens as if it had been run alone.
 
-        Without position ids, a decoder counts columns, padding on the left included. Attention
-        sees distances only and does not notice, but the norms of rotated keys (DART) would.
+        Without position ids, a decoder counts columns, left padding included. Attention depends on
+        distances only, but norms of rotated keys (DART) would change.
         """
         cos, sin = embeddings
         if len(cos) == 1:
@@ -99,6 +98,6 @@ class TokenSelector:
         return cos[row, columns], sin[row, columns]
 
     def _words(self, row: int, turn: int, stage: DropStage, count: int) -> UInt64[np.ndarray, " n"]:
-        """Random words that depend on the sample itself, not on where it is in which batch."""
+        """Return random words that depend on the sample, not on its batch."""
         key = self._batch.samples[row].key
         return random_words(self._seed, count, key, turn, stage.layer, self._draw)

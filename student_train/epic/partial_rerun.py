@@ -1,4 +1,4 @@
-"""Runs the decoder's upper layers once more, from what the first pass gave the layer at K.
+"""Runs the decoder's upper layers a second time, from the recorded input of layer K.
 
     with record_entry(model, K) as entry, compress(model, student, batch) as found:
         hidden = final_hidden(model, batch.inputs)
@@ -6,9 +6,9 @@
         teacher_hidden, layout = rerun_from_layer(model, entry, teacher, batch)
 
 EPIC's teacher is the student itself with fewer tokens dropped: the vision tower, the projector and
-the layers below K see the same weights and inputs in both passes. Promise: `rerun_from_layer` gives
-what a second whole pass would give (a decoder without dropout; to the bit on one device), at the
-cost of the layers from K on. Refuses stages below K, which what was recorded cannot serve.
+the layers below K have the same weights and inputs in both passes. Promise: `rerun_from_layer`
+returns what a second whole pass would (a decoder without dropout; bit-equal on one device), at the
+cost of the layers from K on. Refuses stages below K.
 """
 
 from collections.abc import Generator
@@ -28,9 +28,9 @@ from teacher_cache.models.collate import ModelBatch
 
 
 class LayerEntry:
-    """What decoder layer `layer` was given in the latest pass, and what the layer below attended.
+    """The latest input of decoder layer `layer`, and the queries and keys of the layer below.
 
-    Holds the hidden states with their graph: drop it when the step is done.
+    Holds hidden states with their graph: drop it when the step is done.
     """
 
     def __init__(self, layer: int, recorder: AttentionRecorder) -> None:
@@ -39,10 +39,10 @@ class LayerEntry:
         self.hidden: Tensor | None = None
         self.arguments: dict[str, Any] = {}
         self.autocast: torch.dtype | None = None
-        """Precision of the pass: accelerate sets it inside the model's forward alone."""
+        """Autocast dtype of the pass: accelerate sets it only inside the model's forward."""
 
-    def catch(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The hook before the layer."""
+    def record(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Record the layer's input (a forward pre-hook)."""
         self.hidden, self.arguments = args[0], kwargs
         device = args[0].device.type
         enabled = torch.is_autocast_enabled(device)
@@ -51,7 +51,7 @@ class LayerEntry:
 
 @contextmanager
 def record_entry(model: nn.Module, layer: int) -> Generator[LayerEntry]:
-    """Remember what the input of decoder layer `layer` (1 or more) is in passes of this context."""
+    """Record the input of decoder layer `layer` (1 or more) in passes inside this context."""
     layers = decoder_of(model).layers
     if not 1 <= layer < len(layers):
         raise ValueError(
@@ -59,8 +59,8 @@ def record_entry(model: nn.Module, layer: int) -> Generator[LayerEntry]:
             f"has {len(layers)} layers; choose 1 to {len(layers) - 1}"
         )
     entry = LayerEntry(layer, AttentionRecorder(layers[layer - 1]))
-    # Before the hook of `compress`, whichever context was opened first.
-    before = layers[layer].register_forward_pre_hook(entry.catch, with_kwargs=True, prepend=True)
+    # Runs before the hook of `compress`, whichever context was opened first.
+    before = layers[layer].register_forward_pre_hook(entry.record, with_kwargs=True, prepend=True)
     handles = [before, *entry.recorder.attach()]
     try:
         yield entry
@@ -76,10 +76,10 @@ def rerun_from_layer(
     batch: ModelBatch,
     draw: int = 0,
 ) -> tuple[Float[Tensor, "B L D"], TokenLayout]:
-    """Final hidden states of the recorded pass under other settings, and where their tokens are.
+    """Return final hidden states of the recorded pass under other settings, and their layout.
 
-    The batch is that of the pass. Under `torch.no_grad` for a teacher. ValueError where a stage is
-    below the entry, where nothing was recorded, and for all that `compress` refuses.
+    `batch` is that of the pass. Call it under `torch.no_grad` for a teacher. ValueError where a
+    stage is below the entry, where nothing was recorded, and for what `compress` refuses.
     """
     low = [stage.layer for stage in settings.stages if stage.layer < entry.layer]
     if low or entry.hidden is None:

@@ -1,12 +1,12 @@
-"""The passes of one micro-batch: the student's, and its own with more tokens, EPIC's teacher.
+"""Runs the passes of one micro-batch: the student's, and EPIC's teacher pass with more tokens.
 
-    student   whole pass, tokens dropped at layer K at the student's ratio      with gradient
-    teacher   layers K.. once more, at the teacher's ratio (`rerun_from_layer`)            without
+    student   whole pass, tokens dropped at layer K at the student's ratio         with gradient
+    teacher   layers K.. again, at the teacher's ratio (`rerun_from_layer`)        without gradient
 
-One set of weights: the teacher is the student as it is now. Promise: what the losses get is the
-same as from two whole passes (a decoder without dropout); where nothing is dropped there is no
-second pass, for both are the same, unless the model is sharded and other ranks may drop. What was
-recorded for it is gone when this returns. Dimensions as in schema.py.
+One set of weights: the teacher is the student at this step. Promise: the losses get the states of
+two whole passes (a decoder without dropout). Where nothing is dropped both passes are the same and
+there is no second one, unless the model is sharded and other ranks may drop. The recorded input is
+freed on return. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ from teacher_cache.models.collate import ModelBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentPass:
-    """What the forward passes of a micro-batch leave for the losses."""
+    """What the losses need of a micro-batch's forward passes."""
 
     states: list[SampleStates]
     consistency_teacher_states: Float[Tensor, "R D"] | None = None
-    """States of the teacher's pass that predict the batch's response tokens, in order; None where
-    there was none."""
+    """States of the teacher pass that predict the batch's response tokens, in order; None without
+    a teacher pass."""
     diagnostics: dict[str, float]
 
 
 def student_pass(
     model: nn.Module, batch: ModelBatch, plan: StepPlan | None = None, *, teach: bool = False
 ) -> StudentPass:
-    """Run the student over a batch, dropping vision tokens as planned; `teach` adds EPIC's teacher.
+    """Run the student over a batch, dropping tokens as `plan` says; `teach` adds EPIC's teacher.
 
-    The model may be wrapped; the pass goes through its `forward`. ValueError for what `compress`
+    Goes through the `forward` of a model that may be wrapped. ValueError for what `compress`
     refuses.
     """
     if plan is None:
@@ -54,7 +54,7 @@ def student_pass(
     with recording as entry, compress(model, plan.student, batch, plan.student_draw) as found:
         hidden = final_hidden(model, batch.inputs)
     consistency_teacher_states = None
-    # The layers of a sharded model are gathered by all ranks together, or by none.
+    # All ranks gather the layers of a sharded model together, or none does.
     if entry is not None and (isinstance(model, FSDPModule) or _drops_any(found.layout, batch)):
         with torch.no_grad():
             theirs, layout = rerun_from_layer(model, entry, plan.teacher, batch, plan.teacher_draw)
@@ -80,13 +80,13 @@ def _predicting(hidden: Tensor, batch: ModelBatch, layout: TokenLayout) -> Tenso
 
 
 def _drops_any(layout: TokenLayout, batch: ModelBatch) -> bool:
-    """Whether a token of any sample is gone; if not, the teacher, which drops less, drops none."""
+    """Whether any sample lost a token. If none did, the teacher, which drops less, drops none."""
     pairs = zip(layout.rows, batch.samples, strict=True)
     return any(len(tokens) < sample.num_tokens for tokens, sample in pairs)
 
 
 def _diagnostics(states: Sequence[SampleStates], plan: StepPlan) -> dict[str, float]:
-    """The student's difficulty, and how many vision tokens a sample with images has and keeps."""
+    """The student's layer and ratio, and the mean vision tokens of samples with images."""
     notes = {
         "epic_layer": float(plan.difficulty.layer),
         "student_ratio": plan.difficulty.student_ratio,

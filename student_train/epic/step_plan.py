@@ -1,12 +1,11 @@
-"""What one optimizer step does to vision tokens: how many both passes drop, where, by which draw.
+"""Plans the token dropping of one optimizer step: layer, ratios and random draws of both passes.
 
     p = step / num_steps                            u = random_uniform(seed, "ratio", step)
-    student   draw 2 step, student's ratio           teacher   draw 2 step + 1, teacher's ratio
+    student   draw 2 step, student's ratio          teacher   draw 2 step + 1, teacher's ratio
 
-Promise: a pure function of (settings, seed, step, steps in all, depth of the decoder). So a run
-that resumes at a step goes on as it would have, and neither the size of a micro-batch nor the
-number of ranks changes anything. Refuses, before the first step, what some later step could not
-carry out: every layer that the schedule will visit is asked.
+Promise: a pure function of (settings, seed, step, number of steps, depth of the decoder). So a run
+that resumes repeats the same plans, and micro-batch size and number of ranks do not matter.
+`require_progression` checks every layer of the schedule before the first step.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from teacher_cache.schema.options import GridSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """The compression of a step's two passes."""
+    """The compression of both passes of a step."""
 
     difficulty: Difficulty
     student: CompressionSettings
@@ -31,9 +30,9 @@ class StepPlan:
     student_draw: int
     teacher_draw: int
     drops: bool
-    """False where LCD begins: behind the last layer there is nothing left to drop for."""
+    """False where LCD begins: behind the last layer nothing is dropped."""
     cached_ratio: float = 0.0
-    """Which record of a cache's grid teaches the step, where KD's teacher is the cached one."""
+    """The ratio of the cached response record that KD learns from, under `epic-cached-*`."""
 
 
 def plan_step(
@@ -45,11 +44,11 @@ def plan_step(
     num_layers: int,
     grid: GridSettings | None = None,
 ) -> StepPlan:
-    """The plan of optimizer step `step`, counted from 0; ValueError beyond the last.
+    """Return the plan of optimizer step `step`, counted from 0; ValueError beyond the last.
 
-    `grid` is that of the cache. Its largest ratio that is no more than the teacher's serves, and
-    only where the student drops no deeper than the cached teacher did: else that would have seen
-    less than the student. Ratio 0, every token, serves the rest.
+    `grid` is the cache's. The step uses the largest grid ratio that is at most the teacher's, if
+    the student drops at the grid's layer or before; dropping deeper than the cached teacher, the
+    student would see more than it did. Otherwise it uses ratio 0 (all tokens).
     """
     schedule = progression.schedule_of(num_layers)
     difficulty = schedule.at(step / num_steps, random_uniform(seed, "ratio", step))
@@ -76,15 +75,15 @@ def plan_step(
 
 
 def num_layers_of(model: nn.Module) -> int:
-    """Decoder layers of a model, wrapped or not."""
+    """Return the number of decoder layers of a model, which may be wrapped."""
     return len(decoder_of(model).layers)
 
 
 def require_progression(model: nn.Module, progression: ProgressionConfig, num_steps: int) -> None:
-    """Raise ValueError, with the remedy, where some step of the schedule could not be carried out.
+    """Raise ValueError, with the remedy, where the model cannot carry out some step.
 
-    Costs nothing: no forward pass. An unknown compressor, a decoder that cannot be compressed, a
-    layer that it does not have, or attention that does not show what the compressor needs.
+    Runs no forward pass. Refused: an unknown compressor, a decoder that cannot be compressed, a
+    layer that it lacks, attention that does not expose what the compressor needs.
     """
     schedule = progression.schedule_of(num_layers_of(model))
     layers = {schedule.at(step / num_steps, 0.0).layer for step in range(num_steps)}
