@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pipeline.config.stages import TrainConfig
 from student_train.models.student import student_from_vanilla, vanilla_student
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.run import train_student
-from student_train.training.trainer import Report
+from student_train.training.trainer import MetricsCallback
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.digests import vocabulary_digest
@@ -36,7 +35,7 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 def train(
-    config: TrainConfig, report: Report | None = None, progress: Progress = no_progress
+    config: TrainConfig, report: MetricsCallback | None = None, progress: Progress = no_progress
 ) -> Path:
     """Train the student of `config`, or resume it; returns the final folder.
 
@@ -68,7 +67,7 @@ def train(
         config.training,
         student=student_identity(config.student, config.projector, config.stride),
         report=report,
-        progress=partial(progress, "steps"),
+        progress=progress,
     )
     return config.out / FINAL_FOLDER
 

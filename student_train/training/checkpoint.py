@@ -1,12 +1,12 @@
-"""What a training run leaves in its folder, and how it is found again after a kill.
+"""Reads and writes a training run's folder: identity, checkpoints, final model.
 
     emkd_run.json       run identity, created exclusively after the first step
-    checkpoint-<step>/  transformers' own files; emkd_checkpoint.json, written last, makes it count
-    metrics.jsonl       see run_log.py
-    final/              model and processor, with emkd_run.json inside; renamed into place whole
+    checkpoint-<step>/  transformers' own files; emkd_checkpoint.json, written last, completes it
+    metrics.jsonl       see metrics_log.py
+    final/              model, processor and emkd_run.json; complete, by rename
 
-Promise: a half-written checkpoint is never resumed from, and a run folder never mixes two runs:
-another cache, student, recipe or length is refused with the names of the fields that differ.
+Promise: no run resumes from a half-written checkpoint, and no folder holds two runs: another cache,
+student, recipe or length is refused with the fields that differ.
 """
 
 import dataclasses
@@ -35,31 +35,31 @@ RUN_FILE = "emkd_run.json"
 CHECKPOINT_FILE = "emkd_checkpoint.json"
 FINAL_FOLDER = "final"
 NUM_KEPT = 2
-"""Complete checkpoints that are kept: a spare one, should the newest prove unreadable."""
+"""Complete checkpoints to keep: one spare, in case the newest is unreadable."""
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity(StrictRecord):
-    """Everything that decides the final weights; two attempts of one run agree in every field."""
+    """Everything that decides the final weights; equal for all attempts of one run."""
 
     cache: str
     """Fingerprint of the cache."""
     teacher: str
-    """Digest of the weights of the teacher that filled the cache."""
+    """Digest of the weights of the cache's teacher."""
     student: str
-    """What the student began as: a digest of its weights."""
+    """Digest of the student's initial weights."""
     num_steps: int
     recipe: TrainRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord(StrictRecord):
-    """Makes a checkpoint count: whose it is, how far it came, and the open logging window.
+    """Completes a checkpoint: its run, its step, and the open logging window.
 
-    `window` holds the sum and the count of every value since the last logged line, so that a
-    resumed run logs what an undisturbed one would.
+    `window` holds sum and count of every value since the last logged line, so that a resumed run
+    logs what an uninterrupted one would.
     """
 
     identity: RunIdentity
@@ -71,14 +71,14 @@ class CheckpointRecord(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun(StrictRecord):
-    """Stored in `final/`: what was trained, with which settings, and what it took."""
+    """Stored in `final/`: what was trained, its settings, and its cost."""
 
     identity: RunIdentity
     settings: TrainerSettings
     num_samples: int
     """Samples seen, repetitions counted."""
     seconds: float
-    """Wall time of all attempts, work that was lost to a kill included."""
+    """Wall time of all attempts, including work lost to kills."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +90,22 @@ class Checkpoint:
 
 
 def require_same_run(run: Path, identity: RunIdentity) -> None:
-    """Refuse a folder in which another run lives (CacheMismatchError); an empty one is fine."""
+    """Raise CacheMismatchError where the folder holds another run; an empty folder is accepted."""
     path = run / RUN_FILE
     if path.exists():
         stored = decode_json(RunIdentity, path.read_bytes(), str(path))
-        remedy = "Nothing was changed. Go on with the settings of that run, or give another --out"
+        remedy = "Nothing was changed. Continue with that run's settings, or give another --out"
         require_equal(stored, identity, f"The run in {run}", remedy)
 
 
 def claim_run(run: Path, identity: RunIdentity) -> None:
-    """Make `run` the folder of this run; CacheMismatchError where another run was faster."""
+    """Make `run` the folder of this run; CacheMismatchError where another run came first."""
     if not create_exclusive(run / RUN_FILE, _to_json(identity)):
         require_same_run(run, identity)
 
 
 def finished_run(run: Path) -> FinishedRun | None:
-    """The record in `final/`, or None while the run has not ended."""
+    """Return the record in `final/`, or None while the run has not finished."""
     path = run / FINAL_FOLDER / RUN_FILE
     return decode_json(FinishedRun, path.read_bytes(), str(path)) if path.exists() else None
 
@@ -119,13 +119,13 @@ def publish_final(run: Path, partial: Path, record: FinishedRun) -> None:
 
 
 def mark_complete(checkpoint: Path, record: CheckpointRecord) -> None:
-    """Write the file that makes a checkpoint count, after all its other files."""
+    """Write the file that completes a checkpoint, after all its other files."""
     _sync_files(checkpoint)
     write_atomic(checkpoint / CHECKPOINT_FILE, _to_json(record))
 
 
 def newest_checkpoint(run: Path, identity: RunIdentity) -> Checkpoint | None:
-    """The complete checkpoint with the most steps, or None; refuses one of another run."""
+    """Return the newest complete checkpoint, or None; refuses one of another run."""
     for _, folder in reversed(_checkpoints(run)):
         marker = folder / CHECKPOINT_FILE
         if marker.exists():
@@ -141,7 +141,7 @@ def prune_checkpoints(run: Path) -> None:
     complete = [path for _, path in _checkpoints(run) if (path / CHECKPOINT_FILE).exists()]
     for _, path in _checkpoints(run):
         if path not in complete[-NUM_KEPT:]:
-            # the marker goes first: a removal that is killed half-way leaves no seeming checkpoint
+            # Remove the marker first: a removal that is killed half-way leaves no valid checkpoint.
             (path / CHECKPOINT_FILE).unlink(missing_ok=True)
             shutil.rmtree(path)
             logger.info("Removed %s", path)

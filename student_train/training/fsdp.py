@@ -1,13 +1,12 @@
-"""A student that no single device holds: its language model's matrices, sharded by PyTorch's FSDP2.
+"""Shards a student's language model over the ranks with PyTorch's FSDP2.
 
     sharded   matrices of every decoder layer, of the input embeddings and of the head: each rank
               keeps 1/n of them, of their gradients and of the optimizer's state
-    whole     all else: vision tower, projector, norms and biases; gradients averaged once a step
+    whole     vision tower, projector, norms and biases; gradients averaged once a step
 
-A rank whose micro-batch has no image runs no vision tower, so what is in there cannot be gathered
-by all of them together; the language model runs in every pass of every rank. Promise: a step
-changes the weights as it would under DistributedDataParallel, to rounding, and what is stored is
-whole: the files of an unsharded run. Every function here is for all ranks to call together.
+The vision tower is not sharded: a rank whose micro-batch has no image does not run it, and ranks
+gather weights together. Promise: a step changes weights as under DistributedDataParallel, up to
+rounding; stored files are those of an unsharded run. All ranks must call each function together.
 """
 
 import math
@@ -30,14 +29,14 @@ from student_train.head.linear_head import LinearHead, as_linear
 from student_train.models.forward import output_head
 
 ParameterGroup = Sequence[nn.Parameter]
-"""Parameters of one of an optimizer's groups."""
+"""The parameters of one optimizer group."""
 
 
 def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Shard a model in place, over all processes, and move it to the device.
 
-    Layers are gathered in `dtype`, which is what autocast would make of their matrices, so that
-    no second copy is left behind; gradients are averaged in float32.
+    Layers are gathered in `dtype`, the one of autocast, which then keeps no second copy; gradients
+    are averaged in float32.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers: Sequence[nn.Module] = decoder_of(model).layers
@@ -56,14 +55,14 @@ def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> N
         for unit in (embeddings, head):
             fully_shard(unit, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    # What transformers says of a model that it has sharded: its Trainer neither wraps nor moves it.
+    # Marks a model that transformers has sharded: its Trainer neither wraps nor moves it.
     model._is_distributed_loading_by_transformers = True  # pyright: ignore[reportPrivateUsage]
 
 
 def gathered_head(model: nn.Module) -> LinearHead:
-    """The head, whole; its weight is a leaf of its own, whose gradient `scatter_head` sends home.
+    """Gather the whole head; `scatter_head` returns the gradient of its weight, a new leaf.
 
-    So every rank gathers once and reduces once, whether its micro-batch asks the head or not.
+    So every rank gathers once and reduces once, whether its micro-batch uses the head or not.
     """
     head = as_linear(output_head(model))
     assert head is not None, "as_linear refuses to gather any other head"
@@ -72,7 +71,7 @@ def gathered_head(model: nn.Module) -> LinearHead:
 
 
 def scatter_head(model: nn.Module, head: LinearHead) -> None:
-    """Add the mean of the ranks' gradients of a gathered head to that of the sharded one."""
+    """Add the ranks' mean gradient of a gathered head to the sharded head's gradient."""
     if not head.weight.requires_grad:
         return
     home = cast(DTensor, output_head(model).get_parameter("weight"))
@@ -85,10 +84,10 @@ def scatter_head(model: nn.Module, head: LinearHead) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients of what is whole, as FSDP2 has done with all else.
+    """Average the gradients of whole parameters, as FSDP2 does for sharded ones.
 
-    A parameter that some ranks have not used counts as zero there; one that none has used keeps no
-    gradient, so that the optimizer leaves it alone.
+    Ranks that did not use a parameter count as zero; a parameter that no rank used gets no
+    gradient, so that the optimizer skips it.
     """
     whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     if not whole:
@@ -104,7 +103,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Norm of all gradients together, after `average_gradients`."""
+    """Return the norm of all gradients, after `average_gradients`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = get_total_norm([g for g in gradients if isinstance(g, DTensor)])
     whole = get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
@@ -114,7 +113,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict, gathered, on the CPU of rank 0; empty elsewhere."""
+    """Gather the model's state dict on the CPU of rank 0; empty elsewhere."""
     gathered: dict[int, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -125,15 +124,15 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a sharded model these whole weights, which every rank has; RuntimeError if any lacks."""
+    """Load whole weights, present on all ranks, into a sharded model; RuntimeError if any lack."""
     state = model.state_dict(keep_vars=True)
-    model.load_state_dict({n: _part(tensor, state.get(n)) for n, tensor in weights.items()})
+    model.load_state_dict({n: _shard_of(tensor, state.get(n)) for n, tensor in weights.items()})
 
 
 def whole_optimizer(
     optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
 ) -> dict[str, Any]:
-    """What `state_dict` would return if the model were whole, with these groups; on rank 0."""
+    """Return the optimizer's `state_dict` as of an unsharded model with these groups, on rank 0."""
     parameters = [p for group in groups for p in group]
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
     numbers = iter(range(len(parameters)))
@@ -156,7 +155,7 @@ def whole_optimizer(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], stored: Mapping[str, Any]
 ) -> None:
-    """Load what `whole_optimizer` returned or an unsharded run stored, which every rank has."""
+    """Load the state of `whole_optimizer` or of an unsharded run, present on every rank."""
     parameters = [p for group in groups for p in group]
     number_of = {p: number for number, p in enumerate(parameters)}
     stored_groups: list[dict[str, Any]] = stored["param_groups"]
@@ -164,7 +163,7 @@ def load_optimizer(
     own: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = iter(range(len(own)))
     state = {
-        number: {n: _part(value, p) for n, value in stored["state"][number_of[p]].items()}
+        number: {n: _shard_of(value, p) for n, value in stored["state"][number_of[p]].items()}
         for number, p in enumerate(own)
         if number_of[p] in stored["state"]
     }
@@ -179,15 +178,15 @@ def load_optimizer(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of rank 0, nothing elsewhere."""
+    """Return a copy on the CPU of rank 0, nothing elsewhere."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.cpu() if dist.get_rank() == 0 else torch.empty(0)
 
 
-def _part(value: Tensor, parameter: Tensor | None) -> Tensor:
-    """A copy of what a rank keeps of a value: of a sharded parameter's its part, else all."""
+def _shard_of(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """Return a copy of the rank's shard of a value, or of all of it for a whole parameter."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value.clone()
     mesh = parameter.device_mesh

@@ -1,8 +1,7 @@
-"""The trainer of a sharded student: what transformers' Trainer has to be told about one.
+"""Trains a student that `fsdp.shard` has sharded.
 
-It trains a model that is sharded already (`sharding.shard`), whose gathers and reductions come
-with it. Checkpoints are those of an unsharded run, file by file: written whole by rank 0, read by
-every worker, which keeps its part. Any number of workers, sharded or not, goes on from them.
+Checkpoints have the files of an unsharded run: rank 0 writes them whole, every worker reads them
+and keeps its shard. Any number of workers, sharded or not, can resume from them.
 """
 
 from collections.abc import Generator, Mapping
@@ -29,7 +28,7 @@ from student_train.training.trainer import EmkdTrainer
 from teacher_cache.models.checkpoint import load_model
 
 _OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
-"""How transformers calls them."""
+"""File names of transformers."""
 
 
 class ShardedTrainer(EmkdTrainer):
@@ -41,10 +40,10 @@ class ShardedTrainer(EmkdTrainer):
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch; after the last one of a step, all gradients are means over the ranks."""
+        """Run one micro-batch; after the last one of a step, gradients are means over ranks."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._send_home(model)
-        self._head = None  # not held while the optimizer steps
+        self._scatter_head(model)
+        self._head = None  # freed before the optimizer steps
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
         return loss
@@ -53,16 +52,16 @@ class ShardedTrainer(EmkdTrainer):
         self._head = gathered_head(model)
         return self._head
 
-    def _send_home(self, model: nn.Module) -> None:
+    def _scatter_head(self, model: nn.Module) -> None:
         if self._head is not None:
             scatter_head(model, self._head)
 
     def _gradient_norms(self, model: nn.Module, terms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of the mean over the ranks: a sharded gradient comes from no other backward pass."""
+        """Measure norms of rank means: sharded gradients exist only after a backward pass."""
         norms: dict[str, float] = {}
         for name, term in terms.items():
             term.backward(retain_graph=True)
-            self._send_home(model)
+            self._scatter_head(model)
             average_gradients(model.parameters())
             norms[name] = gradient_norm(model.parameters())
             model.zero_grad()
@@ -76,11 +75,11 @@ class ShardedTrainer(EmkdTrainer):
             self._save(output_dir, state_dict=weights)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Not transformers' way, which waits for gradients that a rank without images lacks."""
+        """Do nothing: the stock method waits for gradients that a rank without images lacks."""
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Generator[None]:
-        """Not put off to a step's last micro-batch: until then each rank would hold all of them."""
+        """Reduce after each micro-batch: until then each rank holds whole gradients."""
         yield
 
     def _load_from_checkpoint(
@@ -106,14 +105,14 @@ class ShardedTrainer(EmkdTrainer):
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         folder = Path(checkpoint)
-        # Mapped, so that only what a rank keeps has to come into memory.
+        # Memory-mapped, so that a rank reads only its shard.
         state = torch.load(folder / _OPTIMIZER_FILE, weights_only=True, mmap=True)
         load_optimizer(optimizer, self._groups(), state)
         schedule = torch.load(folder / _SCHEDULER_FILE, weights_only=True)
         scheduler.load_state_dict(_for_groups(schedule, len(optimizer.param_groups)))
 
     def _groups(self) -> list[ParameterGroup]:
-        """The optimizer's groups of an unsharded run; a sharded one's are split once more."""
+        """Return the optimizer groups of an unsharded run; a sharded run splits them further."""
         model: Any = self.model
         decays = set(self.get_decay_parameter_names(model))
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -124,5 +123,5 @@ class ShardedTrainer(EmkdTrainer):
 
 
 def _for_groups(schedule: Mapping[str, Any], num_groups: int) -> dict[str, Any]:
-    """A scheduler's state for so many groups of the optimizer, which all have one learning rate."""
+    """Return a scheduler's state for `num_groups` optimizer groups with one learning rate."""
     return {k: v[:1] * num_groups if isinstance(v, list) else v for k, v in schedule.items()}

@@ -1,4 +1,4 @@
-"""The gradient norm of each term of the objective."""
+"""Measures the gradient norm of each loss term."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 def term_gradient_norms(
     terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]
 ) -> dict[str, float]:
-    """Norm of each term's own gradient over the trainable parameters, unweighted.
+    """Return the norm of each unweighted term's gradient over the trainable parameters.
 
-    Costs one backward pass per term and keeps the graph, so call it before the real backward.
+    Runs one backward pass per term, keeps the graph and changes no `.grad`: call it before the
+    step's own backward.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     norms: dict[str, float] = {}

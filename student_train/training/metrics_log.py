@@ -1,8 +1,7 @@
-"""What a run says of itself while it trains: means over logging windows, one JSON line for each.
+"""Writes a run's metrics.jsonl: one JSON line of means for each logging window.
 
-Promise: metrics.jsonl holds every step at most once, whatever was killed and resumed, and the same
-values as without the kill (`seconds` apart, which add up over all attempts). A loss that is not
-finite ends the run with the step it happened in.
+Promise: a step occurs at most once, whatever was killed and resumed, with the values of an
+uninterrupted run (except `seconds`, which adds up over all attempts).
 """
 
 import json
@@ -21,7 +20,7 @@ METRICS_LOG_FILE = "metrics.jsonl"
 
 
 class MeanWindow:
-    """Sum and count of named values since the last logged line; tensors are not synchronised."""
+    """Sums and counts of named values since the last logged line; never waits for a device."""
 
     def __init__(self, sums: Mapping[str, tuple[float, int]] | None = None) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -31,19 +30,19 @@ class MeanWindow:
             self._counts[name] = count
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one value of each name; names may come and go."""
+        """Add one value of each name; names may differ from call to call."""
         for name, value in values.items():
             wide = torch.as_tensor(value).detach().to(torch.float64)
             self._sums[name] = self._sums.get(name, torch.zeros(())).to(wide) + wide
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def sums(self) -> dict[str, tuple[float, int]]:
-        """(sum, count) of each name, as numbers."""
+        """Return (sum, count) of each name, as numbers."""
         return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
 
 
-def merge(windows: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
-    """The sums and counts of several ranks together."""
+def merge_sums(windows: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Add up the sums and counts of several ranks."""
     merged: dict[str, tuple[float, int]] = {}
     for window in windows:
         for name, (total, count) in window.items():
@@ -53,14 +52,14 @@ def merge(windows: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, tuple
 
 
 def means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
-    """Sum over count."""
+    """Return sum over count of each name."""
     return {name: total / count for name, (total, count) in sums.items()}
 
 
 class MetricsLog:
-    """metrics.jsonl of a run that goes on from `step`: lines of later steps, lost, are dropped.
+    """metrics.jsonl of a run that continues after `step`; drops lines of later, lost steps.
 
-    Only the rank that `writes` touches the file; the others keep the time.
+    Only the rank that `writes` touches the file; the others only measure time.
     """
 
     def __init__(self, run: Path, *, step: int, seconds: float, writes: bool) -> None:
@@ -72,12 +71,12 @@ class MetricsLog:
             lines = _read_lines(self._path)
             kept = [line for line in lines if line["step"] <= step]
             write_atomic(self._path, "".join(map(_line, kept)).encode())
-            # the time of lost work was spent all the same
+            # Time of lost work counts too.
             self._earlier = max([seconds, *(line["seconds"] for line in lines)])
 
     @property
     def seconds(self) -> float:
-        """Wall time of this attempt and of all earlier ones, as far as they logged."""
+        """Wall time of this attempt and of the logged part of earlier ones."""
         return self._earlier + time.monotonic() - self._started
 
     def append(self, line: Mapping[str, float]) -> None:
@@ -88,14 +87,14 @@ class MetricsLog:
 
 
 def logged_step(run: Path) -> int:
-    """The last step that a run has written to its metrics; 0 before the first."""
+    """Return the last step in a run's metrics; 0 before the first line."""
     path = run / METRICS_LOG_FILE
     lines = _read_lines(path) if path.exists() else []
     return int(lines[-1]["step"]) if lines else 0
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
+    whole, _, _ = path.read_text().rpartition("\n")  # a kill can cut off only the last line
     return [json.loads(line) for line in whole.splitlines()]
 
 

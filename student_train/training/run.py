@@ -1,9 +1,9 @@
-"""One training run from beginning to end, or from where it was killed: `train_student`.
+"""Trains a student from start to end, or from where an earlier attempt was killed.
 
-The same function runs in a plain process, under torchrun and inside a Ray Train worker: rank and
-world size come from the process group, if there is one. Running it again after it has finished
-returns at once; after a kill it goes on from the newest complete checkpoint. A run folder that
-holds another run is refused with the fields that differ, and nothing in it is changed.
+`train_student` runs in a plain process, under torchrun and in a Ray Train worker: rank and world
+size come from the process group, if there is one. A finished run returns at once; a killed one
+continues from its newest complete checkpoint. A folder that holds another run is refused with the
+fields that differ, and is not changed.
 """
 
 import logging
@@ -22,7 +22,6 @@ from student_train.data.stream import TrainingStream, parts_needed
 from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
 from student_train.models.forward import output_head
-from student_train.models.trainable import set_trainable
 from student_train.training.checkpoint import (
     FINAL_FOLDER,
     FinishedRun,
@@ -35,11 +34,13 @@ from student_train.training.checkpoint import (
 )
 from student_train.training.fsdp import shard
 from student_train.training.fsdp_trainer import ShardedTrainer
-from student_train.training.trainer import EmkdTrainer, Progress, Report, training_arguments
+from student_train.training.trainable import set_trainable
+from student_train.training.trainer import EmkdTrainer, MetricsCallback, training_arguments
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import TierName, tier_to_learn_from
+from teacher_cache.schema.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,14 @@ def train_student(
     settings: TrainerSettings,
     *,
     student: str,
-    report: Report | None = None,
-    progress: Progress | None = None,
+    report: MetricsCallback | None = None,
+    progress: Progress = no_progress,
 ) -> FinishedRun:
-    """Train the student that `load` returns and leave it in `run/final`; every rank calls this.
+    """Train the student that `load` returns and write it to `run/final`; every rank calls this.
 
-    `student` identifies what `load` returns (a digest of its weights and projector), so that a
-    finished run is recognised without loading anything. `report` is called on every rank with each
-    line of the metrics log, `progress` on rank 0 after each step.
+    `student` is a digest of its weights and projector, so that a finished run is recognised without
+    loading it. `report` is called on every rank with each line of the metrics log, `progress` on
+    rank 0 after each step.
 
     CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
     differ between student and teacher, ValueError for settings that do not fit together.
@@ -83,13 +84,13 @@ def train_student(
     arguments.gradient_accumulation_steps = plan.accumulation_steps
     if settings.shard == "fsdp" and plan.world_size == 1:
         raise ValueError(
-            "shard is fsdp, but there is one worker and nobody to share with; give "
-            "--num-workers 2 or more, or --shard none"
+            "shard is fsdp, but there is only one worker; give --num-workers 2 or more, or "
+            "--shard none"
         )
     require_same_run(run, identity)
     finished = finished_run(run)
     if finished is not None:
-        logger.info("%s has finished already", run)
+        logger.info("%s has already finished", run)
         return finished
     resumed = newest_checkpoint(run, identity)
     tier = tier_to_learn_from(reader.spec.records, settings.records)
@@ -117,8 +118,8 @@ def train_student(
     )
     if resumed is not None:
         stream.seek(resumed.record.stream)
-        logger.info("Going on from step %d of %d", resumed.record.step, num_steps)
-    wait_for_everyone()  # every rank has looked before anything is removed
+        logger.info("Continuing from step %d of %d", resumed.record.step, num_steps)
+    wait_for_everyone()  # every rank has read before anything is removed
     if arguments.process_index == 0:
         prune_checkpoints(run)
     if settings.shard == "fsdp":
@@ -161,29 +162,31 @@ def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> 
 
 
 def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
-    """A cached teacher that has seen every token is no nearer to the student for any gap."""
+    """Refuse a gap that no response record of the cache can follow."""
     progression, grid = settings.progression, reader.spec.grid
     if progression is None or progression.gap is None or not settings.objective.kd_from_cache:
         return
     found = f"gap is {progression.gap}, but would have no effect"
     if grid is None:
         raise ValueError(
-            f"{found}: the cache's teacher has dropped no vision tokens; leave it out, or build "
-            "the cache with --compressor and --ratios"
+            f"{found}: the cache's teacher dropped no vision tokens; omit it, or build the cache "
+            "with --compressor and --ratios"
         )
-    if progression.layer > grid.layer:  # the preset fixed, the one with a gap, stays at it
+    if (
+        progression.layer > grid.layer
+    ):  # the preset fixed, the only one with a gap, stays at this layer
         raise ValueError(
             f"{found}: the student drops at layer {progression.layer}, deeper than the cache's "
-            f"teacher at layer {grid.layer}, whose grid cannot teach it; leave it out, or drop at "
-            f"layer {grid.layer} or before"
+            f"teacher at layer {grid.layer}, whose grid cannot teach it; omit it, or drop at layer "
+            f"{grid.layer} or before"
         )
 
 
 def _differentiate_text(model: PreTrainedModel) -> None:
-    """Give text embeddings a gradient that nobody uses, where none of their weights is trained.
+    """Require a gradient of text embeddings although none of their weights is trained.
 
-    Else the loss of a micro-batch without images would depend on nothing that is trained, which
-    `backward` refuses; and where the model is sharded, ranks have to go back through it together.
+    Otherwise the loss of a micro-batch without images depends on no trained weight, and `backward`
+    fails. A sharded model also needs all ranks to run its backward pass together.
     """
 
     def require_gradient(_module: nn.Module, _inputs: object, embedded: Tensor) -> None:

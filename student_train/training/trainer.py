@@ -1,12 +1,12 @@
-"""The optimizer loop: a transformers.Trainer whose data is the stream and whose loss is LossTerms.
+"""Runs the optimizer loop: a transformers.Trainer with our data stream and our loss.
 
-How a step's loss adds up: each term is a mean inside one micro-batch (losses.py says over what); a
-step takes the plain mean over its micro-batches and ranks, which all hold equally many samples. So
-micro_batch_size and world size never change *which* samples form a step, only, slightly, how much
-a token weighs that stands in a micro-batch with few others. No B x L x V logits are ever computed.
+A step's loss: each term is a mean inside one micro-batch (objective_loss.py says over what); a step
+takes the mean over its micro-batches and ranks, which have equal numbers of samples. So
+micro_batch_size and world size do not change which samples form a step. They change slightly how
+much a token weighs: more in a micro-batch with few tokens. No B x L x V logits are computed.
 
-Refuses to skip or re-shard data (the stream alone decides), to go on after a loss that is not
-finite, and trainable weights in half precision.
+Refuses to skip or re-shard data (the stream decides), a loss that is not finite, and trainable
+weights in half precision.
 """
 
 import logging
@@ -47,27 +47,26 @@ from student_train.training.checkpoint import (
     prune_checkpoints,
 )
 from student_train.training.gradient_norms import term_gradient_norms
-from student_train.training.metrics_log import MeanWindow, MetricsLog, means, merge
+from student_train.training.metrics_log import MeanWindow, MetricsLog, means, merge_sums
 from teacher_cache.models.checkpoint import load_model
 from teacher_cache.records.assets import TeacherAssets
+from teacher_cache.schema.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[Mapping[str, float]], None]
+MetricsCallback = Callable[[Mapping[str, float]], None]
 """Called on every rank with each line of the metrics log."""
-Progress = Callable[[int, int], None]
-"""Called on rank 0 after each optimizer step with (steps done, steps in all)."""
 
 
 def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> TrainingArguments:
-    """The settings in transformers' words; logging and saving stay in our hands."""
+    """Translate the settings for transformers; logging and saving stay ours."""
     if settings.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {settings.device!r}, expected auto, cpu or cuda")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device; use device auto or cpu")
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and settings.dtype == "float16":
-        raise ValueError(  # transformers would compute in float32 and not say so
+        raise ValueError(  # transformers would silently compute in float32
             "dtype float16 needs a CUDA device; use dtype bfloat16 or float32"
         )
     arguments = TrainingArguments(
@@ -91,7 +90,7 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
         logging_nan_inf_filter=False,
         save_strategy="no",
         ignore_data_skip=True,
-        use_cache=True,  # ends up in the saved config, for generation; the forward pass says False
+        use_cache=True,  # for the saved config, used in generation; our forward passes say False
         ddp_find_unused_parameters=True,
         disable_tqdm=True,
         report_to="none",
@@ -102,7 +101,7 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
 
 
 class EmkdTrainer(Trainer):
-    """Trains `model` on `stream`; `train` runs to the end, `save_final` writes what remains."""
+    """Trains `model` on `stream`; `train` runs to the end, `save_student` writes the result."""
 
     loss_is_scaled_for_ga = False
     """Our loss is a mean per micro-batch; transformers divides it by the accumulation steps."""
@@ -118,8 +117,8 @@ class EmkdTrainer(Trainer):
         assets: TeacherAssets,
         identity: RunIdentity,
         resumed: CheckpointRecord | None = None,
-        report: Report | None = None,
-        progress: Progress | None = None,
+        report: MetricsCallback | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
         if dtypes != {torch.float32}:
@@ -150,17 +149,17 @@ class EmkdTrainer(Trainer):
         self._last_step: int | None = None
 
     def get_train_dataloader(self) -> Any:
-        """The stream itself: endless, of this rank, already at the right position."""
+        """Return the stream: endless, of this rank, at the right position."""
         return self.stream
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StudentBatch], num_batches: int, device: torch.device
     ) -> tuple[list[StudentBatch], None]:
-        """The micro-batches of one step; None: the loss is not normalised by a count of labels."""
+        """Return the micro-batches of one step; None: no label count normalises the loss."""
         return list(islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: transformers' estimate does not know the vision tower."""
+        """Return 0: transformers' estimate ignores the vision tower."""
         return 0
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -174,10 +173,10 @@ class EmkdTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The objective of one micro-batch, in float32 whatever the forward pass ran in."""
+        """Return the loss of one micro-batch, in float32 whatever the dtype of the forward pass."""
         batch: StudentBatch = inputs
         step = self.state.global_step + 1
-        first, self._last_step = self._last_step != step, step  # which speaks for the step
+        first, self._last_step = self._last_step != step, step
         check = first and _is_due(step, self.settings.match_check_steps)
         plan, head_of = self._plan(model), self._head_of
         loss = student_loss(
@@ -197,7 +196,7 @@ class EmkdTrainer(Trainer):
         return term_gradient_norms(terms, model.parameters())
 
     def _plan(self, model: nn.Module) -> StepPlan | None:
-        """What the current optimizer step drops, the same in all its micro-batches and ranks."""
+        """Return what the current step drops, equal in all its micro-batches and ranks."""
         if self.settings.progression is None:
             return None
         return plan_step(
@@ -210,8 +209,8 @@ class EmkdTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete transformers' line with the window's means and write it to metrics.jsonl."""
-        if "loss" in logs:  # the other call, at the end of training, has only run times
+        """Add the window's means to transformers' line and write it to metrics.jsonl."""
+        if "loss" in logs:  # the call at the end of training has only run times
             logs |= means(self._merged_window())
             self.window = MeanWindow()
             self.state.epoch = self.num_samples / self.stream.num_rows
@@ -228,11 +227,11 @@ class EmkdTrainer(Trainer):
 
     @property
     def num_samples(self) -> int:
-        """Samples that optimizer steps have used: the stream's position."""
+        """Samples that optimizer steps have used; the stream's position."""
         return self.state.global_step * self.settings.batch_size
 
     def _merged_window(self) -> dict[str, tuple[float, int]]:
-        merged = merge(gather_object([self.window.sums()]))
+        merged = merge_sums(gather_object([self.window.sums()]))
         total = merged["loss"][0] if "loss" in merged else 0.0
         if not torch.isfinite(torch.tensor(total)):
             raise ValueError(
@@ -243,7 +242,7 @@ class EmkdTrainer(Trainer):
         return merged
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Transformers' own files, then, when every rank has written, the one that counts."""
+        """Write transformers' files, then, once every rank has written, the completing file."""
         window = self._merged_window()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -263,10 +262,10 @@ class EmkdTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Through the loader that every student comes from, which misses no weight.
+        """Load the weights with `load_model`, which misses none.
 
-        A vanilla class saves its weights by the names of the first release of its family, not by
-        its modules'. Transformers' own way back into a trainer skips those, with a warning.
+        A vanilla class saves its weights under the names of its family's first release. The stock
+        method skips names that are not its modules', with a warning.
         """
         saved, _ = load_model(resume_from_checkpoint, torch.float32)
         target: Any = model if model is not None else self.model
@@ -280,18 +279,16 @@ class EmkdTrainer(Trainer):
         self.save_model(str(folder))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody needs it
+            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle
 
 
 class _LogAndSaveCallback(TrainerCallback):
-    """Saves every so many steps but not at the last one, where `final/` follows; logs there.
+    """Saves every `save_steps` steps except the last, where `final/` follows; logs the last step.
 
-    Claims the run's folder after the first step: what cannot work at all has failed before.
+    Claims the run's folder after the first step, so that a run that cannot start claims nothing.
     """
 
-    def __init__(
-        self, save_steps: int, claim: Callable[[], None], progress: Progress | None
-    ) -> None:
+    def __init__(self, save_steps: int, claim: Callable[[], None], progress: Progress) -> None:
         self._save_steps = save_steps
         self._claim: Callable[[], None] | None = claim
         self._progress = progress
@@ -299,7 +296,7 @@ class _LogAndSaveCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        state.logging_steps = int(args.logging_steps)  # a checkpoint brings those of its attempt
+        state.logging_steps = int(args.logging_steps)  # a checkpoint restores its attempt's
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -310,8 +307,8 @@ class _LogAndSaveCallback(TrainerCallback):
         last = state.global_step >= state.max_steps
         control.should_log |= last
         control.should_save = not last and state.global_step % self._save_steps == 0
-        if self._progress is not None and state.is_world_process_zero:
-            self._progress(state.global_step, state.max_steps)
+        if state.is_world_process_zero:
+            self._progress("steps", state.global_step, state.max_steps)
 
 
 def student_loss(
@@ -323,7 +320,7 @@ def student_loss(
     check_matching: bool = False,
     head_of: Callable[[nn.Module], LogitsOf] = output_head,
 ) -> LossTerms:
-    """Forward passes of one micro-batch and its loss terms; the head runs at needed rows only."""
+    """Run one micro-batch and return its loss terms; the head runs at needed rows only."""
     teach = objective.kd_weight > 0 and not objective.kd_from_cache
     found = student_pass(model, batch.model, plan, teach=teach)
     cached_ratio = 0.0 if plan is None else plan.cached_ratio

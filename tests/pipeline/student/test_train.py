@@ -12,7 +12,8 @@ import torch
 from pipeline.config import recipes
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import CONFIG_FILE, student_identity, train
-from student_train.models.trainable import PART_PREFIXES, Part
+from student_train.config.recipe import TrainPart
+from student_train.training.trainable import PART_PREFIXES
 from teacher_cache.codec.columns import encode_column, output_columns
 from teacher_cache.folder.layout import SEAL_FILE
 from teacher_cache.folder.reader import CacheReader
@@ -71,7 +72,7 @@ def _replace(file: Path, content: bytes) -> None:
     other.replace(file)
 
 
-def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[Part]:
+def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[TrainPart]:
     """The parts of which any weight has changed."""
     names = {name for name in after if not torch.equal(before[name], after[name])}
     return {

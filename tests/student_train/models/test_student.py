@@ -14,10 +14,11 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden, output_head
 from student_train.models.projectors import average_pool
 from student_train.models.student import load_student, student_from_vanilla
-from student_train.models.trainable import Part, set_trainable
+from student_train.training.trainable import set_trainable
 from tests.support.tiny import FAMILIES, tiny_image, tiny_llava, tiny_llava_next
 
 Folder = Callable[[str], Path]
@@ -231,7 +232,7 @@ def test_gradients_through_a_distributed_wrapper_equal_those_without(
     "parts", [("projector",), ("language_model", "projector"), ("vision_tower",)]
 )
 def test_only_the_named_parts_are_trained(
-    vanilla: Folder, name: str, parts: tuple[Part, ...]
+    vanilla: Folder, name: str, parts: tuple[TrainPart, ...]
 ) -> None:
     student, _ = convert(vanilla(name), 2)
     set_trainable(student, ("vision_tower", "projector", "language_model"))

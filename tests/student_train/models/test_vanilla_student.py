@@ -12,9 +12,10 @@ import torch
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.config.objective import preset
+from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden
 from student_train.models.student import load_student, student_from_vanilla, vanilla_student
-from student_train.models.trainable import PARTS, Part, set_trainable
+from student_train.training.trainable import PART_PREFIXES, set_trainable
 from teacher_cache.models.checkpoint import load_model
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, encode
@@ -50,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
         SETTINGS,
         objective=preset("epic-tcd"),
         progression=fixed("dart"),
-        train_parts=PARTS,
+        train_parts=tuple(PART_PREFIXES),
         max_steps=2,
     )
     for family in FAMILIES:
@@ -62,15 +63,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     return runs
 
 
-def names_of(family: str, folder: Path) -> dict[Part, set[str]]:
+def names_of(family: str, folder: Path) -> dict[TrainPart, set[str]]:
     """First words of the parameters of each part."""
     model, _ = vanilla_student(str(folder))
-    found: dict[Part, set[str]] = {}
-    for part in PARTS:
+    found: dict[TrainPart, set[str]] = {}
+    for part in PART_PREFIXES:
         counts = set_trainable(model, (part,))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         num_trained = sum(weight.numel() for weight in trained.values())
-        assert counts == dict.fromkeys(PARTS, 0) | {part: num_trained}
+        assert counts == dict.fromkeys(PART_PREFIXES, 0) | {part: num_trained}
         found[part] = {".".join(name.split(".")[1:3]) for name in trained}
     return found
 
@@ -78,7 +79,7 @@ def names_of(family: str, folder: Path) -> dict[Part, set[str]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_three_parts(family: str, tiny_folder: TinyFolder) -> None:
     found = names_of(family, tiny_folder(family))
-    assert all(found[part] for part in PARTS)
+    assert all(found[part] for part in PART_PREFIXES)
     decoder = {"embed_tokens", "layers", "norm"}
     assert {name.split(".")[-1] for name in found["language_model"]} - {"weight"} == decoder
     expected = {

@@ -22,8 +22,8 @@ from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
-from student_train.models.trainable import set_trainable
 from student_train.training.checkpoint import CHECKPOINT_FILE
+from student_train.training.trainable import set_trainable
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from student_train.config.objective import ObjectiveConfig, preset
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
-from student_train.models.trainable import set_trainable
 from student_train.training.checkpoint import RunIdentity
 from student_train.training.run import train_student
+from student_train.training.trainable import set_trainable
 from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
@@ -114,7 +114,7 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
         settings,
         student="tiny",
         report=reported.append,
-        progress=lambda done, total: steps.append((done, total)),
+        progress=lambda _, done, total: steps.append((done, total)),
     )
     assert [line["step"] for line in reported] == [5, 7]
     regrets = [v for line in reported for k, v in line.items() if k.endswith("_regret")]
