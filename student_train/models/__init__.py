@@ -1,1 +1,1 @@
-"""Students, and which parts of them are trained."""
+"""Student models: LLaVA families with pooling projectors, and vanilla models."""

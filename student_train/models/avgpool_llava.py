@@ -1,10 +1,9 @@
-"""LLaVA with a pooling projector: configuration and model under the model type emkd_avgpool_llava.
+"""LLaVA with a pooling projector, under the model type emkd_avgpool_llava.
 
 Everything but the projector is transformers' own LLaVA, and every parameter keeps its name. The
-model type is ours on purpose: a checkpoint that still called itself "llava" would load as the
-stock class without a warning and without pooling. Importing this module registers both classes
-with `AutoConfig` and `AutoModelForImageTextToText`. A stride larger than the grid is refused when
-the configuration is made.
+model type is ours because a checkpoint of type "llava" would load as the stock class, without
+pooling and without a warning. Importing this module registers both classes with `AutoConfig` and
+`AutoModelForImageTextToText`. The configuration refuses a stride larger than the grid.
 """
 
 from typing import no_type_check

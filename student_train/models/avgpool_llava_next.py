@@ -1,11 +1,10 @@
 """LLaVA-NeXT (anyres) with a pooling projector, under the model type emkd_avgpool_llava_next.
 
-Each tile of an image, the base view included, is pooled by itself. The pooled tiles are then laid
-out as the image, cut back to its aspect ratio and given one newline embedding per row, exactly as
-the vanilla model does with its larger tiles. That layout is recomputed here because the stock one
-takes a tile's side from the vision tower's patches. Importing this module registers both classes
-with `AutoConfig` and `AutoModelForImageTextToText`. A stride larger than a tile's grid is refused
-when the configuration is made.
+Each tile of an image, base view included, is pooled by itself. The pooled tiles are then laid out
+as the image, cropped to its aspect ratio and given one newline embedding per row, as the vanilla
+model does with its larger tiles. The layout is reimplemented because the stock one takes a tile's
+side from the vision tower's patches. Importing this module registers both classes with `AutoConfig`
+and `AutoModelForImageTextToText`. The configuration refuses a stride larger than a tile's grid.
 """
 
 from collections.abc import Sequence
@@ -76,9 +75,9 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
         """Lay pooled tiles out as rows of the image, a newline after each; base view first.
 
         `image_features[i]` holds image i's projected tiles, the base view first; `image_sizes` the
-        original (height, width). Returns the embeddings of each image in the order of its
-        placeholders, and how many they are. Overrides the stock method, for the pooled side of a
-        tile; the strategy has already been applied and is not read.
+        original (height, width). Returns each image's embeddings in the order of its placeholders,
+        and their numbers. Overrides the stock method for the pooled side of a tile. The strategy is
+        not read: it has already been applied.
         """
         projector: CompressingProjector = self.multi_modal_projector
         side = projector.pooled_side(grid_side(self.config))

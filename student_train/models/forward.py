@@ -1,4 +1,4 @@
-"""A student's final hidden states, and its output head."""
+"""Computes a student's final hidden states, and finds its output head."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B L D"]:
     """Run the model and return the states that enter its head, after the final norm.
 
-    Goes through `forward`, as wrappers such as DistributedDataParallel need. The library keeps the
-    last of its hidden states only. It computes logits on the way; it is told to do so at one
-    position only, and they are dropped.
+    Goes through `forward`, as wrappers such as DistributedDataParallel need. Only the last hidden
+    states are kept. Logits are computed at one position and dropped.
     """
     output = model(
         **inputs, output_hidden_states=[-1], logits_to_keep=1, use_cache=False, return_dict=True
@@ -21,5 +20,5 @@ def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The language-model head, also of a model wrapped by DistributedDataParallel or compiled."""
+    """Return the language-model head of a model, which may be wrapped (DDP) or compiled."""
     return extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()

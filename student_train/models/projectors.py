@@ -1,10 +1,9 @@
-"""Projectors that turn many vision features into few language-model inputs.
+"""Projects many vision features to few language-model inputs.
 
-A compressing projector takes the vision tower's patch features [B, side * side, C] of square
-images (the class token already dropped) and returns [B, pooled * pooled, D]. It alone knows both
-sides of that arithmetic, `pooled_side`; models, processors and tests ask it. Each is a subclass of
-the family's own multi-modal projector without parameters added or renamed, so that the weights of
-a vanilla checkpoint fit unchanged. Features that do not fill a square grid are refused.
+A compressing projector takes the vision tower's patch features [B, side * side, C] of square images
+(without class token) and returns [B, pooled * pooled, D]. Its `pooled_side` is the only place of
+that arithmetic. Each projector subclasses the family's own without adding or renaming parameters,
+so that the weights of a vanilla checkpoint fit. Refuses features that do not fill a square grid.
 
 Legend of dimensions: B images or tiles, C width of the vision features, D width of the language
 model, side / pooled the grid's side before and after.
@@ -22,10 +21,10 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 
 
 class CompressingProjector(Protocol):
-    """What a student model asks of its projector."""
+    """The interface of a student's projector."""
 
     def pooled_side(self, side: int) -> int:
-        """The side of the grid that comes out, for a grid of side x side that goes in."""
+        """Return the side of the output grid for an input grid of side x side."""
         ...
 
     def __call__(self, image_features: Tensor) -> Tensor:
@@ -34,16 +33,16 @@ class CompressingProjector(Protocol):
 
 
 def grid_side(config: PreTrainedConfig) -> int:
-    """Patches per side of the square images that a LLaVA-family model's vision tower takes."""
+    """Return the patches per side of the images of a LLaVA-family model's vision tower."""
     vision: Any = config.vision_config
     return vision.image_size // vision.patch_size
 
 
 def pooled_side(side: int, stride: int) -> int:
-    """Side of a side x side grid after pooling by `stride`: floor(side / stride).
+    """Return the side of a grid after pooling by `stride`: floor(side / stride).
 
-    The processors of the LLaVA family count placeholders as floor(pixels / (patch * stride)); this
-    is the same number for every stride, because floors of quotients nest.
+    LLaVA processors count placeholders as floor(pixels / (patch * stride)), which is the same
+    number: floors of quotients nest.
     """
     if not 1 <= stride <= side:
         raise ValueError(
@@ -54,12 +53,12 @@ def pooled_side(side: int, stride: int) -> int:
 
 
 def average_pool(features: Float[Tensor, "B n C"], stride: int) -> Float[Tensor, "B m C"]:
-    """Average features over a square grid, row by row, down to floor(side / stride) per side.
+    """Average features over a square grid down to floor(side / stride) per side.
 
-    Adaptive average pooling (DeCo, arXiv 2405.20985): where the stride does not divide the side,
-    output cell i covers rows floor(i * side / pooled) up to ceil((i + 1) * side / pooled), so that
-    every feature takes part. Stride 1 returns the same bits. Raises `ValueError` when n is not a
-    square number.
+    Adaptive average pooling (DeCo, arXiv 2405.20985): output cell i covers rows
+    floor(i * side / pooled) to ceil((i + 1) * side / pooled), so that every feature is used, also
+    where the stride does not divide the side. Stride 1 returns the same bits. ValueError where n is
+    not a square number.
     """
     num_features = features.shape[1]
     side = math.isqrt(num_features)
@@ -75,7 +74,7 @@ def average_pool(features: Float[Tensor, "B n C"], stride: int) -> Float[Tensor,
 
 
 class _AveragePooling(nn.Module):
-    """Pools first, then projects: the MLP of the family runs on few features (DeCo)."""
+    """Pools, then projects: the family's MLP runs on few features (DeCo)."""
 
     stride: int
 
@@ -87,7 +86,7 @@ class _AveragePooling(nn.Module):
 
 
 class AvgPoolLlavaProjector(_AveragePooling, LlavaMultiModalProjector):
-    """LLaVA's two-layer projector behind average pooling."""
+    """Average pooling, then LLaVA's two-layer projector."""
 
     def __init__(self, config: LlavaConfig, stride: int) -> None:
         super().__init__(config)
@@ -95,7 +94,7 @@ class AvgPoolLlavaProjector(_AveragePooling, LlavaMultiModalProjector):
 
 
 class AvgPoolLlavaNextProjector(_AveragePooling, LlavaNextMultiModalProjector):
-    """LLaVA-NeXT's two-layer projector behind average pooling, tile by tile."""
+    """Average pooling of each tile, then LLaVA-NeXT's two-layer projector."""
 
     def __init__(self, config: LlavaNextConfig, stride: int) -> None:
         super().__init__(config)

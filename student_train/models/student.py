@@ -1,15 +1,11 @@
-"""From a vanilla model to a student with few vision tokens, and back from disk.
+"""Makes a student from a vanilla model, and loads students from disk.
 
-`vanilla_student` is the model itself, of any family, unchanged: its tokens are dropped inside its
-language model while it trains (`compression.py`), if at all. `student_from_vanilla` puts a
-compressing projector between the vision tower and the language model of a vanilla LLaVA or
-LLaVA-NeXT, weights unchanged, and gives the family's own processor the pooled patch size, so that
-it emits exactly as many placeholders as the model has vision tokens. What cannot work is refused
-before any training: other families, class tokens that would break the grid, processors whose image
-size, tiles or placeholder count disagree with the model. Remote code is never run.
-
-Also here: which parts are trained, and the two ways into the model that losses need, final hidden
-states and the head, both of which work under DistributedDataParallel.
+`vanilla_student` loads a model of any family unchanged; its tokens are dropped inside the language
+model (`compression.py`), if at all. `student_from_vanilla` puts a compressing projector between
+vision tower and language model of a LLaVA or LLaVA-NeXT, weights unchanged, and gives the family's
+processor the pooled patch size, so that it emits one placeholder per vision token. Refused before
+training: other families, class tokens that break the grid, processors whose image size, tiles or
+placeholder count differ from the model's. Remote code is never run.
 """
 
 import logging
@@ -44,12 +40,12 @@ ProjectorName = Literal["avgpool", "none"]
 
 
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
-"""How vision towers of transformers call the parameter of their class token."""
+"""Parameter names of class tokens in transformers' vision towers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentFamily:
-    """One vanilla model type with one projector: the classes that make up its student."""
+    """The classes of a student: one vanilla model type with one projector."""
 
     projector: Literal["avgpool"]
     vanilla_type: str
@@ -84,11 +80,11 @@ def student_from_vanilla(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a vanilla model as a student that pools its vision tokens by stride x stride.
 
-    `path` is a local folder or hub id of a LLaVA or LLaVA-NeXT checkpoint, or of a student made
-    here before, which is returned as it is (its stride must be `stride`). `dtype` defaults to the
-    checkpoint's own. Returns the model in eval mode and its processor; the caller moves it to a
-    device. Raises `ValueError` for other families and for settings under which the processor's
-    placeholders and the model's vision tokens would differ.
+    `path` is a local folder or hub id of a LLaVA or LLaVA-NeXT checkpoint, or of a student made by
+    this function, which is loaded unchanged (its stride must be `stride`). `dtype` defaults to the
+    checkpoint's. Returns the model, in eval mode on the CPU, and its processor. ValueError for
+    other families and for settings under which the processor's placeholders and the model's vision
+    tokens would differ.
     """
     config: Any = load_config(path)
     for family in FAMILIES:
@@ -96,7 +92,7 @@ def student_from_vanilla(
             if config.vision_pool_stride != stride:
                 raise ValueError(
                     f"{path} is a student with vision_pool_stride {config.vision_pool_stride}, "
-                    f"but stride {stride} was asked for; pass --stride {config.vision_pool_stride} "
+                    f"but stride is {stride}; pass --stride {config.vision_pool_stride} "
                     "or start from a vanilla model"
                 )
             return load_student(path, dtype)
@@ -117,8 +113,8 @@ def vanilla_student(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a vanilla model as a student with all its vision tokens, class and weights unchanged.
 
-    What is trained so loads in transformers without this project. ValueError for families whose
-    vision tokens are not known, and for students whose projector pools.
+    The trained model loads in transformers without this project. ValueError for families whose
+    vision tokens are unknown, and for students whose projector pools.
     """
     model_type = load_config(path).model_type
     if any(model_type == family.config_class.model_type for family in FAMILIES):
@@ -135,9 +131,9 @@ def load_student(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load any image-text-to-text model with its processor, students and vanilla models alike.
 
-    `dtype` defaults to the checkpoint's own. The model is in eval mode, on the CPU. Raises
-    `ValueError` when weights are missing (transformers would go on with random ones) and when a
-    student's processor does not fit it.
+    `dtype` defaults to the checkpoint's. The model is in eval mode, on the CPU. ValueError where
+    weights are missing (transformers would use random ones) and where a student's processor does
+    not fit it.
     """
     model, processor = load_model(path, dtype)
     if any(isinstance(model.config, family.config_class) for family in FAMILIES):
@@ -157,7 +153,7 @@ def _convert(
         )
     _require_square_grid(path, vanilla)
     config: Any = _student_config(vanilla.config, family, stride)
-    # Through transformers' own loader: it ties heads, fills buffers and reports every key.
+    # transformers' own loader ties heads, fills buffers and reports every key.
     loaded = family.model_class.from_pretrained(
         None,
         config=config,
@@ -176,7 +172,7 @@ def _convert(
 
 
 def _require_square_grid(path: str, vanilla: PreTrainedModel) -> None:
-    """Refuse a feature selection that leaves the class token in, or drops a patch instead of it."""
+    """Refuse a feature selection that keeps the class token, or drops a patch in its place."""
     names = [name for name, _ in vanilla.get_submodule("model.vision_tower").named_parameters()]
     has_class_token = any(name.rpartition(".")[2] in CLASS_TOKEN_NAMES for name in names)
     found = vanilla.config.vision_feature_select_strategy
@@ -200,10 +196,10 @@ def _student_config(
 
 
 def _require_placeholders_match(path: str, model: PreTrainedModel, processor: Any) -> None:
-    """Refuse a processor that would not emit one placeholder per vision token of the student.
+    """Refuse a processor that does not emit one placeholder per vision token of the student.
 
-    Encodes one blank image. One is enough: past the image size, the class token and the tiles,
-    both sides count by one formula (the tests sweep it over image sizes and strides).
+    Encodes one blank image. One is enough: with equal image size, class token and tiles, both sides
+    count by one formula (tests sweep it over image sizes and strides).
     """
     config = model.config
     vision = config.vision_config
