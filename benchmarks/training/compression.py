@@ -23,7 +23,7 @@ from transformers import DynamicCache, LlamaConfig, LlavaConfig, SiglipVisionCon
 from transformers import LlavaForConditionalGeneration as Llava
 
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
@@ -122,8 +122,7 @@ def main() -> None:
     ways: dict[str, CompressionSettings | None] = {"A: uncompressed": None}
     for ratio in RATIOS:
         for name in COMPRESSORS:
-            stages = (DropStage(layer=LAYER, ratio=ratio),)
-            ways[f"{name}, ratio {ratio}"] = CompressionSettings(compressor=name, stages=stages)
+            ways[f"{name}, ratio {ratio}"] = CompressionSettings.at_layer(LAYER, ratio, name)
     found = {name: prefill(model, batch, way)[1:] for name, way in ways.items()}  # and warms up
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(num_rounds):

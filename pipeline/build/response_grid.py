@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from student_train.compression.compressors import find_compressor
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.schema.options import GridSettings
@@ -23,12 +23,7 @@ from teacher_cache.teacher.teacher import PredictingStates, Teacher
 
 def compression_at(grid: GridSettings, ratio: float) -> CompressionSettings:
     """The settings of `compress` that give the grid's records at one ratio."""
-    return CompressionSettings(
-        compressor=grid.compressor,
-        stages=(DropStage(layer=grid.layer, ratio=ratio),),
-        text=grid.text,
-        seed=grid.seed,
-    )
+    return CompressionSettings.at_layer(grid.layer, ratio, grid.compressor, grid.text, grid.seed)
 
 
 def require_compressor(grid: GridSettings | None) -> None:

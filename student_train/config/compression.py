@@ -58,6 +58,19 @@ class CompressionSettings(StrictRecord):
         if any(low >= high for low, high in pairwise(layers)):
             raise ValueError(f"stages are at layers {layers}, expected ascending, each only once")
 
+    @classmethod
+    def at_layer(
+        cls,
+        layer: int,
+        ratio: float,
+        compressor: str = "dart",
+        text: TextSource = "instruction",
+        seed: int = 0,
+    ) -> "CompressionSettings":
+        """Return settings with one stage, as EPIC has."""
+        stages = (DropStage(layer=layer, ratio=ratio),)
+        return cls(compressor=compressor, stages=stages, text=text, seed=seed)
+
 
 def grid_ratio(ratios: Iterable[float], wanted: float) -> float:
     """Return the largest ratio that is at most `wanted`, or 0, which every cache has.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, DropStage, grid_ratio
+from student_train.config.compression import CompressionSettings, grid_ratio
 from student_train.config.progression import ProgressionConfig
 from student_train.config.schedules import Difficulty
 from student_train.data.seeded_random import random_uniform
@@ -54,12 +54,8 @@ def plan_step(
     difficulty = schedule.at(step / num_steps, random_uniform(seed, "ratio", step))
 
     def settings(ratio: float) -> CompressionSettings:
-        return CompressionSettings(
-            compressor=progression.compressor,
-            stages=(DropStage(layer=difficulty.layer, ratio=ratio),),
-            text=progression.text,
-            seed=seed,
-        )
+        compressor, text = progression.compressor, progression.text
+        return CompressionSettings.at_layer(difficulty.layer, ratio, compressor, text, seed)
 
     return StepPlan(
         difficulty=difficulty,
@@ -88,7 +84,6 @@ def require_progression(model: nn.Module, progression: ProgressionConfig, num_st
     schedule = progression.schedule_of(num_layers_of(model))
     layers = {schedule.at(step / num_steps, 0.0).layer for step in range(num_steps)}
     for layer in sorted(layers):
-        stages = (DropStage(layer=layer, ratio=0.5),)
         require_compressible(
-            model, CompressionSettings(compressor=progression.compressor, stages=stages)
+            model, CompressionSettings.at_layer(layer, 0.5, progression.compressor)
         )

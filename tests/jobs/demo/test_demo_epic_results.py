@@ -7,7 +7,7 @@ import pytest
 
 from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
 from pipeline.demo import recipes as demo_recipes
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
@@ -19,9 +19,7 @@ def _evaluated(run: Path, num_right: int) -> None:
     fake_evaluation(run, right, kept=36.0)
     for compressor in COMPRESSORS:
         for number, ratio in enumerate(RATIOS, start=1):
-            settings = CompressionSettings(
-                compressor=compressor, stages=(DropStage(layer=1, ratio=ratio),)
-            )
+            settings = CompressionSettings.at_layer(1, ratio, compressor)
             fake_evaluation(
                 run,
                 right[number:] + [False] * number,

@@ -14,7 +14,7 @@ from pipeline.report.figures import COLOURS, Budget, draw_budgets
 from pipeline.report.report import write_report
 from pipeline.report.run_folders import collect
 from pipeline.report.token_budgets import budgets_of
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from student_train.config.objective import ObjectiveName
 from student_train.config.progression import ProgressionConfig
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
@@ -39,7 +39,7 @@ BUDGETS = (("dart", 0.5, 22.0), ("dart", 0.9, 4.0), ("random", 0.5, 18.0))
 
 
 def settings(compressor: str, ratio: float) -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=1, ratio=ratio),))
+    return CompressionSettings.at_layer(1, ratio, compressor)
 
 
 def right(name: str, seed: int, kept: float) -> list[bool]:

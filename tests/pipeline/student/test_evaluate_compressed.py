@@ -146,9 +146,7 @@ def test_what_the_model_cannot_do_is_refused_before_any_answer(
 
 def test_flags_become_stages() -> None:
     one: Any = parse(f"{EVALUATE} --compressor dart --compress-layer 3 --ratio 0.75".split())
-    assert one.config.compression == CompressionSettings(
-        compressor="dart", stages=(DropStage(layer=3, ratio=0.75),)
-    )
+    assert one.config.compression == CompressionSettings.at_layer(3, 0.75)
     pyramid: Any = parse(f"{EVALUATE} --compressor fastv --stages 8:0.5 16:0.25".split())
     assert pyramid.config.compression.stages == (
         DropStage(layer=8, ratio=0.5),

@@ -28,7 +28,7 @@ PYRAMID = (DropStage(layer=1, ratio=0.25), DropStage(layer=3, ratio=0.5))
 
 
 def at(ratio: float, compressor: str = "dart", layer: int = 2) -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=layer, ratio=ratio),))
+    return CompressionSettings.at_layer(layer, ratio, compressor)
 
 
 @torch.no_grad()

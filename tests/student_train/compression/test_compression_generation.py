@@ -128,7 +128,7 @@ def test_a_static_cache_gives_what_a_growing_one_gives(tiny_folder: TinyFolder) 
 def test_passes_that_are_not_of_the_batch_are_refused(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     batch = prompts(model, processor)
-    settings = CompressionSettings(stages=(DropStage(layer=2, ratio=0.5),))
+    settings = CompressionSettings.at_layer(2, 0.5)
     with torch.no_grad():
         foreign = model(**batch.inputs, use_cache=True).past_key_values
     ids = torch.full((5, 1), 3)

@@ -78,7 +78,7 @@ def test_dropped_tokens_have_no_gradient_behind_the_stage(tiny_folder: TinyFolde
         seen.append(args[0])
 
     hook = model.get_decoder().layers[2].register_forward_pre_hook(keep_gradient)
-    settings = CompressionSettings(compressor="fastv", stages=(DropStage(layer=2, ratio=0.75),))
+    settings = CompressionSettings.at_layer(2, 0.75, "fastv")
     with compress(model, settings, batch) as found:
         final_hidden(model, batch.inputs).sum().backward()
     hook.remove()
@@ -97,7 +97,7 @@ def test_a_student_with_few_tokens_is_compressed_too_and_saved_as_it_was(
     student, processor = loaded
     samples = encode(student, processor)
     batch = batch_of(samples)
-    settings = CompressionSettings(compressor="dart", stages=(DropStage(layer=1, ratio=0.75),))
+    settings = CompressionSettings.at_layer(1, 0.75)
     shapes = {name: tuple(weight.shape) for name, weight in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
     with compress(student, settings, batch) as found:
@@ -110,9 +110,7 @@ def test_a_student_with_few_tokens_is_compressed_too_and_saved_as_it_was(
         expected = final_hidden(student.eval(), batch.inputs)
         assert torch.equal(final_hidden(again, batch.inputs), expected)
         for ratio in (0.25, 0.9):
-            other = CompressionSettings(
-                compressor="random", stages=(DropStage(layer=1, ratio=ratio),)
-            )
+            other = CompressionSettings.at_layer(1, ratio, "random")
             with compress(again, other, batch) as found:
                 hidden = final_hidden(again, batch.inputs)
             assert hidden.shape[1] == found.layout.length < expected.shape[1]

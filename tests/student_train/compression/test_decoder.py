@@ -7,13 +7,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
 
 
 def settings(layer: int = 2, compressor: str = "dart") -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=layer, ratio=0.5),))
+    return CompressionSettings.at_layer(layer, 0.5, compressor)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from student_train.compression.decoder import decoder_of
 from student_train.compression.image_turns import image_turns
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
 
@@ -40,9 +40,7 @@ def test_evidence_is_what_an_eager_model_with_a_cache_computes(
     witness = Compressor(name="witness", needs=every, keep=look)
     monkeypatch.setitem(COMPRESSORS, "witness", witness)
     samples = encode(model, processor)
-    settings = CompressionSettings(
-        compressor="witness", stages=(DropStage(layer=LAYER, ratio=0.5),)
-    )
+    settings = CompressionSettings.at_layer(LAYER, 0.5, "witness")
     batch = batch_of(samples, "left")
     with compress(model, settings, batch), torch.no_grad():
         model(**batch.inputs)

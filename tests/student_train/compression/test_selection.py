@@ -172,7 +172,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
     answers = ["a red square, one digit.", "two digits.", "describe the picture: blue, a word"]
     samples = [encoder.encode(answered(answer)) for answer in answers]
     prompt = encoder.encode_prompt(answered("a red square"))
-    chosen = CompressionSettings(compressor=compressor, stages=(DropStage(layer=2, ratio=0.5),))
+    chosen = CompressionSettings.at_layer(2, 0.5, compressor)
     one_by_one = [kept_vision(model, [sample], chosen)[0] for sample in [*samples, prompt]]
     assert len({tuple(kept) for kept in one_by_one}) == 1
     assert kept_vision(model, [*samples, prompt], chosen) == one_by_one
@@ -183,7 +183,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
 def test_the_draw_and_the_sample_decide_what_random_keeps(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     samples = encode(model, processor)
-    chosen = CompressionSettings(compressor="random", stages=(DropStage(layer=2, ratio=0.75),))
+    chosen = CompressionSettings.at_layer(2, 0.75, "random")
     kept = kept_vision(model, samples, chosen)
     assert kept == kept_vision(model, samples, chosen)
     assert kept[::-1] == kept_vision(model, samples[::-1], chosen)

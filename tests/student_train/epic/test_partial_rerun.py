@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import ModelBatch
@@ -18,7 +18,7 @@ LAYER = 2
 
 
 def at(ratio: float, compressor: str = "dart", layer: int = LAYER) -> CompressionSettings:
-    return CompressionSettings(compressor=compressor, stages=(DropStage(layer=layer, ratio=ratio),))
+    return CompressionSettings.at_layer(layer, ratio, compressor)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings, DropStage
+from student_train.config.compression import CompressionSettings
 from student_train.config.objective import preset
 from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden
@@ -125,9 +125,7 @@ def test_it_compresses_at_any_ratio(family: str, trained: dict[str, Trained]) ->
     batch = batch_of(encode(model, processor))
     lengths: list[int] = []
     for ratio in (0.0, 0.3, 0.9):
-        settings = CompressionSettings(
-            compressor="random", stages=(DropStage(layer=1, ratio=ratio),)
-        )
+        settings = CompressionSettings.at_layer(1, ratio, "random")
         with compress(model, settings, batch), torch.no_grad():
             lengths.append(final_hidden(model, batch.inputs).shape[1])
     assert lengths == sorted(set(lengths), reverse=True)
