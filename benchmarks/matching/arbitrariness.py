@@ -1,12 +1,12 @@
-"""When is a matching arbitrary? Constants added to the student's logits, and what they destroy.
+"""Measures how constants added to the student's logits make a matching arbitrary.
 
     python -m benchmarks.matching.arbitrariness [--vocab 32064]
 
-A constant added to all logits of a token changes no probability, and nothing trains it, but it
-moves raw costs. `common` adds one constant to all tokens, `own` another one to each (normal, of the
-given spread). Near: share of student tokens whose partner stands within 2.5 cells of their own
-place in the image. Equal: share of the pairs that are those without the constant. Models and images
-are made up (benchmarks/synthetic/vision_states.py). One thread.
+A constant added to all logits of a token changes no probability, and no loss trains it, but it
+changes raw costs. `common` adds one constant to all tokens, `own` a different one to each (normal,
+of the given spread). Near: share of student tokens whose partner is within 2.5 cells of their place
+in the image. Equal: share of pairs that are the same without the constant. Models and images are
+synthetic (benchmarks/synthetic/vision_states.py). One thread.
 """
 
 import argparse
@@ -26,13 +26,13 @@ METRICS: tuple[MatchMetric, ...] = ("raw_l1", "raw_l2", "centred_l1")
 
 
 def places(grid: tuple[int, int]) -> Tensor:
-    """Of every token the middle [N, 2], in cells of the teacher's grid."""
+    """Return the centre [N, 2] of every token, in cells of the teacher's grid."""
     axes = [(torch.arange(n) + 0.5) * t / n for n, t in zip(grid, TEACHER, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def share_near(columns: Tensor) -> float:
-    """How many student tokens, in order, have a partner near their own place."""
+    """Return the share of student tokens, in order, whose partner is near their place."""
     apart = (places(STUDENT) - places(TEACHER)[columns]).norm(dim=1)
     return float((apart <= 2.5).double().mean())
 
@@ -50,7 +50,7 @@ def main() -> None:
         float((places(TEACHER) - place).norm(dim=1).le(2.5).double().mean())
         for place in places(STUDENT)
     ) / len(student)
-    print(f"V = {options.vocab}; a random partner is near in {by_chance:.1%} of all cases")
+    print(f"V = {options.vocab}; a random partner is near in {by_chance:.1%} of cases")
     print("metric     constant        separability   near  equal")
     for metric in METRICS:
         config = MatchingConfig(metric=metric)

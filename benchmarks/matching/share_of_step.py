@@ -1,18 +1,18 @@
-"""What of a training step's time matching takes, where threads solve it and where nobody helps.
+"""Measures the share of a training step that matching takes, with and without solver threads.
 
     python -m benchmarks.matching.share_of_step [--steps 12] [--large]
 
-By default a step of the demo's EM-KD student (miniature.py). With `--large` forward and
-backward pass of a language model of 24 layers and width 896 with random weights, V = 151,936, one
-sample of 144 student and 729 teacher tokens and 104 tokens of text; its vision tower is left out.
+By default one step is that of the demo's EM-KD student (demo_student.py). With `--large` it is the
+forward and backward pass of a language model of 24 layers and width 896 with random weights,
+V = 151,936, one sample of 144 student and 729 teacher tokens and 104 text tokens, no vision tower.
 
-`starting` and `asking` are what the training thread does before the response's pass through the
-head and once it asks for the matchings, diagnostics included; `costs` is the time of the thread
-that computes them and `solving` the assignments' own, both beside that pass; `blocked` is how long
-the training thread waits for them. Inline the same calls are made one after the other, costs and
-solving while starting. Visible is what the training thread spends of its processor time on starting
-and asking. Solving, being blocked and `wall`, a whole step, are wall time, which only an idle
-machine tells. Medians over steps.
+`starting` and `asking` are the training thread's work before the response's pass through the head
+and when it asks for the matchings, diagnostics included. `costs` is the time of the thread that
+computes costs, `solving` that of the assignments; both run beside that pass. `blocked` is the time
+that the training thread waits for them. Inline, the same calls run one after the other, costs and
+solving inside `starting`. `visible` is the share of starting and asking in the training thread's
+processor time. `solving`, `blocked` and `wall` (a whole step) are wall times, valid on an idle
+machine only. Medians over steps.
 """
 
 import argparse
@@ -45,10 +45,10 @@ WARM_UP = 1
 
 
 class Inline(Executor):
-    """Solves at once, in the thread that asks."""
+    """Runs each call at once, in the calling thread."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Done when it returns."""
+        """Return a finished future."""
         done: Future[Any] = Future()
         done.set_result(fn(*args, **kwargs))
         return done
@@ -56,7 +56,7 @@ class Inline(Executor):
 
 @dataclass(kw_only=True)
 class Clock:
-    """Seconds of each step, by what they went to."""
+    """Seconds of each step, by activity."""
 
     starting: list[float] = field(default_factory=list[float])
     costs: list[float] = field(default_factory=list[float])
@@ -67,7 +67,7 @@ class Clock:
     wall: list[float] = field(default_factory=list[float])
 
     def watch(self, work: Callable[..., Any], busy: str | None, wall: str | None) -> Any:
-        """`work`, whose processor time and whose other time are added to the current step's."""
+        """Wrap `work`: add its processor time and its other time to the current step."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             start, begin = time.perf_counter(), time.thread_time() if busy else 0.0
@@ -82,7 +82,7 @@ class Clock:
         return watched
 
     def line(self) -> str:
-        """Medians in ms, and the visible share."""
+        """Format medians in ms, and the visible share."""
         starting, costs, solving, asking, blocked, steps, wall = (
             1e3 * statistics.median(each[WARM_UP:]) for each in vars(self).values()
         )
@@ -94,7 +94,7 @@ class Clock:
 
 
 def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
-    """Steps in threads and inline, in turns."""
+    """Measure steps in threads and inline, alternating."""
     solve, result = matching.solve_assignment, batch_matching.PendingBatch.result
     start, solvers = batch_matching.start_batch_matching, matching._solvers  # pyright: ignore[reportPrivateUsage]
     compute, cost_thread = batch_matching.start_matching, batch_matching._cost_thread  # pyright: ignore[reportPrivateUsage]
@@ -117,14 +117,14 @@ def measure(step: Callable[[], None], num_steps: int) -> dict[str, Clock]:
 
 
 def demo_step(root: Path) -> Callable[[], None]:
-    """An optimizer step of the demo's EM-KD student, on one batch."""
+    """Return an optimizer step of the demo's EM-KD student, on one batch."""
     miniature = make_miniature(root, 256)
     batch = next(iter(miniature.stream))
     return lambda: miniature.step(batch)
 
 
 def large_step() -> Callable[[], None]:
-    """Forward and backward pass of a large student on one sample; no optimizer."""
+    """Return the forward and backward pass of a large student on one sample; no optimizer."""
     models = Models.make(151_936, 128)
     problem = Problem.make(models, (12, 12), (27, 27), (64,), (128,))
     teacher, num_text, num_response = problem.sketches[128], 104, 64

@@ -1,11 +1,10 @@
-"""How much faster a prompt is read when vision tokens are dropped inside the language model.
+"""Measures how much faster prefill is when vision tokens are dropped inside the language model.
 
-A is the model as it is, B the same model under `student_train.compression.compress`, at K = 2 with
-EPIC's ratios; all in one process on one thread, in turns. Times are the thread's own processor
-time, which a busy machine disturbs least. The model is a LLaVA with random weights, 576 vision
-tokens and the text of a short question; its vision tower is one small layer, so that the figures
-are about the language model. A cell is the median over rounds; a speed-up is the median of the
-rounds' own ratios A / B, with their quartiles.
+A is the model unchanged, B the same model under `compression.compress`, at K = 2 with EPIC's
+ratios, alternating in one process on one thread. Times are the thread's processor time, which a
+busy machine disturbs least. The model is a LLaVA with random weights, 576 vision tokens and a short
+question; its vision tower is one small layer, so that the language model dominates. A cell is the
+median over rounds; a speed-up is the median of the rounds' ratios A / B, with quartiles.
 
     python -m benchmarks.training.compression [--quick] [--json PATH]
 """
@@ -38,7 +37,7 @@ COMPRESSORS = ("dart", "fastv", "random")
 
 
 def make_model(width: int, num_layers: int) -> Any:
-    """A LLaVA with random weights: Llama decoder, 576 vision tokens, next to no vision tower."""
+    """Make a LLaVA with random weights: Llama decoder, 576 vision tokens, a tiny vision tower."""
     torch.manual_seed(0)
     vision = SiglipVisionConfig(
         hidden_size=32,
@@ -66,19 +65,19 @@ def make_model(width: int, num_layers: int) -> Any:
     return Llava(config).eval()
 
 
-def make_batch() -> ModelBatch:
-    """One prompt with one image, as its encoder would give it."""
-    length = BEFORE + NUM_VISION + QUESTION + CONTROL
+def make_batch(num_answer: int = 0, num_control: int = CONTROL) -> ModelBatch:
+    """Make one sample with one image, padded left for a prompt, right with an answer."""
+    length = BEFORE + NUM_VISION + QUESTION + num_answer + num_control
     ids = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
     vision = torch.arange(BEFORE, BEFORE + NUM_VISION)
     ids[vision] = IMAGE_ID
-    content = torch.arange(BEFORE + NUM_VISION, length - CONTROL)
+    content = torch.arange(BEFORE + NUM_VISION, length - num_control)
     spans = TokenSpans(
         views=(ViewGrid(image=0, view=0, rows=SIDE, cols=SIDE),),
         vision=vision,
         content=content,
         content_ids=ids[content],
-        is_response=torch.zeros_like(content, dtype=torch.bool),
+        is_response=torch.arange(len(content)) >= QUESTION,
         after_image=torch.ones_like(content, dtype=torch.bool),
     )
     pixels = torch.rand(1, 3, SIDE * PATCH, SIDE * PATCH)
@@ -88,16 +87,16 @@ def make_batch() -> ModelBatch:
         "pixel_values": pixels,
     }
     sample = EncodedSample(key="0" * 32, source_id="made up", inputs=inputs, spans=spans)
-    return collate([sample], 0, "left")
+    return collate([sample], 0, "right" if num_answer else "left")
 
 
 @torch.no_grad()
 def prefill(
     model: Any, batch: ModelBatch, settings: CompressionSettings | None
 ) -> tuple[float, int, int]:
-    """Milliseconds to fill a cache and give the next token's logits; vision tokens and bytes left.
+    """Return milliseconds to fill a cache and compute the next logits, vision tokens, cache bytes.
 
-    Opening the context, choosing the tokens and removing the hooks are part of the time.
+    The time includes opening the context, choosing tokens and removing hooks.
     """
     cache = DynamicCache(config=model.config.text_config)
     start = time.thread_time()
@@ -123,7 +122,7 @@ def main() -> None:
     for ratio in RATIOS:
         for name in COMPRESSORS:
             ways[f"{name}, ratio {ratio}"] = CompressionSettings.at_layer(LAYER, ratio, name)
-    found = {name: prefill(model, batch, way)[1:] for name, way in ways.items()}  # and warms up
+    found = {name: prefill(model, batch, way)[1:] for name, way in ways.items()}  # also the warm-up
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(num_rounds):
         for name, way in ways.items():

@@ -1,15 +1,15 @@
-"""What EPIC's consistency costs a training step: time and peak memory of four ways, in turns.
+"""Measures what EPIC's consistency term adds to a training step: time and peak memory of four ways.
 
     A supervised      the student's pass with tokens dropped at K = 2 (DART), forward and backward
-    B TCD             the same, and the teacher's pass: layers from K on once more, no gradient
-    C TCD, two passes the same loss, the teacher as a whole pass of its own
+    B TCD             the same, and the teacher's pass: layers from K on again, no gradient
+    C TCD, two passes the same loss, the teacher as a second whole pass
     D uncompressed    supervised, every token through every layer
 
-A, B and C drop the same tokens of the student: what `paper_notes` plans for steps at a tenth, a
-half and nine tenths of the training. B and C must agree in loss and gradients, or the script stops.
-The model is a LLaVA with random weights, one picture of 576 vision tokens and a short conversation;
-one thread, its own processor time. A cell is the median over rounds, a ratio the median of the
-rounds' own ratios. Memory is what a step adds to the resident set, in a child of its own. Linux.
+A, B and C drop the same tokens of the student: those of `paper_notes` at 10, 50 and 90 % of
+the training. The script stops if B and C differ in loss or gradients. The model is a LLaVA with
+random weights, one picture of 576 vision tokens and a short conversation. One thread, its processor
+time, ways alternating. A cell is the median over rounds, a ratio the median of the rounds' ratios.
+Memory is what a step adds to the resident set, in a child process. Linux.
 
     python -m benchmarks.training.epic_step [--quick] [--json PATH]
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.synthetic.memory import status_mib
-from benchmarks.training.compression import BEFORE, NUM_VISION, PATCH, SIDE, VOCABULARY, make_model
+from benchmarks.training.compression import NUM_VISION, make_batch, make_model
 from student_train.compression.compression import compress
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
@@ -37,48 +37,13 @@ from student_train.epic.step_passes import StudentPass, student_pass
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.losses.objective_loss import distillation_loss
 from student_train.models.forward import final_hidden, output_head
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.schema.samples import TokenSpans, ViewGrid
 from teacher_cache.schema.teacher_output import TeacherOutput
 
-IMAGE_ID = 3
-QUESTION, ANSWER = 40, 64
+NUM_ANSWER = 64
 SIZES = {"full": (384, 16, 3), "quick": (128, 6, 2)}
 """Width and layers of the model, and rounds."""
 NUM_STEPS, STEPS = 1000, (100, 500, 900)
 WAYS = ("A supervised", "B TCD", "C TCD, two passes", "D uncompressed")
-
-
-def make_batch() -> tuple[ModelBatch, TeacherOutput]:
-    """One conversation about one picture, and what a cache says of its text: no records."""
-    length = BEFORE + NUM_VISION + QUESTION + ANSWER
-    ids = torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(0))
-    vision = torch.arange(BEFORE, BEFORE + NUM_VISION)
-    ids[vision] = IMAGE_ID
-    content = torch.arange(BEFORE + NUM_VISION, length)
-    is_response = torch.arange(len(content)) >= QUESTION
-    views = (ViewGrid(image=0, view=0, rows=SIDE, cols=SIDE),)
-    spans = TokenSpans(
-        views=views,
-        vision=vision,
-        content=content,
-        content_ids=ids[content],
-        is_response=is_response,
-        after_image=torch.ones_like(is_response),
-    )
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.rand(1, 3, SIDE * PATCH, SIDE * PATCH),
-    }
-    sample = EncodedSample(key="0" * 32, source_id="made up", inputs=inputs, spans=spans)
-    output = TeacherOutput(
-        views=views,
-        content_ids=ids[content],
-        is_response=is_response,
-        after_image=torch.ones_like(is_response),
-    )
-    return collate([sample], 0, "right"), output
 
 
 class Bench:
@@ -90,7 +55,14 @@ class Bench:
         if checkpointing:
             self.model.train()
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self.batch, self.output = make_batch()
+        self.batch = make_batch(NUM_ANSWER, num_control=0)
+        spans = self.batch.samples[0].spans
+        self.output = TeacherOutput(
+            views=spans.views,
+            content_ids=spans.content_ids,
+            is_response=spans.is_response,
+            after_image=spans.after_image,
+        )
 
     def plan(self, step: int) -> StepPlan:
         """The plan of that step, with a draw in the middle of its range."""
