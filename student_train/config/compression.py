@@ -29,7 +29,7 @@ class DropStage(StrictRecord):
         if self.layer < 1:
             raise ValueError(
                 f"a stage is at the input of layer {self.layer}, expected 1 or more: the layer "
-                "below decides which tokens are kept"
+                "below it decides which tokens are kept"
             )
         if not 0 <= self.ratio < 1:
             raise ValueError(
