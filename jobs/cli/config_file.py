@@ -14,7 +14,7 @@ import yaml
 from jobs.cli.removed_flags import RENAMED_FIELDS
 from teacher_cache.schema.strict_json import decode_mapping
 
-_ONCE_FLAT = ("training",)
+_ONCE_FLAT = ("training", "settings")
 """Records whose fields lay at the top level in earlier versions."""
 
 
@@ -45,7 +45,7 @@ def _nested(config_class: Any, settings: dict[str, Any], where: str) -> dict[str
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(config_class)}
     for name, new in RENAMED_FIELDS.items():
         if name in settings and name not in fields:
-            raise ValueError(f"{where}: {name} is now {new}; rename it")
+            raise ValueError(f"{where}: {name} is now {new}; move it there")
     for record in _ONCE_FLAT:
         if record in fields and record not in settings:
             inner = {field.name for field in dataclasses.fields(fields[record])} - fields.keys()

@@ -24,6 +24,8 @@ from tyro.constructors import (
 )
 
 from pipeline.config.build import SourceConfig
+from pipeline.config.checks import refuse_changed, refuse_idle_choice
+from pipeline.config.extend import ExtendConfig
 from student_train.config.compression import TextSource
 from student_train.config.objective import (
     TERMS,
@@ -39,6 +41,7 @@ from student_train.config.objective import (
 from student_train.config.progression import ProgressionConfig, ProgressionPreset
 from student_train.config.recipe import TrainerSettings
 from student_train.config.schedules import ScheduleName
+from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 
 REGISTRY = ConstructorRegistry()
 
@@ -233,8 +236,109 @@ def _training_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> Struct
     return StructConstructorSpec(instantiate=build, fields=(*others, flags))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridFlags:
+    """Response records without some of the vision tokens, which the teacher drops itself."""
+
+    compressor: str | None = None
+    """With --ratios: how the teacher drops vision tokens (dart, fastv, random)."""
+    ratios: tuple[float, ...] = ()
+    """Also store the teacher's response logits without these shares of its vision tokens, for
+    example 0.25 0.5 0.75, for students of epic-cached-*."""
+    compress_layer: int = 2
+    """Decoder layer, counted from 0, at whose input they are dropped."""
+    compress_text: TextSource = "instruction"
+    """Text that decides which ones are kept; `released`: answers too, as in EPIC's code."""
+    compress_seed: int = 0
+    """Seed of the compressor random."""
+
+    def resolve(self) -> GridSettings | None:
+        """The grid, None without one; ValueError for flags without effect."""
+        if (self.compressor is None) != (not self.ratios):
+            raise ValueError(
+                f"a grid needs both --compressor and --ratios; found compressor {self.compressor}, "
+                f"ratios {self.ratios}"
+            )
+        if self.compressor is None:
+            names = ("compress_layer", "compress_text", "compress_seed")
+            refuse_changed(self, "no ratios are given", *names)
+            return None
+        refuse_idle_choice(self, self.compressor)
+        return GridSettings(
+            compressor=self.compressor,
+            ratios=self.ratios,
+            layer=self.compress_layer,
+            text=self.compress_text,
+            seed=self.compress_seed,
+        )
+
+
+def _records_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
+    """The settings as tyro makes them, the grid by flags of its own."""
+    known: GridSettings | None = getattr(info.default, "grid", None)
+    given = GridFlags()
+    if known is not None:
+        given = GridFlags(
+            compressor=known.compressor,
+            ratios=known.ratios,
+            compress_layer=known.layer,
+            compress_text=known.text,
+            compress_seed=known.seed,
+        )
+
+    def build(grid: GridFlags, **settings: Any) -> RecordSettings:
+        return plain.instantiate(**settings, grid=grid.resolve())
+
+    fields = tuple(
+        _field("grid", GridFlags, given, "") if field.name == "grid" else field
+        for field in plain.fields
+    )
+    return StructConstructorSpec(instantiate=build, fields=fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRecords(RecordSettings):
+    """Flags of records that are added to a cache; none are added without `--records`."""
+
+    records: RecordKind | None = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    """Further records of the samples that are there, from the images that the cache holds. The
+    flags below are their settings."""
+
+
+def _new_records_spec(_info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
+    """The settings of new records, or None; a cache's grid cannot be extended."""
+
+    def build(records: RecordKind | None, **settings: Any) -> RecordSettings | None:
+        if records is None:
+            for name in NewRecords(**settings).changed:
+                raise ValueError(f"{name} would have no effect: no records are given")
+            return None
+        return RecordSettings(records=records, **settings)
+
+    fields = tuple(field for field in plain.fields if field.name != "grid")
+    return StructConstructorSpec(instantiate=build, fields=fields)
+
+
+def _extend_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
+    """The settings as tyro makes them, with the flags of new records."""
+    known: RecordSettings | None = getattr(info.default, "settings", None)
+    values = (
+        {} if known is None else {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
+    )
+    fields = tuple(
+        dataclasses.replace(field, type=NewRecords, default=NewRecords(**values))
+        if field.name == "settings"
+        else field
+        for field in plain.fields
+    )
+    return dataclasses.replace(plain, fields=fields)
+
+
 _SPECS = {
     SourceConfig: _source_spec,
+    RecordSettings: _records_spec,
+    NewRecords: _new_records_spec,
+    ExtendConfig: _extend_spec,
     ObjectiveConfig: _objective_spec,
     TrainerSettings: _training_spec,
 }

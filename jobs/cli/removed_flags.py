@@ -12,8 +12,16 @@ REMOVED = {
 }
 """A flag, or a flag and its value -> why it is refused."""
 
-RENAMED_FIELDS = {"top_mass": "records.top_p", "top_k_floor": "records.min_k"}
-"""A field of a config file -> its name today."""
+RENAMED_FIELDS = {
+    "top_mass": "settings.top_p",
+    "top_k_floor": "settings.min_k",
+    "compressor": "settings.grid.compressor",
+    "ratios": "settings.grid.ratios",
+    "compress_layer": "settings.grid.layer",
+    "compress_text": "settings.grid.text",
+    "compress_seed": "settings.grid.seed",
+}
+"""A field of an earlier version's build settings -> its name today."""
 
 
 def refuse_removed(arguments: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ from teacher_cache.folder.writer import write_assets, write_plan, write_shard
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
-from teacher_cache.schema.options import RecordSettings, holds
+from teacher_cache.schema.options import holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -75,7 +75,7 @@ class CacheBuilder:
     def teacher(self) -> Teacher:
         """The teacher, loaded on first use."""
         config = self.config
-        require_compressor(config.grid)
+        require_compressor(config.settings.grid)
         teacher = Teacher.load(
             config.teacher,
             device=config.device,
@@ -83,28 +83,7 @@ class CacheBuilder:
             attention=config.attention,
             system_prompt=config.system_prompt,
         )
-        return with_grid(teacher, config.grid)
-
-    @cached_property
-    def records(self) -> RecordSettings:
-        """What is stored of the teacher."""
-        config = self.config
-        return RecordSettings(
-            records=config.records,
-            top_k=config.top_k,
-            top_p=config.top_mass,
-            min_k=config.top_k_floor,
-            logits_codec=config.logits_codec,
-            logits_max_error=config.logits_max_error,
-            sketch_rank=config.sketch_rank,
-            hidden_dtype=config.hidden_dtype,
-            hidden_group=config.hidden_group,
-            hidden_max_error=config.hidden_max_error,
-            affinity_dtype=config.affinity_dtype,
-            affinity_max_error=config.affinity_max_error,
-            grid=config.grid,
-            least_logits=config.least_logits,
-        )
+        return with_grid(teacher, config.settings.grid)
 
     def prepare(self) -> Plan:
         """Write the plan, or check that the existing plan matches the settings.
@@ -119,19 +98,19 @@ class CacheBuilder:
             self._load_assets(begun)
             return begun
         require_same_quality_samples(config)
-        if config.grid is not None:
+        if config.settings.grid is not None:
             _ = self.teacher  # refuses an impossible grid before a sample is read
         scanned, rejected = scan(self.source, self.progress)
         self._refuse(rejected)
         if not scanned:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
-        if holds(config.records, "topk"):
+        if holds(config.settings.records, "topk"):
             self._calibrate(scanned)
         groups = [sample.images if config.share_vision else None for sample in scanned]
         shards = group_shards(groups, config.samples_per_shard)
         plan = Plan(
             spec=self.teacher.spec(
-                self.records, batch_size=config.batch_size, share_vision=config.share_vision
+                self.config.settings, batch_size=config.batch_size, share_vision=config.share_vision
             ),
             format=config.format,
             source=config.source.path,
@@ -140,7 +119,7 @@ class CacheBuilder:
             ),
             rejected=tuple(rejected),
         )
-        head = self.teacher.head if holds(config.records, "hidden") else None
+        head = self.teacher.head if holds(config.settings.records, "hidden") else None
         write_plan(cache, plan)
         teacher = self.teacher
         assets = TeacherAssets(head=head, sketch=teacher.sketch, template=teacher.template)
@@ -165,7 +144,7 @@ class CacheBuilder:
         shard = [pair for position, pair in enumerate(shard) if position not in crashing]
         owners: VisionOwners | None = {} if plan.spec.share_vision else None
         for samples in self._batches(shard):
-            outputs = self.teacher.outputs(samples, self.records, owners)
+            outputs = self.teacher.outputs(samples, self.config.settings, owners)
             for sample, output in zip(samples, outputs, strict=True):
                 if isinstance(output, TeacherOutput):
                     rows.append(CachedSample(sample=sample, output=output))
@@ -182,7 +161,7 @@ class CacheBuilder:
         owners: VisionOwners | None = {} if self._plan.spec.share_vision else None
         done = 0
         for samples in self._batches(self._plan.shards[index][start:stop]):
-            self.teacher.outputs(samples, self.records, owners)
+            self.teacher.outputs(samples, self.config.settings, owners)
             done += len(samples)
             self.progress(f"probe of shard {index}", done, stop - start)
 
@@ -222,14 +201,14 @@ class CacheBuilder:
 
     def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
         """Fit sketch and template to samples spread over the source, with images if any have."""
-        size, wanted = self.config.batch_size, self.config.calibration_tokens
+        size, wanted = self.config.batch_size, self.config.settings.calibration_tokens
         spread = [scanned[position] for position in spread_order(len(scanned))]
         with_images = [sample for sample in spread if sample.images is not None] or spread
         samples = (self.source[sample.index] for sample in with_images)
         batches = iter(lambda: list(islice(samples, size)), [])
         self.teacher.calibrate(
             batches,
-            self.records,
+            self.config.settings,
             wanted,
             lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
         )

@@ -18,8 +18,8 @@ import torch
 
 from pipeline.build.shard_builder import build_all
 from pipeline.build.teacher_identity import load_as, require_same_teacher
-from pipeline.config.checks import CALIBRATION_TOKENS, QUALITY_SAMPLES
-from pipeline.config.extend import RECORD_SETTINGS, ExtendConfig
+from pipeline.config.build import QUALITY_SAMPLES
+from pipeline.config.extend import ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard
 from teacher_cache.codec.columns import columns_of
 from teacher_cache.derive.derive import adopt_file, begin
@@ -37,7 +37,7 @@ from teacher_cache.folder.shard_plan import spread_order
 from teacher_cache.folder.writer import commit_shard, write_shard_file
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.schema.options import RecordKind, RecordSettings, holds
+from teacher_cache.schema.options import SETTING_PIECES, RecordKind, RecordSettings, holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -61,8 +61,10 @@ class RecordExtender:
             torch.set_num_threads(config.torch_threads)
         self.base = SealedCache.open(config.cache)
         self.cache: Store = open_apart(config.out, [self.base])
-        records, self._computed = joined(self.base.spec.records, config.records)
-        self.settings = _settings(config, self.base.spec, records)
+        if config.settings is None:
+            raise ValueError("new records need settings")
+        records, self._computed = joined(self.base.spec.records, config.settings.records)
+        self.settings = _settings(config.settings, self.base.spec, records)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -79,7 +81,6 @@ class RecordExtender:
         spec = self.teacher.spec(
             self.settings, batch_size=base.batch_size, share_vision=base.share_vision
         )
-        _require_used(self.config, spec)
         return dataclasses.replace(self.base.plan, spec=spec)
 
     def prepare(self) -> Plan:
@@ -209,7 +210,7 @@ class RecordExtender:
         if any(commit.num_with_images for commit in self.base.seal.shards):
             samples = (sample for sample in samples if sample.images)
         batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
-        wanted = self.config.calibration_tokens or CALIBRATION_TOKENS
+        wanted = self.settings.calibration_tokens
         teacher.calibrate(
             batches,
             self.settings,
@@ -218,13 +219,13 @@ class RecordExtender:
         )
 
 
-def joined(held: RecordKind, wanted: RecordKind | None) -> tuple[RecordKind, RecordKind]:
+def joined(held: RecordKind, wanted: RecordKind) -> tuple[RecordKind, RecordKind]:
     """What a cache holds when `wanted` is added, and what must be computed for it.
 
     A sketch is computed together with top-k records, to which its shift belongs. ValueError if
     nothing is new.
     """
-    pieces = {name for name in _PIECES if wanted is not None and holds(wanted, name)}
+    pieces = {name for name in _PIECES if holds(wanted, name)}
     new = pieces - set(held.split("+"))
     if not new:
         raise ValueError(
@@ -246,33 +247,24 @@ def _kind(pieces: set[str]) -> RecordKind:
     return kinds[name]
 
 
-def _settings(config: ExtendConfig, base: CacheSpec, records: RecordKind) -> RecordSettings:
-    """The base's settings for what it holds, the given ones for what is new."""
-    known = base.settings
-    changes: dict[str, object] = {"records": records}
-    for piece, names in RECORD_SETTINGS.items():
-        new = piece in records.split("+") and piece not in base.records.split("+")
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not new:
-                raise ValueError(
-                    f"{name} is given, but {piece} records are not new: the cache holds "
-                    f"{base.records}, and {records} is to be held"
-                )
-            if value is not None and name != "calibration_tokens":
-                changes[name] = value
-        if piece == "topk" and new:
-            changes["least_logits"] = True  # False in the spec of a cache without logits
-    return dataclasses.replace(known, **changes)
+def _settings(wanted: RecordSettings, base: CacheSpec, records: RecordKind) -> RecordSettings:
+    """The base's settings for the pieces that it holds, the wanted ones for new pieces.
 
-
-def _require_used(config: ExtendConfig, spec: CacheSpec) -> None:
-    """Raise ValueError for a given setting that the new cache's spec does not have."""
-    for names in RECORD_SETTINGS.values():
-        for name in names:
-            idle = getattr(spec, name, "not part of a spec") is None
-            if getattr(config, name) is not None and idle:
-                raise ValueError(f"{name} would have no effect on {spec.records} records of {spec}")
+    ValueError for a wanted setting of a piece that is not new, or that is not used.
+    """
+    new = set(records.split("+")) - set(base.records.split("+"))
+    chosen: dict[str, object] = {"records": records}
+    for name, pieces in SETTING_PIECES.items():
+        if new.intersection(pieces):
+            chosen[name] = getattr(wanted, name)
+        elif name in wanted.changed:
+            raise ValueError(
+                f"{name} is given, but {' or '.join(pieces)} records are not new: the cache holds "
+                f"{base.records}, and {records} are wanted"
+            )
+    settings = dataclasses.replace(base.settings, **chosen)
+    settings.refuse_unused()
+    return settings
 
 
 def _columns(spec: CacheSpec) -> frozenset[str]:

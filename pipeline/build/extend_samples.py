@@ -7,7 +7,6 @@ Refuses another teacher, with a table of the fields that differ, and a source wi
 Running it again resumes it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from teacher_cache.derive.merge import adopt_shard
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.folder.shard_plan import group_shards
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
-from teacher_cache.schema.options import holds
 from teacher_cache.schema.progress import Progress, no_progress
 
 
@@ -74,7 +72,7 @@ class CacheExtender(CacheBuilder):
         assets = self.base.assets
         self.teacher.sketch, self.teacher.template = assets.sketch, assets.template
         found = self.teacher.spec(
-            self.records,
+            self.config.settings,
             batch_size=self.config.batch_size,
             share_vision=self.config.share_vision,
         )
@@ -91,23 +89,17 @@ def extend_samples(config: ExtendConfig, progress: Progress = no_progress) -> Se
 
 def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
     """The settings of the build that computes what the base holds."""
+    spec: Any = base.spec
     if config.source is None:
         raise ValueError("new samples need a source")
-    known: dict[str, Any] = {
-        field.name: getattr(base.spec, field.name)
-        for field in dataclasses.fields(BuildConfig)
-        if getattr(base.spec, field.name, None) is not None
-    }
-    if not holds(base.spec.records, "topk"):
-        known.pop("least_logits")  # False in a spec without logits, where no build may set it
-    known["dtype"] = base.spec.compute_dtype
-    if base.spec.grid is not None:
-        grid = dataclasses.asdict(base.spec.grid)
-        known |= {name: grid[name] for name in ("compressor", "ratios")}
-        known |= {f"compress_{name}": grid[name] for name in ("layer", "text", "seed")}
     size = config.samples_per_shard or max(commit.num_rows for commit in base.seal.shards)
     return BuildConfig(
-        **known,
+        settings=spec.settings,
+        system_prompt=spec.system_prompt,
+        share_vision=spec.share_vision,
+        batch_size=spec.batch_size,
+        attention=spec.attention,
+        dtype=spec.compute_dtype,
         source=SourceConfig(path=config.source, image_root=config.image_root, limit=config.limit),
         teacher=config.teacher,
         out=config.out,

@@ -1,18 +1,9 @@
-"""Checks that several settings share."""
+"""Checks that several records of settings share."""
 
 from dataclasses import fields
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-CALIBRATION_TOKENS = 20_000
-"""Vision tokens that fit a sketch's basis: fewer, or of a few alike images, and directions of the
-next image are missing (docs/method.md)."""
-
-
-QUALITY_SAMPLES = 2
-"""Samples of a shard on which a build measures what its records lose, unless told otherwise."""
 
 
 def at_least_one(record: object, *names: str) -> None:
@@ -23,18 +14,19 @@ def at_least_one(record: object, *names: str) -> None:
 
 
 def refuse_changed(record: Any, why: str, *names: str) -> None:
-    """Raise ValueError for a setting that was changed and would not be looked at."""
+    """Raise ValueError for a field that differs from its default and would not be used."""
     for field in fields(record):
         if field.name in names and getattr(record, field.name) != field.default:
             raise ValueError(f"{field.name} would have no effect: {why}")
 
 
 def refuse_idle_choice(record: Any, compressor: str) -> None:
-    """Raise ValueError for the seed of a compressor that draws nothing, or text for one that does.
+    """Raise ValueError for the seed or the text source of a compressor that does not use it.
 
-    What a compressor that was registered looks at, nobody knows here.
+    Nothing is known here about a compressor that a user registered: it may use both.
     """
     if compressor in ("dart", "fastv"):
-        refuse_changed(record, f"the compressor {compressor} draws nothing", "compress_seed")
+        why = f"the compressor {compressor} draws no random numbers"
+        refuse_changed(record, why, "compress_seed", "seed")
     if compressor == "random":
-        refuse_changed(record, "the compressor random looks at no text", "compress_text")
+        refuse_changed(record, "the compressor random uses no text", "compress_text", "text")

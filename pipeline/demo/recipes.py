@@ -91,7 +91,7 @@ def demo_evaluation(
 def demo_epic_cache(*, source: Path, teacher: Path, out: str | Path) -> BuildConfig:
     """A cache of the samples with one logit each: EPIC's teacher is the student itself."""
     cache = demo_cache(source=source, teacher=teacher, out=out)
-    return dataclasses.replace(cache, records="topk", top_k=1)
+    return cache.with_settings(records="topk", top_k=1)
 
 
 def demo_epic_student(

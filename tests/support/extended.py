@@ -19,7 +19,7 @@ from pipeline.build.extend_samples import extend_samples
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.schema.options import RecordKind, holds
+from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.support.builders import exit_status, forked
 from tests.support.faults import Watch, points_of
@@ -50,13 +50,15 @@ def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> 
         source=SourceConfig(path=str(source)),
         teacher=str(model),
         out=str(folder / f"{records}-{count}"),
-        records=records,
-        top_k=6 if holds(records, "topk") else 64,
-        sketch_rank=4 if holds(records, "sketch") else 128,
-        hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
         samples_per_shard=BATCH,
         batch_size=BATCH,
         device="cpu",
+        settings=RecordSettings(
+            records=records,
+            top_k=6 if holds(records, "topk") else 64,
+            sketch_rank=4 if holds(records, "sketch") else 128,
+            hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
+        ),
     )
 
 
@@ -82,9 +84,8 @@ def more_records(folder: Path, model: Path, out: Path) -> Seal:
         cache=str(folder / "topk+sketch-6"),
         out=str(out),
         teacher=str(model),
-        records="hidden",
-        hidden_dtype="float32",
         device="cpu",
+        settings=RecordSettings(records="hidden", hidden_dtype="float32"),
     )
     return extend_records(config)
 

@@ -22,7 +22,7 @@ from student_train.config.objective import ObjectiveName, preset
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.options import RecordKind, ShardFormatName, holds
+from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName, holds
 from tests.conftest import TinyFolder
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
@@ -73,12 +73,14 @@ def test_a_source_becomes_a_student_and_a_report(
             teacher=str(model),
             out=str(cache),
             format=form,
-            records=records,
-            top_k=8 if holds(records, "topk") else 64,
-            sketch_rank=8 if holds(records, "sketch") else 128,
             samples_per_shard=2,
             batch_size=2,
             device="cpu",
+            settings=RecordSettings(
+                records=records,
+                top_k=8 if holds(records, "topk") else 64,
+                sketch_rank=8 if holds(records, "sketch") else 128,
+            ),
         )
     )
     assert verify_cache(cache).problems == ()
@@ -133,7 +135,11 @@ def test_the_same_settings_give_the_same_student_from_either_format(
     source = SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(NUM_SAMPLES))))
     weights: list[bytes] = []
     config = BuildConfig(
-        source=source, teacher=str(model), out=str(tmp_path), top_k=8, device="cpu"
+        source=source,
+        teacher=str(model),
+        out=str(tmp_path),
+        device="cpu",
+        settings=RecordSettings(top_k=8),
     )
     forms: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
     for form in forms:

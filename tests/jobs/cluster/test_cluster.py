@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
+from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.paths import ROOT
@@ -101,9 +102,9 @@ def test_the_stages_as_jobs(
             source=SourceConfig(path=str(source)),
             teacher=teacher,
             out=str(tmp_path / "local"),
-            top_k=8,
             samples_per_shard=2,
             batch_size=2,
+            settings=RecordSettings(top_k=8),
         )
     )
     assert shard_bytes(cache) == shard_bytes(tmp_path / "local")

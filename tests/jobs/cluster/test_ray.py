@@ -20,6 +20,7 @@ from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.student.train import train
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
@@ -46,9 +47,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> 
         source=SourceConfig(path=str(write_llava_json(folder, tiny_samples(10)))),
         teacher=str(tiny_folder("llava")),
         out=str(folder / "local"),
-        top_k=8,
         samples_per_shard=3,
         batch_size=2,
+        settings=RecordSettings(top_k=8),
     )
     build(config)
     return config
@@ -74,8 +75,8 @@ def test_a_pool_extends_a_cache_by_the_same_bytes(
         out=str(tmp_path / "ray"),
         teacher=built.teacher,
         source=source if what == "samples" else None,
-        records=None if what == "samples" else "hidden",
         device="cpu",
+        settings=None if what == "samples" else RecordSettings(records="hidden"),
     )
     seal = run_extend(more, RayOptions(num_workers=2))
     alone = dataclasses.replace(more, out=str(tmp_path / "alone"))

@@ -16,6 +16,7 @@ from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.llava_json import write_llava_json
@@ -57,10 +58,9 @@ def config(tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPa
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
         teacher=str(tiny_folder("llava")),
         out=str(tmp_path / "cache"),
-        records="topk",
-        top_k=8,
         samples_per_shard=3,
         batch_size=2,
+        settings=RecordSettings(records="topk", top_k=8),
     )
 
 

@@ -16,6 +16,7 @@ from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder, build
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit
+from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
@@ -70,7 +71,12 @@ def test_a_machine_that_is_lost_costs_only_its_own_work(
     source = SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(6))))
     teacher, out = str(tiny_folder("llava")), str(tmp_path / "cache")
     config = BuildConfig(
-        source=source, teacher=teacher, out=out, top_k=8, samples_per_shard=2, batch_size=2
+        source=source,
+        teacher=teacher,
+        out=out,
+        samples_per_shard=2,
+        batch_size=2,
+        settings=RecordSettings(top_k=8),
     )
     seal = run_build(config, RayOptions(num_workers=2))
     thread.join()

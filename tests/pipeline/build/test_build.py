@@ -16,10 +16,12 @@ from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import Sample
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
+from tests.support.changed import changed
 from tests.support.children import start
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
@@ -32,15 +34,15 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
         source=SourceConfig(path=str(source)),
         teacher=str(tiny_folder("llava")),
         out=str(tmp_path / "cache"),
-        top_k=8,
         samples_per_shard=3,
         batch_size=2,
+        settings=RecordSettings(top_k=8),
     )
 
 
 def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:
     out = str(Path(config.out).parent / folder)
-    return dataclasses.replace(config, out=out, **changes)  # pyright: ignore[reportArgumentType]
+    return changed(config, out=out, **changes)
 
 
 HIDDEN: dict[str, object] = {"records": "hidden", "top_k": 64}
@@ -157,7 +159,7 @@ def test_a_sample_that_changes_during_the_build_is_refused(
 
 def test_top_k_beyond_the_vocabulary_publishes_nothing(config: BuildConfig) -> None:
     with pytest.raises(ValueError, match="top_k is 100000"):
-        build(dataclasses.replace(config, top_k=100_000))
+        build(changed(config, top_k=100_000))
     assert not Path(config.out).exists() or not list(Path(config.out).iterdir())
 
 
@@ -254,8 +256,8 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"records": "hidden"}, "top_k would have no effect: records hidden have no logits"),
-        ({**HIDDEN, "top_mass": 0.9}, "top_mass would have no effect: records hidden"),
+        ({"records": "hidden"}, "top_k would have no effect: records hidden have no topk"),
+        ({**HIDDEN, "top_p": 0.9}, "top_p would have no effect: records hidden"),
         ({**HIDDEN, "logits_codec": "affine8"}, "logits_codec would have no effect"),
         ({**HIDDEN, "affinity_dtype": "int8"}, "affinity_dtype would have no effect"),
         ({**HIDDEN, "sketch_rank": 8}, "sketch_rank would have no effect: records hidden have no"),
@@ -264,12 +266,12 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
         ({**HIDDEN, "least_logits": False}, "least_logits would have no effect"),
         ({"hidden_dtype": "int8"}, "hidden_dtype would have no effect"),
         ({"hidden_group": 32}, "hidden_group would have no effect: hidden states are not int8"),
-        ({"top_k_floor": 2}, "top_k_floor would have no effect: top_mass is not set"),
+        ({"min_k": 2}, "min_k would have no effect: top_p is not set"),
         ({"logits_max_error": 0.1}, "logits_max_error would have no effect: logits are exact"),
         ({"affinity_max_error": 0.1}, "affinity_max_error would have no effect"),
         ({**HIDDEN, "hidden_max_error": 0.1}, "hidden_max_error would have no effect"),
-        ({"top_mass": 1.0}, "top_p is 1.0"),
-        ({"top_mass": 0.9, "top_k_floor": 9}, "min_k is 9, expected 1..top_k, which is 8"),
+        ({"top_p": 1.0}, "top_p is 1.0"),
+        ({"top_p": 0.9, "min_k": 9}, "min_k is 9, expected 1..top_k, which is 8"),
         ({**HIDDEN, "hidden_dtype": "int8", "hidden_group": 0}, "hidden_group must be"),
     ],
 )
@@ -283,7 +285,7 @@ def test_settings_of_codecs_without_effect_are_refused(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"records": "topk", "top_mass": 0.5, "top_k_floor": 2},
+        {"records": "topk", "top_p": 0.5, "min_k": 2},
         {"logits_codec": "affine8", "affinity_dtype": "int8", "affinity_max_error": 0.004},
         {**HIDDEN, "hidden_dtype": "int8", "hidden_group": 16},
     ],

@@ -22,9 +22,10 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.records.calibration import Calibration
 from teacher_cache.schema.errors import CacheMismatchError
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.builders import published
+from tests.support.changed import changed
 from tests.support.extended import build_config, built, more_records, more_samples, samples_to_cache
 from tests.support.llava_json import write_llava_json
 from tests.support.strategies import assert_same_bits
@@ -99,9 +100,8 @@ def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
         cache=config.out,
         out=str(tmp_path / "sketch"),
         teacher=str(model),
-        records="topk+sketch",
-        sketch_rank=4,
         device="cpu",
+        settings=RecordSettings(records="topk+sketch", sketch_rank=4),
     )
     extend_records(sketch)
     spec = _sound(tmp_path / "sketch", model).spec
@@ -129,16 +129,16 @@ def test_extended_by_records_is_built_with_all_of_them(
         cache=str(base),
         out=str(tmp_path / "more"),
         teacher=str(model),
-        records=added,
         device="cpu",
+        settings=RecordSettings(records=added),
     )
     new = set(both.split("+")) - set(held.split("+"))
     if "hidden" in new:
-        config = dataclasses.replace(config, hidden_dtype="float32")
+        config = changed(config, hidden_dtype="float32")
     if "sketch" in new:
-        config = dataclasses.replace(config, sketch_rank=4)
+        config = changed(config, sketch_rank=4)
     if "topk" in new:
-        config = dataclasses.replace(config, top_k=6)
+        config = changed(config, top_k=6)
     extend_records(config)
     more = _sound(tmp_path / "more", model)
     at_once = CacheReader.open(built(tmp_path / "once", model, both))
@@ -211,8 +211,8 @@ def test_samples_that_kill_the_worker_that_extends_them_are_named(
         cache=str(base),
         out=str(tmp_path / "more"),
         teacher=str(tiny_folder("llava")),
-        records="hidden",
         device="cpu",
+        settings=RecordSettings(records="hidden"),
     )
     extender = RecordExtender(config)
     extender.prepare()
@@ -239,19 +239,28 @@ def test_settings_that_would_have_no_effect_are_refused(
     with pytest.raises(ValueError, match="give either source"):
         ExtendConfig(**config)
     with pytest.raises(ValueError, match="give either source"):
-        ExtendConfig(**config, source="s", records="hidden")
-    with pytest.raises(ValueError, match="top_k would have no effect: source is given"):
-        ExtendConfig(**config, source="s", top_k=4)
+        ExtendConfig(
+            **config,
+            source="s",
+            settings=RecordSettings(records="hidden"),
+        )
     with pytest.raises(ValueError, match="limit would have no effect: records is given"):
-        ExtendConfig(**config, records="hidden", limit=4)
+        ExtendConfig(
+            **config,
+            limit=4,
+            settings=RecordSettings(records="hidden"),
+        )
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
     idle = ExtendConfig(
-        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), records="hidden", top_k=4
+        cache=str(base),
+        out=str(tmp_path / "x"),
+        teacher=str(model),
+        settings=RecordSettings(records="hidden", top_k=4),
     )
     with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
         extend_records(idle)
-    idle = dataclasses.replace(idle, top_k=None, hidden_max_error=0.5)
+    idle = changed(idle, top_k=64, hidden_max_error=0.5)
     with pytest.raises(ValueError, match="hidden_max_error would have no effect"):
         extend_records(idle)
 
@@ -263,10 +272,8 @@ def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> No
         cache=str(base),
         out=str(tmp_path / "more"),
         teacher=str(model),
-        records="hidden",
-        hidden_dtype="int8",
-        hidden_group=8,
         device="cpu",
+        settings=RecordSettings(records="hidden", hidden_dtype="int8", hidden_group=8),
     )
     extend_records(config)
     more = _sound(tmp_path / "more", model)
@@ -287,8 +294,7 @@ def test_caches_in_object_stores_are_extended(
         cache=str(base),
         out=f"{place}/both",
         teacher=str(model),
-        records="hidden",
-        hidden_dtype="float32",
+        settings=RecordSettings(records="hidden", hidden_dtype="float32"),
     )
     extend_records(config)
     source = build_config(tmp_path, model, "topk", 12).source.path

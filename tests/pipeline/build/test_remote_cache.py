@@ -17,8 +17,10 @@ from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
+from tests.support.changed import changed
 from tests.support.children import finish, start
 from tests.support.llava_json import write_llava_json
 from tests.support.runs import weights
@@ -41,9 +43,9 @@ def config(tmp_path: Path, tiny_folder: TinyFolder, s3: S3Server) -> BuildConfig
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
         teacher=str(tiny_folder("llava")),
         out=f"s3://{BUCKET}/{uuid.uuid4().hex}",
-        top_k=8,
         samples_per_shard=3,
         batch_size=2,
+        settings=RecordSettings(top_k=8),
     )
 
 
@@ -87,7 +89,7 @@ def test_two_builders_on_s3_make_one_cache_and_a_student_learns_the_same_from_it
 def test_a_clock_that_jumps_changes_nothing(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    config = dataclasses.replace(config, records="topk")
+    config = changed(config, records="topk")
     true_time, num_calls = time.time, 0
     built = build(dataclasses.replace(config, out=str(tmp_path / "steady")))
 

@@ -26,6 +26,7 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
+from tests.support.changed import changed
 from tests.support.deep import deep_model
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.strategies import assert_same_bits
@@ -155,14 +156,14 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
         source=SourceConfig(path=str(source)),
         teacher=str(tiny_folder("llava")),
         out=str(tmp_path / "cache"),
-        records="topk",
-        top_k=8,
-        compressor="random",
-        ratios=RATIOS,
-        compress_layer=1,
         samples_per_shard=3,
         batch_size=2,
         device="cpu",
+        settings=RecordSettings(
+            records="topk",
+            top_k=8,
+            grid=GridSettings(compressor="random", ratios=RATIOS, layer=1),
+        ),
     )
 
 
@@ -172,7 +173,7 @@ def test_shards_that_are_built_later_by_another_process_have_the_same_bytes(
     config: BuildConfig, form: str, records: RecordKind
 ) -> None:
     top_k = 64 if records == "hidden" else 8
-    config = dataclasses.replace(config, format=form, records=records, top_k=top_k)  # pyright: ignore[reportArgumentType]
+    config = changed(config, format=form, records=records, top_k=top_k)
     other = dataclasses.replace(config, out=f"{config.out}-other")
     seal = build(config)
     CacheBuilder(other).prepare()
@@ -180,13 +181,16 @@ def test_shards_that_are_built_later_by_another_process_have_the_same_bytes(
         CacheBuilder(other).build_shard(index)
     assert build(other).fingerprint == seal.fingerprint
     assert shard_bytes(config.out) == shard_bytes(other.out)
-    assert seal.spec.grid == config.grid
+    assert seal.spec.grid == config.settings.grid
+
+
+def _gridded(config: BuildConfig, **changes: Any) -> BuildConfig:
+    assert config.settings.grid is not None
+    return config.with_settings(grid=dataclasses.replace(config.settings.grid, **changes))
 
 
 def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: BuildConfig) -> None:
-    plain = dataclasses.replace(
-        config, out=f"{config.out}-plain", compressor=None, ratios=(), compress_layer=2
-    )
+    plain = changed(config, out=f"{config.out}-plain", grid=None)
     gridded, ordinary = build(config), build(plain)
     assert '"grid"' not in (Path(plain.out) / "plan.json").read_text()
     assert gridded.fingerprint != ordinary.fingerprint
@@ -197,7 +201,7 @@ def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: Buil
         assert right.response is not None
         assert_same_bits(left.response.logits, right.response.logits)
     with pytest.raises(ValueError, match=r"grid\.seed"):
-        build(dataclasses.replace(config, compress_seed=1))
+        build(_gridded(config, seed=1))
     with pytest.raises(ValueError, match="grid: stored None"):
         build(dataclasses.replace(config, out=plain.out))
 
@@ -206,32 +210,30 @@ def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: Buil
     ("changes", "message"),
     [
         ({"ratios": (0.5, 0.25)}, "expected ascending"),
-        ({"ratios": (0.25, 0.25)}, "each only once"),
-        ({"ratios": (0.0, 0.25)}, "0 is always there"),
+        ({"ratios": (0.25, 0.25)}, "ascending and distinct"),
+        ({"ratios": (0.0, 0.25)}, "ratio 0 is always stored"),
         ({"ratios": (0.5, 1.0)}, "between 0 and 1"),
         ({"ratios": (float("nan"),)}, "between 0 and 1"),
         ({"ratios": tuple(n / 20 for n in range(1, 12))}, "found 11 ratios, expected 1 to 9"),
-        ({"compress_layer": 0}, "the one below decides"),
-        ({"ratios": ()}, "both compressor and ratios"),
-        ({"compressor": None}, "both compressor and ratios"),
-        ({"compressor": None, "ratios": ()}, "compress_layer would have no effect"),
-        ({"compressor": "dart", "compress_seed": 1}, "the compressor dart draws nothing"),
-        ({"compress_text": "released"}, "the compressor random looks at no text"),
+        ({"layer": 0}, "the layer before it decides"),
+        ({"ratios": ()}, "found 0 ratios"),
+        ({"compressor": "dart", "seed": 1}, "the compressor dart draws no random numbers"),
+        ({"text": "released"}, "the compressor random uses no text"),
     ],
 )
 def test_settings_that_make_no_grid_are_refused_at_once(
     config: BuildConfig, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(config, **changes)
+        _gridded(config, **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"compressor": "pyramid"}, "compressor is 'pyramid', expected one of dart, fastv, random"),
-        ({"compress_layer": 2}, "no layer after the last would see the drop"),
-        ({"compress_layer": 7}, "choose 1 to 1"),
+        ({"layer": 2}, "no layer after the last would see the drop"),
+        ({"layer": 7}, "choose 1 to 1"),
     ],
 )
 def test_a_grid_that_the_teacher_cannot_give_is_refused_before_a_sample_is_read(
@@ -239,7 +241,7 @@ def test_a_grid_that_the_teacher_cannot_give_is_refused_before_a_sample_is_read(
 ) -> None:
     monkeypatch.setattr(build_module, "scan", None)  # would be called first
     with pytest.raises(ValueError, match=message):
-        build(dataclasses.replace(config, **changes))
+        build(_gridded(config, **changes))
     assert not list(Path(config.out).rglob("*.json"))
 
 

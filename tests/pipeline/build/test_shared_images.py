@@ -16,9 +16,11 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from teacher_cache.schema.manifest import Seal
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
+from tests.support.changed import changed
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import ask
@@ -48,18 +50,16 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
         source=SourceConfig(path=str(write_llava_json(tmp_path / "data", QUESTIONS))),
         teacher=str(tiny_folder("llava")),
         out=str(tmp_path / "cache"),
-        records="topk+sketch",
-        top_k=8,
-        sketch_rank=8,
         samples_per_shard=6,
         batch_size=2,
+        settings=RecordSettings(records="topk+sketch", top_k=8, sketch_rank=8),
     )
 
 
 def into(config: BuildConfig, **changes: object) -> BuildConfig:
     """The same build in a folder of its own."""
     name = "-".join(map(str, changes.values()))
-    return dataclasses.replace(config, out=str(Path(config.out).parent / name), **changes)  # pyright: ignore[reportArgumentType]
+    return changed(config, out=str(Path(config.out).parent / name), **changes)
 
 
 def rows(config: BuildConfig) -> dict[str, CachedSample]:
@@ -87,7 +87,7 @@ def test_questions_about_one_image_share_what_the_teacher_says_of_it(
     config: BuildConfig, form: str, records: str
 ) -> None:
     if records == "hidden":
-        config = dataclasses.replace(config, records="hidden", top_k=64, sketch_rank=128)
+        config = changed(config, records="hidden", top_k=64, sketch_rank=128)
     shared = into(config, format=form, records=records)
     apart = into(config, format=form, records=records, share_vision=False)
     assert counts(build(shared)) == (11, 10, 6)

@@ -72,7 +72,7 @@ def test_the_recommended_tier_can_be_built(
         out=str(tmp_path / "cache"),
         device="cpu",
     )
-    build(replace(base, **changes))  # pyright: ignore[reportArgumentType]
+    build(base.with_settings(**changes))
     assert len(CacheReader.open(tmp_path / "cache")) == 10
 
 
@@ -89,7 +89,7 @@ def test_bytes_are_those_of_a_build_that_follows(
         base = BuildConfig(
             source=SourceConfig(path=source), teacher=teacher, out=str(out), device="cpu"
         )
-        seal = build(replace(base, **changes))
+        seal = build(base.with_settings(**changes))
         found = seal.num_bytes + sum(f.stat().st_size for f in out.glob("*.safetensors"))
         off = measured.size.in_all / found - 1
         record_property("tried", f"plan --pilot, {measured.tier.name}: {off:+.2%} of the bytes")

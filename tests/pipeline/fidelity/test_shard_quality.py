@@ -32,6 +32,7 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 from tests.conftest import TinyFolder
+from tests.support.changed import changed
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.references import (
     Matrix,
@@ -250,11 +251,10 @@ def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
         source=SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(10)))),
         teacher=str(tiny_folder("llava")),
         out=str(tmp_path / "cache"),
-        top_k=TOP_K,
-        sketch_rank=RANK,
         samples_per_shard=4,
         batch_size=2,
         device="cpu",
+        settings=RecordSettings(top_k=TOP_K, sketch_rank=RANK),
     )
 
 
@@ -301,16 +301,16 @@ def test_new_records_are_measured_as_a_build_would(
     config: BuildConfig, tmp_path: Path, held: RecordKind, added: RecordKind
 ) -> None:
     top_k = TOP_K if holds(held, "topk") else 64
-    base = dataclasses.replace(config, records=held, top_k=top_k, sketch_rank=128)
+    base = changed(config, records=held, top_k=top_k, sketch_rank=128)
     build(base)
     more = ExtendConfig(
         cache=base.out,
         out=str(tmp_path / "more"),
         teacher=config.teacher,
-        records=added,
-        sketch_rank=RANK,
-        top_k=None if holds(held, "topk") else TOP_K,
         device="cpu",
+        settings=RecordSettings(
+            records=added, sketch_rank=RANK, top_k=64 if holds(held, "topk") else TOP_K
+        ),
     )
     found = _qualities(extend_records(more))
     at_once = build(dataclasses.replace(config, out=str(tmp_path / "once")))
@@ -319,8 +319,8 @@ def test_new_records_are_measured_as_a_build_would(
         cache=more.out,
         out=f"{more.out}-all",
         teacher=config.teacher,
-        records="hidden",
         device="cpu",
+        settings=RecordSettings(records="hidden"),
     )
     if not holds(held, "hidden"):
         assert _qualities(extend_records(hidden)) == found

@@ -18,7 +18,7 @@ from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
 from teacher_cache.codec.columns import output_columns
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.builders import build as build_of
 from tests.support.extended import build_config
@@ -26,11 +26,11 @@ from tests.support.llava_json import shard_bytes
 from tests.support.strategies import assert_same, assert_same_bits
 from tests.support.tiny import tiny_llava
 
-GRID: dict[str, Any] = {"compressor": "dart", "ratios": (0.3, 0.6), "compress_layer": 1}
+GRID = GridSettings(compressor="dart", ratios=(0.3, 0.6), layer=1)
 
 
 def config(folder: Path, model: Path, records: RecordKind, count: int = 6) -> BuildConfig:
-    return dataclasses.replace(build_config(folder, model, records, count), **GRID)
+    return build_config(folder, model, records, count).with_settings(grid=GRID)
 
 
 def sound(path: Path | str, model: Path) -> CacheReader:
@@ -102,9 +102,8 @@ def test_new_records_get_a_grid_too(
         cache=base.out,
         out=str(tmp_path / "more"),
         teacher=str(model),
-        records=added,
         device="cpu",
-        **settings,
+        settings=RecordSettings(records=added, **settings),
     )
     extend_records(more)
     found, expected = sound(more.out, model), CacheReader.open(both.out)

@@ -25,7 +25,7 @@ from pipeline.student.predictions import (
 from student_train.models.student import student_from_vanilla
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
-from teacher_cache.schema.options import holds
+from teacher_cache.schema.options import RecordSettings, holds
 from teacher_cache.schema.samples import Sample
 from tests.support.tiny import tiny_samples
 
@@ -207,10 +207,12 @@ def test_pictures_show_the_matching_of_every_view(
             source=source,
             teacher=str(tiny_folder(family)),
             out=str(cache),
-            records=records,
-            top_k=8 if holds(records, "topk") else 64,
-            sketch_rank=8 if holds(records, "sketch") else 128,
             device="cpu",
+            settings=RecordSettings(
+                records=records,
+                top_k=8 if holds(records, "topk") else 64,
+                sketch_rank=8 if holds(records, "sketch") else 128,
+            ),
         )
     )
     config = _config(students(family), tmp_path, cache=str(cache), num_pictures=3)
