@@ -20,14 +20,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.ready-demo: $(VENV)/.ready
+	$(BIN)/pip install -c constraints.txt -e '.[demo]'
+	touch $@
+
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup                      ## Teacher, cache, six students and a report in miniature: demo/report.html
+demo: $(VENV)/.ready-demo        ## Teacher, cache, six students and a report in miniature: demo/report.html
 	$(BIN)/emkd demo --out demo
 
-demo-epic: setup                 ## EPIC in miniature, accuracy against tokens kept: demo-epic/report.html
+demo-epic: $(VENV)/.ready-demo   ## EPIC in miniature, accuracy against tokens kept: demo-epic/report.html
 	$(BIN)/emkd demo --epic --out demo-epic
 
 test: setup-dev                  ## All tests: the fast ones, two files at a time, then those of Ray

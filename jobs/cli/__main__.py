@@ -12,12 +12,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import tyro
 
 from jobs.cli import flags, stage_commands
 from jobs.cli.config_file import read_config
+from jobs.cli.output import echo, warn
 from jobs.cli.removed_flags import refuse_removed
 from jobs.cli.stage_commands import Submit
 
@@ -29,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        echo(f"emkd {version('emkd')}")
+        return 0
     try:
         try:
             return parse(arguments)()
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("EMKD_DEBUG"):
             raise
-        print(f"emkd {' '.join(arguments[:1])}: {error}", file=sys.stderr)
+        warn(f"emkd {' '.join(arguments[:1])}: {error}")
         return 2
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from jobs.cli.output import complain, say
+from jobs.cli.extras import require_extra
+from jobs.cli.output import echo, warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class Verify:
 
     def __call__(self) -> int:
         """Verify, and print what was found."""
-        from jobs.cluster.progress import Bars
+        from jobs.cluster.progress import ProgressBars
         from teacher_cache.folder.verify import verify_cache
 
-        with Bars() as bars:
+        with ProgressBars() as bars:
             report = verify_cache(self.cache, bars.update, self.workers)
             problems, plain = list(report.problems), dataclasses.asdict(report)
             lines = [f"{self.cache}: {report.samples} samples in {report.shards} shards"]
@@ -59,11 +60,11 @@ class Verify:
                 lines += [f"{self.teacher}: ran over {again.samples} samples again"]
                 lines += render_teacher(again)
         if self.json:
-            say(json.dumps(plain))
+            echo(json.dumps(plain))
         else:
             for line in [*(f"PROBLEM {problem}" for problem in problems), *lines]:
-                say(line)
-            say(f"{len(problems)} problems" if problems else "no problem found")
+                echo(line)
+            echo(f"{len(problems)} problems" if problems else "no problem found")
         return 3 if problems else 0
 
 
@@ -84,6 +85,8 @@ class Inspect:
 
     def __call__(self) -> int:
         """Print the description; draw the picture."""
+        if self.picture is not None:
+            require_extra("report")
         from pipeline.fidelity.cache_quality import render_quality, summarise, warning_text
         from pipeline.inspection.cache import describe_cache, render
         from teacher_cache.folder.reader import CacheReader
@@ -96,19 +99,20 @@ class Inspect:
             if quality is not None and not self.json:
                 del described["quality"]  # a table says it better
         else:
-            from pipeline.inspection.picture import draw_sample
             from pipeline.inspection.sample import describe_sample, load_tokenizer
 
             path = self.tokenizer
             tokenizer = None if path is None else load_tokenizer(path, reader.spec)
             described = describe_sample(reader, self.sample, tokenizer)
             if self.picture is not None:
+                from pipeline.inspection.picture import draw_sample
+
                 described["picture"] = str(draw_sample(reader, self.sample, self.picture))
-        say(json.dumps(described, indent=1) if self.json else render(described))
+        echo(json.dumps(described, indent=1) if self.json else render(described))
         if quality is not None:
             if not self.json:
-                say(render_quality(quality))
-            complain(warning_text(quality, self.cache))
+                echo(render_quality(quality))
+            warn(warning_text(quality, self.cache))
         return 0
 
 
@@ -131,12 +135,12 @@ class Gc:
 
         report = collect_garbage(self.cache, self.grace_hours, self.dry_run)
         if self.json:
-            say(json.dumps(dataclasses.asdict(report) | {"num_bytes": report.num_bytes}, indent=1))
+            echo(json.dumps(dataclasses.asdict(report) | {"num_bytes": report.num_bytes}, indent=1))
             return 0
         done = "would be removed" if self.dry_run else "removed"
         for leftover in report.removed:
-            say(f"{leftover.file}: {leftover.num_bytes} bytes {done}")
-        say(
+            echo(f"{leftover.file}: {leftover.num_bytes} bytes {done}")
+        echo(
             f"{self.cache}: {len(report.removed)} files, {report.num_bytes} bytes {done}; "
             f"{len(report.kept)} are younger than {self.grace_hours:g} hours"
         )

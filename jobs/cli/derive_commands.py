@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from jobs.cli.output import say
+from jobs.cli.output import echo
 from jobs.cluster.options import RayOptions
 from pipeline.config.extend import ExtendConfig
 from teacher_cache.schema.options import ShardFormatName
@@ -46,13 +46,13 @@ class Subset:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.cluster.progress import Bars
+        from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.subset import Selection, subset_cache
 
         keys = None if self.keys is None else _read_keys(self.keys)
         names = [field.name for field in dataclasses.fields(Selection) if field.name != "keys"]
         selection = Selection(keys=keys, **{name: getattr(self, name) for name in names})
-        with Bars() as bars:
+        with ProgressBars() as bars:
             seal = subset_cache(
                 self.cache,
                 self.out,
@@ -61,7 +61,7 @@ class Subset:
                 samples_per_shard=self.samples_per_shard,
                 progress=bars.update,
             )
-        return say_seal(self.out, seal, self.json)
+        return print_seal(self.out, seal, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,12 @@ class Export:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.cluster.progress import Bars
+        from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.export import export_cache
 
-        with Bars() as bars:
+        with ProgressBars() as bars:
             seal = export_cache(self.cache, self.out, self.format, bars.update)
-        return say_seal(self.out, seal, self.json)
+        return print_seal(self.out, seal, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,10 @@ class Merge:
 
     def __call__(self) -> int:
         """Write the cache, and say what is in it."""
-        from jobs.cluster.progress import Bars
+        from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.merge import merge_caches
 
-        with Bars() as bars:
+        with ProgressBars() as bars:
             seal = merge_caches(
                 self.caches,
                 self.out,
@@ -118,7 +118,7 @@ class Merge:
                 form=self.format,
                 progress=bars.update,
             )
-        return say_seal(self.out, seal, self.json)
+        return print_seal(self.out, seal, self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Extend:
         from jobs.stages.build import run_extend
 
         seal = run_extend(self.config, self.run)
-        return say_seal(self.config.out, seal, self.json)
+        return print_seal(self.config.out, seal, self.json)
 
 
 def _read_keys(file: Path) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ def _read_keys(file: Path) -> tuple[str, ...]:
         ) from error
 
 
-def say_seal(out: str, seal: Any, as_json: bool) -> int:
+def print_seal(out: str, seal: Any, as_json: bool) -> int:
     """Print what a cache that was just sealed holds; returns the exit code of success."""
     told: dict[str, Any] = {
         "cache": out,
@@ -162,9 +162,9 @@ def say_seal(out: str, seal: Any, as_json: bool) -> int:
         "fingerprint": seal.fingerprint,
     }
     if as_json:
-        say(json.dumps(told))
+        echo(json.dumps(told))
     else:
-        say(
+        echo(
             f"{out}: {told['samples']} samples in {told['shards']} {told['format']} shards, "
             f"{told['bytes'] / 1e6:.1f} MB, fingerprint {told['fingerprint'][:12]}"
         )

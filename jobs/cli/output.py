@@ -1,14 +1,14 @@
-"""Prints the answers of commands, and warnings."""
+"""Prints the answers and the warnings of commands."""
 
 import sys
 
 
-def complain(text: str | None) -> None:
-    """Print what must not be overlooked beside the answer; nothing where there is nothing."""
+def echo(text: str) -> None:
+    """Print an answer to stdout at once."""
+    print(text, flush=True)
+
+
+def warn(text: str | None) -> None:
+    """Print a warning or an error to stderr at once; None prints nothing."""
     if text is not None:
         print(text, file=sys.stderr, flush=True)
-
-
-def say(text: str) -> None:
-    """Print a command's answer at once, whoever reads it."""
-    print(text, flush=True)

@@ -17,7 +17,8 @@ import tyro
 
 from jobs.cli.cache_commands import Gc, Inspect, Verify
 from jobs.cli.derive_commands import Export, Extend, Merge, Subset
-from jobs.cli.output import complain, say
+from jobs.cli.extras import require_extra
+from jobs.cli.output import echo, warn
 from jobs.cluster.options import RayOptions
 from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
@@ -47,12 +48,13 @@ class Data:
 
     def __call__(self) -> int:
         """Write the images and the JSON files."""
-        from jobs.cluster.progress import Bars
+        require_extra("demo")
+        from jobs.cluster.progress import ProgressBars
         from pipeline.demo.digits import write_digits
 
-        with Bars() as bars:
+        with ProgressBars() as bars:
             out = write_digits(self.config, bars.update)
-        say(f"{out}: train.json, heldout.json")
+        echo(f"{out}: train.json, heldout.json")
         return 0
 
 
@@ -67,11 +69,11 @@ class Plan:
     def __call__(self) -> int:
         """Print the report."""
         if self.config.pilot:
-            from jobs.cluster.progress import Bars
+            from jobs.cluster.progress import ProgressBars
             from pipeline.fidelity.pilot import run_pilot
             from pipeline.fidelity.recommend import render_pilot
 
-            with Bars() as bars:
+            with ProgressBars() as bars:
                 report = run_pilot(self.config, bars.update)
             said, plain = render_pilot(report), dataclasses.asdict(report)
         else:
@@ -79,7 +81,7 @@ class Plan:
 
             report = plan(self.config)
             said, plain = render_plan(report), dataclasses.asdict(report)
-        say(json.dumps(plain, indent=1) if self.json else said)
+        echo(json.dumps(plain, indent=1) if self.json else said)
         return 0
 
 
@@ -102,18 +104,18 @@ class Build:
 
         seal = run_build(self.config, self.run)
         megabytes = seal.num_bytes / 1e6
-        say(
+        echo(
             f"{self.config.out}: {seal.num_samples} samples in {len(seal.shards)} shards, "
             f"{megabytes:.1f} MB, fingerprint {seal.fingerprint[:12]}"
         )
         for rejected in seal.rejected:
-            say(f"  rejected {rejected.source_id}: {rejected.reason}")
+            echo(f"  rejected {rejected.source_id}: {rejected.reason}")
         quality = summarise(seal)
         if quality is not None:
-            say(render_quality(quality, num_shards=1))
-            complain(warning_text(quality, self.config.out))
+            echo(render_quality(quality, num_shards=1))
+            warn(warning_text(quality, self.config.out))
         elif is_unknown(seal):
-            complain(
+            warn(
                 f"{self.config.out}: nobody has measured what its records lose, and its shards are "
                 "written; a build into a new folder, with --quality-samples, does"
             )
@@ -133,7 +135,7 @@ class Train:
         from jobs.stages.train import run_train
 
         final = run_train(self.config, self.run)
-        say(f"student written to {final}")
+        echo(f"student written to {final}")
         return 0
 
 
@@ -160,7 +162,7 @@ class Recipe:
         config = recipes[self.name](
             cache=self.cache, student=self.student, out=self.out, seed=self.seed
         )
-        say(json.dumps(json.loads(to_json(config)), indent=1))
+        echo(json.dumps(json.loads(to_json(config)), indent=1))
         return 0
 
 
@@ -175,7 +177,7 @@ class Evaluate:
         """Evaluate, and print the scores."""
         from jobs.stages.evaluate import run_evaluate
 
-        say(json.dumps(run_evaluate(self.config, self.run), indent=1))
+        echo(json.dumps(run_evaluate(self.config, self.run), indent=1))
         return 0
 
 
@@ -188,12 +190,13 @@ class Report:
 
     def __call__(self) -> int:
         """Write the page."""
+        require_extra("report")
         from pipeline.config.stages import ReportConfig
         from pipeline.report.report import write_report
 
         for line in write_report(ReportConfig(runs=self.runs, out=self.out)):
-            say(line)
-        say(f"report written to {self.out}")
+            echo(line)
+        echo(f"report written to {self.out}")
         return 0
 
 
@@ -221,7 +224,7 @@ class Submit:
     def __call__(self) -> int:
         """Submit the stage; exit code 0 when the job succeeded."""
         from jobs.cluster.paths import to_json
-        from jobs.cluster.submit import Echo, entrypoint, run_flags, submit
+        from jobs.cluster.submit import entrypoint, run_flags, submit
 
         if self.payload is None:
             raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")
@@ -236,7 +239,6 @@ class Submit:
             driver_cpus=self.driver_cpus,
             stop_wait_s=self.stop_wait_s,
             wait=self.wait,
-            echo=Echo(),
         )
 
 
@@ -254,6 +256,7 @@ class Demo:
 
     def __call__(self) -> int:
         """Run what is missing of the demo."""
+        require_extra("demo")
         from jobs.demo.stages import FULL, SMOKE
 
         sizes = SMOKE if self.smoke else FULL
@@ -262,12 +265,12 @@ class Demo:
 
             page = run_demo_epic(self.out or Path("demo-epic"), self.seeds, sizes)
             for line in lines(page.parent):
-                say(line)
+                echo(line)
         else:
             from jobs.demo.emkd import run_demo
 
             page = run_demo(self.out or Path("demo"), self.seeds, sizes)
-        say(f"open {page}")
+        echo(f"open {page}")
         return 0
 
 

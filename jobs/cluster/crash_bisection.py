@@ -16,7 +16,7 @@ class TooManyDeathsError(RuntimeError):
     """The search was given up: more workers died of a shard than it may cost."""
 
 
-def find_killers(
+def find_crashing_samples(
     survives: Callable[[int, int], bool], num_samples: int, max_deaths: int = MAX_DEATHS
 ) -> list[int]:
     """Positions of the samples that kill a worker on their own; a worker has died of the whole.

@@ -6,7 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-class Bars:
+class ProgressBars:
     """Turns (what, done, total) into tqdm bars, one at a time; a context manager.
 
     Something new ends the bar before it; what has been finished once is not shown again.
@@ -17,7 +17,7 @@ class Bars:
         self._what = ""
         self._finished: set[str] = set()
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> "ProgressBars":
         return self
 
     def __exit__(

@@ -17,9 +17,9 @@ from typing import Any
 import ray
 
 from jobs.cluster.actor_pool import ActorPool, WorkerLostError, get, worker_resources
-from jobs.cluster.crash_bisection import TooManyDeathsError, find_killers
+from jobs.cluster.crash_bisection import TooManyDeathsError, find_crashing_samples
 from jobs.cluster.options import RayOptions
-from jobs.cluster.progress import Bars
+from jobs.cluster.progress import ProgressBars
 from pipeline.build.shard_builder import missing_shards
 from teacher_cache.folder.writer import seal_cache
 from teacher_cache.schema.manifest import Plan, Seal
@@ -66,7 +66,11 @@ class ShardWorker:
 
 
 def write_shards(
-    make: Callable[[Progress], Any], cache: Store, device: str, options: RayOptions, bars: Bars
+    make: Callable[[Progress], Any],
+    cache: Store,
+    device: str,
+    options: RayOptions,
+    bars: ProgressBars,
 ) -> Seal:
     """Have a pool of workers plan and write what is missing of a cache, and seal it.
 
@@ -91,13 +95,13 @@ def _actor(make: Callable[[Progress], Any], resources: Mapping[str, float]) -> A
     return actor.remote(make)
 
 
-def _wait(reference: Any, actor: Any, bars: Bars) -> Any:
+def _wait(reference: Any, actor: Any, bars: ProgressBars) -> Any:
     while not ray.wait([reference], timeout=0.5)[0]:
         bars.update(*get(actor.status.remote()))
     return get(reference)
 
 
-def _write_missing(cache: Store, plan: Plan, pool: ActorPool, bars: Bars) -> None:
+def _write_missing(cache: Store, plan: Plan, pool: ActorPool, bars: ProgressBars) -> None:
     missing = missing_shards(cache)
     sizes = [len(shard) for shard in plan.shards]
     done = plan.num_samples - sum(sizes[index] for index in missing)
@@ -129,7 +133,7 @@ def _build_without_killers(pool: ActorPool, index: int, num_samples: int) -> Non
         return True
 
     try:
-        killers = find_killers(survives, num_samples)
+        killers = find_crashing_samples(survives, num_samples)
         pool.call("build_shard", index, killers)
     except (WorkerLostError, TooManyDeathsError) as error:
         raise WorkerLostError(

@@ -1,9 +1,9 @@
-"""`emkd submit`: the same stages as jobs of a Ray cluster, followed to their end.
+"""Sends a stage to a Ray cluster as a job, and follows its log to the end.
 
-The flags are parsed here first, so that a typo fails before anything is sent; the resolved
-settings travel inside the entry point. Paths must be visible to the cluster (shared storage) and
-are made absolute. A submission id is `<stage>-<digest of the settings>-<attempt>`: submitting a
-stage again gives the next attempt, and the stage resumes by itself.
+The flags are parsed before anything is sent, and the entry point holds the resolved settings.
+Paths are made absolute and must be visible to the cluster (shared storage). A submission id is
+`<stage>-<digest of the settings>-<attempt>`: submitting a stage again makes the next attempt, and
+the stage resumes by itself.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from teacher_cache.schema.fingerprint import digest_json
 
 def entrypoint(stage: str, settings: str, flags: Sequence[str]) -> str:
     """The shell command of the job; `settings` is the JSON of the stage's resolved config."""
-    return shlex.join(["python", "-m", "jobs.cli.__main__", stage, "--config", settings, *flags])
+    return shlex.join(["python", "-P", "-m", "emkd", stage, "--config", settings, *flags])
 
 
 def run_flags(options: RayOptions) -> list[str]:
-    """The flags that give `options` back when they are parsed again."""
+    """The flags that parse to `options`."""
     flags = ["--ray" if options.ray else "--no-ray"]
     for field in dataclasses.fields(options):
         if field.name != "ray":
@@ -44,7 +44,6 @@ def submit(
     driver_cpus: float,
     stop_wait_s: int,
     wait: bool,
-    echo: "Echo",
 ) -> int:
     """Send the job, print its log until it ends, return 0 on success and 1 on failure."""
     client = JobSubmissionClient(address)
@@ -65,23 +64,15 @@ def submit(
         runtime_env=runtime_env,
         entrypoint_num_cpus=driver_cpus,
     )
-    echo(f"submitted {submission_id} to {address}\n")
+    print(f"submitted {submission_id} to {address}", flush=True)
     if not wait:
         return 0
-    asyncio.run(_follow(client, submission_id, echo))
+    asyncio.run(_follow(client, submission_id))
     status = client.get_job_status(submission_id)
-    echo(f"{submission_id}: {status}\n")
+    print(f"{submission_id}: {status}", flush=True)
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-class Echo:
-    """Where log text goes; a class so that tests can collect it."""
-
-    def __call__(self, text: str) -> None:
-        """Print a piece of log as it comes."""
-        print(text, end="", flush=True)
-
-
-async def _follow(client: JobSubmissionClient, submission_id: str, echo: Echo) -> None:
+async def _follow(client: JobSubmissionClient, submission_id: str) -> None:
     async for lines in client.tail_job_logs(submission_id):
-        echo(lines)
+        print(lines, end="", flush=True)

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from jobs.cluster.actor_pool import get, ray_session
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute
-from jobs.cluster.progress import Bars
+from jobs.cluster.progress import ProgressBars
 from jobs.stages.build import run_build
 from pipeline.build.build import finished
 from pipeline.config.build import BuildConfig
@@ -78,7 +78,7 @@ def prepare_teacher(
     digits = DigitsConfig(
         out=data, questions=questions, num_train=sizes.num_train, num_heldout=sizes.num_heldout
     )
-    with Bars() as bars:
+    with ProgressBars() as bars:
         write_digits(digits, bars.update)
         started = time.monotonic()
         final = train_demo_teacher(data, folder, settings, bars.update)
@@ -175,7 +175,7 @@ def _run(
         return
     task = ray.remote(stage).options(num_cpus=1, max_retries=2)
     running = [task.remote(absolute(config)) for config in configs]
-    with Bars() as bars:
+    with ProgressBars() as bars:
         while running:
             ready, running = ray.wait(running, timeout=1.0)
             for reference in ready:

@@ -9,7 +9,7 @@ from functools import partial
 from jobs.cluster.actor_pool import ray_session
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute
-from jobs.cluster.progress import Bars
+from jobs.cluster.progress import ProgressBars
 from jobs.cluster.shard_workers import write_shards
 from pipeline.build.build import CacheBuilder, build, finished
 from pipeline.build.extend_records import RecordExtender, extend_records
@@ -27,7 +27,7 @@ def run_build(config: BuildConfig, options: RayOptions) -> Seal:
     seal = finished(config)
     if seal is not None:
         return seal
-    with Bars() as bars:
+    with ProgressBars() as bars:
         if not options.ray:
             return build(config, bars.update)
         with ray_session():
@@ -39,7 +39,7 @@ def run_extend(config: ExtendConfig, options: RayOptions) -> Seal:
     """Add samples or records to a cache, or go on doing so; returns the seal of the new cache."""
     config = absolute(config)
     by_samples = config.source is not None
-    with Bars() as bars:
+    with ProgressBars() as bars:
         if not options.ray:
             extend = extend_samples if by_samples else extend_records
             return extend(config, bars.update)

@@ -7,7 +7,7 @@ import ray
 from jobs.cluster.actor_pool import get, ray_session, worker_resources
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute
-from jobs.cluster.progress import Bars
+from jobs.cluster.progress import ProgressBars
 from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 
@@ -17,7 +17,7 @@ def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     options.require_no_timeout("evaluate")
     config = absolute(config)
     if not options.ray:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             return evaluate(config, bars.update)
     with ray_session():
         each = worker_resources(options, config.device)

@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from jobs.cluster.actor_pool import ray_session, worker_resources
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute, to_json
-from jobs.cluster.progress import Bars
+from jobs.cluster.progress import ProgressBars
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER
@@ -34,7 +34,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     options.require_no_timeout("train")
     config = absolute(config)
     if not options.ray:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             return train(config, progress=bars.update)
     num_steps = config.training.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
@@ -66,7 +66,7 @@ def _progress(run: Path, num_steps: int) -> Generator[None]:
     ended = threading.Event()
 
     def follow() -> None:
-        with Bars() as bars:
+        with ProgressBars() as bars:
             while not ended.wait(timeout=1.0):
                 bars.update("steps", logged_step(run), num_steps)
             bars.update("steps", logged_step(run), num_steps)

@@ -2,19 +2,25 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jobs.cli.__main__ import main, parse
+from jobs.cli import extras
+from jobs.cli.__main__ import BROKEN_PIPE, main, parse
+from jobs.cli.removed_flags import REMOVED, RENAMED_FIELDS
 from jobs.cluster.paths import absolute, to_json
 from jobs.cluster.submit import entrypoint, run_flags
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
+from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.llava_json import write_llava_json
+from tests.support.paths import ROOT
 from tests.support.tiny import tiny_samples
 
 BUILD = "build --source data.json --teacher teacher --out cache"
@@ -175,8 +181,8 @@ def test_what_submit_sends_parses_to_the_same_settings(name: str) -> None:
     submitted: Any = parse(["submit", name, "--address", "http://host:1", "--", *flags.split()])
     sent = entrypoint(name, to_json(submitted.payload.config), run_flags(submitted.payload.run))
     words = shlex.split(sent)
-    assert words[:3] == ["python", "-m", "jobs.cli.__main__"]
-    received: Any = parse(words[3:])
+    assert words[:4] == ["python", "-P", "-m", "emkd"]
+    received: Any = parse(words[4:])
     assert received.config == absolute(submitted.payload.config)
     assert received.run == submitted.payload.run
 
@@ -209,3 +215,130 @@ def test_build_verify_inspect_as_commands(
     shard.write_bytes(bytes(content))
     assert main(["verify", str(cache)]) == 3
     assert shard.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", list(REMOVED))
+def test_what_earlier_versions_took_is_refused_with_what_to_do(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (given, given.replace(" ", "="), given.replace("-", "_").replace("__", "--", 1)):
+        assert main([*TRAIN.split(), *flags.split(" ")]) == 2
+        assert capsys.readouterr().err == f"emkd train: {given} {REMOVED[given]}\n"
+
+
+@pytest.mark.parametrize("field", list(RENAMED_FIELDS))
+def test_a_renamed_field_of_a_config_file_is_refused_with_its_new_place(
+    field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--config", json.dumps({field: None})]) == 2
+    assert f"{field} is now {RENAMED_FIELDS[field]}; move it there" in capsys.readouterr().err
+
+
+def test_a_build_config_with_its_record_settings_at_the_top_level_is_read() -> None:
+    command: Any = parse(f"{BUILD} --top-k 9 --top-p 0.9 --min-k 2".split())
+    nested = json.loads(to_json(command.config))
+    flat = {**nested.pop("settings"), **nested}
+    del flat["grid"]
+    again: Any = parse(["build", "--config", json.dumps(flat)])
+    assert again.config == absolute(command.config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ratios 0.5", "a grid needs both --compressor and --ratios"),
+        ("--compressor dart", "a grid needs both --compressor and --ratios"),
+        ("--compress-layer 3", "--compress-layer would have no effect: no ratios are given"),
+        (
+            "--compressor dart --ratios 0.5 --compress-seed 1",
+            "--compress-seed would have no effect: the compressor dart draws no random numbers",
+        ),
+        (
+            "--compressor random --ratios 0.5 --compress-text released",
+            "--compress-text would have no effect: the compressor random uses no text",
+        ),
+    ],
+)
+def test_flags_that_make_no_grid_are_refused(
+    flags: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"{BUILD} {flags}".split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_new_records_need_records(capsys: pytest.CaptureFixture[str]) -> None:
+    extend = "extend --cache c --teacher t --out o"
+    assert main(f"{extend} --source s.json --top-k 4".split()) == 2
+    assert "--top-k would have no effect: no records are given" in capsys.readouterr().err
+    command: Any = parse(f"{extend} --records hidden --hidden-dtype int8".split())
+    assert command.config.settings == RecordSettings(records="hidden", hidden_dtype="int8")
+    again: Any = parse(["extend", "--config", to_json(command.config), "--hidden-group", "8"])
+    assert again.config.settings.hidden_group == 8
+    assert again.config.settings.hidden_dtype == "int8"
+
+
+@pytest.mark.parametrize(
+    ("command", "extra", "missing"),
+    [
+        ("report run", "report", "matplotlib"),
+        ("inspect cache --sample a --picture a.png", "report", "matplotlib"),
+        ("data digits --out d", "demo", "sklearn"),
+        ("demo", "demo", "sklearn"),
+    ],
+)
+def test_a_command_whose_extra_is_missing_refuses_at_once(
+    command: str,
+    extra: str,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else "found")
+    assert main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert f"not installed: {missing}; run pip install 'emkd[{extra}]'" in said
+
+
+def _python(code: str, command: str = "") -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-c", code, *command.split()]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "plan", "train --help"])
+def test_quick_commands_load_no_heavy_library(command: str) -> None:
+    code = f"""if True:
+        import sys
+        from jobs.cli.__main__ import main
+        try:
+            main({command.split()!r})
+        except SystemExit:
+            pass
+        print("LOADED", *{{name.split(".")[0] for name in sys.modules}})
+        """
+    ran = _python(code)
+    loaded = set(ran.stdout.partition("LOADED")[2].split())
+    assert "jobs" in loaded, ran.stderr
+    assert not loaded & {"torch", "transformers", "ray", "numpy", "pyarrow", "matplotlib", "PIL"}
+
+
+def test_building_and_training_need_none_of_the_extras() -> None:
+    code = """if True:
+        import sys
+        sys.modules.update(dict.fromkeys(("sklearn", "matplotlib")))  # as if not installed
+        import jobs.stages.build, jobs.stages.train, jobs.stages.evaluate
+        """
+    ran = _python(code)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_help_into_a_pipe_that_closes_ends_quietly() -> None:
+    command = f"{shlex.quote(sys.executable)} -m jobs.cli.__main__ --help | head -c 1"
+    ran = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stderr == ""
+    assert ran.returncode in (0, BROKEN_PIPE)

@@ -13,7 +13,7 @@ from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.training.metrics_log import METRICS_FILE
+from student_train.training.metrics_log import METRICS_LOG_FILE
 from tests.support.epic import save_deep
 from tests.support.runs import tiny_cache
 
@@ -180,6 +180,6 @@ def test_one_command_trains_a_vanilla_model(tmp_path: Path) -> None:
     where = f"--cache {tmp_path / 'cache'} --student {vanilla} --out {run}"
     how = "--micro-batch-size 2 --device cpu --no-ray --log-steps 1"
     assert main(f"train {where} {flags} {how}".split()) == 0
-    line = json.loads((run / METRICS_FILE).read_text().splitlines()[-1])
+    line = json.loads((run / METRICS_LOG_FILE).read_text().splitlines()[-1])
     assert {"term/supervised", "term/kd", "diagnostic/epic_layer"} <= line.keys()
     assert main(["train", "--config", str(run / "config.json"), "--no-ray"]) == 0

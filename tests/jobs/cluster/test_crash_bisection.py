@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.cluster.crash_bisection import MAX_DEATHS, TooManyDeathsError, find_killers
+from jobs.cluster.crash_bisection import MAX_DEATHS, TooManyDeathsError, find_crashing_samples
 
 
 class Victims:
@@ -29,7 +29,7 @@ def test_all_killers_are_found_and_nobody_else(case: tuple[int, set[int]]) -> No
     if not killers:
         return  # a worker has died of the whole
     victims = Victims(killers)
-    found = find_killers(victims.survives, num_samples, max_deaths=10_000)
+    found = find_crashing_samples(victims.survives, num_samples, max_deaths=10_000)
     assert found == sorted(killers)
     depth = math.ceil(math.log2(num_samples)) if num_samples > 1 else 0
     assert victims.num_deaths <= len(killers) * depth
@@ -37,16 +37,16 @@ def test_all_killers_are_found_and_nobody_else(case: tuple[int, set[int]]) -> No
 
 def test_three_killers_in_a_shard_are_within_the_bound() -> None:
     victims = Victims({3, 130, 255})
-    assert find_killers(victims.survives, 256) == [3, 130, 255]
+    assert find_crashing_samples(victims.survives, 256) == [3, 130, 255]
     assert victims.num_deaths <= 23
 
 
 def test_the_search_is_given_up_where_everything_kills() -> None:
     victims = Victims(set(range(256)))
     with pytest.raises(TooManyDeathsError, match="workers died in the search"):
-        find_killers(victims.survives, 256)
+        find_crashing_samples(victims.survives, 256)
     assert victims.num_deaths == MAX_DEATHS
 
 
 def test_a_shard_that_kills_only_as_a_whole_has_no_killer() -> None:
-    assert find_killers(lambda start, stop: stop - start < 8, 8) == []
+    assert find_crashing_samples(lambda start, stop: stop - start < 8, 8) == []
