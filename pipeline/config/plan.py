@@ -37,7 +37,7 @@ class PlanConfig(StrictRecord):
     logits_codec: LogitsCodec = "exact"
     affinity_dtype: AffinityDtype = "float16"
     mean_kept: float | None = None
-    """Entries that a position keeps on average, for a cache with --top-mass."""
+    """Entries that a position keeps on average, for a cache with --top-p."""
     ratios: tuple[float, ...] = ()
     """Those of a cache with a grid: each response token has a record more for every one."""
     image_bytes: int = 100_000
