@@ -1,1 +1,1 @@
-"""Vocabulary types, record codecs, identity, shards, and the teacher's forward pass."""
+"""Types, record codecs, shards, storage, cache folders, and the forward pass of the teacher."""

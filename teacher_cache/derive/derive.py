@@ -1,4 +1,10 @@
-"""Copies the rows of sealed caches into a new cache."""
+"""Writes a new cache from the rows of sealed ones: the steps that all tools of this room share.
+
+Promises: a derived cache is an ordinary cache with plan, commits and seal, so running a tool again
+resumes it and two at once cannot harm each other. Frames are never decoded or encoded again. Files
+that can stay as they are are linked or copied unopened; every other byte is checked while it is
+read. Equal inputs give equal bytes. Input caches are never written to. Refuses unsealed inputs.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +27,7 @@ from teacher_cache.storage.store import Store
 
 
 def begin(out: Store, plan: Plan, assets: TeacherAssets) -> None:
-    """Write plan and assets; `CacheMismatchError` where `out` was begun with another plan."""
+    """Write plan and assets; `CacheMismatchError` if `out` has another plan."""
     out.require_writable()
     write_plan(out, plan)
     write_assets(out, assets)
@@ -34,10 +40,9 @@ def derive(
     assets: TeacherAssets,
     progress: Progress = no_progress,
 ) -> Seal:
-    """Write plan and assets, `make` every shard that is not committed yet, and seal.
+    """Write plan and assets, call `make` for every shard that is not committed, and seal.
 
-    `make` is given a shard number and commits that shard. Raises `CacheMismatchError` where `out`
-    was begun with another plan.
+    `make(index)` commits shard `index`. Raises `CacheMismatchError` if `out` has another plan.
     """
     begin(out, plan, assets)
     done = committed(out)
@@ -51,11 +56,11 @@ def derive(
 def adopt_file(
     source: SealedCache, file: ShardFile, out: Store, plan: Plan, index: int
 ) -> ShardFile:
-    """Give a file of another cache to shard `index` of `out`.
+    """Make a file of another cache a file of shard `index` of `out`.
 
-    Unopened where the format is the plan's: as a second name on one disk, as a copy by the server
-    in one object store, else as a copy. In the other format: the same frames, metadata and rows,
-    and every byte that is read is checked. Raises `ShardCorruptError`.
+    A file of the plan's format is not opened: it becomes a hard link on one disk, a copy by the
+    server in one object store, else a copy. A file of the other format is written anew with the
+    same frames, metadata and rows, after checking every byte. Raises `ShardCorruptError`.
     """
     if source.seal.format != plan.format:
         return _translate(source, file, out, plan, index)
@@ -89,10 +94,10 @@ def _translate(
 
 
 def reassign_owners(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:
-    """Rows of one new shard whose owners may have stayed behind.
+    """Pass on the rows of a new shard; a row whose owner is missing gets a new owner.
 
-    Where the row that stored the shared images and vision record is not among them, the first of
-    those that shared it stores them, and the others share from that one.
+    The first row that shared the missing owner's images and vision record becomes their owner, and
+    the others share from it.
     """
     here: set[str] = set()
     new_owners: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""A cache in the other shard format: the same rows, keys, order and identity.
+"""Writes a cache in the other shard format: the same rows, keys, order and identity.
 
-Every file is written anew, frame for frame, with the metadata it had, so that exporting back gives
-the bytes of the files that were exported first. Layers of a shard stay layers.
+Each file is written frame by frame with its old metadata, so exporting back gives the bytes of the
+original files. Layers of a shard stay layers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from teacher_cache.storage.store import Location
 def export_cache(
     location: Location, out: Location, form: ShardFormatName, progress: Progress = no_progress
 ) -> Seal:
-    """Write a sealed cache in a format; where it has that format already, its files are copied."""
+    """Write a sealed cache in a format; files that have this format are copied."""
     base = SealedCache.open(location)
     store = open_apart(out, [base])
     plan = dataclasses.replace(base.plan, format=form)

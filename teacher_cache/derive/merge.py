@@ -1,9 +1,9 @@
-"""One cache of several: the shards of each in turn, as they are.
+"""Merges caches: the shards of each input in turn, as they are.
 
-Promises: shards keep their files, linked or copied unopened where the format agrees, translated
-frame by frame where it does not. Refuses caches whose specs differ, with a table of the fields, and
-samples that are in several of them, unless the first is to be taken: then only the shards with
-later occurrences are written anew, without those.
+Promises: files are linked or copied unopened where the format agrees, and translated frame by frame
+where it does not. Refuses caches of different specs, with a table of the fields. Refuses samples
+that are in several caches, unless the first is to be kept: then shards with later occurrences are
+written anew without them.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ OnDuplicate = Literal["refuse", "first"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """One shard of one input, and those of its rows that are kept."""
+class _InputShard:
+    """A shard of one input, and the keys and positions of the rows that are kept."""
 
     cache: SealedCache
     commit: ShardCommit
@@ -40,9 +40,9 @@ def merge_caches(
     form: ShardFormatName | None = None,
     progress: Progress = no_progress,
 ) -> Seal:
-    """Join sealed caches of one spec; the format is that of the first unless given.
+    """Merge sealed caches of one spec; the default format is that of the first.
 
-    Raises `CacheMismatchError` for other specs, ValueError for samples that are there twice.
+    Raises `CacheMismatchError` for different specs, ValueError for repeated samples.
     """
     if len(locations) < 2:
         raise ValueError(f"found {len(locations)} caches to merge, expected at least two")
@@ -51,19 +51,19 @@ def merge_caches(
     for cache in caches[1:]:
         what = f"{cache.store} cannot be merged with {first.store}: its spec"
         require_equal(cache.spec, first.spec, what, "Only caches of one teacher and one recipe.")
-    parts = _parts(caches, on_duplicate)
+    shards = _input_shards(caches, on_duplicate)
     plan = Plan(
         spec=first.spec,
         format=form or first.seal.format,
         source=" + ".join(cache.seal.source for cache in caches),
-        shards=tuple(part.kept for part in parts),
+        shards=tuple(part.kept for part in shards),
         rejected=tuple(rejected for cache in caches for rejected in cache.seal.rejected),
     )
     store = open_apart(out, caches)
     return derive(
         store,
         plan,
-        lambda index: adopt_shard(store, plan, index, parts[index].cache, parts[index].commit),
+        lambda index: adopt_shard(store, plan, index, shards[index].cache, shards[index].commit),
         first.assets,
         progress,
     )
@@ -72,7 +72,7 @@ def merge_caches(
 def adopt_shard(
     out: Store, plan: Plan, index: int, cache: SealedCache, commit: ShardCommit
 ) -> ShardCommit:
-    """Make a shard of another cache, or the rows of it that are planned, shard `index` of `out`."""
+    """Make a shard of another cache, or those of its rows that are planned, shard `index`."""
     keys = {key for key, _ in plan.shards[index]}
     if len(keys) < commit.num_rows:
         rows = (
@@ -84,25 +84,25 @@ def adopt_shard(
     return commit_shard(out, plan, whole)
 
 
-def _parts(caches: Sequence[SealedCache], on_duplicate: OnDuplicate) -> list[_Part]:
-    """The shards of all caches in turn, less the rows that an earlier cache has."""
+def _input_shards(caches: Sequence[SealedCache], on_duplicate: OnDuplicate) -> list[_InputShard]:
+    """The shards of all caches in turn, without rows that an earlier cache has."""
     seen: set[str] = set()
     repeated: list[str] = []
-    parts: list[_Part] = []
+    shards: list[_InputShard] = []
     for cache in caches:
         for commit in cache.seal.shards:
             rows = cache.kept(commit)
             repeated += [key for key, _ in rows if key in seen]
             kept = tuple(place for place in rows if place[0] not in seen)
             if kept:
-                parts.append(_Part(cache=cache, commit=commit, kept=kept))
+                shards.append(_InputShard(cache=cache, commit=commit, kept=kept))
         seen.update(key for commit in cache.seal.shards for key, _ in cache.kept(commit))
     if repeated and on_duplicate == "refuse":
         raise ValueError(
-            f"{len(repeated)} samples are in several of the caches: {_some(repeated)}; take the "
-            "first of each by --on-duplicate first, or leave them out by emkd subset"
+            f"{len(repeated)} samples are in several of the caches: {_some(repeated)}; keep the "
+            "first of each with --on-duplicate first, or remove them with emkd subset"
         )
-    return parts
+    return shards
 
 
 def _some(keys: Collection[str]) -> str:

@@ -1,11 +1,4 @@
-"""Caches from caches: what subset, merge, export and extend have in common.
-
-Promises: what is derived is an ordinary cache, made through the same plan, commits and seal, so
-that running a tool again resumes it and two at once cannot harm each other; frames are never
-decoded or encoded again; files that can stay as they are are linked or copied unopened, everything
-else is checked while it is read; equal inputs give equal bytes. The caches that were given are
-never written to. Refuses inputs that are not sealed.
-"""
+"""Opens the sealed caches that others are derived from."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +15,7 @@ from teacher_cache.storage.store import Location, Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedCache:
-    """A complete cache to derive others from."""
+    """A sealed cache with its reader, plan and seal."""
 
     reader: CacheReader
     store: Store
@@ -38,16 +31,16 @@ class SealedCache:
 
     @property
     def spec(self) -> CacheSpec:
-        """What the cache holds, and of which teacher."""
+        """The settings of the records, and the identity of the teacher."""
         return self.seal.spec
 
     @property
     def assets(self) -> TeacherAssets:
-        """What the cache stores once for all of its records; reads the files again each time."""
+        """The assets; reads their files at each call."""
         return read_assets(self.store, self.spec)
 
     def kept(self, commit: ShardCommit) -> tuple[tuple[str, int], ...]:
-        """(key, position in the source) of every row of a shard, in order."""
+        """(key, position in the source) of each row of a shard, in order."""
         positions = dict(self.plan.shards[commit.index])
         return tuple((key, positions[key]) for key in shard_keys(self.plan, commit))
 
@@ -57,12 +50,12 @@ class SealedCache:
 
 
 def open_apart(out: Location, sources: Iterable[SealedCache]) -> Store:
-    """The store to write to; ValueError where it lies inside a cache that is read from."""
+    """The store to write to; ValueError if it lies inside an input cache."""
     store = open_store(out)
     for source in sources:
         if _place(store).startswith(f"{_place(source.store)}/"):
             raise ValueError(
-                f"{store} lies inside {source.store}, which is only read; give a folder of its own"
+                f"{store} lies inside the input {source.store}; give a folder outside of it"
             )
     return store
 

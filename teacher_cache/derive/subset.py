@@ -1,8 +1,8 @@
-"""A cache of some rows of another: by key, by a share of them, by how many tokens they have.
+"""Writes a cache of some rows of another: chosen by key, by share, by number of tokens.
 
-Promises: the rows that were chosen and no others, in the order of the base, with their frames as
-they were; a record that was shared with a row that stays behind is stored by the first row that
-shares it. Refuses keys that the base does not have and choices that leave nothing.
+Promises: exactly the chosen rows, in the order of the base, with unchanged frames; a vision record
+whose owner is not chosen is stored by the first chosen row that shares it. Refuses keys that the
+base does not have and choices that leave no row.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from teacher_cache.storage.store import Location
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Selection(StrictRecord):
-    """Which rows: those that pass everything that is given; a share is drawn of what is left."""
+    """Rows that pass every given filter; `fraction` draws a share of the rest."""
 
     keys: tuple[str, ...] | None = None
     fraction: float | None = None
@@ -42,7 +42,7 @@ class Selection(StrictRecord):
 
     @property
     def described(self) -> str:
-        """What was asked for, as flags."""
+        """The given filters, as flags."""
         asked = dataclasses.asdict(self)
         asked["keys"] = None if self.keys is None else f"({len(self.keys)} keys)"
         asked["seed"] = None if self.fraction is None else self.seed
@@ -51,7 +51,7 @@ class Selection(StrictRecord):
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether rows have to be looked at to choose them."""
+        """Whether rows must be read to choose them."""
         return any(
             getattr(self, f"{side}_{what}_tokens") is not None
             for side in ("min", "max")
@@ -59,7 +59,7 @@ class Selection(StrictRecord):
         )
 
     def admits(self, num_vision: int, num_response: int) -> bool:
-        """Whether a row with so many tokens passes."""
+        """Whether a row with these numbers of tokens passes."""
         return (
             (self.min_vision_tokens or 0) <= num_vision
             and (self.min_response_tokens or 0) <= num_response
@@ -73,7 +73,7 @@ def choose(
 ) -> list[int]:
     """Numbers of the chosen rows, ascending; `progress` counts rows.
 
-    ValueError for unknown keys, and where nothing is left.
+    ValueError for unknown keys, and if no row is left.
     """
     chosen = list(range(len(reader)))
     if selection.keys is not None:
@@ -82,7 +82,7 @@ def choose(
         if unknown:
             raise ValueError(
                 f"{reader.cache} has no samples {', '.join(unknown[:5])} ({len(unknown)} of "
-                f"{len(wanted)} keys); give keys as emkd inspect shows them"
+                f"{len(wanted)} keys); give keys that emkd inspect shows"
             )
         chosen = [index for index in chosen if reader.keys[index] in wanted]
     if selection.counts_tokens:
@@ -93,7 +93,7 @@ def choose(
     if not chosen:
         raise ValueError(
             f"{reader.cache}: none of {len(reader)} samples passes {selection.described}; choose "
-            "more widely (emkd inspect shows the counts of the cache)"
+            "wider bounds (emkd inspect shows the counts of the cache)"
         )
     return chosen
 
@@ -114,9 +114,9 @@ def subset_cache(
     samples_per_shard: int | None = None,
     progress: Progress = no_progress,
 ) -> Seal:
-    """Write the chosen rows of a sealed cache as a cache of their own.
+    """Write the chosen rows of a sealed cache as a new cache.
 
-    Format and size of the shards are those of the base unless given.
+    Format and size of the shards default to those of the base.
     """
     if samples_per_shard is not None and samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
@@ -144,7 +144,7 @@ def subset_cache(
 
 
 def rows_at(base: SealedCache, rows: Sequence[int]) -> Iterator[EncodedRow]:
-    """Rows of a cache by their numbers over all shards, ascending; every byte has been checked."""
+    """Rows of a cache by number, ascending; every byte has been checked."""
     starts = [0, *accumulate(commit.num_rows for commit in base.seal.shards)]
     number, shard, keys = -1, None, ()
     columns: set[str] = set()
@@ -156,5 +156,5 @@ def rows_at(base: SealedCache, rows: Sequence[int]) -> Iterator[EncodedRow]:
             shard, keys = base.open_shard(number), base.kept(commit)
         found, (key, _) = shard.read(row - starts[number], columns), keys[row - starts[number]]
         if found.key != key:
-            raise ShardCorruptError(f"{shard.path}: found sample {found.key}, planned is {key}")
+            raise ShardCorruptError(f"{shard.path}: found sample {found.key}, the plan has {key}")
         yield found

@@ -1,1 +1,1 @@
-"""A cache folder: its layout, writing, reading, verifying and clearing it."""
+"""Writes, reads, verifies and cleans a cache folder."""

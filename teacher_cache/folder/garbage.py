@@ -1,10 +1,9 @@
-"""What killed and losing attempts have left in a sealed cache, and its removal.
+"""Removes files that killed or losing attempts left in a sealed cache.
 
-Promises: only files that emkd gave their names, that no seal refers to and that are older than a
-grace period are removed: private leftovers, and shard files of attempts that lost. Time is looked
-at here and nowhere else in a cache; a wrong clock keeps a file for longer or takes that of an
-attempt that still runs, which has lost already. Refuses a cache without a seal: there, nobody can
-say what will be referred to.
+Promises: removes only files that emkd named, that the seal does not name, and that are older than a
+grace period: private files, and shard files of attempts that lost. Only this file of a cache's code
+looks at the time; a wrong clock keeps a file too long, or removes that of an attempt that still
+runs but has already lost. Refuses a cache without a seal, where it is not known which files count.
 """
 
 import re
@@ -21,7 +20,7 @@ _SHARD = re.compile(r"shards/[0-9]+-[0-9a-f]+\.(arrow|tar)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """A file that no reader looks at."""
+    """A file that readers ignore."""
 
     file: str
     num_bytes: int
@@ -30,14 +29,14 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GarbageReport:
-    """What was removed (or would be, in a dry run), and what is too young."""
+    """Files that were removed (or would be, in a dry run), and files that are too young."""
 
     removed: tuple[Leftover, ...]
     kept: tuple[Leftover, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of what was removed."""
+        """Bytes of the removed files."""
         return sum(leftover.num_bytes for leftover in self.removed)
 
 
@@ -49,7 +48,7 @@ def collect_garbage(
     Raises `IncompleteCacheError` for a cache without a seal, `CacheMismatchError` for one whose
     seal and plan differ.
     """
-    if not grace_hours >= 0:  # not a number, too: nothing would be young
+    if not grace_hours >= 0:  # also refuses NaN
         raise ValueError(f"grace_hours must be >= 0, found {grace_hours}")
     cache = open_store(location)
     seal = require_seal(cache)
@@ -64,7 +63,7 @@ def collect_garbage(
         try:
             age_hours = (now - cache.modified(name)) / 3600
         except FileNotFoundError:
-            continue  # its owner was quicker
+            continue  # its owner removed it first
         leftover = Leftover(file=name, num_bytes=cache.size(name) or 0, age_hours=age_hours)
         if age_hours < grace_hours:
             kept.append(leftover)

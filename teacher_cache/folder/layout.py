@@ -1,12 +1,12 @@
-"""What lies where in a cache folder, and how each piece is read; nothing here writes.
+"""Defines the files of a cache folder and reads each of them; nothing here writes.
 
     plan.json, SEALED.json              see manifest.py
     commits/<k>.json                    the record that makes shard k exist
-    shards/<k>-<sha256>.<arrow|tar>     named by content: equal attempts meet, others never clash
+    shards/<k>-<sha256>.<arrow|tar>     named by content, so equal attempts write one name
     head.safetensors, sketch.safetensors, template.safetensors
                                         the assets, checked against their digests in the spec
 
-Names that begin with a dot are private files of a running or a killed build and mean nothing.
+Names that begin with a dot are private files of a running or killed build; readers ignore them.
 """
 
 import re
@@ -50,23 +50,23 @@ SKETCH_FILE = "sketch.safetensors"
 TEMPLATE_FILE = "template.safetensors"
 
 REMEDY = "delete SEALED.json and this shard's commits/*.json, and run the same emkd command again"
-"""What heals a damaged shard: every other shard stays."""
+"""How to repair a damaged shard; all other shards stay."""
 _ASSET_REMEDY = "delete SEALED.json, build.json and this file, and run the same emkd command again"
 
 _NUM_REQUESTS = 8
-"""Files that are asked for at a time; object stores take their time for each."""
+"""Files requested at a time: each request to an object store takes long."""
 
 _A = TypeVar("_A", LmHead, SketchBasis, TailTemplate)
 _R = TypeVar("_R", Plan, Seal, ShardCommit)
 
 
 def read_plan(cache: Store) -> Plan | None:
-    """The plan; None where there is none yet."""
+    """The plan; None before it is written."""
     return _read(cache, PLAN_FILE, Plan)
 
 
 def read_seal(cache: Store) -> Seal | None:
-    """The seal; None while the cache is not complete."""
+    """The seal; None while the cache is incomplete."""
     return _read(cache, SEAL_FILE, Seal)
 
 
@@ -82,19 +82,19 @@ def require_plan(cache: Store) -> Plan:
 
 
 def require_seal(cache: Store) -> Seal:
-    """The seal; `IncompleteCacheError` with how far the build is and the remedy."""
+    """The seal; `IncompleteCacheError` with the progress of the build and the remedy."""
     seal = read_seal(cache)
     if seal is not None:
         return seal
     num_shards, num_committed = len(require_plan(cache).shards), len(committed(cache))
     raise IncompleteCacheError(
         f"{cache}: {num_committed} of {num_shards} shards are committed and the cache is not "
-        f"sealed (it has no {SEAL_FILE}); run the same emkd command again, it does the rest"
+        f"sealed (it has no {SEAL_FILE}); run the same emkd command again, it writes the rest"
     )
 
 
 def require_same_plan(cache: Store, seal: Seal) -> Plan:
-    """The plan that was sealed; `CacheMismatchError` where plan and seal are of two caches."""
+    """The plan that was sealed; `CacheMismatchError` where plan and seal disagree."""
     plan = require_plan(cache)
     what = f"{cache}: what {SEAL_FILE} says beside {PLAN_FILE} of"
     remedy = "The folder is damaged or a mixture of two caches: build it again."
@@ -114,12 +114,12 @@ def require_same_plan(cache: Store, seal: Seal) -> Plan:
 
 
 def sealed_fingerprint(plan: Plan, commits: Sequence[ShardCommit]) -> str:
-    """The identity of a cache: two builds of one plan that rejected other samples differ."""
+    """The identity of a cache; builds of one plan that rejected different samples differ."""
     return cache_fingerprint(plan.spec, [shard_keys(plan, commit) for commit in commits])
 
 
 def read_commit(cache: Store, index: int) -> ShardCommit | None:
-    """The record of shard `index`; None while it is not committed."""
+    """The commit record of shard `index`; None before it is committed."""
     name = commit_name(index)
     commit = _read(cache, name, ShardCommit)
     if commit is not None and commit.index != index:
@@ -128,7 +128,7 @@ def read_commit(cache: Store, index: int) -> ShardCommit | None:
 
 
 def committed(cache: Store) -> dict[int, ShardCommit]:
-    """The records of all committed shards by shard number."""
+    """The commit records of all committed shards, by shard number."""
     names = [re.fullmatch(r"commits/([0-9]{5,})\.json", name) for name in cache.names("commits")]
     with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
         numbers = sorted(int(match[1]) for match in names if match)
@@ -137,23 +137,23 @@ def committed(cache: Store) -> dict[int, ShardCommit]:
 
 
 def commit_name(index: int) -> str:
-    """Where the record of shard `index` is."""
+    """The file name of the commit record of shard `index`."""
     return f"commits/{index:05d}.json"
 
 
 def shard_keys(plan: Plan, commit: ShardCommit) -> tuple[str, ...]:
-    """The keys of a shard's rows in order: those planned, less those rejected."""
+    """The keys of a shard's rows in order: the planned ones without the rejected ones."""
     return kept_keys(plan, commit.index, commit.rejected)
 
 
 def kept_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> tuple[str, ...]:
-    """The keys planned for shard `index` in order, less those rejected."""
+    """The keys planned for shard `index` in order, without the rejected ones."""
     refused = {sample.key for sample in rejected}
     return tuple(key for key, _ in plan.shards[index] if key not in refused)
 
 
 def shard_metadata(plan: Plan, index: int) -> dict[str, str]:
-    """What every shard says of itself; names its cache, so that shards cannot be mixed."""
+    """The metadata of every shard file; they name the cache, so shards cannot be mixed."""
     return {
         "emkd.cache": plan.fingerprint,
         "emkd.layout_version": str(plan.spec.layout_version),
@@ -163,7 +163,7 @@ def shard_metadata(plan: Plan, index: int) -> dict[str, str]:
 
 
 def open_shard(cache: Store, plan: Plan, commit: ShardCommit) -> Shard:
-    """Open a committed shard: sizes, identity and row count have been checked.
+    """Open a committed shard after checking sizes, identity and number of rows.
 
     Raises `ShardCorruptError` naming the file and the remedy.
     """
@@ -211,17 +211,20 @@ def read_encoded_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator
 
 
 def shard_name(index: int, sha256: str, form: ShardFormatName) -> str:
-    """Where a file of shard `index` with this content lies."""
+    """The file name of a file of shard `index` with this content."""
     return f"shards/{index:05d}-{sha256[:16]}{shard_format(form).suffix}"
 
 
 def require_shard_file(cache: Store, file: ShardFile) -> None:
-    """Raise `ShardCorruptError` unless a file of a shard is there in its full size.
+    """Raise `ShardCorruptError` unless a shard file exists with its committed size.
 
-    Refuses records that point out of the cache.
+    Refuses names outside the cache folder.
     """
     if not re.fullmatch(r"shards/[0-9]+-[0-9a-f]+\.[a-z]+", file.file):
-        raise ShardCorruptError(f"{cache}: a file of a shard is said to be {file.file!r}")
+        raise ShardCorruptError(
+            f"{cache}: a commit record names the shard file {file.file!r}, expected "
+            "shards/<number>-<digest>.<arrow|tar>"
+        )
     num_bytes = cache.size(file.file, expected=True)
     if num_bytes is None:
         raise ShardCorruptError(f"{cache.where(file.file)} is missing; {REMEDY}")
@@ -233,9 +236,9 @@ def require_shard_file(cache: Store, file: ShardFile) -> None:
 
 
 def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
-    """`require_shard_file` of each file, several at a time where they are many."""
+    """`require_shard_file` for each file, several at a time where there are many."""
     files = [file for commit in commits for file in commit.files]
-    if len(files) <= _NUM_REQUESTS:  # to begin a thread takes longer than to look at a file
+    if len(files) <= _NUM_REQUESTS:  # starting threads takes longer than checking the files
         for file in files:
             require_shard_file(cache, file)
         return
@@ -245,7 +248,7 @@ def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
 
 
 def _require_identity(shard: Shard, file: ShardFile, plan: Plan) -> None:
-    """Refuse a file that is not the one of its record, or of no cache that the record knows."""
+    """Refuse a file whose metadata differ from its commit record."""
     found = shard.metadata
     wanted = {
         "emkd.cache": file.cache,
@@ -254,7 +257,7 @@ def _require_identity(shard: Shard, file: ShardFile, plan: Plan) -> None:
         "emkd.spec": to_json(plan.spec),
     }
     if file.cache != plan.fingerprint and "emkd.spec" in found:
-        wanted["emkd.spec"] = found["emkd.spec"]  # of the cache that it was written for
+        wanted["emkd.spec"] = found["emkd.spec"]  # of the cache it was written for
     for field in sorted(wanted.keys() | found.keys()):
         if found.get(field) != wanted.get(field):
             raise ShardCorruptError(

@@ -1,9 +1,9 @@
-"""Reads a sealed cache: any sample, any set of its parts, every byte checked before it is used.
+"""Reads a sealed cache: any sample, any of its parts, every byte checked before use.
 
-Promises: only the seal says what exists (folders are never listed); a cache that is not complete,
-of another layout, or whose files are not those that were committed is refused with the remedy;
-damage is a `ShardCorruptError` that names file and sample, never a wrong number. `read` may be
-called from several threads; a reader that is sent to another process opens its folder anew.
+Promises: only the seal says which files count (folders are never listed). Refuses, with the remedy,
+a cache that is incomplete, of another layout, or whose files are not the committed ones. Damage is
+a `ShardCorruptError` that names file and sample, never a wrong number. Several threads can call
+`read`; a reader sent to another process opens its folder again.
 """
 
 import threading
@@ -13,7 +13,9 @@ from itertools import accumulate
 
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.layout import (
+    HEAD_FILE,
     REMEDY,
+    SKETCH_FILE,
     open_shard,
     read_head,
     read_sketch,
@@ -59,7 +61,7 @@ class CacheReader:
 
     @classmethod
     def open(cls, location: Location) -> "CacheReader":
-        """Open a sealed cache by folder or URL; every shard is there in its committed size.
+        """Open a sealed cache by folder or URL; checks that each shard has its committed size.
 
         Raises `IncompleteCacheError`, `CacheMismatchError` (another layout; seal and plan differ)
         and `ShardCorruptError`.
@@ -86,7 +88,7 @@ class CacheReader:
 
     @property
     def spec(self) -> CacheSpec:
-        """What the cache holds, and of which teacher."""
+        """The settings of the records, and the identity of the teacher."""
         return self.seal.spec
 
     @property
@@ -100,7 +102,7 @@ class CacheReader:
         return tier_parts(self.spec)
 
     def read(self, index: int, parts: Collection[Part]) -> CachedSample:
-        """Sample `index` with the given parts; the others are None and their bytes untouched.
+        """Sample `index` with the given parts; the others are None and stay unread.
 
         Raises ValueError for parts that the cache does not hold, `ShardCorruptError` for damage.
         """
@@ -116,7 +118,7 @@ class CacheReader:
             raise ShardCorruptError(f"{error}; {REMEDY}") from error
 
     def find(self, key: str) -> int:
-        """The number of the sample with this key; ValueError where there is none."""
+        """The number of the sample with this key; ValueError if the cache has none."""
         if not self._numbers:
             self._numbers = {known: number for number, known in enumerate(self.keys)}
         if key not in self._numbers:
@@ -124,27 +126,31 @@ class CacheReader:
         return self._numbers[key]
 
     def head(self) -> LmHead:
-        """The teacher's LM head (hidden tier); its content is checked against the spec."""
+        """The teacher's LM head, checked against the spec; ValueError where the cache has none."""
         head = read_head(self.cache, self.spec)
         if head is None:
-            raise ValueError(f"{self.cache} has no LM head: {self.spec.records} records need none")
+            raise ValueError(
+                f"{self.cache} has no {HEAD_FILE}: {self.spec.records} records need none"
+            )
         return head
 
     def sketch_basis(self) -> SketchBasis:
-        """The basis of the sketch records; its content is checked against the spec."""
+        """The sketch basis, checked against the spec; ValueError where the cache has none."""
         sketch = read_sketch(self.cache, self.spec)
         if sketch is None:
-            raise ValueError(f"{self.cache} has no basis: {self.spec.records} records need none")
+            raise ValueError(
+                f"{self.cache} has no {SKETCH_FILE}: {self.spec.records} records need none"
+            )
         return sketch
 
     def tail_template(self) -> TailTemplate | None:
-        """The template of the tails, checked against the spec; None where the cache has none."""
+        """The tail template, checked against the spec; None where the cache has none."""
         return read_template(self.cache, self.spec)
 
     def _shard(self, number: int) -> Shard:
         with self._lock:
             opening = self._opening.setdefault(number, threading.Lock())
-        with opening:  # a shard may have to be fetched: only who wants this one waits
+        with opening:  # fetching a shard blocks only the threads that want it
             with self._lock:
                 shard = self._open.get(number)
             if shard is None:

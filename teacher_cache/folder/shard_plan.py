@@ -45,9 +45,9 @@ def group_shards(groups: Sequence[Hashable | None], size: int) -> list[list[int]
 
 
 def spread_order(count: int) -> Iterator[int]:
-    """0 ... count - 1, each once, every beginning of it spread over the whole (van der Corput).
+    """0 ... count - 1, each once, so that every prefix is spread over the range (van der Corput).
 
-    So that samples taken until there are enough come from all of a source, however many it takes.
+    Samples taken in this order come from the whole source, however many are taken.
     """
     bits = max(0, count - 1).bit_length()
     for number in range(2**bits):

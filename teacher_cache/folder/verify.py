@@ -1,9 +1,9 @@
 """Reads a whole cache and lists everything that is wrong with it.
 
-Checks, shard by shard: presence and size, SHA-256 of the whole file, identity, keys against the
-plan, every image and message against its key, every column's checksum, shape and finiteness; then
-the assets. A problem does not stop the search: the report names each one. Uses the reader's own
-functions, so that what passes here can be read. Refuses a cache that is not sealed.
+Checks, shard by shard: existence and size, SHA-256 of the file, metadata, keys against the plan,
+images and messages against the key, checksum, shape and finiteness of every column; then the
+assets. A problem does not stop the check: the report lists each one. Uses the functions of the
+reader, so a cache that passes can be read. Refuses a cache that is not sealed.
 """
 
 import os
@@ -35,12 +35,12 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Location, Store
 
 NUM_THREADS = 8
-"""Shards that are looked at at a time, at most; of a remote cache, that many are on this disk."""
+"""Shards checked at a time, at most; that many shards of a remote cache are on this disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What was looked at and what is wrong with it; a sound cache has no problems."""
+    """How much was checked, and the problems found; an intact cache has none."""
 
     shards: int
     samples: int
@@ -54,8 +54,8 @@ def verify_cache(
 ) -> VerifyReport:
     """Check every byte of a sealed cache; `progress` counts samples.
 
-    `num_threads` look at one shard each; by default `NUM_THREADS`, or as many as there are CPUs.
-    The report is in the order of the shards, whatever the number of threads.
+    Each of `num_threads` threads checks one shard at a time; default: `NUM_THREADS`, at most the
+    number of CPUs. The report is in the order of the shards for any number of threads.
     Raises `IncompleteCacheError` for a cache without a seal and `CacheMismatchError` where seal
     and plan are of different caches; every other finding is in the report.
     """
@@ -76,7 +76,7 @@ def verify_cache(
                     progress("verify", next(done), seal.num_samples)
         return problems
 
-    # Fetching, hashing and decompression leave the interpreter to other threads.
+    # Fetching, hashing and decompression release the interpreter lock.
     with ThreadPoolExecutor(num_threads or min(NUM_THREADS, os.cpu_count() or 1)) as pool:
         problems = list(chain.from_iterable(pool.map(check, seal.shards)))
     problems += _asset_problems(cache, seal)
@@ -84,7 +84,7 @@ def verify_cache(
 
 
 def _shard_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[str | None]:
-    """Everything that is wrong with a shard, and None for each row, looked at or lost."""
+    """The problems of a shard, and None for each of its rows, read or lost."""
     num_seen = 0
     with ExitStack() as stack:
         paths: list[Path] = []

@@ -1,10 +1,10 @@
-"""Writes a cache: plan, assets, shards, seal. Nothing is ever half there, whatever is killed when.
+"""Writes a cache: plan, assets, shards, seal. A killed process never leaves a half-written file.
 
-A shard is encoded into a private file, read back, published under the name of its content, and
-made to exist by the exclusive creation of commits/<k>.json: the first of several builders wins,
-the others take over its record. SEALED.json is created last. Resuming is running again. Equal
-rows give equal bytes; only `seconds` in a commit record tells two builds apart. Refuses rows that
-are not those of the plan, and plans other than the one that is there.
+A shard is written to a private file, read back, published under a name made from its content, and
+made to exist by the exclusive creation of commits/<k>.json: the first of several builders wins, and
+the others return its record. SEALED.json is created last. Running a build again resumes it. Equal
+rows give equal bytes; only `seconds` in a commit record differs between builds. Refuses rows that
+are not those of the plan, and a plan that differs from the stored one.
 """
 
 from collections import Counter
@@ -55,9 +55,9 @@ from teacher_cache.storage.store import Store
 
 
 def write_plan(cache: Store, plan: Plan) -> Plan:
-    """Create plan.json, or check that the plan that is there is this one.
+    """Create plan.json, or check that the stored plan equals this one.
 
-    Raises `CacheMismatchError` with the differing fields: another spec, format or other samples.
+    Raises `CacheMismatchError` with the fields that differ: spec, format or samples.
     """
     counts = Counter(key for shard in plan.shards for key, _ in shard)
     repeated = [key for key, count in counts.items() if count > 1]
@@ -69,7 +69,7 @@ def write_plan(cache: Store, plan: Plan) -> Plan:
         stored,
         plan,
         f"{cache} was begun with another plan, which",
-        "Give what it was begun with (settings, teacher, source, caches), or another --out folder.",
+        "Give the settings, teacher, source and caches it was begun with, or another --out folder.",
     )
     return stored
 
@@ -105,7 +105,7 @@ def write_shard(
     seconds: float,
     quality: ShardQuality | None = None,
 ) -> ShardCommit:
-    """Write, check and commit shard `index`; returns its record, or that of whoever was first.
+    """Write, check and commit shard `index`; returns the record of the attempt that won.
 
     `rows` and `rejected` together are the shard's samples in the order of the plan.
     """
@@ -150,10 +150,10 @@ def write_shard_file(
     columns: Collection[str],
     rejected: Sequence[RejectedSample] = (),
 ) -> ShardFile:
-    """Write, read back and publish one file of shard `index`: no part of the cache as yet.
+    """Write, read back and publish one file of shard `index`; it counts once it is committed.
 
-    Its rows are the shard's samples, less those rejected, in the order of the plan, each with
-    exactly the columns named. A layer's rows are those of the first file without the images.
+    Its rows are the samples of the shard in the order of the plan, without the rejected ones, each
+    with exactly the columns named. A layer's rows are those of the first file without the images.
     """
     form, keys = shard_format(plan.format), _wanted_keys(plan, index, rejected)
     with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
@@ -176,12 +176,12 @@ def write_shard_file(
 
 
 def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
-    """Make shard `commit.index` exist; returns its record, or that of whoever was first.
+    """Make shard `commit.index` exist; returns the record of the attempt that won.
 
-    The files are there already: written by `write_shard_file`, or copied (`Store.copy_from`) from
-    another cache under their `shard_name`, in which case `ShardFile.cache` and `.index` still say
-    where they were written. Raises ValueError unless files and counts are those of the plan's spec
-    and keys, `ShardCorruptError` for a file that is not there in its full size.
+    The files must exist: written by `write_shard_file`, or copied (`Store.copy_from`) from another
+    cache under their `shard_name`; then `ShardFile.cache` and `.index` name the cache and shard
+    they were written for. Raises ValueError unless files and counts match the plan,
+    `ShardCorruptError` for a file that is missing or has another size.
     """
     keys = _wanted_keys(plan, commit.index, commit.rejected)
     if commit.num_rows != len(keys):
@@ -197,8 +197,8 @@ def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
     name = commit_name(commit.index)
     if cache.create_exclusive(name, record_bytes(commit)):
         return commit
-    # Files that are not the winner's stay unreferenced until `emkd gc` is run: whether a record
-    # names them cannot be known in the moment of deleting them.
+    # Files of a losing attempt stay until `emkd gc` runs: at this moment nobody can know whether
+    # a record names them.
     return read_record(ShardCommit, cache.read(name), cache.where(name))
 
 
@@ -206,8 +206,8 @@ def seal_cache(cache: Store) -> Seal:
     """Seal a cache whose shards are all committed, after checking them against the plan.
 
     Raises `IncompleteCacheError` while shards are missing, `ShardCorruptError` for a shard that is
-    not there in its full size or, where looking costs nothing (on a disk), whose rows are not those
-    of the plan. Sealing again returns the seal that is there.
+    missing, has another size or, on a disk, has other rows than the plan. Sealing again returns the
+    existing seal.
     """
     plan, commits = require_plan(cache), committed(cache)
     sealed = read_seal(cache)
@@ -244,14 +244,14 @@ def seal_cache(cache: Store) -> Seal:
     )
     if not seal.num_samples:
         raise ValueError(
-            f"{cache}: every sample was rejected, a cache of none is of no use: {seal.rejected[:3]}"
+            f"{cache}: every sample was rejected, so the cache would be empty: {seal.rejected[:3]}"
         )
     cache.create_exclusive(SEAL_FILE, record_bytes(seal))
     return seal
 
 
 def _wanted_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> tuple[str, ...]:
-    """Keys of the rows of a shard; ValueError for rejected samples that are not of that shard."""
+    """Keys of the rows of a shard; ValueError for rejected samples of another shard."""
     if not 0 <= index < len(plan.shards):
         raise ValueError(f"shard {index}: the plan has {len(plan.shards)} shards")
     keys = kept_keys(plan, index, rejected)
@@ -264,7 +264,7 @@ def _wanted_keys(plan: Plan, index: int, rejected: Sequence[RejectedSample]) -> 
 
 
 def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> Iterator[EncodedRow]:
-    """The rows as they come; ValueError as soon as they are not those that the plan names."""
+    """Pass the rows on; ValueError at the first one that is not the planned one."""
     number = -1
     for number, row in enumerate(rows):
         if number >= len(keys) or row.key != keys[number]:
@@ -282,7 +282,7 @@ def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> It
 
 
 def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[EncodedRow]:
-    """The rows as they come; adds up what a commit record counts."""
+    """Pass the rows on and add up the counts of the commit record."""
     spans = columns_of(())
     for row in rows:
         output = output_from_columns({name: decode_frame(row.frames[name]) for name in spans}, 1)

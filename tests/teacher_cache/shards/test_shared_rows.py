@@ -178,9 +178,9 @@ def test_a_row_that_shares_can_be_encoded_alone() -> None:
 @pytest.mark.parametrize(
     ("owner", "number", "found"),
     [
-        (ONE.sample.key, 4, r"row 4, which is no earlier one"),
-        (ONE.sample.key, 3, r"row 3, which is no earlier one"),
-        (ONE.sample.key, -2, r"row -2, which is no earlier one"),
+        (ONE.sample.key, 4, r"row 4, which is not an earlier row"),
+        (ONE.sample.key, 3, r"row 3, which is not an earlier row"),
+        (ONE.sample.key, -2, r"row -2, which is not an earlier row"),
         (ONE.sample.key, -1, r"shares from [0-9a-f]+, row None"),
         ("", 0, r"shares from None, row 0"),
         (ROWS[1].sample.key, 1, r"row 1 is [0-9a-f]+ and shares one itself"),
@@ -210,7 +210,7 @@ def test_arrow_rows_that_name_a_wrong_owner_are_refused(
     ("owner", "found"),
     [
         ("0" * 32, r"cannot be read"),
-        (ROWS[3].sample.key, r"row 3, which is no earlier one"),
+        (ROWS[3].sample.key, r"row 3, which is not an earlier row"),
         (ROWS[1].sample.key, r"row 1 is [0-9a-f]+ and shares one itself"),
         (OTHER.sample.key, r"its images are damaged"),
         ("../secret", r"not a sample key"),

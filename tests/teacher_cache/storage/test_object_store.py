@@ -161,7 +161,7 @@ def test_a_server_that_ignores_the_condition_is_refused_before_a_build(
         request.pop("HTTP_IF_NONE_MATCH", None)
 
     s3.faults.append(forget)
-    with pytest.raises(ValueError, match="could overwrite one another"):
+    with pytest.raises(ValueError, match="could overwrite each other"):
         build(url, make_shards(1))
     assert objects(url) == {}
     assert open_store(url).names("") == []
@@ -173,7 +173,7 @@ class LooksFirst(AbstractFileSystem):
 
 def test_a_library_that_looks_first_and_writes_then_is_refused() -> None:
     fsspec.register_implementation("looksfirst", LooksFirst, clobber=True)
-    with pytest.raises(ValueError, match="looks first and writes then"):
+    with pytest.raises(ValueError, match="looks first, then writes"):
         open_store("looksfirst://place")
 
 
