@@ -44,6 +44,8 @@ def set_trainable(model: PreTrainedModel, parts: Collection[TrainPart]) -> dict[
 
 def _owner(name: str) -> TrainPart | None:
     """Return the part of a parameter: that of the longest prefix that its name starts with."""
-    part_of = {prefix: part for part, prefixes in PART_PREFIXES.items() for prefix in prefixes}
+    part_of: dict[str, TrainPart] = {
+        prefix: part for part, prefixes in PART_PREFIXES.items() for prefix in prefixes
+    }
     known = [prefix for prefix in part_of if name.startswith(prefix)]
     return part_of[max(known, key=len)] if known else None

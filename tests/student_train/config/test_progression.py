@@ -23,7 +23,7 @@ from student_train.config.schedules import LayerSchedule, RatioRamps, TokenSched
         ({"preset": "fixed", "ratio": 1.0}, "0 < ratio < 1"),
         ({"preset": "fixed", "ratio": 0.5, "schedule": "lcd"}, "drops at one layer throughout"),
         ({"preset": "fixed", "ratio": 0.5, "gap": -0.1}, "expected 0 <= gap < 1"),
-        ({"ratio": 0.5}, "the preset paper_notes has ratios of its own"),
+        ({"ratio": 0.5}, "the preset paper_notes has its own ratios"),
         ({"gap": 0.5}, "gap is set"),
         ({"compressor": "random", "text": "released"}, "looks at no text"),
     ],
