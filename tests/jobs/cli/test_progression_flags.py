@@ -84,7 +84,7 @@ def test_weights_and_divergence_of_an_objective_have_flags() -> None:
         ("--objective epic-tcd --schedule none", "'epic-tcd' goes with schedule 'tcd', found None"),
         ("--objective epic-tcd --kd-weight 0", "is its kd term, found kd_weight 0"),
         ("--kd-weight 0.5", "'emkd' has no kd term"),
-        ("--objective epic-tcd --compressor random --compress-text released", "looks at no text"),
+        ("--objective epic-tcd --compressor random --compress-text released", "uses no text"),
         ("--objective epic-tcd --compress-layer 0", "layer is 0, expected 1 or more"),
         (
             "--schedule tcd --schedule-preset fixed --ratio 0.5 --ratio-gap 0.1",

@@ -25,7 +25,7 @@ from student_train.config.schedules import LayerSchedule, RatioRamps, TokenSched
         ({"preset": "fixed", "ratio": 0.5, "gap": -0.1}, "expected 0 <= gap < 1"),
         ({"ratio": 0.5}, "the preset paper_notes has its own ratios"),
         ({"gap": 0.5}, "gap is set"),
-        ({"compressor": "random", "text": "released"}, "looks at no text"),
+        ({"compressor": "random", "text": "released"}, "uses no text"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
