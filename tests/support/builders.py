@@ -1,7 +1,7 @@
 """Builds small caches, in this process or in processes that are killed or race one another.
 
-Run as a script (`python -m tests.builders kill|race FOLDER FORMAT`) it forks builders from one
-warm process, so that a kill costs milliseconds; it fails by an assertion.
+As a script (`python -m tests.support.builders kill|race FOLDER FORMAT`) it forks builders from one
+loaded process, so a kill costs milliseconds, and fails by an assertion.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def build(
     sketch: SketchBasis | None = None,
     template: TailTemplate | None = None,
 ) -> Seal:
-    """What a build does with rows that are there: plan, assets, missing shards, seal."""
+    """Do the steps of a build with given rows: plan, assets, missing shards, seal."""
     cache = open_store(location)
     plan: Plan = write_plan(cache, make_plan(shards, spec, form))
     write_assets(cache, TeacherAssets(head=head, sketch=sketch, template=template))
@@ -66,9 +66,9 @@ def published(cache: Path) -> dict[str, bytes]:
 
 
 def edit_record(file: Path, old: str, new: str, count: int = -1) -> None:
-    """Change the text of a plan, commit record or seal, and give it a check that fits again.
+    """Change the text of a plan, commit record or seal, and recompute its check.
 
-    What is found then is that records disagree, not that a byte is damaged.
+    So the reader finds records that disagree, not a damaged byte.
     """
     first, fields = file.read_text().split("\n", 2)[1:]
     assert '"check"' in first
@@ -96,7 +96,7 @@ def exit_status(child: int) -> int:
 
 
 def _kill_at_event(number: int) -> None:
-    """Let this process kill itself just before its `number`th step in the file system."""
+    """Make this process kill itself just before its `number`th step in the file system."""
     events = {"open", "os.link", "os.rename", "os.remove", "os.mkdir"}
     left = number
 

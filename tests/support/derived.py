@@ -1,8 +1,8 @@
-"""A small cache with everything that derived caches have to take along, and its rows as bytes.
+"""Builds a small cache with everything that derived caches must keep, and reads its rows as bytes.
 
-Run as a script (`python -m tests.derived TOOL FOLDER`) it kills one tool before, after and half-way
-through each of its steps, from one warm process, and compares what running it again leaves with an
-undisturbed run; it prints how many tries there were, and fails by an assertion.
+As a script (`python -m tests.support.derived TOOL FOLDER`) it kills one tool before, after and
+halfway through each of its steps, runs it again, and compares the result with an undisturbed run.
+It prints the number of tries and fails by an assertion.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""The tools that people have open our shards: DuckDB and Hugging Face `datasets`, without our code.
+"""DuckDB and Hugging Face `datasets` read our shards without our code.
 
-Each reading runs in a process of its own, which fails if it has loaded anything of ours. That
-pyarrow, tarfile and webdataset open them too is in test_format_docs.py.
+Each reader runs in its own process, which fails if it has loaded a module of ours. pyarrow, tarfile
+and webdataset are tested in test_format_docs.py.
 """
 
 from pathlib import Path
