@@ -1,4 +1,4 @@
-"""The settings of a training objective: which terms, their weights, and every choice of theirs.
+"""Settings of a training objective: its terms, their weights and options.
 
 Defaults are EM-KD's where the paper states them and the project's documented choice where it is
 silent (docs/method.md lists them all). Imports nothing heavy: `emkd --help` reads this.
@@ -52,7 +52,7 @@ class MatchingConfig(StrictRecord):
     """One assignment per view (teacher and student share the grid of views) or one per image."""
     num_shared_ids: int | None = 3072
     """Vocabulary rows, drawn once by seed, at which L1 costs of raw logits are summed; None sums
-    over the whole vocabulary. The fewer, the faster and the rougher (docs/method.md)."""
+    over the whole vocabulary. Fewer rows are faster and less exact (docs/method.md)."""
     certify: bool = False
     """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
     without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
@@ -133,11 +133,11 @@ class ObjectiveConfig(StrictRecord):
 
     @property
     def needs_vision(self) -> bool:
-        """Whether vision tokens are matched at all."""
+        """Whether the objective matches vision tokens."""
         return self.vsd_weight > 0 or self.vlad_weight > 0
 
     def require_sampled_costs(self) -> None:
-        """ValueError where matching does without a sample of the vocabulary, or is not done."""
+        """Raise ValueError unless matching uses a sample of the vocabulary."""
         matching = self.matching
         sampled = matching.metric in ("raw_l1", "centred_l1") and matching.num_shared_ids
         if not self.needs_vision or not sampled:

@@ -1,4 +1,4 @@
-"""The settings of a training run, in two halves: what shapes the student, and how it is computed.
+"""Settings of a training run: what shapes the student, and how it is computed.
 
 `TrainRecipe` changes the trained weights and is part of a run's identity: a run resumes with the
 same recipe or not at all. `TrainerSettings` adds what may change between two attempts of one run
@@ -21,12 +21,12 @@ ShardName = Literal["none", "fsdp"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRecipe(StrictRecord):
-    """Everything that shapes the trained weights, besides the cache, the student and the steps."""
+    """What decides the trained weights, besides the cache, the student and the number of steps."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
     progression: ProgressionConfig | None = None
-    """Vision tokens dropped inside the language model, more and more of them (EPIC); None: all
-    tokens that the projector gives go through every layer."""
+    """Progressive dropping of vision tokens inside the language model (EPIC); None: every layer
+    gets all tokens of the projector."""
     records: TierName | None = None
     """Tier to learn from where the cache holds several; default: the most exact one it holds."""
     train_parts: tuple[TrainPart, ...] = ("projector", "language_model")
@@ -98,10 +98,10 @@ class TrainerSettings(TrainRecipe):
     save_steps: int = 500
     log_steps: int = 10
     grad_norm_steps: int = 50
-    """Measure each loss term's own gradient norm every so many steps; 0 never does."""
+    """Measure each loss term's gradient norm every N steps; 0 disables it."""
     match_check_steps: int = 0
-    """Match one sample a second time, by costs over the whole vocabulary, every so many steps, and
-    log how far the matching that is trained on is from that one; 0 never does."""
+    """Every N steps, match one sample again by costs over the whole vocabulary and log how far the
+    training's matching is from it; 0 disables it."""
 
     def __post_init__(self) -> None:
         # zero-argument super() does not work in a dataclass that slots=True has built anew
@@ -126,11 +126,11 @@ class TrainerSettings(TrainRecipe):
 
     @property
     def recipe(self) -> TrainRecipe:
-        """The half that is part of the run's identity."""
+        """The settings that are part of the run's identity."""
         return TrainRecipe(**{f.name: getattr(self, f.name) for f in fields(TrainRecipe)})
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps over a cache of that many samples."""
+        """Return the optimizer steps for a cache of `num_samples` samples."""
         if self.max_steps is not None:
             return self.max_steps
         return math.ceil(self.epochs * num_samples / self.batch_size)

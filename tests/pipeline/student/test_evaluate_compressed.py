@@ -169,7 +169,7 @@ def test_flags_become_stages() -> None:
         ({"compressor": "dart", "stages": ("8:0.5", "4:0.5")}, "expected ascending"),
         ({"compressor": "dart", "ratio": 0.5, "cache": "c"}, "before any are dropped"),
         ({"compressor": "fastv", "ratio": 0.5, "compress_seed": 1}, "fastv draws nothing"),
-        ({"compressor": "random", "ratio": 0.5, "compress_text": "released"}, "looks at no text"),
+        ({"compressor": "random", "ratio": 0.5, "compress_text": "released"}, "uses no text"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
