@@ -13,9 +13,9 @@ M - N stay unused; with N > M it is the reverse.
 one solver call. This file equals it and adds three things: costs come from the LM head and the
 cached record without N x V or M x V logits (`cost.py`), views of one shape are computed together
 (`problems.py` cuts a batch into them), and threads solve the assignments while the caller goes on.
-Read reference.py, problems.py, cost.py, assignment.py, then this file. l2_cost.py and
-top_k_l1_cost.py are fast forms of single metrics; quality.py measures matchings; cost_error.py and
-certificate.py belong to the option `MatchingConfig.certify` and can be skipped.
+Read reference.py, problems.py, cost.py, assignment.py, then this file. top_k_l1_cost.py is the fast
+form of one metric; quality.py measures matchings; cost_error.py and certificate.py belong to the
+option `MatchingConfig.certify` and can be skipped.
 
 Promise: index pairs, optimal up to the solver's float64, sorted by student token; no gradient;
 independent of thread timing; no knowledge of any loss. Dimensions as in teacher_output.py, B
