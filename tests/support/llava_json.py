@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.build import BuildConfig, SourceConfig
+from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import Sample
 
 _NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -22,6 +24,25 @@ def write_llava_json(folder: Path, samples: Sequence[Sample], name: str = "train
     path = folder / name
     path.write_text(json.dumps(entries))
     return path
+
+
+def small_build(
+    folder: Path,
+    samples: Sequence[Sample],
+    teacher: Path,
+    settings: RecordSettings,
+    samples_per_shard: int = 3,
+) -> BuildConfig:
+    """A build of these samples, written to `folder`/data, into `folder`/cache."""
+    return BuildConfig(
+        source=SourceConfig(path=str(write_llava_json(folder / "data", samples))),
+        teacher=str(teacher),
+        out=str(folder / "cache"),
+        samples_per_shard=samples_per_shard,
+        batch_size=2,
+        device="cpu",
+        settings=settings,
+    )
 
 
 def shard_bytes(cache: str | Path) -> dict[str, bytes]:

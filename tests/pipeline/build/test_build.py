@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.shard_builder import missing_shards
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.folder.reader import CacheReader
@@ -23,21 +23,13 @@ from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.children import start
-from tests.support.llava_json import shard_bytes, write_llava_json
+from tests.support.llava_json import shard_bytes, small_build, write_llava_json
 from tests.support.tiny import tiny_samples
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    source = write_llava_json(tmp_path / "data", tiny_samples(10))
-    return BuildConfig(
-        source=SourceConfig(path=str(source)),
-        teacher=str(tiny_folder("llava")),
-        out=str(tmp_path / "cache"),
-        samples_per_shard=3,
-        batch_size=2,
-        settings=RecordSettings(top_k=8),
-    )
+    return small_build(tmp_path, tiny_samples(10), tiny_folder("llava"), RecordSettings(top_k=8))
 
 
 def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:

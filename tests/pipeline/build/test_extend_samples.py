@@ -184,7 +184,7 @@ def test_a_source_without_anything_new_is_refused(tmp_path: Path, tiny_folder: T
     config = ExtendConfig(
         cache=str(base), out=str(tmp_path / "x"), teacher=str(model), source=str(source)
     )
-    with pytest.raises(ValueError, match="each of its 3 usable samples is in"):
+    with pytest.raises(ValueError, match="all of its 3 usable samples are in"):
         extend_samples(config)
 
 
@@ -217,7 +217,7 @@ def test_samples_that_kill_the_worker_that_extends_them_are_named(
     extender = RecordExtender(config)
     extender.prepare()
     extender.probe(1, 0, 2)
-    with pytest.raises(ValueError, match=f"samples {CacheReader.open(base).keys[4]} of .* kill"):
+    with pytest.raises(ValueError, match=f"samples {CacheReader.open(base).keys[4]} of .* crash"):
         extender.build_shard(1, crashing=[1])
 
 

@@ -13,7 +13,7 @@ from pipeline.build import build as build_module
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.response_grid import compression_at, with_grid
 from pipeline.build.shard_builder import missing_shards
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from teacher_cache.folder.reader import CacheReader
@@ -28,7 +28,7 @@ from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.changed import changed
 from tests.support.deep import deep_model
-from tests.support.llava_json import shard_bytes, write_llava_json
+from tests.support.llava_json import shard_bytes, small_build
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_samples
 
@@ -151,20 +151,9 @@ def test_where_nothing_is_dropped_the_grid_is_the_ordinary_record(
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    source = write_llava_json(tmp_path / "data", tiny_samples(8))
-    return BuildConfig(
-        source=SourceConfig(path=str(source)),
-        teacher=str(tiny_folder("llava")),
-        out=str(tmp_path / "cache"),
-        samples_per_shard=3,
-        batch_size=2,
-        device="cpu",
-        settings=RecordSettings(
-            records="topk",
-            top_k=8,
-            grid=GridSettings(compressor="random", ratios=RATIOS, layer=1),
-        ),
-    )
+    grid = GridSettings(compressor="random", ratios=RATIOS, layer=1)
+    settings = RecordSettings(records="topk", top_k=8, grid=grid)
+    return small_build(tmp_path, tiny_samples(8), tiny_folder("llava"), settings)
 
 
 @pytest.mark.parametrize("records", ["topk", "hidden"])

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.shard_builder import missing_shards
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from pipeline.inspection.verify_teacher import verify_teacher
 from teacher_cache.codec.columns import VISION_COLUMNS, encode_column, output_columns
 from teacher_cache.folder.layout import require_plan
@@ -21,7 +21,7 @@ from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.changed import changed
-from tests.support.llava_json import shard_bytes, write_llava_json
+from tests.support.llava_json import shard_bytes, small_build, write_llava_json
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import ask
 
@@ -46,14 +46,8 @@ OWNERS = {"a1": "a0", "a4": "a0", "b1": "b0", "ab1": "ab0"}
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    return BuildConfig(
-        source=SourceConfig(path=str(write_llava_json(tmp_path / "data", QUESTIONS))),
-        teacher=str(tiny_folder("llava")),
-        out=str(tmp_path / "cache"),
-        samples_per_shard=6,
-        batch_size=2,
-        settings=RecordSettings(records="topk+sketch", top_k=8, sketch_rank=8),
-    )
+    settings = RecordSettings(records="topk+sketch", top_k=8, sketch_rank=8)
+    return small_build(tmp_path, QUESTIONS, tiny_folder("llava"), settings, samples_per_shard=6)
 
 
 def into(config: BuildConfig, **changes: object) -> BuildConfig:

@@ -12,7 +12,7 @@ import torch
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.extend_records import extend_records
 from pipeline.build.shard_builder import missing_shards
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard, sampled_rows
 from pipeline.fidelity.tier_loss import proxy_student
@@ -33,7 +33,7 @@ from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 from tests.conftest import TinyFolder
 from tests.support.changed import changed
-from tests.support.llava_json import shard_bytes, write_llava_json
+from tests.support.llava_json import shard_bytes, small_build
 from tests.support.references import (
     Matrix,
     Row,
@@ -247,15 +247,8 @@ def test_of_combined_records_the_top_k_is_measured(teacher: Teacher) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    return BuildConfig(
-        source=SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(10)))),
-        teacher=str(tiny_folder("llava")),
-        out=str(tmp_path / "cache"),
-        samples_per_shard=4,
-        batch_size=2,
-        device="cpu",
-        settings=RecordSettings(top_k=TOP_K, sketch_rank=RANK),
-    )
+    settings = RecordSettings(top_k=TOP_K, sketch_rank=RANK)
+    return small_build(tmp_path, tiny_samples(10), tiny_folder("llava"), settings, 4)
 
 
 def _qualities(seal: Seal) -> list[ShardQuality | None]:
@@ -296,9 +289,9 @@ def test_caches_from_caches_keep_what_is_said_of_whole_shards(
     assert _qualities(both) == [None, None, *said[1:]]
 
 
-@pytest.mark.parametrize(("held", "added"), [("hidden", "topk+sketch"), ("topk", "topk+sketch")])
+@pytest.mark.parametrize("held", ["hidden", "topk"])
 def test_new_records_are_measured_as_a_build_would(
-    config: BuildConfig, tmp_path: Path, held: RecordKind, added: RecordKind
+    config: BuildConfig, tmp_path: Path, held: RecordKind
 ) -> None:
     top_k = TOP_K if holds(held, "topk") else 64
     base = changed(config, records=held, top_k=top_k, sketch_rank=128)
@@ -309,19 +302,14 @@ def test_new_records_are_measured_as_a_build_would(
         teacher=config.teacher,
         device="cpu",
         settings=RecordSettings(
-            records=added, sketch_rank=RANK, top_k=64 if holds(held, "topk") else TOP_K
+            records="topk+sketch", sketch_rank=RANK, top_k=64 if holds(held, "topk") else TOP_K
         ),
     )
     found = _qualities(extend_records(more))
     at_once = build(dataclasses.replace(config, out=str(tmp_path / "once")))
     assert found == _qualities(at_once)
-    hidden = ExtendConfig(
-        cache=more.out,
-        out=f"{more.out}-all",
-        teacher=config.teacher,
-        device="cpu",
-        settings=RecordSettings(records="hidden"),
-    )
+    settings = RecordSettings(records="hidden")
+    hidden = dataclasses.replace(more, cache=more.out, out=f"{more.out}-all", settings=settings)
     if not holds(held, "hidden"):
         assert _qualities(extend_records(hidden)) == found
 
