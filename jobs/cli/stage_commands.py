@@ -151,7 +151,7 @@ class Recipe:
 
     def __call__(self) -> int:
         """Print the settings as JSON."""
-        from jobs.cluster.paths import to_json
+        from jobs.cluster.paths import config_json
         from pipeline.config.recipes import paper_epic, paper_phase_one, paper_phase_two
 
         recipes = {
@@ -162,7 +162,7 @@ class Recipe:
         config = recipes[self.name](
             cache=self.cache, student=self.student, out=self.out, seed=self.seed
         )
-        echo(json.dumps(json.loads(to_json(config)), indent=1))
+        echo(json.dumps(json.loads(config_json(config)), indent=1))
         return 0
 
 
@@ -223,12 +223,12 @@ class Submit:
 
     def __call__(self) -> int:
         """Submit the stage; exit code 0 when the job succeeded."""
-        from jobs.cluster.paths import to_json
+        from jobs.cluster.paths import config_json
         from jobs.cluster.submit import entrypoint, run_flags, submit
 
         if self.payload is None:
             raise ValueError(f"emkd submit {self.stage} needs '--' and the flags of the stage")
-        settings = to_json(self.payload.config)
+        settings = config_json(self.payload.config)
         command = entrypoint(self.stage, settings, run_flags(self.payload.run))
         return submit(
             address=self.address,

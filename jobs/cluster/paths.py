@@ -26,7 +26,7 @@ def absolute(config: Config) -> Config:
     return dataclasses.replace(record, **{n: _absolute(n, value) for n, value in found.items()})
 
 
-def to_json(config: Any) -> str:
+def config_json(config: Any) -> str:
     """The settings as one line of JSON, every path absolute; `--config` reads it."""
     return json.dumps(dataclasses.asdict(absolute(config)), sort_keys=True, default=str)
 

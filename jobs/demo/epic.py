@@ -44,7 +44,7 @@ ARMS: dict[str, tuple[ObjectiveName, bool]] = {
 }
 """Name -> objective, and whether the ratio grows."""
 
-COMPRESSORS = ("dart", "fastv", "random")
+DEMO_COMPRESSORS = ("dart", "fastv", "random")
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 """Of 36 tokens FastV and Random keep 27, 18, 9 and 3, DART 28, 22, 10 and 4."""
 
@@ -81,10 +81,10 @@ def run_demo_epic(out: Path, seeds: Sequence[int], sizes: DemoSizes = FULL) -> P
         source=data / "train.json", teacher=teacher, out=out / "cache"
     )
     seal = run_stages([cache], list(students.values()), evaluations, sizes)
-    return write_results(out, results(out, seal, students), tuple(models))
+    return write_results(out, epic_results(out, seal, students), tuple(models))
 
 
-def results(
+def epic_results(
     out: Path, seal: Seal, students: Mapping[tuple[str, int], TrainConfig]
 ) -> dict[str, Any]:
     """The content of results.json, read from the folders of the finished stages."""
@@ -125,7 +125,7 @@ def _evaluations(run: Path, model: Path, source: Path) -> Iterator[EvaluateConfi
 
 
 def _compressed(run: Path) -> Iterator[tuple[str, float, Path]]:
-    for compressor in COMPRESSORS:
+    for compressor in DEMO_COMPRESSORS:
         for ratio in RATIOS:
             yield compressor, ratio, run / f"eval-{compressor}-{ratio:g}"
 

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from jobs.cluster.actor_pool import ray_session, worker_resources
 from jobs.cluster.options import RayOptions
-from jobs.cluster.paths import absolute, to_json
+from jobs.cluster.paths import absolute, config_json
 from jobs.cluster.progress import ProgressBars
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
@@ -41,7 +41,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
         each = worker_resources(options, config.training.device)
         trainer = TorchTrainer(
             train_in_worker,
-            train_loop_config={"config": to_json(config)},
+            train_loop_config={"config": config_json(config)},
             scaling_config=ScalingConfig(
                 num_workers=options.num_workers,
                 use_gpu=each["GPU"] > 0,

@@ -16,6 +16,9 @@ from student_train.config.recipe import TrainerSettings
 from teacher_cache.schema.options import TextSource
 from teacher_cache.schema.strict_json import StrictRecord
 
+CONFIG_FILE = "config.json"
+"""A run's resolved settings, beside the run, ready for `--config`."""
+
 ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
 
 

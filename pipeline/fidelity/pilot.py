@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.fidelity.recommend import PROXY_STUDENT, PilotReport, Tail, TierMeasure, recommend
+from pipeline.fidelity.recommend import PROXY_STUDENT, PilotReport, TierMeasure, TierTail, recommend
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
 from pipeline.fidelity.tier_loss import LossMeter
@@ -204,10 +204,10 @@ class Pilot:
         found = self.num_with_images / len(self.vision_digests) if self.vision_digests else 1.0
         return found if given is None else given
 
-    def _tail(self, top_k: int) -> Tail:
+    def _tail(self, top_k: int) -> TierTail:
         vision_median, vision_p90 = _quantiles(self.tails[top_k, "vision"])
         response_median, response_p90 = _quantiles(self.tails[top_k, "response"])
-        return Tail(
+        return TierTail(
             top_k=top_k,
             vision_median=vision_median,
             vision_p90=vision_p90,

@@ -28,7 +28,7 @@ EXACT_IS_WORTH = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tail:
+class TierTail:
     """Probability outside the top k, over positions."""
 
     top_k: int
@@ -89,7 +89,7 @@ class PilotReport:
     match_metric: str
     proxy_student: str
     teacher_seconds_per_sample: float
-    tails: tuple[Tail, ...]
+    tails: tuple[TierTail, ...]
     energy: dict[int, float]
     samples_per_image: float
     row_mean_spread: float

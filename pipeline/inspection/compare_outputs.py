@@ -47,7 +47,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class OutputDifference:
     """One quantity of two outputs: their distance, and the size of the numbers."""
 
     apart: Spread
@@ -56,10 +56,10 @@ class Difference:
     """The dtype in which the quantity is stored."""
 
 
-def differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, Difference]:
+def output_differences(left: TeacherOutput, right: TeacherOutput) -> dict[str, OutputDifference]:
     """The quantities of two outputs for one sample, by name."""
     _require_same_tokens(left, right)
-    found: dict[str, Difference] = {}
+    found: dict[str, OutputDifference] = {}
     theirs = top_k_by_name(right)
     for name, record in top_k_by_name(left).items():
         found |= _top_k(name, record, theirs[name])
@@ -114,7 +114,7 @@ def _require_same_tokens(left: TeacherOutput, right: TeacherOutput) -> None:
         raise ValueError(f"the ratios differ: {grids[0]} and {grids[1]}")
 
 
-def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Difference]:
+def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, OutputDifference]:
     scale = Spread.of(left.logits[left.kept_mask])
     dtype = left.logits.dtype
     entries = Spread.of(_entries(left, right), _entries(right, left))
@@ -123,12 +123,12 @@ def _top_k(part: str, left: TopKRecord, right: TopKRecord) -> dict[str, Differen
     same = (left.log_tail == right.log_tail) | (left.counts != right.counts)
     tail = Spread.of((left.log_tail - right.log_tail).masked_fill(same, 0.0))
     found = {
-        f"{part} {name}": Difference(apart=apart, scale=scale, dtype=dtype)
+        f"{part} {name}": OutputDifference(apart=apart, scale=scale, dtype=dtype)
         for name, apart in (("logits", entries), ("logsumexp", normaliser), ("log tail", tail))
     }
     if left.log_least is not None and right.log_least is not None:
         ours, theirs = left.log_least.double(), right.log_least.double()
-        found[f"{part} least"] = Difference(
+        found[f"{part} least"] = OutputDifference(
             apart=Spread.of((ours - theirs).masked_fill(ours == theirs, 0.0)),
             scale=Spread.of(ours[ours.isfinite()]),
             dtype=left.log_least.dtype,
@@ -162,8 +162,8 @@ def _code(record: SketchRecord) -> Float[Tensor, "M S"]:
     return record.codes.double() * record.scale.double()[:, None]
 
 
-def _difference(pairs: list[tuple[Tensor, Tensor]]) -> Difference:
-    return Difference(
+def _difference(pairs: list[tuple[Tensor, Tensor]]) -> OutputDifference:
+    return OutputDifference(
         apart=Spread.of(*(left.double() - right.double() for left, right in pairs)),
         scale=Spread.of(*(left for left, _ in pairs)),
         dtype=pairs[0][0].dtype,

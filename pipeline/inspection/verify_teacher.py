@@ -21,15 +21,15 @@ import torch
 
 from pipeline.build.teacher_identity import load_as, other_teacher
 from pipeline.inspection.compare_outputs import (
-    Difference,
+    OutputDifference,
     Spread,
-    differences,
+    output_differences,
     replaced_ids,
     top_k_by_name,
 )
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.make_records import DTYPES
+from teacher_cache.records.make_records import DTYPES_BY_NAME
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.progress import Progress, no_progress
@@ -171,9 +171,9 @@ def _compare(
         return
     try:
         coded = _through_codec(sample, first, spec)
-        stored = differences(cached.output, coded)
-        control = differences(coded, _through_codec(sample, second, spec))
-        codec = differences(first, coded)
+        stored = output_differences(cached.output, coded)
+        control = output_differences(coded, _through_codec(sample, second, spec))
+        codec = output_differences(first, coded)
     except ValueError as error:
         sums.problems.append(f"sample {sample.key}: {error}")
         return
@@ -197,9 +197,11 @@ def _through_codec(sample: Sample, output: TeacherOutput, spec: CacheSpec) -> Te
     return decode_row(encode_row(CachedSample(sample=sample, output=output), spec), spec).output
 
 
-def _least(stored: Difference, codec: Difference, spec: CacheSpec) -> Spread:
+def _least(stored: OutputDifference, codec: OutputDifference, spec: CacheSpec) -> Spread:
     """The tolerance where the control finds no difference."""
-    eps = max(torch.finfo(dtype).eps for dtype in (stored.dtype, DTYPES[spec.compute_dtype]))
+    eps = max(
+        torch.finfo(dtype).eps for dtype in (stored.dtype, DTYPES_BY_NAME[spec.compute_dtype])
+    )
     rounding = stored.scale.times(FACTOR * eps)
     return rounding.each(codec.apart, lambda left, right: left + right)
 

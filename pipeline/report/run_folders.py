@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.stages import ScoreName
+from pipeline.config.stages import CONFIG_FILE, ScoreName
 from pipeline.student.predictions import (
     PREDICTIONS_FILE,
     Prediction,
@@ -29,7 +29,6 @@ from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.strict_json import decode_json, decode_mapping
 from teacher_cache.storage.open_store import open_store
 
-CONFIG_FILE = "config.json"
 """The resolved settings of `emkd train`, which name the cache."""
 EVALUATION_FOLDER = "eval"
 COMPRESSED_FOLDERS = "eval-*"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.stages import TrainConfig
+from pipeline.config.stages import CONFIG_FILE, TrainConfig
 from student_train.models.student import student_from_vanilla, vanilla_student
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.run import train_student
@@ -29,7 +29,6 @@ from teacher_cache.storage.durable_files import sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Endings of the files that a model and its processor are loaded from."""
 

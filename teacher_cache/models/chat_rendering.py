@@ -22,10 +22,10 @@ Turn = dict[str, Any]
 Render = Callable[[list[Turn], bool], str]
 """From turns, and whether the generation prompt is to follow them, to text."""
 
-Shape = tuple[bool | tuple[str, ...], ...]
+TurnShape = tuple[bool | tuple[str, ...], ...]
 """What a marked rendering depends on: the generation prompt, then each turn's role and parts."""
 
-Skeletons = dict[Shape, tuple[str, ...]]
+Skeletons = dict[TurnShape, tuple[str, ...]]
 """By shape, what one template writes before, between and behind the texts; `locate` fills it."""
 
 MAX_SKELETONS = 1024
@@ -158,7 +158,7 @@ def _text_spans(
     return spans
 
 
-def _shape(turns: list[Turn], add_generation_prompt: bool) -> Shape:
+def _shape(turns: list[Turn], add_generation_prompt: bool) -> TurnShape:
     shapes = [(t["role"], *(part["type"] for part in t["content"])) for t in turns]
     return (add_generation_prompt, *shapes)
 

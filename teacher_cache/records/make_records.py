@@ -30,7 +30,7 @@ from teacher_cache.schema.teacher_output import (
     TopKRecord,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""
 
 
@@ -54,7 +54,8 @@ def make_output(
     predicting = states[spans.predicting]
     hidden = top = code = affinity = response = response_grid = hidden_grid = None
     if holds(settings.records, "hidden"):
-        dtype = DTYPES.get(settings.hidden_dtype, states.dtype)  # int8: of all there is (rows.py)
+        # int8 is coded from full precision, in columns.py
+        dtype = DTYPES_BY_NAME.get(settings.hidden_dtype, states.dtype)
         hidden = HiddenRecord(
             vision=vision.to("cpu", dtype),
             text=text.to("cpu", dtype),
@@ -68,7 +69,7 @@ def make_output(
         response = _on_cpu(_top_k(predicting, head, settings))
         if grid is not None:
             response_grid = {r: _on_cpu(_top_k(at, head, settings)) for r, at in grid.items()}
-        dtype = DTYPES.get(settings.affinity_dtype, torch.float32)
+        dtype = DTYPES_BY_NAME.get(settings.affinity_dtype, torch.float32)
         affinity = AffinityRecord(cosine=cosine_affinity(text, vision).to("cpu", dtype))
         if shown is not None:
             top, code = shown.vision, shown.sketch

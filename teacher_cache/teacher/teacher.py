@@ -35,7 +35,7 @@ from teacher_cache.models.digests import (
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.calibration import Calibration
-from teacher_cache.records.make_records import DTYPES, make_output
+from teacher_cache.records.make_records import DTYPES_BY_NAME, make_output
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.errors import SampleError
@@ -98,7 +98,7 @@ class Teacher:
         Code that a checkpoint brings along is not run. ValueError for what cannot be loaded whole.
         """
         place = resolve_device(device)
-        loaded: Any = load_model(path, None if dtype is None else DTYPES[dtype], attention)
+        loaded: Any = load_model(path, None if dtype is None else DTYPES_BY_NAME[dtype], attention)
         model, processor = loaded
         teacher = cls(model.to(place), processor, system_prompt)
         logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)

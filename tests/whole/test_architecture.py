@@ -1,5 +1,6 @@
 """The house rules that a reader relies on: who imports what, what --help costs."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -70,3 +71,28 @@ def test_no_file_is_longer_than_the_ceiling() -> None:
 def test_importing_the_command_line_does_not_take_the_standard_modules_names() -> None:
     names = {f.stem for package in PACKAGES for f in (ROOT / package).glob("*.py")}
     assert not names & (set(sys.stdlib_module_names) - {"__init__"})
+
+
+DEFINED_TWICE = {
+    "logger": "each module's own, by convention",
+    "T": "a type variable",
+    "Plan": "a command is called as users type it; the other is what plan.json holds",
+}
+"""Public names that several modules define, and why they may."""
+
+
+def test_no_public_name_is_defined_twice() -> None:
+    homes: dict[str, list[str]] = {}
+    for package in ("emkd", *PACKAGES):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.parse(file.read_text()).body:
+                targets = node.targets if isinstance(node, ast.Assign) else [node]
+                if isinstance(node, ast.AnnAssign):
+                    targets = [node.target]
+                for each in targets:
+                    name = getattr(each, "name", getattr(each, "id", "_"))
+                    if not name.startswith("_"):
+                        homes.setdefault(name, []).append(str(file.relative_to(ROOT)))
+    twice = {name: files for name, files in homes.items() if len(files) > 1}
+    assert {name: files for name, files in twice.items() if name not in DEFINED_TWICE} == {}
+    assert DEFINED_TWICE.keys() <= twice.keys()

@@ -13,7 +13,7 @@ import yaml
 from jobs.cli import extras
 from jobs.cli.__main__ import BROKEN_PIPE, main, parse
 from jobs.cli.removed_flags import REMOVED, RENAMED_FIELDS
-from jobs.cluster.paths import absolute, to_json
+from jobs.cluster.paths import absolute, config_json
 from jobs.cluster.submit import entrypoint, run_flags
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
@@ -116,7 +116,7 @@ def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 def test_settings_written_by_a_run_can_be_fed_back(form: str, tmp_path: Path) -> None:
     config = _train("--objective rld --seed 3 --train-parts projector")
     file = tmp_path / f"config.{form}"
-    plain = json.loads(to_json(config))
+    plain = json.loads(config_json(config))
     file.write_text(yaml.safe_dump(plain) if form == "yaml" else json.dumps(plain))
     given = json.dumps(plain) if form == "inline" else str(file)
     again: Any = parse(["train", "--config", given])
@@ -140,7 +140,7 @@ def test_a_config_file_is_read_strictly(
     change: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({**json.loads(to_json(_train(""))), **change}))
+    file.write_text(json.dumps({**json.loads(config_json(_train(""))), **change}))
     assert main(["train", "--config", str(file)]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -148,7 +148,7 @@ def test_a_config_file_is_read_strictly(
 
 
 def test_a_config_file_with_the_training_settings_at_its_top_level_is_read(tmp_path: Path) -> None:
-    nested = json.loads(to_json(_train("--objective rld --seed 3")))
+    nested = json.loads(config_json(_train("--objective rld --seed 3")))
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**nested.pop("training"), **nested}))
     again: Any = parse(["train", "--config", str(file)])
@@ -179,7 +179,7 @@ def test_what_submit_sends_parses_to_the_same_settings(name: str) -> None:
         "evaluate": "--model m --source s.json --out o --scores anls --ray",
     }[name]
     submitted: Any = parse(["submit", name, "--address", "http://host:1", "--", *flags.split()])
-    sent = entrypoint(name, to_json(submitted.payload.config), run_flags(submitted.payload.run))
+    sent = entrypoint(name, config_json(submitted.payload.config), run_flags(submitted.payload.run))
     words = shlex.split(sent)
     assert words[:4] == ["python", "-P", "-m", "emkd"]
     received: Any = parse(words[4:])
@@ -236,7 +236,7 @@ def test_a_renamed_field_of_a_config_file_is_refused_with_its_new_place(
 
 def test_a_build_config_with_its_record_settings_at_the_top_level_is_read() -> None:
     command: Any = parse(f"{BUILD} --top-k 9 --top-p 0.9 --min-k 2".split())
-    nested = json.loads(to_json(command.config))
+    nested = json.loads(config_json(command.config))
     flat = {**nested.pop("settings"), **nested}
     del flat["grid"]
     again: Any = parse(["build", "--config", json.dumps(flat)])
@@ -272,7 +272,7 @@ def test_flags_of_new_records_need_records(capsys: pytest.CaptureFixture[str]) -
     assert "--top-k would have no effect: no records are given" in capsys.readouterr().err
     command: Any = parse(f"{extend} --records hidden --hidden-dtype int8".split())
     assert command.config.settings == RecordSettings(records="hidden", hidden_dtype="int8")
-    again: Any = parse(["extend", "--config", to_json(command.config), "--hidden-group", "8"])
+    again: Any = parse(["extend", "--config", config_json(command.config), "--hidden-group", "8"])
     assert again.config.settings.hidden_group == 8
     assert again.config.settings.hidden_dtype == "int8"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.__main__ import main, parse
-from jobs.cluster.paths import absolute, to_json
+from jobs.cluster.paths import absolute, config_json
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
@@ -124,14 +124,14 @@ def test_a_flag_with_any_effect_is_taken(flags: str) -> None:
 def test_settings_can_be_fed_back_and_changed(tmp_path: Path) -> None:
     config = config_of("--objective epic-tcd --projector none --compressor fastv")
     file = tmp_path / "config.json"
-    file.write_text(to_json(config))
+    file.write_text(config_json(config))
 
     def again(flags: str = "") -> TrainConfig:
         command: Any = parse(["train", "--config", str(file), *flags.split()])
         return command.config
 
     assert again() == absolute(config)
-    assert json.loads(to_json(again()))["training"]["progression"]["compressor"] == "fastv"
+    assert json.loads(config_json(again()))["training"]["progression"]["compressor"] == "fastv"
     fastv = ProgressionConfig(compressor="fastv")
     assert again("--compress-layer 5").training.progression == ProgressionConfig(
         compressor="fastv", layer=5
@@ -148,7 +148,7 @@ def test_what_belongs_to_another_schedule_preset_or_objective_is_left_behind() -
     ) -> ProgressionConfig | None:
         config = config_of("--objective epic-tcd --projector none")
         config = config.with_training(objective=preset(name), progression=progression)
-        command: Any = parse(["train", "--config", to_json(config), *flags.split()])
+        command: Any = parse(["train", "--config", config_json(config), *flags.split()])
         return command.config.training.progression
 
     constant = ProgressionConfig(preset="fixed", ratio=0.5, gap=0.2, compressor="fastv")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.epic import ARMS, COMPRESSORS, RATIOS, lines, results
+from jobs.demo.epic import ARMS, DEMO_COMPRESSORS, RATIOS, epic_results, lines
 from pipeline.demo import recipes as demo_recipes
 from student_train.config.compression import CompressionSettings
 from teacher_cache.folder.layout import read_seal
@@ -17,7 +17,7 @@ def _evaluated(run: Path, num_right: int) -> None:
     """All tokens, and every budget with one right answer less than the one before."""
     right = [True] * num_right + [False] * (10 - num_right)
     fake_evaluation(run, right, kept=36.0)
-    for compressor in COMPRESSORS:
+    for compressor in DEMO_COMPRESSORS:
         for number, ratio in enumerate(RATIOS, start=1):
             settings = CompressionSettings.at_layer(1, ratio, compressor)
             fake_evaluation(
@@ -55,12 +55,12 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)
     seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
-    shown = results(tmp_path, seal, configs)
+    shown = epic_results(tmp_path, seal, configs)
     assert json.loads(json.dumps(shown)) == shown
     first = shown["runs"][0]
     assert (first["arm"], first["objective"], first["seed"]) == ("tcd", "epic-tcd", 0)
     assert [run["arm"] for run in shown["runs"][::2]] == list(ARMS)
-    assert len(first["budgets"]) == len(COMPRESSORS) * len(RATIOS)
+    assert len(first["budgets"]) == len(DEMO_COMPRESSORS) * len(RATIOS)
     assert first["budgets"][1] == {
         "compressor": "dart",
         "ratio": 0.5,
@@ -72,4 +72,4 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
     assert table[0] == ["tokens", "kept", "vanilla", *ARMS]
     assert table[1] == ["all", "90.0", "75.0", "60.0", "60.0", "60.0"]
     assert table[2] == ["dart", "27", "80.0", "65.0", "50.0", "50.0", "50.0"]
-    assert len(table) == 2 + len(COMPRESSORS) * len(RATIOS)
+    assert len(table) == 2 + len(DEMO_COMPRESSORS) * len(RATIOS)

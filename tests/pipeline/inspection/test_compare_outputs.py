@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.inspection.compare_outputs import Spread, differences, replaced_ids
+from pipeline.inspection.compare_outputs import Spread, output_differences, replaced_ids
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 from tests.support.strategies import TIERS, make_cached, with_least
@@ -32,7 +32,7 @@ def test_an_output_is_no_distance_from_itself(records: str) -> None:
     for number in range(3):
         output = make_cached(number, records).output  # pyright: ignore[reportArgumentType]
         output = with_least(output, number)  # -inf among them
-        found = differences(output, output)
+        found = output_differences(output, output)
         assert found
         assert all(item.apart == Spread(rms=0.0, largest=0.0) for item in found.values())
 
@@ -44,7 +44,7 @@ def test_entries_are_compared_by_id(seed: int, k: int, noise: float) -> None:
     left = torch.randn(4, 9, generator=generator)
     right = left + noise * torch.randn(4, 9, generator=generator)
     ours, theirs = _record(left, k), _record(right, k)
-    found = differences(ours, theirs)["response logits"].apart
+    found = output_differences(ours, theirs)["response logits"].apart
     expected: list[float] = []
     replaced = 0
     for one, other in ((ours.response, theirs.response), (theirs.response, ours.response)):
@@ -70,16 +70,16 @@ def test_entries_are_compared_by_id(seed: int, k: int, noise: float) -> None:
 def test_a_tie_that_falls_the_other_way_is_no_difference() -> None:
     left, right = torch.tensor([[3.0, 1.0, 1.0]]), torch.tensor([[3.0, 1.0, 1.0]])
     ours, theirs = _record(left, 2), _record(right.flip(1), 2)
-    assert differences(ours, ours)["response logits"].apart.largest == 0
+    assert output_differences(ours, ours)["response logits"].apart.largest == 0
     flipped = dataclasses.replace(top_k_record(left, 2), ids=torch.tensor([[0, 2]]).int())
-    assert differences(ours, _output(flipped))["response logits"].apart.largest == 0
-    assert differences(ours, theirs)["response logits"].apart.largest == 2
+    assert output_differences(ours, _output(flipped))["response logits"].apart.largest == 0
+    assert output_differences(ours, theirs)["response logits"].apart.largest == 2
 
 
 def test_least_probabilities_take_part() -> None:
     left, right = torch.zeros(2, 9), torch.zeros(2, 9)
     right[1, 8] = -4.0
-    found = differences(_record(left, 3), _record(right, 3))["response least"]
+    found = output_differences(_record(left, 3), _record(right, 3))["response least"]
     log_sum_exp = math.log(8 + math.exp(-4))
     assert found.apart.largest == pytest.approx(4 + log_sum_exp - math.log(9), rel=3e-3)
     assert found.dtype == torch.float16
@@ -88,6 +88,6 @@ def test_least_probabilities_take_part() -> None:
 def test_other_tokens_and_other_parts_are_refused() -> None:
     output = make_cached(1, "topk").output
     with pytest.raises(ValueError, match="the tokens differ"):
-        differences(output, make_cached(2, "topk").output)
+        output_differences(output, make_cached(2, "topk").output)
     with pytest.raises(ValueError, match="the parts differ"):
-        differences(output, dataclasses.replace(output, affinity=None))
+        output_differences(output, dataclasses.replace(output, affinity=None))

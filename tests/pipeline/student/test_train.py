@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline.config import recipes
-from pipeline.config.stages import TrainConfig
-from pipeline.student.train import CONFIG_FILE, student_identity, train
+from pipeline.config.stages import CONFIG_FILE, TrainConfig
+from pipeline.student.train import student_identity, train
 from student_train.config.recipe import TrainPart
 from student_train.training.trainable import PART_PREFIXES
 from teacher_cache.codec.columns import encode_column, output_columns
