@@ -22,14 +22,14 @@ from benchmarks.gpu.bytes_moved import (
 )
 from student_train.config.objective import DivergenceName, ObjectiveConfig
 from student_train.divergence.divergence import DIVERGENCES
-from student_train.divergence.tail_policies import teacher_parts
+from student_train.divergence.tail_policies import teacher_log_probs
 from student_train.head.fused_loss import HeadRows, head_loss
 from student_train.head.linear_head import LinearHead
-from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.losses.reductions import token_mean
+from student_train.losses.logit_terms import LogitTerm, SupervisedTerm, divergence_term, head_rows
 from student_train.signals.sketch_code import SketchCode
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.schema.teacher_output import TopKRecord
 
 TOP_K, CHUNK_ROWS = 64, 144
 L1_SHAPES = ((144, 576), (196, 729), (576, 2880))
@@ -70,10 +70,11 @@ def make_head_problem(
     hidden = normal(num_rows, width).to(device, dtype).requires_grad_()
     teacher = made_up_teacher(num_rows, vocab_size, sketched=sketched, device=device)
     objective = ObjectiveConfig(divergence=divergence)
-    terms = [divergence_term("vsd" if sketched else "rld", 0.5, teacher, objective, token_mean)]
+    name = "vsd" if sketched else "rld"
+    terms: list[LogitTerm] = [divergence_term(name, 0.5, teacher, objective)]
     if not sketched:
         labels = torch.randint(vocab_size, (num_rows,), generator=generator).to(device)
-        terms.insert(0, supervised_term(0.5, labels, token_mean))
+        terms.insert(0, SupervisedTerm(weight=0.5, response_ids=labels))
     head = LinearHead(weight=weight.requires_grad_(trained))
     return HeadProblem(hidden, head, head_rows(hidden, terms))
 
@@ -89,15 +90,16 @@ def made_up_teacher(
     logits = torch.randn(num_rows, num_kept, generator=generator).mul_(3)
     logits = logits.sort(dim=1, descending=True).values
     tail = torch.full((num_rows,), 0.1)
-    return TopKSignal(
+    record = TopKRecord(
         ids=(first + stride * torch.arange(num_kept)).int(),
         logits=logits,
         logsumexp=logits.logsumexp(dim=1) - torch.log1p(-tail),
         log_tail=tail.log(),
         log_least=torch.full((num_rows,), -30.0),
         vocab_size=vocab_size,
-        sketch=_sketch(num_rows, vocab_size, device) if sketched else None,
-    ).to(device)
+    )
+    sketch = _sketch(num_rows, vocab_size, device) if sketched else None
+    return TopKSignal(record=record, sketch=sketch).to(device)
 
 
 def _sketch(num_rows: int, vocab_size: int, device: torch.device, rank: int = 4) -> SketchCode:
@@ -139,7 +141,7 @@ def _estimate_bytes(vocab_size: int) -> float:
     """What torch moves for each entry of an estimate that it makes of a sketch."""
     device = torch.device("cpu")
     teacher = made_up_teacher(CHUNK_ROWS, vocab_size, sketched=True, device=device)
-    found = bytes_moved(lambda: teacher_parts(teacher.decode(), "blend", 1.0, True))
+    found = bytes_moved(lambda: teacher_log_probs(teacher.decode(), "blend", 1.0, estimated=True))
     moved = sum(count for name, count in found.items() if name not in _PRODUCTS)
     return moved / (CHUNK_ROWS * vocab_size)
 

@@ -132,10 +132,10 @@ def ways(problem: Problem, more: bool) -> dict[str, Callable[[], Tensor]]:
 
 def dense_from_states(problem: Problem) -> Tensor:
     """L1 of probabilities from the student's states and the record, whose rows are filled in."""
-    student, record = problem.student_logits.softmax(dim=1), problem.top_ks[64]
-    share = record.log_tail.exp() / (record.vocab_size - record.counts)
-    teacher = share[:, None].repeat(1, record.vocab_size)
-    teacher.scatter_(1, record.ids.long(), record.kept_log_probs().exp())
+    student, signal = problem.student_logits.softmax(dim=1), problem.top_ks[64]
+    share = signal.record.log_tail.exp() / (signal.vocab_size - signal.counts)
+    teacher = share[:, None].repeat(1, signal.vocab_size)
+    teacher.scatter_(1, signal.record.ids.long(), signal.kept_log_probs().exp())
     return l1_distances(student, teacher)
 
 
@@ -200,7 +200,7 @@ def describe(problem: Problem, raw: Tensor, prob: Tensor) -> None:
     sure = prove_pairs(sparse, error, *solve_assignment(sparse))
     log_probs = problem.hidden.dense_logits().log_softmax(1)
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
-    tail = top_k.log_tail.exp()
+    tail = top_k.record.log_tail.exp()
     start = time.thread_time()
     solve_assignment(raw)
     print(

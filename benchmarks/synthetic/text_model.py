@@ -52,15 +52,7 @@ class TextProblem:
         )
         logits = teacher.logits(before[NUM_CALIBRATED:])
         found = top_k_record(logits, top_k)
-        record = TopKSignal(
-            ids=found.ids,
-            logits=found.logits,
-            logsumexp=found.logsumexp,
-            log_tail=found.log_tail,
-            vocab_size=VOCAB_SIZE,
-            log_least=found.log_least,
-            template=tails.log_shares,
-        )
+        record = TopKSignal(record=found, template=tails.log_shares)
         generator = torch.Generator().manual_seed(0)
         head = torch.randn(VOCAB_SIZE, WIDTH, generator=generator) / WIDTH**0.5
         return cls(

@@ -100,17 +100,7 @@ class Problem:
         pooled = functional.adaptive_avg_pool2d(grid, student_grid)[0].flatten(1).T
         own = field(models.axes, *student_grid, seed=201 + 2 * image, noise=1.0, smooth=0.0)
         records = {k: top_k_from_hidden(states, models.teacher_head, k) for k in top_ks}
-        bare = {
-            k: TopKSignal(
-                ids=record.ids,
-                logits=record.logits,
-                logsumexp=record.logsumexp,
-                log_tail=record.log_tail,
-                log_least=record.log_least,
-                vocab_size=record.vocab_size,
-            )
-            for k, record in records.items()
-        }
+        bare = {k: TopKSignal(record=record) for k, record in records.items()}
         first = next(iter(records))
         sketches: dict[int, TopKSignal] = {}
         for rank in ranks:

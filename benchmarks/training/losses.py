@@ -1,22 +1,22 @@
-"""Head and losses: time and peak memory of six ways from states to gradients, on one thread.
+"""Measures head and losses: time and peak memory of six ways to gradients, on one thread.
 
     python -m benchmarks.training.losses [--vocab 32064] [--rows 1152 --teacher top-64] [--large]
 
-A is autograd over all logits at once (dense log-softmax), B `torch.utils.checkpoint` on chunks of
-64 rows, C the way of public fused kernels in plain torch (as many chunks as the vocabulary is
-wider than the states, gradients of states and weight from autograd chunk by chunk, then added up),
-D `head_loss`. All compute supervised loss and divergence of the same rows, from the top K of a
-made-up teacher with the rest in one bucket, from its logits or its states, and are held to agree.
-E and F are what others take instead, by autograd over all logits: forward KL of what is kept,
+A is autograd over all logits at once: the page of equations (losses/reference.py) where the teacher
+knows every logit, else our own losses. B is `torch.utils.checkpoint` on chunks of 64 rows. C does
+what public fused kernels do, in plain torch: as many chunks as the vocabulary is wider than the
+states, gradients of states and weight from autograd chunk by chunk, then summed. D is `head_loss`.
+All compute supervised loss and divergence of the same rows, from the top K of a made-up teacher
+with the rest in one bucket, from its logits or from its states; the script checks that they agree.
+E and F are what others use instead, by autograd over all logits: forward KL of the kept entries,
 renormalised, and the squared error of logits.
 
-A head is frozen, trained, or trained and in a `later` micro-batch of a step: its weight holds a
-gradient, to which each way adds. Without --large some cells (or those of --rows and --teacher), and
-B and C only where they end soon: some 4 minutes. Memory is what
-a pass adds to the resident set at its peak (VmHWM after a reset), in a forked child in which glibc
-returns every block that is freed (M_MMAP_THRESHOLD): that is what lives at once, as on a GPU,
-gradients included. Time is processor time, best of some rounds in turns. Needs Linux; 8 GiB for
---large.
+A head is frozen, trained, or trained in a `later` micro-batch of a step: its weight already holds a
+gradient, to which each way adds. Without --large only some cells run (or those of --rows and
+--teacher), B and C only where they are quick: about 4 minutes. Memory is what a pass adds to the
+resident set at its peak (VmHWM after a reset), gradients included, in a forked child in which glibc
+returns every freed block (M_MMAP_THRESHOLD), so that it is what lives at once, as on a GPU. Time is
+processor time, best of some rounds in turns. Needs Linux; 8 GiB for --large.
 """
 
 import argparse
@@ -37,11 +37,13 @@ from student_train.config.objective import DivergenceName, ObjectiveConfig
 from student_train.head.chunked_pass import HeadRows, even_slices
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead
-from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
-from student_train.losses.reductions import supervised_rows, token_mean
+from student_train.losses import reference
+from student_train.losses.logit_terms import SupervisedTerm, divergence_term, head_rows
+from student_train.losses.reductions import supervised_rows
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
+from teacher_cache.schema.teacher_output import TopKRecord
 
 WIDTH = 896
 VOCABS, ROWS = (32_064, 151_936), (144, 576, 1_152)
@@ -60,23 +62,25 @@ class Cell(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """States and head of a student, and what is asked of them."""
+    """States and head of a student, and the losses to compute."""
 
     hidden: Tensor
     head: LinearHead
     rows: HeadRows
     labels: Tensor
     teacher: Signal
+    is_paper: bool
+    """Whether the page of equations defines the losses: reverse KL, every teacher logit known."""
 
     def loss(self, logits: Tensor, chunk: slice) -> Tensor:
         """The weighted total over some rows, all at once."""
-        values = self.rows.losses(chunk)(logits, slice(None))
+        values = self.rows.losses.chunk(chunk).values(logits, slice(None))
         parts = [(values[name] * w[chunk]).sum() for name, w in self.rows.weights.items()]
         return torch.stack(parts).sum()
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """The lines that are asked for, or those that take some 4 minutes together."""
+    """The requested lines, or those that take about 4 minutes together."""
     chosen = options.large or options.rows or options.teacher
     for vocab_size in options.vocab:
         for num_rows in options.rows or ROWS:
@@ -116,9 +120,10 @@ def make_problem(cell: Cell, divergence: DivergenceName = "reverse_kl") -> Probl
         logits = normal(num_rows, num_kept).mul_(3).sort(dim=1, descending=True).values
         tail = torch.full((num_rows,), 0.1)
         logsumexp = logits.logsumexp(dim=1) - torch.log1p(-tail)
-        teacher = TopKSignal(
+        record = TopKRecord(
             ids=ids, logits=logits, logsumexp=logsumexp, log_tail=tail.log(), vocab_size=vocab_size
         )
+        teacher = TopKSignal(record=record)
     else:
         near = hidden.detach() + 0.5 * normal(num_rows, WIDTH)
         teacher = HiddenSignal(hidden=near, head=LmHead(weight=weight.detach()))
@@ -127,15 +132,22 @@ def make_problem(cell: Cell, divergence: DivergenceName = "reverse_kl") -> Probl
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     objective = ObjectiveConfig(divergence=divergence)
     terms = [
-        supervised_term(0.5, labels, token_mean),
-        divergence_term("rld", 0.5, teacher, objective, token_mean),
+        SupervisedTerm(weight=0.5, response_ids=labels),
+        divergence_term("rld", 0.5, teacher, objective),
     ]
-    return Problem(hidden, LinearHead(weight=weight), head_rows(hidden, terms), labels, teacher)
+    head, rows = LinearHead(weight=weight), head_rows(hidden, terms)
+    is_paper = teacher.exact and divergence == "reverse_kl"
+    return Problem(hidden, head, rows, labels, teacher, is_paper)
 
 
 def naive(problem: Problem) -> Tensor:
     """A: every logit, and autograd."""
-    loss = problem.loss(problem.head(problem.hidden), slice(None))
+    logits = problem.head(problem.hidden)
+    if problem.is_paper:
+        rld = reference.rld(logits, problem.teacher.dense_logits())
+        loss = 0.5 * reference.supervised(logits, problem.labels) + 0.5 * rld
+    else:
+        loss = problem.loss(logits, slice(None))
     loss.backward()
     return loss
 
@@ -177,7 +189,7 @@ def chunked(problem: Problem) -> Tensor:
 
 
 def fused(problem: Problem) -> Tensor:
-    """D: ours."""
+    """D: the product's."""
     loss = head_loss(problem.head, [problem.rows]).total
     loss.backward()
     return loss
@@ -202,7 +214,7 @@ def squared(problem: Problem) -> Tensor:
 def _compared(problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
     teacher = problem.teacher
     if isinstance(teacher, TopKSignal):
-        return logits.gather(1, teacher.ids.long()), teacher.logits
+        return logits.gather(1, teacher.record.ids.long()), teacher.record.logits
     return logits, teacher.dense_logits()
 
 

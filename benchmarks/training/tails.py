@@ -1,12 +1,15 @@
-"""What each tail policy makes of a divergence: its gradient and value beside the exact ones.
+"""Measures each tail policy: the gradient and value of a divergence beside the exact ones.
 
     python -m benchmarks.training.tails [--vocab 151936] [--top-k 64] [--text] [--json PATH]
 
-Gradients are those by the student's states, cosine with the exact gradient, mean over matched
-pairs; values are shares of the exact value. `far` is a student as made up, `near` one whose logits
-are 0.3 its own and 0.7 its teacher's, `early` one of almost flat logits (its own times 0.35). The
-sketch's rank is 128; the template is fitted to other images. The last lines are the bounds that a
-record gives whatever the policy. Models and images are made up (synthetic/vision_states.py); with
+Two flat tails are defined here alone, to show why no training run offers them: `uniform` spreads the
+tail's mass evenly, and `mean_logit` gives each entry the sketch's mean logit, whatever the sum.
+
+Gradients are those of the student's states: cosine with the exact gradient, mean over matched
+pairs. Values are shares of the exact value. `far` is the synthetic student, `near` has logits of
+0.3 its own and 0.7 its teacher's, `early` has almost flat logits (its own times 0.35). The sketch's
+rank is 128; the template is fitted to other images. The last lines are the record's bounds, which
+do not depend on the policy. Models and images are synthetic (synthetic/vision_states.py); with
 --text they are word statistics of real text (synthetic/text_model.py), which have no sketch. About
 a minute at V = 32,064.
 """
@@ -26,8 +29,9 @@ from torch.nn import functional
 from benchmarks.synthetic.text_model import TextProblem
 from benchmarks.synthetic.vision_states import NUM_IMAGES, Models, Problem, field
 from student_train.config.objective import DivergenceName, MatchingConfig, TailPolicy
-from student_train.divergence.divergence import DIVERGENCES
-from student_train.divergence.tail_policies import STUDY_TAILS
+from student_train.divergence.divergence import DIVERGENCES, Divergence
+from student_train.divergence.student_rows import DenseRows
+from student_train.divergence.tail_policies import TeacherLogProbs
 from student_train.matching.assignment import solve_assignment
 from student_train.matching.cost import cost_matrix
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
@@ -37,10 +41,11 @@ from teacher_cache.records.tail_template import MeanTail
 NUM_PAIRS, AT_ONCE, RANK = 48, 8, 128
 POLICIES: tuple[TailPolicy, ...] = get_args(TailPolicy)[1:]
 TEMPLATE = "blend, template"
+FLAT_TAILS = ("uniform", "mean_logit")
 
 
 class Case(NamedTuple):
-    """Students' logits [P, V] by name, and the teacher as each line of the table knows it."""
+    """Students' logits [P, V] by name, and the record behind each line of the table."""
 
     students: dict[str, Tensor]
     records: dict[str, TopKSignal]
@@ -63,7 +68,7 @@ def made_up(vocab_size: int, top_k: int) -> Case:
     record = record.rows(columns[chosen])
     bare = replace(record, sketch=None, template=tails.log_shares)
     records = {"blend": record, TEMPLATE: bare}
-    records |= {policy: record for policy in POLICIES if policy != "blend"}
+    records |= {line: record for line in (*POLICIES, *FLAT_TAILS) if line != "blend"}
     return Case(
         _students(far, teacher.dense_logits()), records, teacher, models.student_head.weight
     )
@@ -92,8 +97,7 @@ def compare(student: Tensor, case: Case, name: DivergenceName) -> dict[str, tupl
         logits = student[rows].clone().requires_grad_()
         found = {"true": measure(logits, case.exact.rows(rows), "exact", 1.0, 0.5)}
         for line, record in case.records.items():
-            policy = _policy(line)
-            found[line] = measure(logits, record.rows(rows), policy, 1.0, 0.5)
+            found[line] = _divergence(name, logits, record.rows(rows), line)
         values["lower"].append(found["bucket"].lower)
         values["upper"].append(found["bucket"].upper)
         by_states: dict[str, Tensor] = {}
@@ -115,8 +119,22 @@ def compare(student: Tensor, case: Case, name: DivergenceName) -> dict[str, tupl
     }
 
 
-def _policy(line: str) -> TailPolicy:
-    return next(policy for policy in POLICIES if line.startswith(policy))
+def _divergence(
+    name: DivergenceName, logits: Tensor, record: TopKSignal, line: str
+) -> Divergence:
+    """By the policy of a line of the table, or by a flat tail: [P, 1] for all its entries."""
+    measure = DIVERGENCES[name]
+    if line not in FLAT_TAILS:
+        policy = next(policy for policy in POLICIES if line.startswith(policy))
+        return measure(logits, record, policy, 1.0, 0.5)
+    num_outside = record.vocab_size - record.counts
+    entry = record.record.log_tail - num_outside.log()
+    if line == "mean_logit":
+        assert record.sketch is not None
+        decoded = record.sketch.logits().scatter(1, record.record.ids.long(), 0.0)
+        entry = decoded.sum(dim=1) / num_outside - record.record.logsumexp
+    known = TeacherLogProbs(record.kept_log_probs(), record.record.log_tail, entry[:, None])
+    return measure.of_rows(DenseRows(logits, record.record.ids), record, known, 1.0)
 
 
 def _cell(cosine: float, share: float) -> str:
@@ -126,7 +144,7 @@ def _cell(cosine: float, share: float) -> str:
 def _print(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
     print(f"{'':24}" + "".join(f"{label:>16}" for label in found))
     for line in next(iter(found.values())):
-        note = " (for study)" if line in STUDY_TAILS else ""
+        note = " (not offered)" if line in FLAT_TAILS else ""
         note = " bound" if line in ("lower", "upper") else note
         cells = "".join(_cell(*found[student][line]) for student in found)
         print(f"{line + note:24}{cells}", flush=True)
@@ -142,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     case = of_text(options.top_k) if options.text else made_up(options.vocab, options.top_k)
-    tail = float(case.records["bucket"].log_tail.exp().mean())
+    tail = float(case.records["bucket"].record.log_tail.exp().mean())
     print(f"V = {case.exact.vocab_size}, K = {options.top_k}, mean tail mass {tail:.4f}")
     report: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for name in get_args(DivergenceName):

@@ -141,7 +141,7 @@ def _top_words(logits: Float[Tensor, "N V"]) -> tuple[Int[Tensor, " N"], Float[T
 
 def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M"]]:
     if isinstance(signal, TopKSignal):
-        return signal.ids[:, 0].long(), signal.kept_log_probs()[:, 0].exp()
+        return signal.record.ids[:, 0].long(), signal.kept_log_probs()[:, 0].exp()
     return _top_words(signal.dense_logits())
 
 

@@ -14,8 +14,7 @@ from teacher_cache.schema.strict_json import StrictRecord
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
-TailPolicy = Literal["exact", "blend", "bucket", "renormalise", "uniform", "mean_logit"]
-"""The last two are for study: they mislead (tail_policies.py)."""
+TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 UsedTail = TailPolicy | Literal["blend_template"]
 """What a policy comes to on a signal: `blend_template` is `blend` with the cache's template of an
 average tail, where there is no sketch of the position's own."""
@@ -98,8 +97,7 @@ class ObjectiveConfig(StrictRecord):
     Jensen-Shannon divergence of both. EPIC's KD is always forward."""
     tail: TailPolicy = "blend"
     """What the divergences assume of the mass outside a teacher's top-k. Signals that carry every
-    logit (hidden states, k = V) are always exact; `exact` refuses all others. `uniform` and
-    `mean_logit` make a flat tail up and are there to be studied, not to train with."""
+    logit (hidden states, k = V) are always exact; `exact` refuses all others."""
     blend: float = 0.5
     """Weight of the unknown tail term of the chain rule under `blend` (0 is `bucket`)."""
     vlad_text: VladText = "all"

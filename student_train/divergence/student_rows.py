@@ -1,9 +1,10 @@
-"""What a divergence asks of a student's rows beside a top-k teacher, and its answer by torch.
+"""The student's log-probabilities, as a divergence from a top-k teacher needs them.
 
-The kept entries, the tail's mass, a sum over the tail with an estimate of the teacher, and what
-bounds look at: the tail's largest entries, its least, its mean. `DenseRows` has every log
-probability at hand; `ReadRows` (read_rows.py) what kernels have found in one pass over the logits.
-Promise: kept entries, mass and sums carry gradients, what bounds look at does not. Dimensions as in
+These are the kept entries, the mass of the tail, a sum over the tail with an estimate of the
+teacher, and what bounds need: the tail's largest entries, the smallest entry, the tail's entropy.
+`DenseRows` computes every log-probability with torch. `KernelRows` (kernel_rows.py) has what
+kernels found in one pass over the logits.
+Promise: kept entries, mass and sums carry gradients; what bounds need does not. Dimensions as in
 schema.py.
 """
 
@@ -17,66 +18,66 @@ from torch.nn import functional
 
 _BLOCKS = 64
 
-Terms = Callable[[Tensor, Tensor], Tensor]
+Summands = Callable[[Tensor, Tensor], Tensor]
 """From (log q, log p) to the summands of a divergence, entry by entry."""
 
 
 class StudentRows(ABC):
-    """Rows of log-probabilities q, whose kept entries are those of a teacher."""
+    """Rows of log-probabilities q beside a teacher that keeps K entries of each."""
 
     log_q_kept: Float[Tensor, "P K"]
     log_q_mass: Float[Tensor, " P"]
     """Of the tail, summed over the tail itself, never 1 - kept."""
 
     @abstractmethod
-    def outside(self, terms: Terms, log_p: Float[Tensor, "P _"]) -> Float[Tensor, " P"]:
-        """The tail's summands in sum, the teacher's entries being `log_p`, which may be [P, 1]."""
+    def tail_sum(self, summands: Summands, log_p: Float[Tensor, "P _"]) -> Float[Tensor, " P"]:
+        """Sum of the summands over the tail; the teacher's entries `log_p` are [P, V] or [P, 1]."""
 
     @abstractmethod
-    def largest(self, most: int) -> Float[Tensor, "P C"]:
-        """The tail's largest entries, descending, at most so many; minus infinity where none is."""
+    def tail_largest(self, most: int) -> Float[Tensor, "P C"]:
+        """The tail's largest log q, at most `most`, descending; minus infinity beyond its end."""
 
     @abstractmethod
-    def least(self) -> Float[Tensor, " P"]:
-        """The least of all entries."""
+    def min_log_q(self) -> Float[Tensor, " P"]:
+        """The smallest log q of all entries, kept or not."""
 
     @abstractmethod
-    def surprise(self) -> Float[Tensor, " P"]:
-        """The sum of q log q over the tail."""
+    def tail_neg_entropy(self) -> Float[Tensor, " P"]:
+        """The sum of q log q over the tail; at most 0."""
 
 
 class DenseRows(StudentRows):
-    """By torch, from logits over the teacher's vocabulary, at least float32."""
+    """Computes with torch, from logits over the teacher's vocabulary in float32 or wider."""
 
     def __init__(self, logits: Float[Tensor, "P V"], ids: Int[Tensor, "P K"]) -> None:
         self._ids = ids.long()
         self._log_q = functional.log_softmax(logits, dim=1)
-        self._outside = self._log_q.scatter(1, self._ids, -torch.inf)
+        self._tail = self._log_q.scatter(1, self._ids, -torch.inf)
         self.log_q_kept = self._log_q.gather(1, self._ids)
-        self.log_q_mass = self._outside.logsumexp(dim=1)
+        self.log_q_mass = self._tail.logsumexp(dim=1)
 
-    def outside(self, terms: Terms, log_p: Float[Tensor, "P _"]) -> Float[Tensor, " P"]:
+    def tail_sum(self, summands: Summands, log_p: Float[Tensor, "P _"]) -> Float[Tensor, " P"]:
         """See `StudentRows`, as below."""
-        return terms(self._log_q, log_p).scatter(1, self._ids, 0.0).sum(dim=1)
+        return summands(self._log_q, log_p).scatter(1, self._ids, 0.0).sum(dim=1)
 
     @torch.no_grad()
-    def largest(self, most: int) -> Float[Tensor, "P C"]:
-        """Sorts few."""
-        return largest_entries(self._outside, most)
+    def tail_largest(self, most: int) -> Float[Tensor, "P C"]:
+        """By `largest_entries`."""
+        return largest_entries(self._tail, most)
 
     @torch.no_grad()
-    def least(self) -> Float[Tensor, " P"]:
-        """Kept or not."""
+    def min_log_q(self) -> Float[Tensor, " P"]:
+        """One pass."""
         return self._log_q.amin(dim=1)
 
     @torch.no_grad()
-    def surprise(self) -> Float[Tensor, " P"]:
-        """Not above 0."""
-        return (self._outside.exp() * self._log_q).sum(dim=1)
+    def tail_neg_entropy(self) -> Float[Tensor, " P"]:
+        """One pass."""
+        return (self._tail.exp() * self._log_q).sum(dim=1)
 
 
 def largest_entries(values: Float[Tensor, "P V"], most: int) -> Float[Tensor, "P C"]:
-    """The largest entries of each row, descending, at most so many; sorts few.
+    """The largest entries of each row, at most `most`, descending, without sorting the row.
 
     They lie in the blocks with the largest maxima, which one fast pass finds.
     """

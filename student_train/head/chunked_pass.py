@@ -1,17 +1,18 @@
-"""Rows through a linear head, chunk by chunk: logits, what is computed of them, and gradients.
+"""Passes rows through a linear head in chunks: logits, losses and gradients of each chunk.
 
     logits = hidden W^T + b     one product for a chunk of rows
-    values, and G               a few rows at a time; G = d total / d logits replaces the logits
+    losses, and G               a few rows at a time; G = d total / d logits replaces the logits
     d hidden = G W,  d W += G^T hidden,  d b += sum of G
 
-Promise: one chunk's logits and what the losses make of them are all that exists at any time. A walk
-whose gradients are `late` leaves d W and d hidden to the backward pass, because the weight's
-gradient is added to one that waits there, and keeps the G of so many rows as a quarter of d W
-takes; what exceeds that is computed again. Sums run in float32 or wider. n the rows of a chunk.
+Promise: only one chunk's logits exist at any time, with what its losses derive from them. A pass
+with `deferred` gradients leaves d W and d hidden to the backward pass, where d W is added to the
+weight's existing gradient. It saves G for as many rows as fit in a quarter of d W's memory; the
+other rows are computed again. Sums run in float32 or wider. n is the number of rows of a chunk.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from student_train.head.grad_accumulation import nothing
+from student_train.head.grad_accumulation import empty_gradient
 from student_train.head.linear_head import LinearHead, compute_dtype
 from student_train.ops.precision import at_least_float32
 from student_train.ops.use_kernels import use_kernels
@@ -27,71 +28,87 @@ from student_train.ops.use_kernels import use_kernels
 CHUNK_ROWS = 144
 """Most rows whose logits one matrix product computes."""
 STEP_BYTES, GPU_STEP_BYTES = 2**22, 2**26
-"""Most bytes of these logits (in float32) that the losses see at a time: they derive up to ten
-tensors like it. A CPU's cache likes small steps, a GPU's queue few."""
-KEPT_SHARE = 0.25
-"""Most rows whose G waits for the backward pass, as a share of the width: d W has that many."""
+"""Most bytes of these logits (in float32) that the losses see at a time; they derive up to ten
+tensors of that size. Small steps stay in a CPU's cache; few steps keep a GPU's queue full."""
+SAVED_SHARE = 0.25
+"""Most rows whose G is saved for the backward pass, as a share of the width: d W has that many."""
 PRODUCT_ROWS = 4096
 """Vocabulary rows whose half precision products are computed, then added up, at a time."""
 
-RowLosses = Callable[[Tensor, slice], Mapping[str, Tensor]]
-"""From logits [n, W] and which of a chunk's rows they are to named values [n] of these rows.
-
-Logits are float32 or wider and not to be edited. What a row gets follows from its own logits.
-"""
-InPlaceLosses = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
-"""From a chunk's logits [n, W], as the head gives them, and weights [n] by name to named values.
-
-If there are weights, logits become the gradient of the weighted sum.
-"""
-Kept = dict[int, Tensor]
+SavedGrads = dict[int, Tensor]
 """G of chunks of one block, by their first row."""
+
+
+class RowLosses(ABC):
+    """Losses of rows of logits. What a row gets follows from its own logits."""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether `values_in_place` is there, for use on a GPU."""
+        return False
+
+    @abstractmethod
+    def chunk(self, rows: slice) -> "RowLosses":
+        """The losses of some rows of the block; work shared by these rows is done here, once."""
+
+    @abstractmethod
+    def values(self, logits: Float[Tensor, "n W"], rows: slice) -> Mapping[str, Tensor]:
+        """Named values [n] of these rows of the chunk.
+
+        Logits are float32 or wider and are not edited.
+        """
+
+    def values_in_place(
+        self, logits: Float[Tensor, "n W"], weights: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Named values of all rows of the chunk, by kernels; logits are as the head gives them.
+
+        With weights [n] by name, logits become the gradient of the weighted sum.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadRows:
-    """A block of rows that go through the head, and what is computed from their logits.
+    """A block of rows that go through the head, and the losses of their logits.
 
-    Values named in `weights` enter the total and have gradients; others are told without.
+    Values named in `weights` enter the total and have gradients; other values have none.
     """
 
     hidden: Float[Tensor, "N D"]
-    losses: Callable[[slice], RowLosses]
-    """Given a chunk, which are so many rows of the block, whatever computes values in the chunk."""
+    losses: RowLosses
     weights: Mapping[str, Float[Tensor, " N"]]
-    in_place: Callable[[slice], InPlaceLosses] | None = None
-    """The same by kernels, where there are any for these losses."""
 
 
 def even_slices(num_rows: int, most: int) -> Iterator[slice]:
-    """Cut rows into slices of nearly equal length, at most so long; no rows are one empty slice."""
+    """Slices of nearly equal length, at most `most`; one empty slice where there are no rows."""
     num_slices = max(1, -(-num_rows // most))
     borders = [num_rows * i // num_slices for i in range(num_slices + 1)]
     for start, stop in itertools.pairwise(borders):
         yield slice(start, stop)
 
 
-class Walk:
-    """Blocks of rows through one head: every value, and gradients, which add up in place."""
+class ChunkedHeadPass:
+    """Passes blocks of rows through one head: all values, and gradients added up in place."""
 
-    def __init__(self, head: LinearHead, grad: bool, *, late: bool = False) -> None:
+    def __init__(self, head: LinearHead, grad: bool, *, deferred: bool = False) -> None:
         self.head = head
         self.dtype = compute_dtype(head)
-        self.late = late
-        self.kept: list[Kept] = []
-        """What a late walk leaves to the backward pass, block by block."""
-        self._may_keep = int(KEPT_SHARE * head.weight.shape[1])
+        self.deferred = deferred
+        self.saved_grads: list[SavedGrads] = []
+        """What a deferred pass saves for the backward pass, block by block."""
+        self._rows_to_save = int(SAVED_SHARE * head.weight.shape[1])
         self._grad = grad
         self._into: Tensor | None = None
         self._head_gradients: list[Tensor | None] = [None, None]
         self._states: list[tuple[Tensor, Tensor | None]] = []
 
-    def again(self, into: Tensor | None = None) -> "Walk":
-        """A walk that has not begun, in the precision of this one; d W is added to `into`."""
-        walk = Walk(self.head, self._grad)
-        walk.dtype = self.dtype
-        walk._into = walk._head_gradients[0] = into
-        return walk
+    def fresh(self, into: Tensor | None = None) -> "ChunkedHeadPass":
+        """A new pass in the precision of this one; it adds d W to `into`."""
+        new = ChunkedHeadPass(self.head, self._grad)
+        new.dtype = self.dtype
+        new._into = new._head_gradients[0] = into
+        return new
 
     @property
     def inputs(self) -> list[Tensor | None]:
@@ -105,17 +122,17 @@ class Walk:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """Of the inputs, as far as blocks were added; None where none is needed or all are late."""
+        """Of the inputs, from the blocks added so far; None where not needed, or deferred."""
         weight, bias = self._head_gradients
-        weight = weight if self._into is None else nothing(self._into)
+        weight = weight if self._into is None else empty_gradient(self._into)
         return [weight, bias, *(gradient for _, gradient in self._states)]
 
     def _needs(self, tensor: Tensor | None) -> bool:
         return self._grad and tensor is not None and tensor.requires_grad
 
     def skip(self, block: HeadRows) -> Tensor | None:
-        """Take note of a block; its states' gradient, where it has one, is zero so far."""
-        needed = self._needs(block.hidden) and not self.late
+        """Registers a block, not computed; returns its states' gradient, zero so far, if any."""
+        needed = self._needs(block.hidden) and not self.deferred
         by_states = _zeros(block.hidden) if needed else None
         self._states.append((block.hidden, by_states))
         return by_states
@@ -125,12 +142,12 @@ class Walk:
         self,
         block: HeadRows,
         weights: Mapping[str, Tensor],
-        kept: Kept | None = None,
+        saved: SavedGrads | None = None,
         factor: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Every value of a block, whose rows have these weights in the total.
+        """All values of a block, whose rows have these weights in the total.
 
-        The G of chunks that were kept is used up, times the factor; there are no values of those.
+        Chunks with a saved G take it, times the factor, and return no values.
         """
         head, dtype = self.head, self.dtype
         by_states = self.skip(block)
@@ -140,35 +157,36 @@ class Walk:
         # float16 cannot hold the gradients of 150,000 probabilities; bfloat16 can.
         product = head.weight.to(_wide(dtype)) if dtype == torch.float16 else weight_WD
         pieces: list[dict[str, Tensor]] = []
-        in_place = block.in_place if head.softcap is None and use_kernels(product) else None
-        known, keeping = kept or {}, Kept()
+        in_place = block.losses.has_kernels and head.softcap is None and use_kernels(product)
+        saved, saving = saved or {}, SavedGrads()
         with torch.autocast(head.weight.device.type, enabled=False):
             for chunk in even_slices(len(block.hidden), CHUNK_ROWS):
                 hidden_nD = block.hidden[chunk]
-                logits, times = known.pop(chunk.start, None), factor
+                logits, times = saved.pop(chunk.start, None), factor
                 if logits is None:
                     logits = functional.linear(hidden_nD.to(dtype), weight_WD, bias_W)
                     logits, times = logits.to(product.dtype), None
-                    wanted = self._keeps(len(hidden_nD)) if self.late else with_gradient
+                    wanted = self._may_save(len(hidden_nD)) if self.deferred else with_gradient
                     here = {name: w[chunk] for name, w in weights.items()} if wanted else {}
-                    if in_place is not None:
-                        pieces.append(in_place(chunk)(logits, here))
+                    losses = block.losses.chunk(chunk)
+                    if in_place:
+                        pieces.append(dict(losses.values_in_place(logits, here)))
                     else:
-                        pieces += _losses(block.losses(chunk), logits, head.softcap, here)
-                    if here and self.late:
-                        keeping[chunk.start] = logits
-                    if not here or self.late:
+                        pieces += _step_by_step(losses, logits, head.softcap, here)
+                    if here and self.deferred:
+                        saving[chunk.start] = logits
+                    if not here or self.deferred:
                         continue
                 if by_states is not None:
                     by_states[chunk] = _times(logits @ product, times)
                 self._add_head(logits, hidden_nD.to(logits.dtype), times)
-        self.kept.append(keeping)
+        self.saved_grads.append(saving)
         return {name: torch.cat([piece[name] for piece in pieces]) for name in (pieces or [{}])[0]}
 
-    def _keeps(self, num_rows: int) -> bool:
-        """Whether G of so many more rows may wait; if so, there is room for fewer."""
-        fits = num_rows <= self._may_keep
-        self._may_keep -= num_rows if fits else 0
+    def _may_save(self, num_rows: int) -> bool:
+        """Whether G of this many more rows fits; if so, their room is taken."""
+        fits = num_rows <= self._rows_to_save
+        self._rows_to_save -= num_rows if fits else 0
         return fits
 
     def _add_head(self, by_logits: Tensor, hidden: Tensor, factor: Tensor | None) -> None:
@@ -191,7 +209,7 @@ def _add_product(
     factor: Tensor | None,
 ) -> Tensor:
     """total + factor by_logits^T hidden, in place where there is a total."""
-    if by_logits.dtype == dtype:  # only now, when the first losses have made room
+    if by_logits.dtype == dtype:  # made only now, when the first losses are gone
         hidden = _times(hidden, factor)
         return by_logits.T @ hidden if total is None else total.addmm_(by_logits.T, hidden)
     if total is None:
@@ -203,7 +221,7 @@ def _add_product(
 
 
 def _times(tensor: Tensor, factor: Tensor | None) -> Tensor:
-    """In float32 or wider if there is a factor."""
+    """The product with the factor, in float32 or wider; the tensor itself without one."""
     return tensor if factor is None else tensor.to(_wide(tensor.dtype)) * factor
 
 
@@ -211,17 +229,17 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=_wide(like.dtype))
 
 
-def _losses(
+def _step_by_step(
     losses: RowLosses, logits: Tensor, softcap: float | None, weights: Mapping[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """The values of a chunk's rows, a few at a time. If there are weights, logits become gradients.
+    """Values of a chunk's rows, a few rows at a time. With weights, logits become gradients.
 
-    Writing the gradient of the weighted sum where the logits were halves what a chunk takes.
+    Writing the gradient of the weighted sum over the logits halves a chunk's memory.
     """
     for rows in even_slices(len(logits), _step_rows(logits)):
         with torch.set_grad_enabled(bool(weights)):
             leaf = _capped(at_least_float32(logits[rows]), softcap).requires_grad_(bool(weights))
-            found = losses(leaf, rows)
+            found = losses.values(leaf, rows)
         values = {name: value.detach().clone() for name, value in found.items()}
         if weights:
             weighted = [found[name] for name in weights]
@@ -241,7 +259,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Soft-cap logits that nobody else holds."""
+    """Soft-caps logits in place."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 

@@ -1,12 +1,12 @@
-"""The student's LM head as data: what of it can be fused with a loss, and in which precision.
+"""Turns the student's LM head into weight and bias, where it can be fused with a loss.
 
     logits = hidden W^T + b,   soft-capped:  c tanh(logits / c)
 
-A plain linear layer is its weight and bias, whole; one that FSDP2 or DeepSpeed ZeRO-3 has sharded
-is gathered, and its gradient is averaged over the ranks as these would. Anything else (LoRA,
-quantised, hooked or any other function) stays a function, which `head_loss` calls chunk by chunk.
-Refuses a weight that is not all there otherwise: FSDP1 leaves a piece behind, or none.
-Dimensions as in schema.py, W >= V the student's own vocabulary rows.
+A plain linear layer becomes its whole weight and bias. If FSDP2 has sharded it, both are gathered,
+and their gradients are averaged over the ranks as FSDP2 would. Anything else (LoRA, quantised,
+hooked, any other function) stays a function, which `head_loss` calls chunk by chunk. Refuses a
+weight that another sharding (FSDP1, DeepSpeed ZeRO-3) has left incomplete. Dimensions as in
+schema.py, W >= V the student's own vocabulary rows.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
-from student_train.head import zero3
 from student_train.ops.precision import at_least_float32
 
 LogitsOf = Callable[[Tensor], Tensor]
@@ -54,7 +53,7 @@ class LinearHead:
 
 
 def compute_dtype(head: LinearHead) -> torch.dtype:
-    """The dtype in which the head multiplies here and now: autocast's, or its weight's own."""
+    """The dtype in which the head multiplies now: autocast's, or its weight's own."""
     device_type, own = head.weight.device.type, head.weight.dtype
     if torch.is_autocast_enabled(device_type) and own != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -62,17 +61,16 @@ def compute_dtype(head: LinearHead) -> torch.dtype:
 
 
 def as_linear(head: LogitsOf) -> LinearHead | None:
-    """The head as data where it is a plain linear layer, gathered if need be; None otherwise.
+    """The weight and bias of a plain linear head, gathered if sharded; None for other heads.
 
-    Sharded, every rank must call this equally often: gathering waits for all of them.
-    ValueError for weights that are sharded in a way that cannot be gathered here.
+    All ranks must call this equally often, because gathering waits for all of them.
+    ValueError for weights that are sharded in a way that cannot be gathered.
     """
     if isinstance(head, LinearHead):
         return head
     if not isinstance(head, nn.Module):
         return None
-    sharded = isinstance(head, FSDPModule) or any(map(zero3.is_in_pieces, head.parameters()))
-    if not _is_plain(head, sharded):
+    if not _is_plain(head):
         _require_whole(head)
         return None
     linear = cast(nn.Linear, head)
@@ -80,18 +78,18 @@ def as_linear(head: LogitsOf) -> LinearHead | None:
     bias = cast(Tensor | None, linear.bias)  # declared a Parameter, None where there is none
     if weight.shape != (linear.out_features, linear.in_features):
         raise ValueError(
-            f"the LM head's weight has shape {tuple(weight.shape)} here, expected "
-            f"{(linear.out_features, linear.in_features)}: it is part of a flat one (FSDP1) and "
-            "cannot be gathered here; train with FSDP2 (fully_shard), to which PyTorch advises "
-            "to migrate, with DeepSpeed ZeRO or with DistributedDataParallel"
+            f"the LM head's weight has shape {tuple(weight.shape)}, expected "
+            f"{(linear.out_features, linear.in_features)}: FSDP1 or DeepSpeed ZeRO-3 has sharded "
+            "it, and it cannot be gathered here; train with FSDP2 (fully_shard), to which PyTorch "
+            "advises to migrate, or with DistributedDataParallel"
         )
     return LinearHead(weight=weight, bias=None if bias is None else _gathered(bias))
 
 
 def without_gradient(head: LogitsOf) -> LogitsOf:
-    """The head as it is now, as a teacher's: no gradient, the bits that `head_loss` computes.
+    """The head with its weights of now, without gradient; the same bits as in `head_loss`.
 
-    It keeps the precision of here and now, wherever it is called later.
+    It keeps the precision that is set now, wherever it is called later.
     """
     if isinstance(head, LinearHead):
         dtype = compute_dtype(head)
@@ -120,21 +118,20 @@ def without_gradient(head: LogitsOf) -> LogitsOf:
     return called_logits
 
 
-def _is_plain(module: nn.Module, sharded: bool) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module does nothing but `nn.Linear.forward`.
 
-    LoRA, quantised and parametrised layers are classes of their own; the hooks of a
-    sharded plain layer gather the weight, which we do ourselves. Offloading replaces `forward`.
+    LoRA, quantised and parametrised layers have their own classes. FSDP2's hooks gather the weight,
+    which happens here instead. Offloading replaces `forward`.
     """
-    own_class = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    sharded = isinstance(module, FSDPModule)
+    own_class = type(module).__mro__[2] if sharded else type(module)
     hooked = module._forward_hooks or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
     return own_class is nn.Linear and "forward" not in vars(module) and (sharded or not hooked)
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """A sharded parameter whole, such that its gradient becomes the mean over the ranks."""
-    if zero3.is_in_pieces(parameter):
-        return zero3.gathered(parameter)
+    """The whole of a sharded parameter; its gradient becomes the mean over the ranks."""
     if not isinstance(parameter, DTensor):
         return parameter
     mesh = parameter.device_mesh
@@ -147,7 +144,7 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 def _require_whole(module: nn.Module) -> None:
     parameters = list(module.parameters())
-    sharded = any(isinstance(p, DTensor) or zero3.is_in_pieces(p) for p in parameters)
+    sharded = any(isinstance(p, DTensor) for p in parameters)
     if sharded or not all(p.numel() for p in parameters):
         raise ValueError(
             f"the LM head is a {type(module).__name__} whose weights are sharded; only a plain "

@@ -1,13 +1,12 @@
-"""The student's vision logits, as matching asks for them: no more columns or rows than it needs.
+"""Computes the student's vision logits for matching: only the columns and rows it asks for.
 
-Costs look at a few thousand vocabulary rows or at all V, a chunk at a time. A linear head
-multiplies those rows alone: 2 % of the work at 3,072 of 151,936. A head that is some function gives
-all its logits, for a chunk of tokens at a time, and only the asked columns are kept. Logits that
-are there already are looked up.
+Costs read a few thousand vocabulary rows, or all V in chunks. A linear head multiplies only those
+rows: 2 % of the work at 3,072 of 151,936. A head that is a function computes all logits for a chunk
+of tokens, and only the requested columns are kept. Given logits are indexed.
 
-Promise: no gradient; nothing is kept between calls, since training changes the head; the head runs
-under the autocast in which the record was made, whatever is set where it is asked. Refuses a head
-with fewer vocabulary rows than the teacher. Dimensions as in schema.py, W >= V the student's rows.
+Promise: no gradient; no result is kept between calls, because training changes the head; the head
+runs under the autocast that was set when the object was made. Refuses a head with fewer vocabulary
+rows than the teacher. Dimensions as in schema.py, W >= V the student's rows.
 """
 
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from teacher_cache.records.lm_head import row_chunks
 
 
 def autocast_here(device: torch.device) -> torch.autocast:
-    """What is set now. Its cache stays off: it would keep casts that were made without gradient."""
+    """The autocast set now, without its cache, which would keep casts made without gradient."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -42,7 +41,7 @@ class StudentLogits:
     def of(
         cls, hidden: Float[Tensor, "N D"], source: Tensor | LogitsOf, vocab_size: int
     ) -> "StudentLogits":
-        """As of here and now: ValueError where the student has fewer than `vocab_size` rows."""
+        """Under the autocast set now; ValueError for fewer than `vocab_size` student rows."""
         found = cls(
             hidden=hidden,
             source=source,
@@ -62,15 +61,15 @@ class StudentLogits:
 
     @property
     def chunks(self) -> list[slice]:
-        """Slices of tokens, at least one, whose logits may be held at once."""
+        """Slices of tokens, at least one, whose logits fit in memory together."""
         return list(row_chunks(self.num_rows, self.vocab_size)) or [slice(0)]
 
     def require(self, width: int) -> None:
-        """ValueError where `width` vocabulary rows are fewer than the teacher's."""
+        """ValueError if `width` vocabulary rows are fewer than the teacher's."""
         if width < self.vocab_size:
             raise ValueError(
                 f"the student has {width} vocabulary rows, the teacher's cache {self.vocab_size}: "
-                "they do not share a tokenizer"
+                "they do not share a tokenizer; train a student that has the teacher's"
             )
 
     @torch.no_grad()
@@ -97,8 +96,8 @@ class StudentLogits:
     def blocks(self, ids: Int[Tensor, " C"], size: int) -> Iterator[Tensor]:
         """The logits at `ids`, `size` columns at a time.
 
-        A function computes all its logits however few are asked for, so it is called once and its
-        columns are held; from other sources a block is gone before the next.
+        A function computes all its logits anyway, so it is called once and its columns are held.
+        Other sources hold one block at a time.
         """
         if isinstance(self.source, Tensor | LinearHead):
             yield from (self.at(block) for block in ids.split(size))

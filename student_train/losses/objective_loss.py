@@ -1,18 +1,20 @@
-"""The objective of a micro-batch: states and cached outputs in, up to five terms out.
+"""Computes the objective of a micro-batch: states and cached outputs in, up to five terms out.
+
+reference.py has the method on one page; the values here equal it where all logits are known.
 
     EM-KD   total = a supervised + (1 - a) RLD + b VSD + c VLAD    a = 0.5, b = 0.25, c = 25
     EPIC    total = (1 - l) supervised + l KD                      l = 0.7
 
     supervised  next-token cross-entropy on the response           mean over response tokens
     RLD         reverse KL on the response's logits                mean over response tokens
-    KD          forward KL, the student with more tokens or a cache      mean over the same
+    KD          forward KL, from the student with more tokens or a cache     mean over the same
     VSD         reverse KL on matched vision logits                mean over pairs, then samples
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
-The means over tokens run over the micro-batch, those over samples over its samples that have vision
-tokens left (VLAD: and text to compare). `vision_matching.py` finds the pairs, `terms.py` and
-`logit_terms.py` compare what is paired, and this module alone knows both. Refuses states and
-teacher outputs that do not belong to one text. Dimensions as in schema.py.
+Means over tokens run over the micro-batch; means over samples run over its samples that still have
+vision tokens (VLAD: and text to compare). `batch_matching.py` finds the pairs, `reductions.py` and
+`logit_terms.py` compare what is paired, and only this file knows both. Refuses states and teacher
+outputs of different texts. Dimensions as in schema.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,17 +27,16 @@ from torch import Tensor
 
 from student_train.config.objective import ObjectiveConfig, UsedTail
 from student_train.data.sample_states import SampleStates
-from student_train.head.fused_loss import HeadPass
+from student_train.head.fused_loss import IncrementalHeadLoss
 from student_train.head.linear_head import LogitsOf, as_linear
 from student_train.losses.batch_matching import Matched, start_batch_matching
 from student_train.losses.logit_terms import (
+    ConsistencyTerm,
     LogitTerm,
-    consistency_term,
+    SupervisedTerm,
     divergence_term,
     head_rows,
-    supervised_term,
 )
-from student_train.losses.reductions import token_mean, vsd_loss
 from student_train.losses.vlad import batch_vlad
 from student_train.matching.assignment import Assignment
 from student_train.signals.from_cache import teacher_response_at
@@ -46,12 +47,12 @@ from teacher_cache.schema.teacher_output import TeacherOutput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """The loss of a micro-batch, and everything that was computed on the way to it.
+    """The loss of a micro-batch, with its terms.
 
-    `total` is the weighted sum; `terms` are unweighted and have gradients, by name, only those
-    of positive weight. `tails` names the tail policy that each divergence really used, because
-    values under different policies do not compare. `assignments` has one entry per sample, None
-    where no vision token is left or no term needs any. `diagnostics` are plain numbers to log.
+    `total` is the weighted sum. `terms` are unweighted, by name, with gradients; only those of
+    positive weight. `tails` names the tail policy that each divergence really used, because values
+    under different policies do not compare. `assignments` has one entry per sample, None where no
+    vision token is left or no term needs any. `diagnostics` are plain numbers to log.
     """
 
     total: Float[Tensor, ""]
@@ -75,20 +76,18 @@ def distillation_loss(
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
 
-    `consistency_teacher_states` are states of the student's own pass with more vision
-    tokens, which predict the batch's response tokens in order: KD's teacher unless that comes from
-    the cache. None where both passes are one and the same: KD is zero then. A cached teacher is
-    taken as it was without `cached_ratio` of its vision tokens, or the next smaller share that the
-    cache knows.
+    `consistency_teacher_states` come from the student's own pass with more vision tokens and
+    predict the batch's response tokens in order. They are KD's teacher unless that comes from the
+    cache; None where both passes are the same, so that KD is zero. A cached teacher is one that
+    drops `cached_ratio` of its vision tokens, or the next smaller share in the cache.
+    `check_matching` adds the quality of one sample's matching to the diagnostics.
 
-    `check_matching` adds to the diagnostics how good one sample's matching is.
-
-    Terms of weight 0 are not computed, and what only they need is not touched. Logits appear a
+    Terms of weight 0 are not computed, and records that only they need are not read. Logits exist a
     chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
-    dtype of the states (autocast reaches the head only); put `assets` on that device once
+    dtype of the states (autocast reaches the head only). Put `assets` on that device once
     (`TeacherAssets.to`).
     ValueError where a sample's text differs between student and teacher, where a record that an
-    active term needs is absent, and for whatever matching, divergence and head refuse.
+    active term needs is missing, and for whatever matching, divergence and head refuse.
     """
     if not states:
         raise ValueError("a micro-batch needs at least one sample")
@@ -99,14 +98,14 @@ def distillation_loss(
     batch = _Batch(
         states, outputs, linear, objective, assets, consistency_teacher_states, cached_ratio
     )
-    run, blocks = HeadPass(batch.head), list[_Block]()
+    run, blocks = IncrementalHeadLoss(batch.head), list[_Block]()
 
     def compute(block: _Block | None) -> None:
         if block is not None:
             run.add(head_rows(block.hidden, block.terms))
             blocks.append(block)
 
-    # Threads solve the assignments while the response goes through the head, there and back.
+    # Threads solve the assignments while the response passes through the head and back.
     pending = start_batch_matching(
         states, outputs, batch.head, objective, batch.assets, check_matching
     )
@@ -152,71 +151,62 @@ class _Batch(NamedTuple):
         return getattr(self.objective, f"{term}_weight")
 
     def cached(self, ratio: float) -> Signal:
-        """The cached teacher over all response tokens, without this share of its vision tokens."""
+        """The cached teacher over all response tokens, dropping this share of its vision tokens."""
         found = [teacher_response_at(output, self.assets, ratio) for output in self.outputs]
         return concatenate(found).to(self.states[0].predicting.device)
 
 
 class _Block(NamedTuple):
-    """Rows that go through the head together, and the terms that look at their logits."""
+    """Rows that go through the head together, and the terms that share their logits."""
 
     hidden: Tensor
     terms: list[LogitTerm]
 
 
 def _response_block(batch: _Batch) -> _Block | None:
-    """Supervised, RLD and KD look at one and the same logits."""
+    """Supervised, RLD and KD share the response's logits."""
     hidden = torch.cat([state.predicting for state in batch.states])
-    terms: list[LogitTerm] = []
-    if batch.objective.supervised_weight > 0:
+    objective, terms = batch.objective, list[LogitTerm]()
+    if objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
-        terms.append(supervised_term(batch.objective.supervised_weight, labels, token_mean))
-    objective = batch.objective
+        terms.append(SupervisedTerm(weight=objective.supervised_weight, response_ids=labels))
     if objective.rld_weight > 0:
-        teacher = batch.cached(0.0)
-        weight = objective.rld_weight
-        terms.append(divergence_term("rld", weight, teacher, objective, token_mean))
+        terms.append(divergence_term("rld", objective.rld_weight, batch.cached(0.0), objective))
     if objective.kd_weight > 0:
         terms += _kd_terms(batch)
     return _Block(hidden, terms) if terms else None
 
 
 def _kd_terms(batch: _Batch) -> list[LogitTerm]:
-    """EPIC's term, whose teacher is in the cache or the student itself; none if that is the same
-    pass."""
+    """EPIC's term, from the cache or the student itself; none where both passes are the same."""
     objective, weight = batch.objective, batch.objective.kd_weight
     if objective.kd_from_cache:
         teacher = batch.cached(batch.cached_ratio)
-        return [divergence_term("kd", weight, teacher, objective, token_mean, "forward_kl")]
-    if batch.consistency_teacher_states is None:
+        return [divergence_term("kd", weight, teacher, objective, "forward_kl")]
+    states = batch.consistency_teacher_states
+    if states is None:
         return []
-    return [
-        consistency_term(
-            weight, batch.consistency_teacher_states, batch.head, objective, token_mean
-        )
-    ]
+    return [ConsistencyTerm.of(weight, states, batch.head, objective.temperature)]
 
 
 def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:
-    """VSD looks at the logits of the vision tokens that were matched."""
+    """VSD needs the logits of the matched vision tokens."""
     found = [sample for sample in matched if sample is not None]
     if batch.objective.vsd_weight == 0 or not found:
         return None
     hidden = torch.cat([sample.vision for sample in found])
-    teacher = found[0].teachers
     num_pairs = [sample.pairs.num_pairs for sample in found]
-
-    def reduce(values: Tensor) -> Tensor:
-        return vsd_loss(values, num_pairs, values.sum())
-
-    term = divergence_term("vsd", batch.objective.vsd_weight, teacher, batch.objective, reduce)
+    objective, teacher = batch.objective, found[0].teachers
+    term = divergence_term(
+        "vsd", objective.vsd_weight, teacher, objective, pairs_per_sample=num_pairs
+    )
     return _Block(hidden, [term])
 
 
 def _other_terms(
     batch: _Batch, matched: Sequence[Matched | None], known: Collection[str]
 ) -> dict[str, Tensor]:
-    """VLAD, and zeros for KD and VSD where there was nothing to compare."""
+    """VLAD, and zeros for KD and VSD where nothing can be compared."""
     found = [sample for sample in matched if sample is not None]
     zero = torch.cat([state.vision for state in batch.states])[:0].sum()
     terms: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
-"""The four terms of EM-KD as functions of tensors that are aligned already.
+"""Reduces aligned tensors to the terms of EM-KD.
 
-Row i of one side faces row i of the other; who brought them together (`matching.py`) is not known
-here. Every reduction is a mean, because the paper's weights only make sense with means: a sum over
-144 tokens under beta = 0.25 would drown the supervised loss (docs/method.md). A mean over
-nothing is a zero that still has a gradient (of zero). Dimensions as in schema.py.
+Row i of the student faces row i of the teacher; matching has aligned them. Every reduction is a
+mean, because the paper's weights only make sense with means: a sum over 144 tokens under beta =
+0.25 would drown the supervised loss (docs/method.md). A mean over nothing is a zero that still has
+a gradient (of zero). Dimensions as in schema.py.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def vsd_loss(
 ) -> Float[Tensor, ""]:
     """Vision semantic distillation (EM-KD: VSD): mean over a sample's pairs, then over samples.
 
-    The rows are the matched pairs, sample after sample; samples of 0 pairs do not count.
+    The rows are the matched pairs, sample by sample; samples without pairs do not count.
     """
     parts = values.split(list(pairs_per_sample))
     return mean_of([part.mean() for part in parts if len(part)], zero)
@@ -47,7 +47,7 @@ def vlad_means(
 ) -> Float[Tensor, " B"]:
     """Affinity distillation (EM-KD: VLAD): smooth L1, mean over each sample's counted entries.
 
-    What is not counted has no gradient; a sample without counted entries has a mean of 0.
+    Other entries get no gradient. A sample without counted entries has a mean of 0.
     """
     entries = functional.smooth_l1_loss(
         student, teacher.to(student.dtype).detach(), beta=beta, reduction="none"

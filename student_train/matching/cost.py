@@ -133,7 +133,7 @@ def require_comparable(
     metric = config.metric
     if metric in ("raw_l1", "centred_l1", "raw_l2") and _is_bare(teacher):
         raise ValueError(
-            f"matching by {metric} needs logits outside the top {teacher.least_kept}, which this "
+            f"matching by {metric} needs logits outside the top {teacher.min_kept}, which this "
             "cache does not hold: build it with records `topk+sketch` or `hidden`, or match by "
             "prob_l1"
         )

@@ -60,8 +60,8 @@ def cost_error(teacher: Signal, config: MatchingConfig, dtype: torch.dtype) -> C
         softmax = unit * (teacher.vocab_size / 8 + 1000)
         absolute = torch.full((teacher.num_rows,), 2 * (softmax + rounding), dtype=torch.float64)
         if isinstance(teacher, TopKSignal) and not teacher.exact:
-            absolute += 2 * unit * teacher.logsumexp.to("cpu", torch.float64).abs()
-            absolute += 2 * teacher.log_tail.to("cpu", torch.float64).exp() * (1 + softmax)
+            absolute += 2 * unit * teacher.record.logsumexp.to("cpu", torch.float64).abs()
+            absolute += 2 * teacher.record.log_tail.to("cpu", torch.float64).exp() * (1 + softmax)
         return CostError(relative=0.0, absolute=absolute)
     raise ValueError(
         f"no bound is known for the error of {config.metric} on this record, so no pair can be "

@@ -31,13 +31,13 @@ def sparse_probability_l1(student_logits: Float[Tensor, "N V"], teacher: TopKSig
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     kept_MK = teacher.kept_log_probs().exp().to(dtype)
     num_outside = (teacher.vocab_size - teacher.counts).clamp(min=1)
-    share_M = (at_least_float32(teacher.log_tail).exp() / num_outside).to(dtype)
+    share_M = (at_least_float32(teacher.record.log_tail).exp() / num_outside).to(dtype)
     num_students = len(student_logits)
     cost_NM = share_M.new_empty(num_students, len(share_M))
     if not cost_NM.numel():
         return cost_NM
     to_shares = ConstantDistances.of(share_M, teacher.vocab_size)
-    used_U, place_MK = teacher.ids.long().unique(return_inverse=True)
+    used_U, place_MK = teacher.record.ids.long().unique(return_inverse=True)
     used_NU = share_M.new_empty(num_students, len(used_U))
     for start in range(0, num_students, to_shares.rows_at_once):
         rows = slice(start, start + to_shares.rows_at_once)

@@ -1,10 +1,10 @@
-"""For which tensors Triton kernels of ours stand in for torch's, and how one gets torch's back.
+"""Decides which tensors the project's Triton kernels compute with, in place of torch.
 
-Kernels serve float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0 or higher where
-`triton` can be imported (CUDA builds of torch bring it along); everything else is torch's, as is
-float64. The environment variable EMKD_KERNELS=0 leaves everything to torch. Promise: where the
-choice falls changes no result beyond the rounding that the function states; nothing here imports
-triton. docs/gpu.md says what each kernel moves.
+Kernels are off unless the environment variable EMKD_KERNELS=1 switches them on, because no GPU has
+run them yet. They then serve float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0
+or higher where `triton` can be imported (CUDA builds of torch include it). Torch computes
+everything else. Promise: the choice changes no result beyond the rounding that each function
+states; nothing here imports triton. docs/gpu.md says what each kernel moves.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_kernels(rows: Tensor) -> bool:
-    """Whether kernels of ours compute with these rows. ValueError for a switch not 0 or 1."""
-    switch = os.environ.get(SWITCH, "1")
+    """Whether kernels compute with these rows; ValueError for a switch that is not 0 or 1."""
+    switch = os.environ.get(SWITCH, "0")
     if switch not in ("0", "1"):
         raise ValueError(
-            f"{SWITCH}={switch}: set it to 0 for torch's ways on GPUs too, or to 1 (or leave it "
-            "unset) for Triton kernels where they can run"
+            f"{SWITCH}={switch}: set it to 1 for Triton kernels where they can run, or to 0 (or "
+            "leave it unset) for torch"
         )
     return switch == "1" and rows.dtype in _DTYPES and rows.is_cuda and _runs_on(rows.device)
 

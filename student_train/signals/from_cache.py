@@ -1,4 +1,4 @@
-"""Makes the teacher's signals from a record of a cache."""
+"""Makes the teacher's signals from the records of a cached sample."""
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ from student_train.signals.teacher_signal import HiddenSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
+from teacher_cache.schema.teacher_output import TeacherOutput
 
 
 def vision_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
-    """The teacher at its M vision positions; ValueError where the record or its asset is absent."""
+    """The teacher at its M vision positions; ValueError where a record or asset is missing."""
     if output.hidden is not None:
         return HiddenSignal(hidden=output.hidden.vision, head=_require_head(assets))
     if output.vision is None:
@@ -28,24 +28,24 @@ def vision_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
             basis=assets.sketch,
         )
     template = None if assets.template is None else assets.template.vision
-    return _from_record(output.vision, template, sketch)
+    return TopKSignal(record=output.vision, sketch=sketch, template=template)
 
 
 def response_signal(output: TeacherOutput, assets: TeacherAssets) -> Signal:
-    """The teacher over its R response tokens; ValueError where the record is absent."""
+    """The teacher over its R response tokens; ValueError where a record or asset is missing."""
     if output.hidden is not None:
         return HiddenSignal(hidden=output.hidden.predicting, head=_require_head(assets))
     if output.response is None:
         raise ValueError("the cached sample was read without its part `response` (or `hidden`)")
-    return _from_record(output.response, _response_template(assets))
+    return TopKSignal(record=output.response, template=_response_template(assets))
 
 
 def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: float) -> Signal:
-    """The teacher over its R response tokens, dropping at most the share `wanted` of its own vision
-    tokens: at the largest ratio of the sample's grid that is no more than that (`grid_ratio`).
+    """The teacher over its R response tokens when it drops a share of its own vision tokens.
 
-    What was read without its grid, or is of a cache that has none, is at ratio 0, which drops
-    nothing: `response_signal`. ValueError where the record or its asset is absent.
+    The share is the largest ratio of the sample's grid that is at most `wanted` (`grid_ratio`).
+    Without a grid it is 0, which drops nothing: `response_signal`. ValueError where a record or
+    asset is missing.
     """
     grid = output.hidden_grid if output.hidden is not None else output.response_grid
     ratio = grid_ratio(grid or (), wanted)
@@ -54,27 +54,11 @@ def teacher_response_at(output: TeacherOutput, assets: TeacherAssets, wanted: fl
     if output.hidden is not None and output.hidden_grid is not None:
         return HiddenSignal(hidden=output.hidden_grid[ratio], head=_require_head(assets))
     assert output.response_grid is not None
-    return _from_record(output.response_grid[ratio], _response_template(assets))
+    return TopKSignal(record=output.response_grid[ratio], template=_response_template(assets))
 
 
 def _response_template(assets: TeacherAssets) -> Tensor | None:
     return None if assets.template is None else assets.template.response
-
-
-def _from_record(
-    record: TopKRecord, template: Tensor | None, sketch: SketchCode | None = None
-) -> TopKSignal:
-    return TopKSignal(
-        ids=record.ids,
-        logits=record.logits,
-        logsumexp=record.logsumexp,
-        log_tail=record.log_tail,
-        vocab_size=record.vocab_size,
-        num_kept=record.num_kept,
-        log_least=record.log_least,
-        sketch=sketch,
-        template=template,
-    )
 
 
 def _require_head(assets: TeacherAssets) -> LmHead:

@@ -1,4 +1,4 @@
-"""A sketch of the teacher's logits: coefficients and the basis they refer to."""
+"""Holds a sketch of the teacher's logits: coefficients and the basis that decodes them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +14,17 @@ _COLUMNS_AT_ONCE = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchCode:
-    """A `SketchRecord` (schema.py) together with the basis that decodes it."""
+    """A `SketchRecord` together with its basis."""
 
     codes: Int8[Tensor, "N S"]
     scale: Float[Tensor, " N"]
     tail_shift: Float[Tensor, " N"]
     basis: SketchBasis
     decoded: Float[Tensor, "N V"] | None = None
-    """All logits, where `decode` has put them."""
+    """All logits, once `decode` has computed them."""
 
     def decode(self) -> "SketchCode":
-        """The same with all N x V logits at hand, for few positions that are asked in turns."""
+        """The same with all N x V logits decoded, for a few positions that are read repeatedly."""
         known = self.scale.new_empty(len(self.codes), self.basis.vocab_size, dtype=torch.float32)
         every = torch.arange(self.basis.vocab_size, device=known.device)
         # The directions are widened block by block.
@@ -52,7 +52,7 @@ class SketchCode:
 
 
 def concatenate_codes(codes: Sequence[SketchCode]) -> SketchCode:
-    """The codes of several sketches of one basis, one after the other."""
+    """The codes of several sketches that share a basis, in order."""
     return SketchCode(
         codes=torch.cat([code.codes for code in codes]),
         scale=torch.cat([code.scale for code in codes]),

@@ -1,15 +1,15 @@
-"""What a teacher says at N positions, in one of three forms that answer the same questions.
+"""The teacher's logits at N positions, in one of three forms with one interface.
 
     DenseSignal    every logit                                   (a live teacher, tests)
     HiddenSignal   the state before the head, and the head       (tier `hidden`)
     TopKSignal     K logits, the normaliser, the tail's mass,    (tiers `topk`, `topk+sketch`)
-                   perhaps a sketch of all others: top_k_signal.py
+                   perhaps a sketch of all others: top_k.py
 
 A signal is `exact` when it knows every logit: the first two always, the third where every position
-keeps V. Exact signals of one teacher agree, those of K = V and `DenseSignal` to the bit. What a
-signal does not know it refuses to tell; what to assume of it is the caller's choice
-(`divergence.py`, `cost.py`).
-No gradient ever flows into a signal. Dimensions as in schema.py, N any number of positions.
+keeps V. Exact signals of one teacher agree; those of K = V and `DenseSignal` agree bit for bit. A
+signal refuses questions about logits it does not know. What to assume of them is the caller's
+choice (`divergence.py`, `cost.py`). No gradient flows into a signal. Dimensions as in schema.py, N
+any number of positions.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class DenseSignal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenSignal:
-    """The final hidden states; the head turns them into logits, row for row."""
+    """The final hidden states, and the head that turns them into logits."""
 
     hidden: Float[Tensor, "N D"]
     head: LmHead
@@ -99,7 +99,7 @@ class HiddenSignal:
         return HiddenSignal(hidden=self.hidden[index], head=self.head)
 
     def to(self, device: torch.device) -> "HiddenSignal":
-        """The same signal on another device (free where it is already there)."""
+        """The same signal on another device; no copy where it is already there."""
         return HiddenSignal(hidden=self.hidden.to(device), head=self.head.to(device))
 
 
@@ -109,9 +109,9 @@ Signal = DenseSignal | HiddenSignal | TopKSignal
 def concatenate(signals: Sequence[Signal]) -> Signal:
     """One signal with the positions of all, in order.
 
-    The signals come from one cache: one form, one head or basis (that of the first is kept), one
-    vocabulary; ValueError otherwise, or if there is none. Top-k signals may differ in K. Autocast
-    to bfloat16, which refuses to join float16 tensors, has no say in it.
+    The signals come from one cache and share form, vocabulary, and head or basis (the first one's
+    is kept). Top-k signals may differ in K. Autocast is off here, because under bfloat16 it refuses
+    to join float16 tensors. ValueError for different forms, or for no signal.
     """
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         return _concatenated(signals)
@@ -143,4 +143,4 @@ def kept_mass(signal: Signal) -> float:
         return 0.0
     if not isinstance(signal, TopKSignal) or signal.exact:
         return 1.0
-    return 1.0 - float(at_least_float32(signal.log_tail).exp().mean())
+    return 1.0 - float(at_least_float32(signal.record.log_tail).exp().mean())

@@ -1,10 +1,11 @@
-"""Rows for a head and what autograd over whole logits says of them, for tests of the fused one.
+"""Makes blocks of rows for a head, and a plain reference for tests of the fused one.
 
-Promise: deterministic float64 tensors a test can follow by hand, and a plain reference (`naive`)
-that shares no code with `fused_head`. `small_chunks` cuts so few rows into several chunks.
+Promise: deterministic float64 tensors that a test can follow by hand. `naive` is autograd over all
+logits at once and shares no code with `head_loss`. `small_chunks` cuts these few rows into chunks.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -32,11 +33,29 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def row_values(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Two losses that share their logits, and one number that is only told."""
-    log_q = logits.log_softmax(dim=1)
-    divergence = (log_q.exp() * (log_q - targets.to(logits.dtype).log_softmax(dim=1))).sum(dim=1)
-    return {"divergence": divergence, "first": -log_q[:, 0], "told": logits[:, 0]}
+@dataclass(frozen=True)
+class TwoLosses(RowLosses):
+    """Two losses that share their logits, and one value without a weight."""
+
+    targets: Tensor
+
+    def chunk(self, rows: slice) -> "TwoLosses":
+        return TwoLosses(self.targets[rows])
+
+    def values(self, logits: Tensor, rows: slice) -> dict[str, Tensor]:
+        log_q, targets = logits.log_softmax(dim=1), self.targets[rows].to(logits.dtype)
+        divergence = (log_q.exp() * (log_q - targets.log_softmax(dim=1))).sum(dim=1)
+        return {"divergence": divergence, "first": -log_q[:, 0], "told": logits[:, 0]}
+
+
+class FirstLogProb(RowLosses):
+    """Minus the log-probability of the first vocabulary row."""
+
+    def chunk(self, rows: slice) -> "FirstLogProb":
+        return self
+
+    def values(self, logits: Tensor, rows: slice) -> dict[str, Tensor]:
+        return {"first": -logits.log_softmax(dim=1)[:, 0]}
 
 
 def block(hidden: Tensor, seed: int = 0) -> HeadRows:
@@ -46,17 +65,14 @@ def block(hidden: Tensor, seed: int = 0) -> HeadRows:
         "first": normal(len(hidden), seed=seed + 30),
     }
 
-    def losses(chunk: slice) -> RowLosses:
-        return lambda logits, rows: row_values(logits, targets[chunk][rows])
-
-    return HeadRows(hidden=hidden, losses=losses, weights=weights)
+    return HeadRows(hidden=hidden, losses=TwoLosses(targets), weights=weights)
 
 
 def naive(head: Callable[[Tensor], Tensor], rows: HeadRows) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The same by autograd over all logits at once."""
     logits = head(rows.hidden)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    values = rows.losses(slice(None))(wide, slice(None))
+    values = rows.losses.values(wide, slice(None))
     return sum_of([(values[name] * w).sum() for name, w in rows.weights.items()]), values
 
 

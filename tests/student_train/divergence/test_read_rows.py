@@ -13,16 +13,22 @@ from student_train.divergence.student_rows import DenseRows
 from student_train.head import chunked_pass
 from student_train.head.fused_loss import HeadLoss, head_loss
 from student_train.head.linear_head import LinearHead
-from student_train.losses.logit_terms import LogitTerm, divergence_term, head_rows, supervised_term
-from student_train.losses.reductions import token_mean
+from student_train.losses.logit_terms import (
+    BlockLosses,
+    LogitTerm,
+    SupervisedTerm,
+    divergence_term,
+    head_rows,
+)
 from student_train.ops.use_kernels import SWITCH
 from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import DenseSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
+from teacher_cache.schema.teacher_output import TopKRecord
 
 pytest.importorskip("triton")
-from student_train.divergence.kernel_rows import Reading, ReadRows, losses_in_place
+from student_train.divergence.kernel_rows import KernelRows, RowRequest
 from student_train.ops import logit_rows_triton
 
 ROWS, WIDTH = 6, 8
@@ -51,7 +57,7 @@ def teacher_of(
         mask = torch.arange(top_k) < num_kept[:, None]
     ids = torch.where(mask, kept.indices, kept.indices[:, :1])
     tail = logits.scatter(1, ids, -torch.inf).logsumexp(dim=1)
-    return TopKSignal(
+    record = TopKRecord(
         ids=ids.int(),
         logits=torch.where(mask, kept.values, kept.values[:, :1]),
         logsumexp=logits.logsumexp(dim=1),
@@ -60,6 +66,7 @@ def teacher_of(
         vocab_size=vocab_size,
         num_kept=num_kept,
     )
+    return TopKSignal(record=record)
 
 
 def sketched(teacher: TopKSignal) -> TopKSignal:
@@ -83,10 +90,11 @@ def terms_of(
 ) -> list[LogitTerm]:
     labels = torch.arange(teacher.num_rows) * 37 % vocab_size
     if isinstance(teacher, TopKSignal):  # one label is kept, and one fills its row
-        labels = labels.to(teacher.ids.device)
-        labels[0] = teacher.ids[0, 0]
-    divergence = divergence_term("rld", 0.7, teacher, objective, token_mean)
-    return [*([supervised_term(0.3, labels, token_mean)] * supervised), divergence]
+        labels = labels.to(teacher.record.ids.device)
+        labels[0] = teacher.record.ids[0, 0]
+    divergence = divergence_term("rld", 0.7, teacher, objective)
+    own = SupervisedTerm(weight=0.3, response_ids=labels)
+    return [own, divergence] if supervised else [divergence]
 
 
 def there_and_back(
@@ -110,7 +118,7 @@ def assert_alike(
         expected, *gradients = there_and_back(terms, vocab_size, dtype, device)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_pass, "use_kernels", lambda rows: True)
-        patch.setattr(chunked_pass, "_losses", None)  # nothing goes torch's way
+        patch.setattr(chunked_pass, "_step_by_step", None)  # nothing goes torch's way
         found, *others = there_and_back(terms, vocab_size, dtype, device)
     assert found.values[0].keys() == expected.values[0].keys()
     for name, values in expected.values[0].items():
@@ -169,14 +177,14 @@ def test_what_is_read_of_rows_is_what_dense_rows_say(
     teacher = teacher_of(seed, 3, vocab_size, min(5, vocab_size - 1), varying=varying)
     logits = scale * normal(seed + 1, 3, vocab_size + extra)
     before = logits.clone()
-    read = ReadRows(logits, [Reading(teacher=teacher, values=lambda rows: {})])
-    dense = DenseRows(logits[:, :vocab_size].double(), teacher.ids)
+    read = KernelRows(logits, [RowRequest(teacher=teacher)])
+    dense = DenseRows(logits[:, :vocab_size].double(), teacher.record.ids)
     pairs = {
         "kept": (read.log_q_kept, dense.log_q_kept),
         "mass": (read.log_q_mass, dense.log_q_mass),
-        "largest": (read.largest(32), dense.largest(32)),
-        "least": (read.least(), dense.least()),
-        "surprise": (read.surprise(), dense.surprise()),
+        "largest": (read.tail_largest(32), dense.tail_largest(32)),
+        "smallest": (read.min_log_q(), dense.min_log_q()),
+        "entropy": (read.tail_neg_entropy(), dense.tail_neg_entropy()),
     }
     for name, (found, expected) in pairs.items():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=3e-5, msg=name)
@@ -189,10 +197,9 @@ def test_a_row_has_the_same_bits_beside_any_others_and_without_weights_nothing_i
 
     def run(index: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
         terms = terms_of(teacher.rows(index), 300, objective, supervised=False)
-        readings = [term.reading(slice(0, len(index))) for term in terms if term.reading]
         rows = logits[index].clone()
         weights = {"rld": torch.ones(len(index))} if weighted else {}
-        return losses_in_place(rows, readings, weights)["rld"], rows
+        return BlockLosses(terms=terms).values_in_place(rows, weights)["rld"], rows
 
     every = torch.arange(ROWS)
     values, gradients = run(every, True)
@@ -206,10 +213,9 @@ def test_a_row_has_the_same_bits_beside_any_others_and_without_weights_nothing_i
 
 def test_other_losses_stay_with_torch() -> None:
     teacher = teacher_of(6, ROWS, 40, 8)
-    hidden = normal(1, ROWS, WIDTH)
 
     def served(signal: Signal, objective: ObjectiveConfig) -> bool:
-        return head_rows(hidden, terms_of(signal, 40, objective)).in_place is not None
+        return BlockLosses(terms=terms_of(signal, 40, objective)).has_kernels
 
     assert served(teacher, ObjectiveConfig())
     assert served(sketched(teacher), ObjectiveConfig())
@@ -218,5 +224,5 @@ def test_other_losses_stay_with_torch() -> None:
     assert not served(teacher, ObjectiveConfig(tail="renormalise"))
     assert not served(teacher_of(6, ROWS, 40, 40), ObjectiveConfig())
     assert not served(DenseSignal(logits=normal(2, ROWS, 40)), ObjectiveConfig())
-    two = [divergence_term(n, 1.0, teacher, ObjectiveConfig(), token_mean) for n in ("rld", "kd")]
-    assert head_rows(hidden, two).in_place is None
+    two = [divergence_term(n, 1.0, teacher, ObjectiveConfig()) for n in ("rld", "kd")]
+    assert not BlockLosses(terms=two).has_kernels

@@ -22,7 +22,7 @@ from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
-from tests.student_train.signals.test_top_k import normal, ragged, signal_of
+from tests.student_train.signals.test_top_k import normal, ragged
 from tests.support import references
 from tests.support.strategies import make_spec
 
@@ -32,7 +32,7 @@ SCALES = st.sampled_from([0.01, 0.3, 1.0, 4.0, 15.0])
 
 
 def top_k(logits: Tensor, k: int) -> TopKSignal:
-    return signal_of(top_k_record(logits, k))
+    return TopKSignal(record=top_k_record(logits, k))
 
 
 @settings(deadline=None, max_examples=150)
@@ -101,7 +101,7 @@ def test_bounds_hold_of_the_teacher_that_a_cache_was_made_with(
     assert isinstance(signal, TopKSignal)
     true = reverse_kl(student, DenseSignal(logits=teacher)).value
     found = reverse_kl(student, signal)
-    rounded = (signal.logits - record.logits[:, : signal.ids.shape[1]].float()).abs().max()
+    rounded = (signal.record.logits - record.logits[:, : signal.max_kept].float()).abs().max()
     slack = 1e-5 * (1 + true.abs()) + float(rounded)
     assert bool((found.lower - slack <= true).all())
     assert bool((true <= found.upper + slack).all())

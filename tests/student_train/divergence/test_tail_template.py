@@ -1,7 +1,6 @@
 """`blend` by the cache's template of an average tail: plain loops, laws, gradients, its name."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, preset
-from student_train.divergence.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl
+from student_train.divergence.divergence import Measure, forward_kl, jensen_shannon, reverse_kl
 from student_train.divergence.tail_policies import resolve_tail
 from student_train.losses.objective_loss import distillation_loss
 from student_train.signals.teacher_signal import DenseSignal, concatenate
@@ -19,7 +18,7 @@ from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.records.top_k import top_k_record
-from tests.student_train.signals.test_top_k import alone, normal, signal_of
+from tests.student_train.signals.test_top_k import alone, normal
 from tests.support import references
 from tests.support.batches import ONE_IMAGE, random_batch
 from tests.support.strategies import true_record
@@ -33,10 +32,10 @@ def templated(seed: int, counts: list[int], scale: float = 1.0) -> tuple[Tensor,
     """A teacher's logits, what is kept of them, and a template."""
     logits = scale * normal(seed, len(counts), VOCAB)
     template = (scale * normal(seed + 1, VOCAB)).log_softmax(0)
-    return logits, replace(signal_of(true_record(logits, counts)), template=template)
+    return logits, TopKSignal(record=true_record(logits, counts), template=template)
 
 
-def loops(measure: Callable[..., Divergence], log_q: list[float], log_p: list[float]) -> float:
+def loops(measure: Measure, log_q: list[float], log_p: list[float]) -> float:
     log_m = [math.log((math.exp(q) + math.exp(p)) / 2) for q, p in zip(log_q, log_p, strict=True)]
     return {
         reverse_kl: references.kl(log_q, log_p),
@@ -54,7 +53,7 @@ def loops(measure: Callable[..., Divergence], log_q: list[float], log_p: list[fl
     scale=st.sampled_from([0.3, 1.0, 6.0]),
 )
 def test_it_is_the_chain_rule_with_the_template_in_place_of_the_tail(
-    seed: int, counts: list[int], blend: float, measure: Callable[..., Divergence], scale: float
+    seed: int, counts: list[int], blend: float, measure: Measure, scale: float
 ) -> None:
     logits, signal = templated(seed, counts, scale)
     assert signal.template is not None
@@ -85,15 +84,19 @@ def test_the_tail_has_the_mass_that_the_record_knows(
 ) -> None:
     """Also where the template holds next to nothing outside what is kept."""
     _, signal = templated(seed, counts, scale)
-    found = signal.templated_log_probs().scatter(1, signal.ids.long(), -torch.inf).logsumexp(1)
+    found = (
+        signal.templated_log_probs().scatter(1, signal.record.ids.long(), -torch.inf).logsumexp(1)
+    )
     has_tail = torch.tensor(counts) < VOCAB
-    torch.testing.assert_close(found[has_tail], signal.log_tail[has_tail], rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(
+        found[has_tail], signal.record.log_tail[has_tail], rtol=1e-9, atol=1e-8
+    )
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), counts=COUNTS, measure=st.sampled_from(MEASURES))
 def test_positions_are_what_each_is_alone_and_the_bounds_hold(
-    seed: int, counts: list[int], measure: Callable[..., Divergence]
+    seed: int, counts: list[int], measure: Measure
 ) -> None:
     logits, signal = templated(seed, counts)
     student = normal(seed + 2, len(counts), VOCAB)
@@ -111,7 +114,7 @@ def test_positions_are_what_each_is_alone_and_the_bounds_hold(
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_gradients_are_those_of_finite_differences_and_inputs_stay(
-    measure: Callable[..., Divergence],
+    measure: Measure,
 ) -> None:
     _, signal = templated(11, [3, 1, 8, VOCAB])
     assert signal.template is not None
@@ -123,14 +126,12 @@ def test_gradients_are_those_of_finite_differences_and_inputs_stay(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_other_precisions_come_close(
-    dtype: torch.dtype, measure: Callable[..., Divergence]
-) -> None:
+def test_other_precisions_come_close(dtype: torch.dtype, measure: Measure) -> None:
     logits, exact = templated(14, [3, 3, 5])
     assert exact.template is not None
-    half = replace(signal_of(top_k_record(logits.to(dtype), 3)), template=exact.template.float())
+    half = TopKSignal(record=top_k_record(logits.to(dtype), 3), template=exact.template.float())
     student = normal(16, 3, VOCAB)
-    wide = replace(signal_of(top_k_record(logits.to(dtype).double(), 3)), template=exact.template)
+    wide = TopKSignal(record=top_k_record(logits.to(dtype).double(), 3), template=exact.template)
     found, expected = measure(student.to(dtype), half), measure(student.to(dtype).double(), wide)
     assert found.value.dtype == torch.float32
     torch.testing.assert_close(found.value.double(), expected.value, rtol=1e-4, atol=1e-5)
@@ -138,7 +139,7 @@ def test_other_precisions_come_close(
 
 def test_the_true_tail_as_template_makes_the_whole_blend_exact() -> None:
     logits = normal(17, 1, VOCAB)
-    signal = replace(signal_of(top_k_record(logits, 3)), template=logits[0].log_softmax(0))
+    signal = TopKSignal(record=top_k_record(logits, 3), template=logits[0].log_softmax(0))
     student = normal(18, 1, VOCAB)
     for measure in MEASURES:
         exact = measure(student, DenseSignal(logits=logits)).value

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from student_train.head import chunked_pass
 from student_train.head.chunked_pass import HeadRows
-from student_train.head.fused_loss import HeadPass, head_loss
+from student_train.head.fused_loss import IncrementalHeadLoss, head_loss
 from student_train.head.linear_head import LinearHead
 from tests.support.head_rows import (
     VOCAB,
@@ -141,7 +141,7 @@ def test_blocks_that_come_one_by_one_share_one_gradient_of_the_head() -> None:
     hidden, weight, bias = leaves()
     head, other = LinearHead(weight=weight, bias=bias), normal(6, WIDTH, seed=5).requires_grad_()
     rows = [block(hidden), block(other, seed=1)]
-    run = HeadPass(head)
+    run = IncrementalHeadLoss(head)
     with Made(weight) as made:
         run.add(rows[0])
         run.add(rows[1])

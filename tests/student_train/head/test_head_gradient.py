@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from student_train.head import chunked_pass
 from student_train.head.chunked_pass import HeadRows
 from student_train.head.fused_loss import head_loss
-from student_train.head.grad_accumulation import gradient_that_waits, nothing
+from student_train.head.grad_accumulation import empty_gradient, existing_gradient
 from student_train.head.linear_head import LinearHead
 from tests.support import children
 from tests.support.head_rows import (
@@ -62,7 +62,7 @@ def grad_of(tensor: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=60)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6)), min_size=2, max_size=3),
-    kept_share=st.sampled_from([0.0, 1.0, 2.0, 9.0]),  # none, 4, 8 or all rows
+    saved_share=st.sampled_from([0.0, 1.0, 2.0, 9.0]),  # none, 4, 8 or all rows
     factor=st.sampled_from([1.0, 0.3, -2.0]),
     bias=st.booleans(),
     tied=st.booleans(),
@@ -70,7 +70,7 @@ def grad_of(tensor: Tensor) -> Tensor:
 )
 def test_micro_batches_add_up_to_what_autograd_makes_of_them(
     sizes: list[tuple[int, int]],
-    kept_share: float,
+    saved_share: float,
     factor: float,
     bias: bool,
     tied: bool,
@@ -95,15 +95,15 @@ def test_micro_batches_add_up_to_what_autograd_makes_of_them(
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
+        patch.setattr(chunked_pass, "SAVED_SHARE", saved_share)
         assert_close(sums(fused), sums(plain))
 
 
-@pytest.mark.parametrize("kept_share", [0.0, 1.0])
+@pytest.mark.parametrize("saved_share", [0.0, 1.0])
 def test_a_later_micro_batch_makes_no_tensor_of_the_weights_size(
-    kept_share: float, monkeypatch: pytest.MonkeyPatch
+    saved_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
+    monkeypatch.setattr(chunked_pass, "SAVED_SHARE", saved_share)
     hidden, weight, _ = leaves()
     weight.grad = torch.ones_like(weight)
     before, waiting = weight.grad.clone(), weight.grad.data_ptr()
@@ -177,11 +177,11 @@ def test_hooks_of_the_gradient_see_all_of_it_and_hooks_after_it_the_sum() -> Non
     assert_close(sums, [1 + whole])
     seen: list[Tensor] = []
     handle = weight.register_hook(lambda gradient: seen.append(gradient) or 2 * gradient)
-    assert gradient_that_waits(weight) is None
+    assert existing_gradient(weight) is None
     fused(head, [block(hidden)]).backward()
     assert_close([*seen, grad_of(weight)], [whole, 1 + 3 * whole])
     handle.remove()
-    assert gradient_that_waits(weight) is weight.grad
+    assert existing_gradient(weight) is weight.grad
 
 
 def test_an_optimizer_in_the_backward_pass_steps_once_with_the_sum() -> None:
@@ -218,12 +218,12 @@ def test_the_scaler_of_float16_scales_what_is_added_as_well() -> None:
     assert relative(unscaled(fused), unscaled(plain)) < 0.005
 
 
-@pytest.mark.parametrize("kept_share", [0.0, 9.0])
+@pytest.mark.parametrize("saved_share", [0.0, 9.0])
 @pytest.mark.parametrize("factor", [1.0, 1 / 3])
 def test_mixed_precision_adds_in_float32(
-    kept_share: float, factor: float, monkeypatch: pytest.MonkeyPatch
+    saved_share: float, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_pass, "KEPT_SHARE", kept_share)
+    monkeypatch.setattr(chunked_pass, "SAVED_SHARE", saved_share)
 
     def sums(way: Way, dtype: torch.dtype | None) -> list[Tensor]:
         hidden, weight, bias = leaves(torch.float32)
@@ -243,17 +243,17 @@ def test_mixed_precision_adds_in_float32(
 
 def test_what_would_be_rounded_or_is_nobodys_gradient_is_returned() -> None:
     _, weight, _ = leaves()
-    assert gradient_that_waits(weight) is None, "there is none"
+    assert existing_gradient(weight) is None, "there is none"
     weight.grad = torch.ones_like(weight)
-    assert gradient_that_waits(weight) is weight.grad
-    assert gradient_that_waits(2 * weight) is None, "no leaf"
-    weight.grad = nothing(weight)
-    assert gradient_that_waits(weight) is None, "sparse"
+    assert existing_gradient(weight) is weight.grad
+    assert existing_gradient(2 * weight) is None, "no leaf"
+    weight.grad = empty_gradient(weight)
+    assert existing_gradient(weight) is None, "sparse"
     half = weight.detach().bfloat16().requires_grad_()
     half.grad = torch.ones_like(half)
-    assert gradient_that_waits(half) is None, "every chunk's sum would be rounded"
+    assert existing_gradient(half) is None, "every chunk's sum would be rounded"
     weight.grad = torch.ones_like(weight).requires_grad_()
-    assert gradient_that_waits(weight) is None, "autograd looks at how it was made"
+    assert existing_gradient(weight) is None, "autograd looks at how it was made"
 
 
 class OnHidden(nn.Module):

@@ -11,13 +11,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
-from student_train.head.chunked_pass import HeadRows, RowLosses
+from student_train.head.chunked_pass import HeadRows
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead, as_linear, without_gradient
 from student_train.models.forward import output_head
 from student_train.models.student import student_from_vanilla
 from tests.conftest import TinyFolder
 from tests.support import children
+from tests.support.head_rows import FirstLogProb
 
 
 def linear() -> nn.Linear:
@@ -80,14 +81,15 @@ def test_as_a_teacher_it_gives_the_bits_that_losses_see_and_no_gradient(
     hidden = torch.randn(5, 6)
     seen: list[Tensor] = []
 
-    def losses(chunk: slice) -> RowLosses:
-        def look(logits: Tensor, part: slice) -> dict[str, Tensor]:
+    class Look(FirstLogProb):
+        def chunk(self, rows: slice) -> "Look":
+            return self
+
+        def values(self, logits: Tensor, rows: slice) -> dict[str, Tensor]:
             seen.append(logits.detach().clone())
             return {"first": logits[:, 0]}
 
-        return look
-
-    block = HeadRows(hidden=hidden, losses=losses, weights={"first": torch.ones(5)})
+    block = HeadRows(hidden=hidden, losses=Look(), weights={"first": torch.ones(5)})
     fused = LinearHead(weight=layer.weight, bias=layer.bias, softcap=softcap)
     for head in (fused, lambda states: fused(states)):
         seen.clear()
@@ -102,11 +104,8 @@ def test_as_a_teacher_it_gives_the_bits_that_losses_see_and_no_gradient(
 
 
 def rows(hidden: Tensor) -> list[HeadRows]:
-    def losses(chunk: slice) -> RowLosses:
-        return lambda logits, part: {"first": -logits.log_softmax(dim=1)[:, 0]}
-
     weights = {"first": torch.full((len(hidden),), 0.2, dtype=hidden.dtype)}
-    return [HeadRows(hidden=hidden, losses=losses, weights=weights)]
+    return [HeadRows(hidden=hidden, losses=FirstLogProb(), weights=weights)]
 
 
 def sharded_rank(rank: int, meeting: Path) -> None:

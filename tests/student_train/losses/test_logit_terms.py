@@ -6,9 +6,8 @@ from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, ObjectiveConfig
 from student_train.head import chunked_pass
-from student_train.losses.logit_terms import divergence_term, head_rows, supervised_term
+from student_train.losses.logit_terms import SupervisedTerm, divergence_term, head_rows
 from student_train.losses.objective_loss import LossTerms, distillation_loss
-from student_train.losses.reductions import token_mean, vsd_loss
 from student_train.signals.teacher_signal import DenseSignal
 from tests.support.batches import RandomBatch, RecordForm, random_batch
 
@@ -63,10 +62,8 @@ def test_each_rows_weight_is_its_share_of_the_mean() -> None:
     teacher = DenseSignal(logits=logits)
     pairs = [2, 0, 3]
     terms = [
-        supervised_term(0.5, labels, token_mean),
-        divergence_term(
-            "vsd", 0.25, teacher, OBJECTIVE, lambda rows: vsd_loss(rows, pairs, rows.sum())
-        ),
+        SupervisedTerm(weight=0.5, response_ids=labels),
+        divergence_term("vsd", 0.25, teacher, OBJECTIVE, pairs_per_sample=pairs),
     ]
     weights = head_rows(hidden, terms).weights
     torch.testing.assert_close(weights["supervised"], torch.full((5,), 0.1))

@@ -1,7 +1,7 @@
 """The sparse cost is the dense cost of the filled-in teacher, for any record and any dtype."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from student_train.matching.top_k_l1_cost import sparse_probability_l1
 from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import DenseSignal
 from student_train.signals.top_k import TopKSignal
-from teacher_cache.schema.teacher_output import TopKRecord
 from tests.support.strategies import true_record
 
 VOCAB = 40
@@ -28,7 +27,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def kept_of(logits: Tensor, counts: Sequence[int]) -> TopKSignal:
     record = true_record(logits, counts)
-    return TopKSignal(**{field.name: getattr(record, field.name) for field in fields(TopKRecord)})
+    return TopKSignal(record=record)
 
 
 def filled_in(teacher: TopKSignal) -> Tensor:
@@ -37,11 +36,11 @@ def filled_in(teacher: TopKSignal) -> Tensor:
     for row in range(teacher.num_rows):
         count = int(teacher.counts[row])
         outside = teacher.vocab_size - count
-        share = float(teacher.log_tail[row].exp()) / outside if outside else 0.0
+        share = float(teacher.record.log_tail[row].exp()) / outside if outside else 0.0
         filled = [share] * teacher.vocab_size
         for entry in range(count):
-            log_prob = teacher.logits[row, entry] - teacher.logsumexp[row]
-            filled[int(teacher.ids[row, entry])] = float(log_prob.exp())
+            log_prob = teacher.record.logits[row, entry] - teacher.record.logsumexp[row]
+            filled[int(teacher.record.ids[row, entry])] = float(log_prob.exp())
         rows.append(filled)
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -64,13 +63,13 @@ def test_the_sparse_cost_is_the_dense_cost_of_the_filled_in_teacher(
 ) -> None:
     teacher = kept_of(normal(seed, len(counts), VOCAB) * sharpness, counts)
     student = (normal(seed + 1, num_students, VOCAB) * sharpness).to(dtype)
-    before = student.clone(), teacher.logits.clone()
+    before = student.clone(), teacher.record.logits.clone()
     found = sparse_probability_l1(student, teacher)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     bound = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(found.double(), dense_cost(student, teacher), rtol=0, atol=bound)
     assert torch.equal(student, before[0])
-    assert torch.equal(teacher.logits, before[1])
+    assert torch.equal(teacher.record.logits, before[1])
 
 
 def test_every_entry_is_exact_where_all_are_kept_and_lossy_records_keep_to_their_numbers() -> None:
@@ -79,14 +78,12 @@ def test_every_entry_is_exact_where_all_are_kept_and_lossy_records_keep_to_their
     exact = (student.softmax(1)[:, None] - logits.softmax(1)).abs().sum(2)
     torch.testing.assert_close(sparse_probability_l1(student, all_kept), exact)
     some = kept_of(logits, [30] * 4)
-    coarse = TopKSignal(  # a kept entry may lie below the tail's share, once it has been rounded
-        ids=some.ids,
-        logits=(some.logits - 0.7).round(),
-        logsumexp=some.logsumexp,
-        log_tail=some.log_tail + 1,
-        vocab_size=VOCAB,
+    rounded = (some.record.logits - 0.7).round()
+    # Once rounded, a kept entry may lie below the tail's share.
+    coarse = TopKSignal(
+        record=replace(some.record, logits=rounded, log_tail=some.record.log_tail + 1)
     )
-    assert bool((filled_in(coarse).amin(1) < coarse.log_tail.exp() / 10).any())
+    assert bool((filled_in(coarse).amin(1) < coarse.record.log_tail.exp() / 10).any())
     torch.testing.assert_close(sparse_probability_l1(student, coarse), dense_cost(student, coarse))
 
 
@@ -119,7 +116,7 @@ def test_costs_move_with_their_tokens_and_are_off_by_twice_the_tail_at_most(
     moved = cost_matrix(student.flip(0)[:, :1], student.flip(0), teacher.rows(order), config)
     torch.testing.assert_close(moved, costs.flip(0)[:, order], rtol=0, atol=1e-12)
     exact = cost_matrix(student[:, :1], student, DenseSignal(logits=logits), config)
-    assert bool(((costs - exact).abs() <= 2 * teacher.log_tail.exp() + 1e-6).all())
+    assert bool(((costs - exact).abs() <= 2 * teacher.record.log_tail.exp() + 1e-6).all())
 
 
 @pytest.mark.parametrize("num_students", [0, 2])

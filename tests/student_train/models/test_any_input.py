@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["plain", "transposed", "expanded", "every other"]
 MEASURES = (reverse_kl, forward_kl, jensen_shannon)
 FORMS: tuple[RecordForm, ...] = ("hidden", "topk", "topk+sketch")
-UNSKETCHED: list[TailPolicy] = ["bucket", "renormalise", "uniform"]
+UNSKETCHED: list[TailPolicy] = ["bucket", "renormalise"]
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:

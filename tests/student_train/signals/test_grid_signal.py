@@ -42,7 +42,7 @@ def test_the_record_of_that_ratio_is_the_signal(tier: str) -> None:
 
 def _numbers(signal: DenseSignal | HiddenSignal | TopKSignal) -> torch.Tensor:
     assert not isinstance(signal, DenseSignal)
-    return signal.hidden if isinstance(signal, HiddenSignal) else signal.logits
+    return signal.hidden if isinstance(signal, HiddenSignal) else signal.record.logits
 
 
 def _stored(output: TeacherOutput, ratio: float) -> torch.Tensor:

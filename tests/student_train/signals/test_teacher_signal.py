@@ -93,7 +93,7 @@ def test_the_sketch_completes_the_top_k_to_a_distribution(batch: RandomBatch) ->
     )
     true = dense_vision(batch, 1).log_softmax(1)
     torch.testing.assert_close(
-        estimate.gather(1, signal.ids.long()), true.gather(1, signal.ids.long())
+        estimate.gather(1, signal.record.ids.long()), true.gather(1, signal.record.ids.long())
     )
     assert signal.to(CPU).num_rows == signal.num_rows
 

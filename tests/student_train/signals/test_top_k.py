@@ -38,11 +38,6 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def signal_of(record: TopKRecord, sketch: SketchCode | None = None) -> TopKSignal:
-    values = {field.name: getattr(record, field.name) for field in fields(TopKRecord)}
-    return TopKSignal(**values, sketch=sketch)
-
-
 def ragged(
     seed: int, counts: Sequence[int], *, sketched: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, TopKSignal]:
@@ -52,11 +47,11 @@ def ragged(
     logits = head.logits(hidden)
     record = true_record(logits, counts)
     if not sketched:
-        return logits, signal_of(record)
+        return logits, TopKSignal(record=record)
     basis = fit_basis(normal(seed + 2, 8, WIDTH), head, 2)
     code = encode_sketch(basis, hidden, record)
     sketch = SketchCode(codes=code.codes, scale=code.scale, tail_shift=code.tail_shift, basis=basis)
-    return logits, signal_of(record, sketch)
+    return logits, TopKSignal(record=record, sketch=sketch)
 
 
 def alone(signal: TopKSignal) -> list[TopKSignal]:
@@ -64,9 +59,8 @@ def alone(signal: TopKSignal) -> list[TopKSignal]:
     found: list[TopKSignal] = []
     for row, count in enumerate(signal.counts.tolist()):
         one = signal.rows(torch.tensor([row]))
-        found.append(
-            replace(one, ids=one.ids[:, :count], logits=one.logits[:, :count], num_kept=None)
-        )
+        kept = {name: getattr(one.record, name)[:, :count] for name in ("ids", "logits")}
+        found.append(replace(one, record=replace(one.record, **kept, num_kept=None)))
     return found
 
 
@@ -175,7 +169,7 @@ def test_gradients_are_those_of_finite_differences(
 def test_keeping_everything_everywhere_is_the_dense_teacher_bit_for_bit(policy: TailPolicy) -> None:
     teacher = normal(4, 5, VOCAB).float()
     student = normal(5, 5, VOCAB).float().requires_grad_()
-    signal = signal_of(true_record(teacher, [VOCAB] * 5))
+    signal = TopKSignal(record=true_record(teacher, [VOCAB] * 5))
     assert signal.exact
     assert torch.equal(signal.dense_logits(), teacher)
     dense = reverse_kl(student, DenseSignal(logits=teacher), "exact", 2.0)
@@ -197,7 +191,7 @@ def test_no_record_gives_nan_or_infinite_values_or_gradients(
     student = torch.zeros(len(record.ids), record.vocab_size)
     student[:, 0] = certainty
     student.requires_grad_()
-    found = reverse_kl(student, signal_of(record), policy)
+    found = reverse_kl(student, TopKSignal(record=record), policy)
     assert bool(torch.isfinite(gradient(found, student)).all())
     parts = (found.head, found.bucket, found.tail)
     for values in (found.value, *parts, found.student_tail_mass, found.lower):
@@ -221,28 +215,29 @@ def test_one_short_position_among_whole_ones_is_not_exact_and_is_named() -> None
         resolve_tail("exact", signal)
     with pytest.raises(ValueError, match=r"temperature 2\.0 the mass of the tail"):
         reverse_kl(normal(7, 3, VOCAB), signal, "bucket", 2.0)
-    assert kept_mass(signal) == pytest.approx(1 - float(signal.log_tail[1].exp()) / 3)
+    assert kept_mass(signal) == pytest.approx(1 - float(signal.record.log_tail[1].exp()) / 3)
 
 
 def test_signals_of_different_numbers_of_entries_are_joined() -> None:
     logits = normal(8, 6, VOCAB)
     narrow, wide = (
-        signal_of(top_k_record(logits[:2], 2)),
-        signal_of(top_k_record(logits[2:4], VOCAB)),
+        TopKSignal(record=top_k_record(logits[:2], 2)),
+        TopKSignal(record=top_k_record(logits[2:4], VOCAB)),
     )
-    uneven = signal_of(true_record(logits[4:], [1, 4]))
+    uneven = TopKSignal(record=true_record(logits[4:], [1, 4]))
     joined = concatenate([narrow, wide, uneven])
     assert isinstance(joined, TopKSignal)
-    expected = signal_of(true_record(logits, [2, 2, VOCAB, VOCAB, 1, 4]))
-    assert joined.num_kept is not None
+    expected = TopKSignal(record=true_record(logits, [2, 2, VOCAB, VOCAB, 1, 4]))
+    assert joined.record.num_kept is not None
     for name in ("ids", "logits", "num_kept"):
-        assert torch.equal(getattr(joined, name), getattr(expected, name)), name
-    torch.testing.assert_close(joined.log_tail, expected.log_tail)
-    torch.testing.assert_close(joined.logsumexp, expected.logsumexp)
+        assert torch.equal(getattr(joined.record, name), getattr(expected.record, name)), name
+    for name in ("log_tail", "logsumexp"):
+        torch.testing.assert_close(getattr(joined.record, name), getattr(expected.record, name))
     for signals, counts in (([narrow, narrow], None), ([narrow, wide], [2, 2, VOCAB, VOCAB])):
         pair = concatenate(signals)
         assert isinstance(pair, TopKSignal)
-        assert (None if pair.num_kept is None else pair.num_kept.tolist()) == counts
+        found = pair.record.num_kept
+        assert (None if found is None else found.tolist()) == counts
 
 
 def test_a_decoded_sketch_says_what_the_sketch_says() -> None:
@@ -290,7 +285,7 @@ def test_the_objective_of_a_batch_is_the_mean_over_positions_alone(
         values = [reverse_kl(r[None], s, tail).value for r, s in zip(logits, signals, strict=True)]
         return torch.cat(values).mean()
 
-    responses = [one for o in outputs if o.response for one in alone(signal_of(o.response))]
+    responses = [one for o in outputs if o.response for one in alone(TopKSignal(record=o.response))]
     predicting = torch.cat([state.predicting for state in batch.states])
     rld = mean(batch.student_head(predicting), responses)
     torch.testing.assert_close(found.terms["rld"], rld, rtol=1e-12, atol=1e-12)
@@ -299,6 +294,6 @@ def test_the_objective_of_a_batch_is_the_mean_over_positions_alone(
         if pairs is None or output.vision is None:
             continue
         logits = batch.student_head(state.vision)
-        signals = alone(signal_of(output.vision))
+        signals = alone(TopKSignal(record=output.vision))
         vsd.append(mean(logits[pairs.student], [signals[at] for at in pairs.teacher.tolist()]))
     torch.testing.assert_close(found.terms["vsd"], torch.stack(vsd).mean(), rtol=1e-12, atol=1e-12)
