@@ -11,7 +11,7 @@ where the other lines do, and `student's logits` is what both must compute. The 
 either is computed in their time, but for `given`, where the student's logits are there. Regret is
 the excess of a matching's exact cost over the optimum, as a share of a random matching's excess,
 and equal the share of pairs that are the optimum's, means over two images (with the mean's standard
-error), at the goals' shape over `--images`; of raw L2 both are by raw L1. Models and images are
+error), at the goals' shape over `--images`. Models and images are
 made up (vision_field.py). One thread; processor time, the best of some rounds, of the first image;
 memory is what a call adds to the resident set at its peak. Needs Linux, and 6 GiB. Ten minutes;
 `--all` and `--large` take several times as long.
@@ -120,9 +120,6 @@ def ways(problem: Problem, more: bool) -> dict[str, Callable[[], Tensor]]:
             found[f"raw hidden, {num_ids}"] = way(problem.hidden, "raw_l1", num_ids)
         for rank, signal in problem.sketches.items():
             found[f"raw sketch {rank}, {num_ids}"] = way(signal, "raw_l1", num_ids)
-    found["raw L2, hidden"] = way(problem.hidden, "raw_l2")
-    for rank, signal in problem.sketches.items():
-        found[f"raw L2, sketch {rank}"] = way(signal, "raw_l2")
     for top_k, signal in problem.top_ks.items():
         found[f"prob top-{top_k}"] = way(signal, "prob_l1")
     config, logits = MatchingConfig(metric="prob_l1"), problem.student_logits

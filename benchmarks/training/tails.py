@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.tails [--vocab 151936] [--top-k 64] [--text] [--json PATH]
 
-Two flat tails are defined here alone, to show why no training run offers them: `uniform` spreads the
-tail's mass evenly, and `mean_logit` gives each entry the sketch's mean logit, whatever the sum.
+Two flat tails are defined only here, to show why training does not offer them: `uniform` spreads
+the tail's mass evenly, and `mean_logit` gives each entry the sketch's mean logit, whatever the sum.
 
 Gradients are those of the student's states: cosine with the exact gradient, mean over matched
 pairs. Values are shares of the exact value. `far` is the synthetic student, `near` has logits of
@@ -119,13 +119,11 @@ def compare(student: Tensor, case: Case, name: DivergenceName) -> dict[str, tupl
     }
 
 
-def _divergence(
-    name: DivergenceName, logits: Tensor, record: TopKSignal, line: str
-) -> Divergence:
+def _divergence(name: DivergenceName, logits: Tensor, record: TopKSignal, line: str) -> Divergence:
     """By the policy of a line of the table, or by a flat tail: [P, 1] for all its entries."""
     measure = DIVERGENCES[name]
     if line not in FLAT_TAILS:
-        policy = next(policy for policy in POLICIES if line.startswith(policy))
+        policy: TailPolicy = next(each for each in POLICIES if line.startswith(each))
         return measure(logits, record, policy, 1.0, 0.5)
     num_outside = record.vocab_size - record.counts
     entry = record.record.log_tail - num_outside.log()

@@ -59,8 +59,7 @@ _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
     "divergence": (DivergenceName, "What VSD and RLD measure; EPIC's KD is always forward."),
     "tail": (
         TailPolicy,
-        "What the divergences assume of the mass outside a teacher's top-k; uniform and mean_logit "
-        "mislead and are for study only.",
+        "What the divergences assume of the mass outside a teacher's top-k.",
     ),
     "blend": (float, "Weight of the tail term under --tail blend."),
     "vlad_text": (VladText, "Text tokens whose affinity is distilled."),

@@ -12,7 +12,7 @@ from pydantic import model_validator
 from student_train.config.schedules import ScheduleName
 from teacher_cache.schema.strict_json import StrictRecord
 
-MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "raw_l2", "hidden_cosine", "hidden_l2"]
+MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 UsedTail = TailPolicy | Literal["blend_template"]
@@ -44,9 +44,8 @@ class MatchingConfig(StrictRecord):
     """How student vision tokens are paired with teacher vision tokens."""
 
     metric: MatchMetric = "raw_l1"
-    """Cost of a pair: L1 of raw logits (the paper), of row-centred logits or of probabilities, the
-    Euclidean distance of raw logits, or, of hidden states of equal widths, one minus their cosine
-    or their Euclidean distance."""
+    """Cost of a pair: L1 of raw logits (the paper), of row-centred logits or of probabilities; or,
+    of hidden states of equal widths, one minus their cosine or their Euclidean distance."""
     scope: MatchScope = "view"
     """One assignment per view (teacher and student share the grid of views) or one per image."""
     num_shared_ids: int | None = 3072

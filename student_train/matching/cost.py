@@ -3,7 +3,6 @@
     raw_l1         sum_v |s_v - t_v|        over raw logits: the paper's Manhattan distance
     centred_l1     the same minus each row's mean: ignores the logits' free constant
     prob_l1        sum_v |q_v - p_v|        over probabilities, between 0 and 2
-    raw_l2         (sum_v (s_v - t_v)^2)^(1/2)   over raw logits, always over all V
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
     hidden_l2      |h_s - h_t|              the same, with their lengths
 
@@ -27,7 +26,6 @@ from torch.nn import functional
 from student_train.config.objective import MatchingConfig
 from student_train.head.linear_head import LogitsOf
 from student_train.head.student_logits import StudentLogits
-from student_train.matching.l2_cost import l2_distances
 from student_train.matching.top_k_l1_cost import sparse_probability_l1
 from student_train.ops.l1 import l1_distances
 from student_train.ops.precision import at_least_float32
@@ -90,9 +88,7 @@ def problems_at_once(
     if isinstance(teacher, HiddenSignal) and config.metric in ("hidden_cosine", "hidden_l2"):
         num_columns = teacher.hidden.shape[1]
     elif config.metric != "prob_l1":
-        num_columns = min(num_columns, _COLUMNS_AT_ONCE)
-        if config.metric != "raw_l2":
-            num_columns = min(num_columns, config.num_shared_ids or num_columns)
+        num_columns = min(num_columns, _COLUMNS_AT_ONCE, config.num_shared_ids or num_columns)
     num_costs = 4 * num_students * num_teachers  # l1.py holds those of a few strips
     return max(1, _TOGETHER // ((num_students + num_teachers) * num_columns + num_costs))
 
@@ -121,8 +117,6 @@ def pair_costs(
     with plain:
         if config.metric == "prob_l1":
             return _probability_l1(student, teacher, num_problems)
-        if config.metric == "raw_l2":
-            return _logit_l2(student, teacher, num_problems)
         return _logit_l1(student, teacher, config, num_problems)
 
 
@@ -131,7 +125,7 @@ def require_comparable(
 ) -> None:
     """ValueError, with the remedy, where the teacher's record cannot serve the metric."""
     metric = config.metric
-    if metric in ("raw_l1", "centred_l1", "raw_l2") and _is_bare(teacher):
+    if metric in ("raw_l1", "centred_l1") and _is_bare(teacher):
         raise ValueError(
             f"matching by {metric} needs logits outside the top {teacher.min_kept}, which this "
             "cache does not hold: build it with records `topk+sketch` or `hidden`, or match by "
@@ -195,21 +189,6 @@ def _apart(rows: Tensor, num_problems: int) -> Tensor:
 def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Sums the first entries of all pairs, and the second ones."""
     return reduce(lambda left, right: (left[0] + right[0], left[1] + right[1]), pairs)
-
-
-def _logit_l2(student: StudentLogits, teacher: Signal, num_problems: int) -> Costs:
-    ids = torch.arange(teacher.vocab_size, device=student.hidden.device)
-    totals: list[Tensor] = []
-
-    def columns() -> Iterator[Tensor]:
-        for logits in student.blocks(ids, _COLUMNS_AT_ONCE):
-            own = at_least_float32(logits)
-            totals.append(own.sum(dim=1))
-            yield own
-
-    cost = l2_distances(columns(), student.num_rows, teacher, num_problems)
-    mean_N = reduce(torch.add, totals) / teacher.vocab_size
-    return Costs(cost.to(mean_N.dtype), mean_N.unflatten(0, (num_problems, -1)))
 
 
 def _state_distances(

@@ -1,10 +1,10 @@
-"""L1 distances of every pair of rows, in strips of columns that stay in a core's nearest cache.
+"""Computes the L1 distance of every pair of rows, in strips of columns that stay in L1 cache.
 
-`torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum; over strips
-of 16 columns the sum is a single vector and the rows lie in cache: 2.5 times faster here at
-V = 151,936 (benchmarks/matching), and closer to the true sum, since partial sums are added in
-two levels. On GPUs a kernel of our own does so by tiles (kernels_l1.py). Promises: no tensor of
-N x M x C entries, no gradient, inputs untouched; a pair's distance depends on no other pair.
+`torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum. Over strips of
+16 columns the sum is a single vector and the rows stay in cache: 2.5 times as fast at V = 151,936
+(benchmarks/matching), and closer to the true sum, because partial sums are added in two levels. On
+GPUs a kernel can do the same by tiles (l1_triton.py). Promise: no tensor of N x M x C entries, no
+gradient, inputs unchanged; a pair's distance depends on no other pair.
 Dimensions as in schema.py, C any number of columns.
 """
 
@@ -19,7 +19,7 @@ _CPU_STRIP = 16
 _GPU_STRIP = 1024
 _COLUMNS_AT_ONCE = 8192
 _STRIPS_AT_ONCE = 4
-"""Few calls for small problems, little memory for large ones; the same for all, as bits are."""
+"""Few calls for small problems, little memory for large ones. Equal for all sizes: so are bits."""
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def l1_distances(
 ) -> Float[Tensor, "*B N M"]:
     """`sum_c |student[n, c] - teacher[m, c]|` of rows of one dtype, summed in float32 or wider.
 
-    Leading dimensions are problems of their own: each gets the bits that it gets alone.
+    Leading dimensions are separate problems; each gets the same bits as alone.
     """
     if use_kernels(student):
         from student_train.ops.l1_triton import tiled_l1
@@ -39,12 +39,12 @@ def l1_distances(
 
 
 def l1_rounding(num_columns: int, dtype: torch.dtype) -> float:
-    """Bound of the relative rounding error of `l1_distances` in `dtype`, whatever the device.
+    """Bound of the relative rounding error of `l1_distances` in `dtype`, on any device.
 
-    A distance is a sum of non-negative terms, so its relative error is at most one rounding for
-    every addition that a term goes through, and one for its difference. In strips these are at
-    most a strip's columns, the strips of a block and the blocks; in the kernel 256 of a lane, 2
-    between lanes, 8 spans, one into the total and the blocks: fewer.
+    A distance is a sum of non-negative terms, so its relative error is at most one rounding per
+    addition that a term goes through, and one for its difference. In strips the additions are at
+    most a strip's columns, the strips of a block and the blocks. The kernel has fewer: 256 in a
+    lane, 2 between lanes, 8 spans, one into the total, and the blocks.
     """
     in_sequence = _GPU_STRIP + _COLUMNS_AT_ONCE // _CPU_STRIP + num_columns // _COLUMNS_AT_ONCE
     return 2 * torch.finfo(dtype).eps * (in_sequence + 4)
@@ -65,7 +65,7 @@ def _in_strips(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _strips(rows: Tensor) -> Tensor:
-    """Rows [..., n, C] as strips [C / width, ..., n, width]; zeros fill up the last."""
+    """Rows [..., n, C] as strips [C / width, ..., n, width]; the last is padded with zeros."""
     width = _GPU_STRIP if rows.is_cuda else _CPU_STRIP
     missing = -rows.shape[-1] % width
     padded = functional.pad(rows, (0, missing)) if missing else rows

@@ -1,13 +1,13 @@
-"""The L1 distance of a row of probabilities to constants: F(c) = sum_v |q_v - c|, for many c.
+"""Computes the L1 distance of a row of probabilities to constants: F(c) = sum_v |q_v - c|.
 
     F(c) = sum q - V c + 2 U(c),   U(c) = the sum over q < c of c - q
 
-U takes only how many probabilities are under c and their sum. Two ways: all are sorted once, or, on
-a CPU and over a large vocabulary, counted and summed in narrow bins, six times as fast. Bins under
-that of c are known exactly; the bin of c itself gives bounds, and a row for which these leave
-F uncertain by more than one rounding of 1 is sorted after all. So F is exact to float32's rounding
-(float64's for float64), and a row's depends on no other row. Dimensions as in schema.py, n rows, M
-constants, B bins.
+U needs only the number of probabilities under c and their sum. There are two ways: sort all of them
+once, or, on a CPU and over a large vocabulary, count and sum them in narrow bins, 2 to 5 times as
+fast (docs/method.md). Bins below that of c are exact; the bin of c itself gives bounds. A row for
+which these leave F uncertain by more than one rounding of 1 is sorted after all. So F is exact to
+float32's rounding (float64's for float64), and no row depends on another. Dimensions as in
+schema.py, n rows, M constants, B bins.
 """
 
 import math
@@ -21,11 +21,11 @@ from torch.nn import functional
 
 _SORTED_AT_ONCE = 2**22
 _COUNTED_AT_ONCE = 4
-"""Rows; few, so that they are still in cache when they are read again."""
+"""Rows; few, so that they are still in cache when read again."""
 _LEAST_COUNTED = 2**13
-"""Smaller vocabularies are sorted as fast."""
+"""Sorting is as fast for smaller vocabularies."""
 _SHIFT = 12
-"""Bits of a float32 that do not tell its bin: there are 2,048 bins for each power of two."""
+"""Low bits of a float32 that do not select its bin: each power of two has 2,048 bins."""
 _FLOOR, _LEAST_FLOOR, _SCALE = -10, -40, 100
 """As powers of two: floor over the greatest constant, least floor, and scale (`_Bins`)."""
 _WHOLE = 2.0**60
@@ -33,18 +33,18 @@ _WHOLE = 2.0**60
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bins:
-    """Intervals of x = q + floor whose float32 share their leading bits, up to the last constant.
+    """Intervals of x = q + floor whose float32 values share their leading bits, up to the last c.
 
-    So they are equally wide where q is under the floor, and as wide as q / 2,048 above: absolute
-    errors matter, and most probabilities are tiny. All is scaled by 2^100 where bits are taken,
-    which makes the leading bits, as a whole number, greater than the number of probabilities.
+    They are equally wide where q is under the floor, and q / 2,048 wide above: absolute errors
+    matter, and most probabilities are tiny. Bits are taken of values scaled by 2^100, which makes
+    the leading bits, as a whole number, greater than the number of probabilities.
     """
 
     floor: float
     first: int
     """Leading bits of the first bin."""
     least_B: Tensor
-    """The least x of a bin, as the whole number that its bits are; float64 like the others."""
+    """The bits of a bin's least x as a whole number; float64 like the others."""
     lower_B: Tensor
     width_B: Tensor
     place_M: Tensor
@@ -53,9 +53,9 @@ class _Bins:
 
     @classmethod
     def of(cls, constants_M: Tensor, vocab_size: int) -> "_Bins | None":
-        """None where counting is no faster than sorting or would not be exact.
+        """None where counting is not faster than sorting, or not exact.
 
-        A GPU sorts well and adds up in no fixed order; float64 has no bits to spare.
+        A GPU sorts fast and adds in no fixed order; float64 has no bits to spare.
         """
         if constants_M.is_cuda or constants_M.dtype != torch.float32:
             return None
@@ -95,7 +95,7 @@ class ConstantDistances:
 
     constants: Float[Tensor, " M"]
     rows_at_once: int
-    """Rows to ask about at a time: fewer cost more time, more of them more memory."""
+    """Rows to pass at a time: fewer take more time, more take more memory."""
     bins: _Bins | None
 
     @classmethod
@@ -121,11 +121,11 @@ class ConstantDistances:
 
 
 def _under_by_counting(rows_nV: Tensor, bins: _Bins) -> tuple[Tensor, Tensor]:
-    """U for each constant, in float64, and for which rows it is known well enough.
+    """U for each constant, in float64, and for which rows it is exact enough.
 
-    One histogram tells both how many x are in a bin and their sum: the bits of n of them add up to
-    n times the bin's least and a rest, which is smaller than the least one since n < `first`. In
-    the bin of c the sum is least where all x are equal, and greatest where all are at the edges.
+    One histogram gives both the number of x in a bin and their sum: the bits of n of them add up to
+    n times the bin's least and a rest, which is smaller than one least because n < `first`. In the
+    bin of c the sum is least where all x are equal, and greatest where all are at the edges.
     """
     sums_nB = torch.stack([bins.sums(row_V) for row_V in rows_nV])
     number_nB = (sums_nB / bins.least_B).floor_()
@@ -145,7 +145,7 @@ def _under_by_counting(rows_nV: Tensor, bins: _Bins) -> tuple[Tensor, Tensor]:
 
 
 def _under_by_sorting(rows_nV: Tensor, constants_M: Tensor) -> Tensor:
-    """The same for any rows. Whole numbers are added, which gives the same in any order."""
+    """U for any rows, in float64. Sums of whole numbers are the same in any order."""
     ascending_nV = _sorted(rows_nV)
     sum_nV = functional.pad((ascending_nV.double() * _WHOLE).long().cumsum(1), (1, 0))
     number_nM = torch.searchsorted(ascending_nV, constants_M.repeat(len(rows_nV), 1))
@@ -154,7 +154,7 @@ def _under_by_sorting(rows_nV: Tensor, constants_M: Tensor) -> Tensor:
 
 
 def _sorted(rows_nV: Tensor) -> Tensor:
-    """Each ascending. NumPy's vectorised sort is three times as fast on a CPU: no indices."""
+    """Each row ascending. NumPy's sort, without indices, is three times as fast on a CPU."""
     if rows_nV.is_cuda:
         return rows_nV.sort(dim=1).values
     return torch.from_numpy(np.sort(rows_nV.numpy(), axis=1))

@@ -1,12 +1,12 @@
-"""L1 distances of every pair of rows as a Triton kernel, tile by tile, for `l1.py`.
+"""Computes the L1 distance of every pair of rows with a Triton kernel, by tiles, for `l1.py`.
 
-`torch.cdist(p=1)` reads two values from memory for every |a - b| that it adds; a program here
-holds the sums of 32 x 64 pairs in registers, and each value that it reads serves 32 or 64 of them.
-Columns are cut into spans that other programs add up, so that few pairs still fill a GPU.
-Promise: no atomic operation, and every pair's sum in one order, whatever the other pairs, the batch
-or the launch: the same bits always on one kind of GPU. `l1_rounding` counts the additions. Half
-precision is widened in registers. Needs triton; runs on a CPU where TRITON_INTERPRET=1 was set
-before triton was imported, which is what the tests do.
+`torch.cdist(p=1)` reads two values from memory for every |a - b| that it adds. A program here keeps
+the sums of 32 x 64 pairs in registers, and each value that it reads serves 32 or 64 of them.
+Columns are cut into spans for separate programs, so that few pairs still fill a GPU.
+Promise: no atomic operation, and one order of addition for every pair, whatever the other pairs,
+the batch or the launch: the same bits always on one kind of GPU. `l1_rounding` counts the
+additions. Half precision is widened in registers. Needs triton; runs on a CPU where
+TRITON_INTERPRET=1 was set before triton was imported, as the tests do.
 """
 
 from typing import no_type_check
@@ -20,9 +20,9 @@ from torch import Tensor
 SPAN = 1024
 """Columns that one program adds up."""
 BLOCK_SPANS = 8
-"""Spans of one launch: what they leave for the last addition is 8 N x M numbers."""
+"""Spans of one launch: they leave 8 N x M numbers for the last addition."""
 TILE = {"TILE_N": 32, "TILE_M": 64, "LANES": 4}
-"""Pairs of one program, and in how many columns it is at a time; a power of two each."""
+"""Pairs of one program, and its columns at a time; each a power of two."""
 _ADDED_AT_ONCE = 1024
 
 
@@ -52,7 +52,7 @@ def span_distances(
         column += LANES
         here_N += LANES
         here_M += LANES
-        # The next columns are on their way while these are added up.
+        # Load the next columns while these are added up.
         next_own = tl.load(here_N, inside_N & (column < num_columns), other=0.0)
         next_theirs = tl.load(here_M, inside_M & (column < num_columns), other=0.0)
         sums += tl.abs(own.to(tl.float32)[:, None, :] - theirs.to(tl.float32)[None, :, :])

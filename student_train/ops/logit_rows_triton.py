@@ -1,16 +1,17 @@
-"""What losses need of rows of logits, as Triton kernels: read once for it, once for the gradient.
+"""Reads what losses need from rows of logits, and writes their gradient, with Triton kernels.
 
-Of a row z over W columns, of which K are kept by the teacher and the first V are its vocabulary:
+One pass reads, a second one writes. A row z has W columns; the teacher's vocabulary is the first V,
+of which it keeps K:
 
     log_tail    log sum of exp z over the tail: the V - K columns that are not kept
     log_extra   the same over the columns from V on
-    tail_mean   mean of z over the tail, each column weighing its share t of the tail's sum
-    gap         mean of z - e over the tail alike, with an estimate e of the teacher's log p
-    least       the least z of the tail; `largest` of its entries by way of maxima of 64 columns
+    tail_mean   mean of z over the tail, weighted by each column's share of the tail's sum
+    gap         the same mean of z - e, with an estimate e of the teacher's log p
+    least       the least z of the tail; its largest entries come from maxima of 64 columns
 
-Everything else that a lumped divergence or a cross-entropy asks follows from these and from z at
-single places. Promise: no atomic operation, so the same bits always on one kind of GPU; sums in
-float32, whatever the dtype of z. Needs triton, like kernels_l1.py.
+A bucketed divergence and a cross-entropy need no more than these and z at single columns. Promise:
+no atomic operation, so the same bits always on one kind of GPU; sums in float32, whatever the dtype
+of z. Needs triton, like l1_triton.py.
 """
 
 from typing import NamedTuple, no_type_check
@@ -22,14 +23,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 COLUMNS = 2048
-"""Of a row, in one program."""
+"""Columns of a row in one program."""
 GROUP = 64
-"""Columns of which one maximum is stored."""
+"""Columns that share one stored maximum."""
 _WORD = 32
 
 
 class RowParts(NamedTuple):
-    """What one pass over the rows finds; nothing has a gradient. Log sums of nothing are -inf."""
+    """What one pass over the rows reads, without gradients. Log sums of nothing are -inf."""
 
     log_tail: Float[Tensor, " N"]
     log_extra: Float[Tensor, " N"]
@@ -41,7 +42,7 @@ class RowParts(NamedTuple):
 
 
 class TailWeights(NamedTuple):
-    """The gradient of a total with respect to what a pass has found, and to single logits."""
+    """The gradient of a total with respect to what a pass has read, and to single logits."""
 
     log_tail: Float[Tensor, " N"]
     log_extra: Float[Tensor, " N"]
@@ -121,7 +122,7 @@ def write_gradient(
 def kept_bits(
     ids: Int[Tensor, "N K"], mask: Bool[Tensor, "N K"] | None, vocab_size: int
 ) -> Int[Tensor, "N words"]:
-    """A bit for each column, set where it is kept. Ids that the mask leaves out repeat others."""
+    """A bit for each column, set where it is kept. Masked ids are padding and repeat others."""
     bit = torch.ones_like(ids, dtype=torch.int32) << (ids % _WORD).int()
     if mask is not None:
         bit = bit * mask
@@ -188,7 +189,7 @@ def replace_by_gradient(
     labels: Int[Tensor, " N"],
     estimate: Float[Tensor, "N V"] | None = None,
 ) -> None:
-    """Write the gradient where the logits are, but 0 at kept columns; labels of -1 are none."""
+    """Replaces logits by the gradient, but 0 at kept columns; a label of -1 is none."""
     num_rows, num_columns = logits.shape
     if not num_rows:
         return

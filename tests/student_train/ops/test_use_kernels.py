@@ -100,6 +100,7 @@ def test_distances_go_through_the_kernel_where_kernels_are_chosen(
 
 
 def test_nothing_on_a_cpu_and_no_float64_is_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(use_kernels.SWITCH, "1")
     assert not use_kernels.use_kernels(torch.zeros(2, 2))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(use_kernels, "_runs_on", lambda device: True)
@@ -107,14 +108,19 @@ def test_nothing_on_a_cpu_and_no_float64_is_for_kernels(monkeypatch: pytest.Monk
     assert not use_kernels.use_kernels(torch.zeros(2, 2, dtype=torch.float64))
     monkeypatch.setenv(use_kernels.SWITCH, "0")
     assert not use_kernels.use_kernels(torch.zeros(2, 2))
+    monkeypatch.delenv(use_kernels.SWITCH)
+    assert not use_kernels.use_kernels(torch.zeros(2, 2)), "off unless asked for"
     monkeypatch.setenv(use_kernels.SWITCH, "no")
-    with pytest.raises(ValueError, match="EMKD_KERNELS=no: set it to 0"):
+    with pytest.raises(ValueError, match="EMKD_KERNELS=no: set it to 1"):
         use_kernels.use_kernels(torch.zeros(2, 2))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distances_on_a_gpu_are_the_distances(dtype: torch.dtype) -> None:
+def test_distances_on_a_gpu_are_the_distances(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(use_kernels.SWITCH, "1")
     left, right = normal(6, 2, 145, 9001).to(dtype), normal(7, 2, 730, 9001).to(dtype)
     assert use_kernels.use_kernels(left.cuda())
     found = l1_distances(left.cuda(), right.cuda()).cpu().double()
