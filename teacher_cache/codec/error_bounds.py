@@ -1,9 +1,9 @@
-"""The writer's error gate: what eight bits cost a sample, against what the cache's spec allows.
+"""Compares what 8-bit columns lose of a sample with the bounds that the cache's spec states.
 
-A lossy codec that is right on average can be wrong where it matters, and nobody reads a README
-while a run goes astray: every sample is decoded as readers will and compared with what the teacher
-said. One that passes a bound of the spec is a `CodecError` that names sample, column, error, bound
-and remedy, and the build stops; nothing is clipped, nothing is let through with a warning.
+A lossy codec that is good on average can be wrong where it matters. So the writer decodes every
+sample as readers do and compares it with the teacher's numbers. A sample that exceeds a bound of
+the spec raises `CodecError`, which names sample, column, error, bound and remedy; the build stops.
+Nothing is clipped and nothing only warned about.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from teacher_cache.codec.columns import output_from_columns, state_columns, top_k_records
 from teacher_cache.codec.quantize import largest_error, largest_relative_error
+from teacher_cache.schema.errors import EmkdError
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.teacher_output import TeacherOutput
 
 
-class CodecError(ValueError):
-    """A lossy codec would lose more of a sample than the cache's spec allows."""
+class CodecError(EmkdError):
+    """Raised when a lossy codec loses more of a sample than the cache's spec allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What eight bits cost one part of one sample, beside what the spec allows."""
+    """The largest error of one 8-bit column of a sample, and the bound of the spec."""
 
     column: str
     found: float
@@ -36,7 +37,7 @@ class Loss:
 def losses(
     output: TeacherOutput, columns: Mapping[str, Tensor], spec: CacheSpec
 ) -> tuple[Loss, ...]:
-    """The largest error of every lossy column of a sample, from reading `columns` back."""
+    """The largest error of every lossy column of a sample; decodes `columns` to find it."""
     lossy = (spec.logits_max_error, spec.affinity_max_error, spec.hidden_max_error)
     if lossy == (None, None, None):
         return ()
@@ -45,7 +46,7 @@ def losses(
     if spec.logits_max_error is not None:
         stored = top_k_records(back)
         for prefix, record in top_k_records(output).items():
-            width = stored[prefix].logits.shape[1]  # beyond it are repetitions
+            width = stored[prefix].logits.shape[1]  # repeated entries follow
             error = largest_error(record.logits[:, :width], stored[prefix].logits)
             found.append(
                 Loss(
@@ -53,8 +54,8 @@ def losses(
                     found=error,
                     bound=spec.logits_max_error,
                     setting="logits_max_error",
-                    remedy="choose logits_codec exact, or a smaller top_k (the range of a "
-                    "position's logits / 510 is its largest error)",
+                    remedy="choose logits_codec exact, or a smaller top_k (a position's largest "
+                    "error is the range of its logits / 510)",
                 )
             )
     if spec.affinity_max_error is not None and output.affinity is not None:
@@ -87,13 +88,12 @@ def losses(
 def require_within_bounds(
     sample: str, output: TeacherOutput, columns: Mapping[str, Tensor], spec: CacheSpec
 ) -> None:
-    """Raise `CodecError` where a column of the sample has lost more than the spec allows."""
+    """Raise `CodecError` where a column of the sample exceeds a bound of the spec."""
     for loss in losses(output, columns, spec):
         if not loss.found <= loss.bound:  # NaN passes no bound
             raise CodecError(
                 f"sample {sample}: column {loss.column} has an error of {loss.found:.3g}, "
-                f"{loss.setting} is {loss.bound:.3g}. That is the settings' fault, not the "
-                "sample's (--on-bad-sample does not pass over it): "
-                f"{loss.remedy}, or state a larger bound, in a new folder: it is part of what a "
-                "cache is"
+                f"{loss.setting} is {loss.bound:.3g}. The settings cause this, not the sample, so "
+                f"--on-bad-sample does not skip it: {loss.remedy}, or set a larger bound, and "
+                "build into a new folder: the bound is part of the cache's identity"
             )

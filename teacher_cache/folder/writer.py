@@ -8,7 +8,7 @@ are not those of the plan, and a plan that differs from the stored one.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,7 +46,7 @@ from teacher_cache.schema.manifest import (
 )
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
-from teacher_cache.schema.teacher_output import CachedSample
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_rows, tier_parts
@@ -109,8 +109,11 @@ def write_shard(
 
     `rows` and `rejected` together are the shard's samples in the order of the plan.
     """
+    counts = Counter[str]()
+    for row in rows:
+        _count(row.output, row.output.shared_from, counts)
     encoded = encode_rows(rows, plan.spec)
-    return write_encoded_shard(cache, plan, index, encoded, rejected, seconds, quality)
+    return _write_and_commit(cache, plan, index, encoded, counts, rejected, seconds, quality)
 
 
 def write_encoded_shard(
@@ -124,8 +127,23 @@ def write_encoded_shard(
 ) -> ShardCommit:
     """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()
+    counted = _counted(rows, counts)
+    return _write_and_commit(cache, plan, index, counted, counts, rejected, seconds, quality)
+
+
+def _write_and_commit(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    counts: Mapping[str, int],
+    rejected: Sequence[RejectedSample],
+    seconds: float,
+    quality: ShardQuality | None,
+) -> ShardCommit:
+    """`counts` is complete once the last row has been taken."""
     columns = columns_of(tier_parts(plan.spec), plan.spec)
-    file = write_shard_file(cache, plan, index, _counted(rows, counts), columns, rejected)
+    file = write_shard_file(cache, plan, index, rows, columns, rejected)
     commit = ShardCommit(
         index=index,
         files=(file,),
@@ -286,15 +304,20 @@ def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[Encod
     spans = columns_of(())
     for row in rows:
         output = output_from_columns({name: decode_frame(row.frames[name]) for name in spans}, 1)
-        num_vision = sum(view.num_tokens for view in output.views)
-        counts["rows"] += 1
-        counts["vision_tokens"] += num_vision
-        counts["with_images"] += num_vision > 0
-        if row.shared_from is None:
-            counts["vision_records"] += num_vision > 0
-            counts["stored_vision_tokens"] += num_vision
-        counts["response_tokens"] += int(output.is_response.sum())
+        _count(output, row.shared_from, counts)
         yield row
+
+
+def _count(output: TeacherOutput, shared_from: str | None, counts: Counter[str]) -> None:
+    """Add a row to the counts of a commit record."""
+    num_vision = sum(view.num_tokens for view in output.views)
+    counts["rows"] += 1
+    counts["vision_tokens"] += num_vision
+    counts["with_images"] += num_vision > 0
+    if shared_from is None:
+        counts["vision_records"] += num_vision > 0
+        counts["stored_vision_tokens"] += num_vision
+    counts["response_tokens"] += int(output.is_response.sum())
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

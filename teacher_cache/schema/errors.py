@@ -1,28 +1,28 @@
-"""The errors that callers catch; the base of all of them is EmkdError."""
+"""The errors that callers catch. All derive from EmkdError, which is a ValueError."""
 
 
 class EmkdError(ValueError):
-    """Something that a user gave, or that lies on a disk, cannot be used as it is."""
+    """Raised when something that a user gave, or that is on a disk, cannot be used as it is."""
 
 
 class DecodeError(EmkdError):
-    """A file does not describe the record that was expected; names file, field and remedy."""
+    """Raised when a file does not describe the expected record; names file, field and remedy."""
 
 
 class CacheMismatchError(EmkdError):
-    """Two descriptions that must agree do not; the message is a table of the fields."""
+    """Raised when two descriptions that must agree differ; the message is a table of fields."""
 
 
 class IncompleteCacheError(EmkdError):
-    """The cache has no seal: its build has not finished."""
+    """Raised when a cache has no seal because its build has not finished."""
 
 
 class ShardCorruptError(EmkdError):
-    """A stored file does not hold what its record says."""
+    """Raised when a stored file does not hold what its record says."""
 
 
 class SampleError(EmkdError):
-    """One sample cannot be used. Holds its id and the reason, so that callers can list it."""
+    """Raised when one sample cannot be used; `sample_id` and `reason` are there for lists."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
         super().__init__(f"sample {sample_id!r}: {reason}")

@@ -30,57 +30,64 @@ from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import holds
 from teacher_cache.schema.samples import Message, Sample, sample_key
-from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
+from teacher_cache.schema.teacher_output import CachedSample, TopKRecord
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.shard import Shard
 
 
 def encode_rows(cached: Sequence[CachedSample], spec: CacheSpec) -> Iterator[EncodedRow]:
-    """Encode the samples of a shard in order; a vision record that several share is encoded once.
+    """Encode the samples of a shard in order; computes each column once, a shared frame once.
 
-    ValueError as of `encode_row`, and where a sample shares a record that is not that of an earlier
-    sample with one of its own.
+    Raises ValueError as `encode_row` does, and where a sample shares a vision record that is not
+    the record of an earlier sample.
     """
     shared = {each.output.shared_from for each in cached}
     owners: dict[str | None, tuple[dict[str, Tensor], EncodedRow]] = {}
     for each in cached:
-        columns = _vision_columns(each.output, spec)
+        columns = _checked_columns(each, spec)
+        vision = {name: columns[name] for name in VISION_COLUMNS & columns.keys()}
         ready: dict[str, bytes] = {}
         if each.output.shared_from is not None:
             theirs, row = owners.get(each.output.shared_from, ({}, None))
-            if row is None or not all(torch.equal(columns[name], theirs[name]) for name in columns):
+            if row is None or not all(torch.equal(vision[name], theirs[name]) for name in vision):
                 raise ValueError(
                     f"sample {each.sample.key} shares the vision record of "
                     f"{each.output.shared_from}, which is no earlier sample with that record"
                 )
-            ready = {name: row.frames[name] for name in columns}
-        row = encode_row(each, spec, ready)
+            ready = {name: row.frames[name] for name in vision}
+        row = _encoded(each, columns, ready)
         if row.shared_from is None and row.key in shared:
-            owners[row.key] = (columns, row)
+            owners[row.key] = (vision, row)
         yield row
 
 
-def encode_row(
-    cached: CachedSample, spec: CacheSpec, ready: Mapping[str, bytes] | None = None
-) -> EncodedRow:
-    """Encode one sample; ValueError where its records are not those that the spec promises.
+def encode_row(cached: CachedSample, spec: CacheSpec) -> EncodedRow:
+    """Encode one sample; ValueError where its records are not those that the spec promises."""
+    return _encoded(cached, _checked_columns(cached, spec), {})
 
-    `ready` has frames of columns that were encoded before.
-    """
-    sample, output = cached.sample, cached.output
+
+def _checked_columns(cached: CachedSample, spec: CacheSpec) -> dict[str, Tensor]:
+    """The columns of a sample, whose records are of the spec's tier and within its bounds."""
     _require_tier(cached, spec)
-    turns = [{"role": message.role, "text": message.text} for message in sample.messages]
-    frames = dict(ready or {})
-    columns = output_columns(output, spec)
-    require_within_bounds(f"{sample.key} ({sample.source_id})", output, columns, spec)
-    frames |= encode_columns(columns, ready or ())
+    columns = output_columns(cached.output, spec)
+    sample = f"{cached.sample.key} ({cached.sample.source_id})"
+    require_within_bounds(sample, cached.output, columns, spec)
+    return columns
+
+
+def _encoded(
+    cached: CachedSample, columns: Mapping[str, Tensor], ready: Mapping[str, bytes]
+) -> EncodedRow:
+    """The row of a sample; `ready` has the frames of columns that were encoded before."""
+    sample = cached.sample
+    messages = [{"role": message.role, "text": message.text} for message in sample.messages]
     return EncodedRow(
         key=sample.key,
         source_id=sample.source_id,
-        messages=json.dumps(turns),
+        messages=json.dumps(messages),
         images=sample.images,
-        frames=frames,
-        shared_from=output.shared_from,
+        frames={**ready, **encode_columns(columns, ready)},
+        shared_from=cached.output.shared_from,
     )
 
 
@@ -178,8 +185,3 @@ def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
             f"sample {key}: a position keeps {int(record.num_kept.max())} entries, the cache has "
             f"top_k {spec.top_k}"
         )
-
-
-def _vision_columns(output: TeacherOutput, spec: CacheSpec) -> dict[str, Tensor]:
-    columns = output_columns(output, spec)
-    return {name: columns[name] for name in VISION_COLUMNS & columns.keys()}
