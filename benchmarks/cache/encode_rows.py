@@ -48,8 +48,8 @@ def timed(
 
 def sharing(first: CachedSample, number: int) -> CachedSample:
     """A further sample with the image and the vision record of `first`."""
-    texts = (("user", f"And {number}?"), ("assistant", "Yes."))
-    messages = [*first.sample.messages, *(Message(role=role, text=text) for role, text in texts)]
+    question = Message(role="user", text=f"And {number}?")
+    messages = [*first.sample.messages, question, Message(role="assistant", text="Yes.")]
     return CachedSample(
         sample=make_sample(f"{first.sample.source_id}-{number}", first.sample.images, messages),
         output=dataclasses.replace(first.output, shared_from=first.sample.key),

@@ -18,12 +18,13 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from jobs.cluster.options import RayOptions
+from teacher_cache.schema.errors import EmkdError
 
 logger = logging.getLogger(__name__)
 
 
-class WorkerLostError(RuntimeError):
-    """A piece of work lost its worker more often than the retries allow."""
+class WorkerLostError(EmkdError, RuntimeError):
+    """Raised when a piece of work lost its worker more often than the retries allow."""
 
 
 @contextmanager

@@ -8,12 +8,14 @@ sample alone. Knows neither Ray nor teachers: `survives` does the work.
 
 from collections.abc import Callable
 
+from teacher_cache.schema.errors import EmkdError
+
 MAX_DEATHS = 32
 """Workers that a search may cost in one shard; three killers among 256 samples take at most 23."""
 
 
-class TooManyDeathsError(RuntimeError):
-    """The search was given up: more workers died of a shard than it may cost."""
+class TooManyDeathsError(EmkdError, RuntimeError):
+    """Raised when a search for crashing samples costs more workers than `max_deaths`."""
 
 
 def find_crashing_samples(

@@ -43,7 +43,7 @@ from teacher_cache.schema.teacher_output import (
 
 Part = Literal["vision", "sketch", "affinity", "response", "hidden", "response_grid", "hidden_grid"]
 GRID = tuple(f"g{number}" for number in range(1, MAX_RATIOS + 1))
-"""How the names of a grid's columns begin: g1 for the spec's first ratio, g2 for the next, ..."""
+"""Prefixes of a grid's columns: g1 for the spec's first ratio, g2 for the second, ..."""
 T = TypeVar("T")
 
 _IS_RESPONSE, _AFTER_IMAGE = 1, 2  # bits of the column content_flags
@@ -70,14 +70,14 @@ PART_COLUMNS: dict[Part, tuple[str, ...]] = {
         f"{prefix}_{name}" for prefix in GRID for name in ("predicting", "predicting_scale")
     ),
 }
-"""Every column that a part may have; a cache has those of one form (`columns_of`)."""
+"""Every column that a part can have; `columns_of` gives those of one cache."""
 VISION_COLUMNS = frozenset(
     name
     for name in (*_SPAN_COLUMNS, *chain.from_iterable(PART_COLUMNS.values()))
     if name == "views" or name.startswith(("v_", "s_", "h_vision"))
 )
-"""Columns of a sample's vision record: by causality they depend on nothing behind the images, so
-that samples which are equal up to there may share them (vision_sharing.py)."""
+"""Columns of a sample's vision record. With causal attention they depend on nothing after the
+images, so samples with equal input up to there may share them (teacher/vision_sharing.py)."""
 TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
     "topk": frozenset({"vision", "affinity", "response"}),
     "topk+sketch": frozenset({"vision", "sketch", "affinity", "response"}),
@@ -95,7 +95,7 @@ _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
     "r_logits": (DELTA_BY_RANK,),
     "v_codes": (DELTA_BY_RANK,),
     "r_codes": (DELTA_BY_RANK,),
-    # Bytes have one column; codes of a sketch or a state are nearly noise, in whatever order.
+    # Bytes have one stream only; codes of a sketch or a state are nearly noise in any order.
     "s_codes": (PLAIN,),
     "a_codes": (PLAIN,),
     "content_flags": (PLAIN,),
@@ -103,20 +103,20 @@ _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
 
 
 def _transforms(name: str) -> tuple[Transform, ...] | None:
-    """The layouts of a column that has its own; those of a grid are the response's."""
+    """The transforms listed for a column; a grid's columns have those of the response."""
     return _TRANSFORMS.get(f"r{name[2:]}" if name.startswith(GRID) else name)
 
 
 _SMALL_BYTES = 4096
-"""Below it there is nothing to gain by another layout than the plain one, which is read soonest."""
+"""Smaller columns are stored plain: other transforms save nothing and are slower to read."""
 
 
 def encode_column(
     name: str, values: Shaped[Tensor, "..."], counts: Int[Tensor, " N"] | None = None
 ) -> bytes:
-    """The frame of a column, in the smallest of the layouts that suit what it holds.
+    """The frame of a column, by the transform of the column's candidates with the fewest bytes.
 
-    `counts` has the number of entries of each position where those differ.
+    `counts` has the number of entries per position, where they differ.
     """
     small = values.numel() * values.dtype.itemsize < _SMALL_BYTES
     transforms = _transforms(name) or ((PLAIN,) if small else (BYTE_STREAM_SPLIT,))
@@ -129,7 +129,7 @@ def encode_column(
 def encode_columns(
     columns: Mapping[str, Tensor], without: Collection[str] = ()
 ) -> dict[str, bytes]:
-    """The frames of a sample's columns but for those that are `without`."""
+    """The frames of a sample's columns, except those named in `without`."""
     return {
         name: encode_column(name, values, columns.get(f"{name.split('_')[0]}_counts"))
         for name, values in columns.items()
@@ -138,9 +138,9 @@ def encode_columns(
 
 
 def columns_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozenset[str]:
-    """Names of the columns that hold these parts; the token spans are always among them.
+    """Names of the columns that hold these parts; always includes those of the token spans.
 
-    In the form that a cache of that spec has; without one, every number as records hold it.
+    In the spec's form; without a spec, in the records' own form (nothing quantised).
     """
     exact_logits = spec is None or spec.logits_codec != "affine8"
     absent = {"codes", "low", "high"} if exact_logits else {"logits"}
@@ -160,18 +160,18 @@ def columns_of(parts: Collection[Part], spec: CacheSpec | None = None) -> frozen
 
 
 def parts_in(output: TeacherOutput) -> frozenset[Part]:
-    """The parts that an output has."""
+    """The parts of an output that are not None."""
     return frozenset(part for part in PART_COLUMNS if getattr(output, part) is not None)
 
 
 def top_k_records(output: TeacherOutput) -> dict[str, TopKRecord]:
-    """The top-k records of an output by how the names of their columns begin."""
+    """The top-k records of an output, by the prefix of their columns."""
     found = {"v": output.vision, "r": output.response, **_numbered(output.response_grid)}
     return {prefix: record for prefix, record in found.items() if record is not None}
 
 
 def state_columns(output: TeacherOutput) -> dict[str, Tensor]:
-    """The hidden states of an output by the names of their columns."""
+    """The hidden states of an output, by column name."""
     found = {f"{prefix}_predicting": at for prefix, at in _numbered(output.hidden_grid).items()}
     if output.hidden is not None:
         names = ("vision", "text", "predicting")
@@ -185,10 +185,10 @@ def _numbered(grid: Mapping[float, T] | None) -> dict[str, T]:
 
 
 def output_columns(output: TeacherOutput, spec: CacheSpec | None = None) -> dict[str, Tensor]:
-    """The tensors of an output by column name, in the form that a cache of that spec has.
+    """The tensors of an output by column name, in the spec's form.
 
-    Without a spec each number is as the record holds it; positions that keep different numbers of
-    entries have a column of `counts` and the kept entries alone (ragged.py).
+    Without a spec nothing is quantised. Records whose positions keep different numbers of entries
+    have a column `counts` and only the kept entries (ragged.py).
     """
     views = [[view.image, view.view, view.rows, view.cols] for view in output.views]
     flags = output.is_response * _IS_RESPONSE + output.after_image * _AFTER_IMAGE
@@ -225,11 +225,11 @@ def output_from_columns(
     top_k: int | None = None,
     ratios: Sequence[float] = (),
 ) -> TeacherOutput:
-    """The inverse of `output_columns`; a part none of whose columns is given is None.
+    """The inverse of `output_columns`; a part without columns is None.
 
-    Numbers of eight bits become float32. No position may keep more than `top_k` entries, or than
-    the vocabulary has where that is None. `ratios` are those of the grid, ascending. Raises
-    KeyError where a part is given in part, ValueError where its numbers do not add up.
+    8-bit numbers become float32. No position may keep more than `top_k` entries (None: than the
+    vocabulary has). `ratios` are the grid's, ascending. Raises KeyError where columns of a part
+    are missing, ValueError where columns do not fit together.
     """
     flags = columns["content_flags"]
     has = {part: not columns.keys().isdisjoint(names) for part, names in PART_COLUMNS.items()}
@@ -263,7 +263,7 @@ def output_from_columns(
     numbered = dict(zip(ratios, GRID, strict=False))
     beyond = [name for name in columns if name.startswith(GRID[len(ratios) :])]
     if beyond:
-        raise ValueError(f"columns {beyond} are of no ratio: the grid has {len(ratios)}")
+        raise ValueError(f"columns {beyond} belong to no ratio: the grid has {len(ratios)}")
 
     return TeacherOutput(
         views=tuple(

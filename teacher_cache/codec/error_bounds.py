@@ -18,7 +18,7 @@ from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.teacher_output import TeacherOutput
 
 
-class CodecError(EmkdError):
+class CodecError(EmkdError, ValueError):
     """Raised when a lossy codec loses more of a sample than the cache's spec allows."""
 
 

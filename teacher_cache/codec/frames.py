@@ -1,14 +1,14 @@
-"""A tensor as one checked zstd frame, and back, to the bit.
+"""Encodes a tensor as one checked zstd frame, and decodes it exactly.
 
 A frame is one zstd frame (level 3, content size and checksum in it) over
 
     byte 0: dtype code (`DTYPES`), byte 1: transform code (transforms.py),
     byte 2: number of dimensions n, n x uint32: shape,
-    then what the transform made of the values, little-endian; docs/format.md has every byte.
+    then the transformed values, little-endian; docs/format.md describes every byte.
 
-Promises: any dtype of `DTYPES` comes back bit for bit, NaN payloads included; a damaged frame or
-one that claims more than it can hold is a `ShardCorruptError` before memory is taken for it.
-Any number of threads may encode and decode at once; zstd leaves them the interpreter meanwhile.
+Restores every dtype of `DTYPES` bit for bit, NaN payloads included. Raises `ShardCorruptError` for
+a damaged frame, or one that claims more than it can hold, before it allocates.
+Any number of threads may encode and decode at once; zstd releases the interpreter lock.
 """
 
 import math
@@ -45,16 +45,16 @@ _ARRAYS = {  # what numpy calls them; it has no bfloat16
 }
 
 MAX_FRAME_BYTES = 2**32
-"""Content of the largest frame, and of the largest column; a larger claim is taken for damage."""
+"""Largest content of a frame and largest column; a larger claim counts as damage."""
 
 MAX_RATIO = 1000
-"""Content of a frame of more than `FREE_BYTES` is at most so many times as long as the frame: what
-a small file can ask for in memory is bounded by that."""
+"""Above `FREE_BYTES`, the content is at most this many times as long as the frame. It limits the
+memory that a small file can ask for."""
 
 FREE_BYTES = 2**24
 
 MAX_DIMS = 8
-"""Dimensions of a column; more are taken for damage."""
+"""Most dimensions of a column; more count as damage."""
 
 _BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least 4 bytes
 
@@ -62,14 +62,14 @@ _BLOCK_BYTES = 2**17  # zstd: a block holds at most this much and takes at least
 def encode_frame(
     values: Shaped[Tensor, "..."], transforms: Sequence[Transform] = (PLAIN,)
 ) -> bytes:
-    """One checked zstd frame of a tensor of any shape, in the layout that gives the fewest bytes.
+    """One checked zstd frame of a tensor of any shape; takes the transform with the fewest bytes.
 
-    ValueError for a dtype without a code, or for more than `MAX_FRAME_BYTES` or `MAX_DIMS`.
+    Raises ValueError for a dtype without a code, and beyond `MAX_FRAME_BYTES` or `MAX_DIMS`.
     """
     if values.dtype not in _CODES or values.ndim > MAX_DIMS:
         raise ValueError(
-            f"no frame holds {values.dtype} in {values.ndim} dimensions; a frame has at most "
-            f"{MAX_DIMS} of one of these dtypes: {list(_CODES)}"
+            f"a frame cannot hold {values.dtype} in {values.ndim} dimensions; expected at most "
+            f"{MAX_DIMS} dimensions and one of the dtypes {list(_CODES)}"
         )
     num_bytes = values.numel() * values.dtype.itemsize
     if num_bytes > MAX_FRAME_BYTES // 2:
@@ -84,12 +84,12 @@ def encode_frame(
 
 
 def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
-    """The tensor that `encode_frame` was given; raises `ShardCorruptError` for anything else."""
+    """The inverse of `encode_frame`; raises `ShardCorruptError` for any other bytes."""
     content = _decompress(frame)
     if len(content) < 3 or len(content) < 3 + 4 * content[2] or content[2] > MAX_DIMS:
         raise ShardCorruptError(
-            f"a frame of {len(content)} bytes has no room for its header, or more than {MAX_DIMS} "
-            f"dimensions: it begins with {content[:3].hex()}"
+            f"a frame of {len(content)} bytes is too short for its header, or has more than "
+            f"{MAX_DIMS} dimensions: it begins with {content[:3].hex()}"
         )
     dtype_code, transform_code, num_dims = content[:3]
     shape: tuple[int, ...] = struct.unpack_from(f"<{num_dims}I", content, 3)
@@ -99,7 +99,7 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
             f"{list(DTYPES)} and {list(TRANSFORMS)}"
         )
     dtype = DTYPES[dtype_code]
-    if math.prod(shape) * dtype.itemsize > MAX_FRAME_BYTES:  # a dictionary's places are short
+    if math.prod(shape) * dtype.itemsize > MAX_FRAME_BYTES:  # a dictionary stores short indices
         raise ShardCorruptError(f"a frame of {len(frame)} bytes claims shape {list(shape)}")
     payload = np.frombuffer(content, np.uint8, offset=3 + 4 * num_dims)
     bits = TRANSFORMS[transform_code].join(payload, shape, dtype.itemsize)
@@ -111,7 +111,7 @@ def decode_frame(frame: bytes) -> Shaped[Tensor, "..."]:
 
 
 def _compress(parts: Sequence[bytes]) -> bytes:
-    """One frame in which each part begins a block: bytes of one kind share their statistics."""
+    """One frame in which each part begins a block, and so has its own statistics."""
     num_bytes = sum(map(len, parts))
     stream = _zstd.compressor.compressobj(size=num_bytes)
     pieces: list[bytes] = []
@@ -123,14 +123,14 @@ def _compress(parts: Sequence[bytes]) -> bytes:
     frame = b"".join(pieces)
     if num_bytes > _most_content(frame):
         raise ValueError(
-            f"{num_bytes} bytes of a column shrink to {len(frame)}: no reader would believe that; "
-            "the teacher repeats one number"
+            f"a column of {num_bytes} bytes compresses to {len(frame)}, which readers refuse as "
+            "damage: the teacher repeats one number"
         )
     return frame
 
 
 def _most_content(frame: bytes) -> int:
-    """Bytes that a frame may claim to hold."""
+    """The most bytes that a frame may claim to hold."""
     blocks = (len(frame) // 4 + 1) * _BLOCK_BYTES
     return min(MAX_FRAME_BYTES, blocks, max(FREE_BYTES, MAX_RATIO * len(frame)))
 
@@ -150,7 +150,7 @@ def _decompress(frame: bytes) -> bytes:
 
 
 class _Zstd(threading.local):
-    """One of each for a thread: to make one takes longer than most frames do."""
+    """One compressor and decompressor per thread; creating one takes longer than most frames."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)

@@ -1,11 +1,11 @@
-"""Numbers in eight bits, and what that costs: the arithmetic of every lossy option of a cache.
+"""Quantises numbers to eight bits and measures the error: the arithmetic of all lossy options.
 
-Promises: `from_scale` and `from_int8` are plain float32 arithmetic that any reader can repeat to
-the bit (docs/format.md); codes are made for the very ends and scales that are stored. The largest
-error of a row on a scale is (high - low) / 510, of a group of channels half its scale.
-error_gate.py holds every sample to the bound that the cache's spec states.
+`from_scale` and `from_int8` are plain float32 arithmetic that any reader can repeat exactly
+(docs/format.md); codes are computed from the stored ends and scales. The largest error on a row's
+scale is (high - low) / 510, in a group of channels half its scale. error_bounds.py checks every
+sample against the bounds of the cache's spec.
 
-Dimensions as in schema.py; C columns of any meaning, G groups of channels.
+Dimensions as in schema/teacher_output.py; C values of any kind per row, G groups of channels.
 """
 
 import torch
@@ -19,9 +19,9 @@ _CODE_LIMIT = 127
 def to_scale(
     values: Float[Tensor, "N C"],
 ) -> tuple[UInt8[Tensor, "N C"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Codes of each row on its own scale from `low` (code 0) to `high` (code 255), which are exact.
+    """Codes of each row on its own scale from `low` (code 0) to `high` (code 255), both exact.
 
-    `low` and `high` have the dtype of the values; rows without columns have 0 for both.
+    `low` and `high` have the dtype of the values; both are 0 in rows without values.
     """
     if not values.shape[1]:
         ends = values.new_zeros(len(values))
@@ -37,11 +37,12 @@ def from_scale(
 ) -> Float[Tensor, "N C"]:
     """The values in float32: (1 - code / 255) x low + code / 255 x high, exact at both ends.
 
-    ValueError where there is not one scale for each row.
+    Raises ValueError unless there is one scale per row.
     """
     if not codes.shape[:1] == low.shape == high.shape:
         raise ValueError(
-            f"{list(codes.shape)} codes on scales {list(low.shape)}, {list(high.shape)}"
+            f"codes of shape {list(codes.shape)} with scales of shapes {list(low.shape)} and "
+            f"{list(high.shape)}, expected one scale per row"
         )
     part = codes.to(torch.float32) / _TOP_CODE
     return (1 - part) * low.to(torch.float32)[:, None] + part * high.to(torch.float32)[:, None]
@@ -50,11 +51,11 @@ def from_scale(
 def to_int8(
     states: Float[Tensor, "N D"], group: int
 ) -> tuple[Int8[Tensor, "N D"], Float[Tensor, "N G"]]:
-    """Codes -127..127 of each token in groups of at most `group` neighbouring channels.
+    """Codes -127..127 of each token, with one scale per at most `group` neighbouring channels.
 
-    The D channels are cut into as few groups as that allows, all of the same size but the last.
-    A group's scale is its largest magnitude / 127, rounded up to a bfloat16: 2 bytes that hold any
-    magnitude, and products with codes that are exact in float32.
+    The D channels form as few groups as possible, all of the same size but the last. A group's
+    scale is its largest magnitude / 127, rounded up to a bfloat16: it takes 2 bytes, covers any
+    magnitude, and its products with codes are exact in float32.
     """
     width = states.shape[1]
     num_groups = -(-width // group)
@@ -70,28 +71,30 @@ def to_int8(
 def from_int8(codes: Int8[Tensor, "N D"], scale: Float[Tensor, "N G"]) -> Float[Tensor, "N D"]:
     """The states in float32: each code times its group's scale, exactly.
 
-    ValueError where G scales do not cut D channels into groups as `to_int8` does.
+    Raises ValueError unless `to_int8` would divide D channels into G groups.
     """
     width, num_groups = codes.shape[1], scale.shape[1]
     if len(codes) != len(scale) or not 1 <= num_groups <= width:
-        raise ValueError(f"scales of shape {list(scale.shape)} for codes {list(codes.shape)}")
+        raise ValueError(
+            f"scales of shape {list(scale.shape)} for codes of shape {list(codes.shape)}"
+        )
     size = -(-width // num_groups)
     if -(-width // size) != num_groups:
-        raise ValueError(f"{width} channels do not fall into {num_groups} groups of one size")
+        raise ValueError(f"{width} channels do not divide into {num_groups} groups of one size")
     return codes.to(torch.float32) * _by_channel(scale, width)
 
 
 def largest_error(exact: Float[Tensor, "N C"], stored: Float[Tensor, "N C"]) -> float:
-    """The largest absolute difference; 0 where there is nothing."""
+    """The largest absolute difference; 0 for no values."""
     apart = (exact.to(torch.float64) - stored.to(torch.float64)).abs()
     return float(apart.max()) if apart.numel() else 0.0
 
 
 def largest_relative_error(exact: Float[Tensor, "N D"], stored: Float[Tensor, "N D"]) -> float:
-    """The largest length of a row's error as a share of the row's own length; 0 for no rows.
+    """The largest norm of a row's error, as a share of the row's norm; 0 for no rows.
 
-    It bounds what follows from a state: a logit moves by no more than this share of |state| x
-    |row of the head|, a cosine by about as much.
+    A logit changes by at most this share of |state| x |row of the head|, a cosine by about this
+    share.
     """
     length = exact.to(torch.float64).norm(dim=1)
     apart = (exact.to(torch.float64) - stored.to(torch.float64)).norm(dim=1)

@@ -1,11 +1,11 @@
-"""Rows of different lengths, without their padding: the order of stored top-k entries.
+"""Flattens rows of different lengths without padding, and restores them.
 
-Only kept entries are stored, rank by rank, of the rows that keep most first: the first entry of
-every row, then the second of every row that has one, and so on. So alike numbers stand side by
-side, and transforms.ragged_delta needs to know of each rank only how many rows have it.
+Only kept entries are stored, rank by rank, longest row first: the first entry of every row, then
+the second of every row that has one, and so on. Similar numbers are then neighbours, and
+transforms.ragged_delta only needs the number of rows that have each rank.
 
-`unflatten` gives every row as many columns as the longest has and repeats the row's first entry
-there (schema.TopKRecord); it refuses counts that do not fit (ValueError) before it takes memory.
+`unflatten` pads every row to the longest with its first entry, as `TopKRecord` does. It raises
+ValueError for counts that do not fit before it allocates.
 """
 
 import torch
@@ -30,7 +30,7 @@ def unflatten(
             f"positions keep {int(counts.min())}..{int(counts.max())} entries, expected 1..{limit}"
         )
     if values.shape != (total,):
-        raise ValueError(f"entries of shape {list(values.shape)}, the counts add up to {total}")
+        raise ValueError(f"entries of shape {list(values.shape)}, the counts sum to {total}")
     longest_first = counts.argsort(descending=True, stable=True)
     most = _most(counts)
     by_rank = values[:num_rows].repeat(most, 1)
@@ -41,7 +41,7 @@ def unflatten(
 
 
 def lengths_by_rank(counts: Int[Tensor, " N"]) -> list[int]:
-    """How many rows have a first entry, a second, ...; nothing for no rows."""
+    """The number of rows that have each rank; empty for no rows."""
     return _inside(counts, _most(counts)).sum(dim=1).tolist() if len(counts) else []
 
 
@@ -50,6 +50,6 @@ def _most(counts: Tensor) -> int:
 
 
 def _inside(counts: Tensor, num_kept: int) -> Bool[Tensor, "K N"]:
-    """Which ranks each row has, the longest rows first."""
+    """True at the ranks that each row has; longest rows first."""
     descending = counts.sort(descending=True).values
     return torch.arange(num_kept)[:, None] < descending

@@ -1,27 +1,31 @@
-"""The errors that callers catch. All derive from EmkdError, which is a ValueError."""
+"""Defines the errors that callers catch. All errors of this repository derive from EmkdError.
+
+What a user can mend (settings, files, samples) is a ValueError too; the command line prints it
+without a traceback.
+"""
 
 
-class EmkdError(ValueError):
-    """Raised when something that a user gave, or that is on a disk, cannot be used as it is."""
+class EmkdError(Exception):
+    """The base of every error class; never raised itself."""
 
 
-class DecodeError(EmkdError):
+class DecodeError(EmkdError, ValueError):
     """Raised when a file does not describe the expected record; names file, field and remedy."""
 
 
-class CacheMismatchError(EmkdError):
+class CacheMismatchError(EmkdError, ValueError):
     """Raised when two descriptions that must agree differ; the message is a table of fields."""
 
 
-class IncompleteCacheError(EmkdError):
+class IncompleteCacheError(EmkdError, ValueError):
     """Raised when a cache has no seal because its build has not finished."""
 
 
-class ShardCorruptError(EmkdError):
+class ShardCorruptError(EmkdError, ValueError):
     """Raised when a stored file does not hold what its record says."""
 
 
-class SampleError(EmkdError):
+class SampleError(EmkdError, ValueError):
     """Raised when one sample cannot be used; `sample_id` and `reason` are there for lists."""
 
     def __init__(self, sample_id: str, reason: str) -> None:

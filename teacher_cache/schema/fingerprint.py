@@ -1,7 +1,7 @@
-"""Digests of things that have a stable identity; anything else is refused, never guessed.
+"""Computes digests of values that have a stable identity; refuses all others.
 
-Promise: equal content gives an equal digest on every machine and in every process, whatever the
-order of mappings. Refuses floats that are not finite and values whose text is only an address.
+Equal content gives an equal digest on every machine and in every process, whatever the order of
+mappings. Refuses floats that are not finite and values that are known only by their address.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 ABSENT: dict[str, bool] = {"absent": True}
-"""Metadata of a dataclass's field of a later day: where it has its default it is left out, so that
-records without it keep the text and the digest that they had before there was such a field."""
+"""Metadata of a field that was added later: at its default it is omitted, so that older records
+keep their text and digest."""
 
 
 def canonical(value: object) -> object:
-    """Reduce a value to what JSON can hold, in one way only; raises TypeError otherwise."""
+    """Convert a value to its one JSON form, fields under their stored names; else TypeError."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -71,5 +71,5 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def short(digest: str) -> str:
-    """The 12 first digits of a digest, for people."""
+    """The first 12 digits of a digest, for people."""
     return digest[:12]

@@ -1,14 +1,14 @@
-"""What a cache says about itself: spec, plan, commit records, seal, and how two are compared.
+"""Defines the records that describe a cache (spec, plan, commits, seal) and compares them.
 
-    plan.json            written once, before any teacher work: the spec, and which samples make
-                         up which shard
+    plan.json            written once, before the teacher runs: the spec, and the samples of each
+                         shard
     commits/<k>.json     created exclusively when shard k is complete: files, checksums, rows
-    SEALED.json          created last, when every shard is committed; the only entry for readers
+    SEALED.json          created last, when every shard is committed; readers open only this
 
-`CacheSpec` holds every setting that changes the stored numbers, and nothing else: its digest with
-the keys that are in it is the cache's fingerprint. Disagreement is an error that lists field,
-stored and wanted value. The file of a record begins with a checksum of the rest: what was damaged,
-torn or edited is refused. This module knows types and texts, no folders.
+`CacheSpec` holds exactly the settings that change the stored numbers. The digest of the spec and
+the keys is the cache's fingerprint. A mismatch is an error that lists field, stored and wanted
+value. The file of a record begins with a checksum of the rest; a damaged, torn or edited file is
+refused. This module knows types and texts, not folders.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ LAYOUT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
 class CacheSpec(StrictRecord):
-    """Every setting that changes the numbers in a cache. Digests are over content, not names."""
+    """Every setting that changes the numbers in a cache; digests are over content, not names."""
 
     stored_names: ClassVar[Mapping[str, str]] = {"top_p": "top_mass", "min_k": "top_k_floor"}
 
@@ -55,27 +55,26 @@ class CacheSpec(StrictRecord):
     """Fewest entries of a position where `top_p` is set."""
     sketch_rank: int | None
     sketch_digest: str | None
-    """Content of the calibrated PCA basis."""
+    """Digest of the calibrated PCA basis."""
     head_digest: str | None
-    """Content of the stored LM head; hidden tier only."""
+    """Digest of the stored LM head; hidden tier only."""
     vocab_size: int
-    """Rows of the LM head that the teacher and its tokenizer share with students."""
+    """Rows of the LM head that the teacher's tokenizer can emit."""
     hidden_size: int
     logits_dtype: str
-    """Of the teacher's logits, and of the stored ones unless `logits_codec` is affine8."""
+    """Dtype of the teacher's logits, and of stored logits unless `logits_codec` is affine8."""
     logits_codec: LogitsCodec | None
-    """None for hidden. What is stored as affine8 is read as float32; so are int8 cosines and
-    states."""
+    """None for hidden. affine8 logits, int8 cosines and int8 states are read as float32."""
     logits_max_error: float | None
-    """No logit of the cache is further from the teacher's; None where they are exact."""
+    """Largest error of a stored logit; None where logits are exact."""
     hidden_dtype: str | None
     hidden_group: int | None
     """Most channels that share a scale, where `hidden_dtype` is int8."""
     hidden_max_error: float | None
-    """No int8 state of the cache is further from the teacher's, as a share of its length."""
+    """Largest error of an int8 state, as a share of the state's norm."""
     affinity_dtype: str | None
     affinity_max_error: float | None
-    """No int8 cosine of the cache is further from the teacher's."""
+    """Largest error of an int8 cosine."""
     teacher_class: str
     teacher_weights: str
     teacher_config: str
@@ -83,22 +82,22 @@ class CacheSpec(StrictRecord):
     attention: str
     tokenizer: str
     vocabulary: str
-    """Which token each of the `vocab_size` ids stands for; a student must agree."""
+    """Digest of the token of each of the `vocab_size` ids; a student must agree."""
     chat_template: str
     image_processor: str
-    """Class (backend included) and settings of the image processor, as one digest."""
+    """Digest of the image processor's class (backend included) and settings."""
     system_prompt: str | None
     batch_size: int
     """Samples of one forward pass; other sizes may change the last bits of a GPU's numbers."""
     share_vision: bool
-    """Whether samples of a shard that are the same up to their last vision token have one vision
-    record, that of the first; computed beside other samples its last bits may differ."""
+    """Whether samples of a shard with equal tokens and images up to the last vision token share
+    the vision record of the first. In another batch its last bits may differ."""
     grid: GridSettings | None = field(default=None, metadata=ABSENT)
-    """How the teacher dropped vision tokens for further response records; None: there are none."""
+    """How the teacher dropped vision tokens for further response records; None: no such records."""
     least_logits: bool = field(default=False, metadata=ABSENT)
-    """Whether top-k records have the log-probability of each position's least likely entry."""
+    """Whether top-k records have each position's smallest log-probability."""
     template_digest: str | None = field(default=None, metadata=ABSENT)
-    """Content of the template of the tails; None for hidden, and for caches of an earlier day."""
+    """Digest of the tail template; None for hidden, and in caches written before this field."""
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -125,27 +124,27 @@ class CacheSpec(StrictRecord):
 
 @dataclass(frozen=True, kw_only=True)  # without slots: its fingerprint is kept
 class Plan(StrictRecord):
-    """Which samples make up which shard, fixed before the teacher sees any of them.
+    """The samples of each shard, fixed before the teacher sees any of them.
 
     `shards[k]` lists (key, position in the source) of shard k in order. `rejected` lists the
-    samples that could not even be read.
+    samples that could not be read.
     """
 
     spec: CacheSpec
     format: ShardFormatName
     source: str
-    """What the samples were read from, for people; identity is in the keys."""
+    """Where the samples were read from, for people; the keys are the identity."""
     shards: tuple[tuple[tuple[str, int], ...], ...]
     rejected: tuple[RejectedSample, ...] = ()
 
     @property
     def num_samples(self) -> int:
-        """Samples that were planned, the rejected ones not counted."""
+        """Planned samples, without rejected ones."""
         return sum(len(shard) for shard in self.shards)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What is planned: the spec and the ordered keys of the shards (not the format)."""
+        """Digest of the spec and the ordered keys of the shards, whatever the format."""
         return cache_fingerprint(self.spec, [[key for key, _ in shard] for shard in self.shards])
 
     def __repr__(self) -> str:
@@ -163,19 +162,19 @@ class ShardFile(StrictRecord):
     num_bytes: int
     sha256: str
     cache: str
-    """Fingerprint of the plan that it was written under; says `emkd.cache` in the file."""
+    """Fingerprint of the plan it was written under; equals `emkd.cache` in the file."""
     index: int
-    """Number of the shard under that plan; says `emkd.shard` in the file."""
+    """Number of the shard under that plan; equals `emkd.shard` in the file."""
     columns: tuple[str, ...]
     """Names of the columns that are read from this file, sorted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCommit(StrictRecord):
-    """The record that makes shard `index` exist: its files, its rows.
+    """The record that completes shard `index`: its files and its rows.
 
-    The first file holds samples and columns. Others are layers: the same keys in the same order,
-    without images, with further columns. A file may have been written for another cache.
+    The first file holds samples and columns. Other files are layers: the same keys in the same
+    order, without images, with further columns. A file may have been written for another cache.
     """
 
     index: int
@@ -186,13 +185,13 @@ class ShardCommit(StrictRecord):
     num_with_images: int
     """Rows that have vision tokens."""
     num_vision_records: int
-    """Those of them whose vision record is stored; the others share one (`CacheSpec`)."""
+    """Rows whose vision record is stored; other rows with vision tokens share one."""
     num_stored_vision_tokens: int
     rejected: tuple[RejectedSample, ...] = ()
     seconds: float = 0.0
-    """Wall time of the attempt that was committed, for the report."""
+    """Wall time of the committed attempt, for the report."""
     quality: ShardQuality | None = field(default=None, metadata=ABSENT)
-    """What its records lose of the teacher; None where nobody has measured that of these rows."""
+    """Measured losses of the records; None where they were not measured."""
 
     @property
     def num_bytes(self) -> int:
@@ -205,9 +204,9 @@ class Seal(StrictRecord):
     """A finished cache: its identity and every shard's commit record, in shard order."""
 
     fingerprint: str
-    """The cache's identity: `cache_fingerprint` of the keys that are in it, rejected ones not."""
+    """The cache's identity: `cache_fingerprint` of its keys, without rejected ones."""
     plan: str
-    """Fingerprint of the plan, whatever was rejected."""
+    """Fingerprint of the plan, rejected keys included."""
     spec: CacheSpec
     format: ShardFormatName
     source: str
@@ -216,7 +215,7 @@ class Seal(StrictRecord):
 
     @property
     def num_samples(self) -> int:
-        """Rows that readers will see."""
+        """Rows of all shards."""
         return sum(shard.num_rows for shard in self.shards)
 
     @property
@@ -226,7 +225,7 @@ class Seal(StrictRecord):
 
     @property
     def samples_per_vision_record(self) -> float:
-        """Samples with images for each stored vision record; 1 where nothing is shared."""
+        """Samples with images per stored vision record; 1 where nothing is shared."""
         records = sum(shard.num_vision_records for shard in self.shards)
         return sum(shard.num_with_images for shard in self.shards) / records if records else 1.0
 
@@ -278,7 +277,7 @@ _FIRST_LINES = re.compile(rb'\{\n "check": "([0-9a-f]{64})",\n')
 
 
 def record_bytes(record: Plan | ShardCommit | Seal) -> bytes:
-    """The file of a record: `to_json`, before whose fields stands `check`, the SHA-256 of them."""
+    """The file of a record: `to_json`, with `check`, the SHA-256 of the fields, before them."""
     fields = to_json(record).encode().removeprefix(b"{\n")
     return b'{\n "check": "%s",\n' % hashlib.sha256(fields).hexdigest().encode() + fields
 
@@ -291,9 +290,9 @@ def read_record(kind: type[R], data: bytes, where: str) -> R:
     found = _FIRST_LINES.match(data)
     if found is None or hashlib.sha256(data[found.end() :]).hexdigest().encode() != found[1]:
         raise DecodeError(
-            f"{where} is not the {kind.__name__} that was written: its check does not fit the "
-            "rest, so it was damaged, torn or edited. Restore it from a copy; where there is "
-            "none, a commit record or a seal may be deleted and the same emkd build run again, "
-            "and without its plan a cache must be built anew"
+            f"{where} is not the {kind.__name__} that was written: its check does not match the "
+            "rest, so it was damaged, torn or edited. Restore it from a copy. Without a copy: "
+            "delete a commit record or a seal and run the same emkd build again; without its plan "
+            "a cache must be built anew"
         )
     return decode_json(kind, b"{\n" + data[found.end() :], where)

@@ -1,4 +1,4 @@
-"""How a long call tells how far it is."""
+"""Defines the callback with which a long call reports its progress."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A sample before it meets a model: messages, images, and where its tokens will be."""
+"""Defines a sample before the model sees it: messages, images, and the positions of its tokens."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.strict_json import StrictRecord
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Marks the place of one image inside the text of a message, as in LLaVA's JSON files."""
+"""Stands for one image in the text of a message, as in LLaVA's JSON files."""
 
 
 Role = Literal["system", "user", "assistant"]
@@ -21,7 +21,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation; `<image>` in the text stands for one image."""
+    """One message of a conversation; `<image>` in the text stands for one image."""
 
     role: Role
     text: str
@@ -31,7 +31,7 @@ class Message:
 class Sample:
     """An image-text conversation as the source gave it.
 
-    `key` is a content digest (see `sample_key`), `source_id` what the source calls it, `images`
+    `key` is a content digest (`sample_key`), `source_id` the source's name for the sample, `images`
     the encoded bytes (JPEG, PNG, ...) in the order of the placeholders.
     """
 
@@ -48,32 +48,32 @@ class Sample:
                 f"found {placeholders} {IMAGE_PLACEHOLDER} placeholders for {len(self.images)} "
                 f"images; write one {IMAGE_PLACEHOLDER} in the text for each image",
             )
-        turns = [message.role for message in self.messages if message.role != "system"]
-        expected = ["user", "assistant"] * (len(turns) // 2)
-        if not turns or turns != expected:
+        roles = [message.role for message in self.messages if message.role != "system"]
+        expected = ["user", "assistant"] * (len(roles) // 2)
+        if not roles or roles != expected:
             raise SampleError(
                 self.source_id,
-                f"found turns {turns}, expected user and assistant in alternation, beginning "
+                f"found turns {roles}, expected user and assistant in alternation, beginning "
                 "with user and ending with assistant",
             )
         if any(IMAGE_PLACEHOLDER in m.text for m in self.messages if m.role != "user"):
             raise SampleError(
-                self.source_id, f"{IMAGE_PLACEHOLDER} may stand in the user's messages only"
+                self.source_id, f"{IMAGE_PLACEHOLDER} is allowed in the user's messages only"
             )
 
 
 def sample_key(images: Iterable[bytes], messages: Iterable[Message]) -> str:
-    """The content digest that names a sample: 32 hex digits over image bytes and messages."""
+    """The content digest of a sample: 32 hex digits over image bytes and messages."""
     digest = hashlib.sha256()
     for image in images:
         digest.update(hashlib.sha256(image).digest())
-    turns = [[message.role, message.text] for message in messages]
-    digest.update(json.dumps(turns, ensure_ascii=False).encode())
+    texts = [[message.role, message.text] for message in messages]
+    digest.update(json.dumps(texts, ensure_ascii=False).encode())
     return digest.hexdigest()[:32]
 
 
 def make_sample(source_id: str, images: Iterable[bytes], messages: Iterable[Message]) -> Sample:
-    """Build a `Sample` with its content key; raises `SampleError` where it does not add up."""
+    """Build a `Sample` with its content key; raises `SampleError` as `Sample` does."""
     images, messages = tuple(images), tuple(messages)
     key = sample_key(images, messages)
     return Sample(key=key, source_id=source_id, images=images, messages=messages)
@@ -83,8 +83,8 @@ def make_sample(source_id: str, images: Iterable[bytes], messages: Iterable[Mess
 class ViewGrid:
     """One rectangle of vision tokens: a whole image, its base view, a tile or the tiles' mosaic.
 
-    `image` counts the images of the sample, `view` the views of that image (0 is the base view
-    where a family has one). Newline and separator positions are not part of the grid.
+    `image` numbers the sample's images, `view` the views of that image (0 is the base view, if the
+    family has one). Newline and separator positions are not part of the grid.
     """
 
     image: int
@@ -104,12 +104,12 @@ class ViewGrid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSpans:
-    """Which positions of one tokenised sample are what (positions count from 0, no padding).
+    """The roles of the positions of one tokenised sample, counted from 0 without padding.
 
-    `vision` lists the vision tokens view after view, raster order inside a view. `content` lists
-    the tokens of the messages' own text (no control tokens of the template), ascending; an
-    assistant's tokens, its end-of-turn token included, are the response. VLAD reads the content
-    tokens `after_image`: text before the first image has not seen it (causal attention).
+    `vision` lists the vision tokens view by view, in raster order. `content` lists the tokens of
+    the messages' own text (no control tokens of the template), ascending. The assistant's content
+    tokens, end-of-turn token included, are the response. VLAD uses the content tokens
+    `after_image`: with causal attention, text before the first image does not depend on it.
     """
 
     views: tuple[ViewGrid, ...]
@@ -123,7 +123,7 @@ class TokenSpans:
         num_tokens = sum(view.num_tokens for view in self.views)
         if num_tokens != len(self.vision):
             raise ValueError(
-                f"the views {self.views} hold {num_tokens} vision tokens, "
+                f"the views {self.views} have {num_tokens} vision tokens, "
                 f"the sequence has {len(self.vision)}"
             )
         if len(self.content) and bool((self.content[self.is_response] < 1).any()):
@@ -147,7 +147,7 @@ class TokenSpans:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RejectedSample(StrictRecord):
-    """A sample that the build could not use; counted and listed, never silently dropped."""
+    """A sample that the build could not use; it is counted and listed."""
 
     key: str
     source_id: str

@@ -1,9 +1,8 @@
-"""What a shard's records lose of the teacher, in numbers that stand in its commit record.
+"""Defines what a shard's records lose of the teacher, as numbers in its commit record.
 
-Measured while the teacher was loaded (fidelity/shard_quality.py), of this shard alone: nothing here
-is added up over shards, so that whoever reads a cache may do so from its commit records. Numbers
-have four digits; what counts as too much is not a fact and stands elsewhere
-(pipeline/fidelity/recommend.py). Records that keep every logit lose nothing, and have none of this.
+Measured while the teacher is loaded (pipeline/fidelity/shard_quality.py), for this shard alone, so
+that readers can add up shards from commit records. Numbers have four digits. The limits for them
+are in pipeline/fidelity/recommend.py. Records with every logit lose nothing and have none of these.
 """
 
 import math
@@ -21,23 +20,23 @@ MatchName = Literal["raw_l1", "prob_l1"]
 
 
 def measured_records(records: RecordKind) -> RecordKind:
-    """The part of top-k records that loses something: hidden states beside them do not."""
+    """The lossy piece of records with top-k logits; hidden states beside them lose nothing."""
     return "topk+sketch" if holds(records, "sketch") else "topk"
 
 
 def rounded(value: float) -> float:
-    """Four digits."""
+    """The value rounded to four digits."""
     return float(f"{value:.4g}")
 
 
 def quantile(ascending: Float[Tensor, " N"], share: float) -> float:
-    """The first of N >= 1 values that `share` of all steps from the first to the last lie below."""
+    """The quantile `share` of N >= 1 ascending values; always one of them (the next above)."""
     return rounded(float(ascending[math.ceil(share * (len(ascending) - 1))]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailMass(StrictRecord):
-    """Quantiles, over positions, of the probability outside what a record keeps."""
+    """Quantiles over positions of the probability outside a record's kept entries."""
 
     num_positions: int
     median: float
@@ -47,7 +46,7 @@ class TailMass(StrictRecord):
 
     @classmethod
     def of(cls, log_tails: Float[Tensor, " N"]) -> "TailMass | None":
-        """Of N positions; None where there is none."""
+        """The quantiles over N positions; None for no positions."""
         ascending = log_tails.to(torch.float64).exp().sort().values
         if not len(ascending):
             return None
@@ -62,35 +61,36 @@ class TailMass(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledLoss(StrictRecord):
-    """Some samples of a shard, as readers will have them, against every logit of the teacher.
+    """Losses of some samples of a shard, as readers decode them, against all teacher logits.
 
-    In place of a student: the teacher's own vision states, average-pooled 2 x 2 per view.
+    The teacher's vision states, average-pooled 2 x 2 per view, stand in for a student.
     """
 
     num_samples: int
     num_pairs: int
-    """Pairs of all their views' matchings."""
+    """Matched pairs of all views."""
     metric: MatchName
-    """The matching that was measured: the paper's where the records can serve it."""
+    """The measured metric: the paper's if the records support it."""
     regret: float
-    """Excess of the exact cost under the records' matchings, as a share of a random one's."""
+    """Excess cost of the records' matchings, as a share of a random matching's excess."""
     agreement: float
-    """Share of the exact matchings' pairs that are found."""
+    """Share of the exact matchings' pairs that the records' matchings contain."""
     gradient_cosine: float
-    """Of the reverse KL, under its default tail policy, with that of every logit; over views."""
+    """Mean over views: cosine of the reverse KL's gradient (default tail policy) with the gradient
+    from all logits."""
     energy: float | None
-    """Share of the logits' squared distance from their calibrated mean that the sketch's
-    directions hold; None without a sketch."""
+    """Share of the logits' squared distance from their calibrated mean that lies in the sketch's
+    directions; None without a sketch."""
     row_mean_spread: float
-    """Standard deviation over a view's tokens of the mean logit, which raw L1 sees and softmax
-    does not; over views."""
+    """Mean over views: standard deviation over tokens of the mean logit. Raw L1 depends on it,
+    softmax does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardQuality(StrictRecord):
-    """What is said of one shard; a part is None where the shard has nothing to measure it on."""
+    """The measured losses of one shard; None where the shard has nothing to measure."""
 
     vision_tail: TailMass | None
-    """Over the vision records that are stored; those that share one are not counted again."""
+    """Over stored vision records; a shared record counts once."""
     response_tail: TailMass | None
     sampled: SampledLoss | None

@@ -1,9 +1,9 @@
-"""The vocabulary: what a sample is, which of its tokens are what, what the teacher said of them.
+"""Defines the records of a teacher's output for one sample.
 
-Everything else in this repository speaks these types. They are frozen, keyword-only and check
-themselves: a record that exists is a record whose shapes agree and whose numbers are finite.
+Records are frozen, keyword-only and check themselves: in every record shapes agree and numbers are
+finite.
 
-Legend of dimensions, used in every file:
+Dimensions, in every file:
     B batch, L sequence positions, T text (content) tokens, X text tokens used by VLAD,
     R response tokens, M teacher vision tokens, N student vision tokens, P matched pairs,
     V vocabulary rows shared by teacher and student, K kept entries, S sketch rank, D width.
@@ -20,12 +20,12 @@ from torch import Tensor
 from teacher_cache.schema.samples import Sample, ViewGrid
 
 MAX_VOCAB_SIZE = 2**24
-"""Vocabulary rows of the largest head that top-k records are made of."""
+"""Most vocabulary rows of top-k records."""
 
 
 def _require_finite(name: str, values: Tensor) -> None:
-    # A sum is finite only where its terms are, and is had in a tenth of the time of isfinite.
-    dtype = torch.float32 if values.dtype == torch.float16 else None  # 65,504 is soon reached
+    # A finite sum has finite terms, and takes a tenth of the time of isfinite.
+    dtype = torch.float32 if values.dtype == torch.float16 else None  # float16 ends at 65,504
     if not math.isfinite(values.sum(dtype=dtype)) and not bool(values.isfinite().all()):
         count = int((~torch.isfinite(values)).sum())
         raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
@@ -33,16 +33,17 @@ def _require_finite(name: str, values: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKRecord:
-    """The K largest logits of each position, and what is needed to normalise them.
+    """The K largest logits of each position, and their normalisers.
 
-    `logits` are raw (temperature 1) in the teacher's own dtype, descending, ties by smaller id.
-    `logsumexp` runs over the V shared rows. `log_tail` is the log of the probability outside the
-    kept entries, computed from the discarded logits themselves; it is -inf where all are kept.
+    `logits` are raw (temperature 1) in the teacher's dtype, descending, ties by smaller id.
+    `logsumexp` is over the V shared rows. `log_tail` is the log of the probability outside the kept
+    entries, computed from the discarded logits themselves; -inf where all are kept.
 
-    Where positions keep different numbers of entries, `num_kept` says how many (1..K) and the
-    rest of a row repeats its first entry: scattering by `ids` then writes what is there already,
-    and only sums over entries have to leave the repetitions out (`kept_mask`). None: all K.
-    `log_least` is a floor under all V log-probabilities, the least of them rounded down; or None.
+    `num_kept` is the number of kept entries per position (1..K); None: all K. The rest of a row
+    repeats its first entry: scattering by `ids` is then harmless, and only sums over entries must
+    exclude the repetitions (`kept_mask`).
+    `log_least` is a lower bound of all V log-probabilities: the least of them, rounded down; or
+    None.
     """
 
     ids: Int[Tensor, "N K"]
@@ -66,7 +67,7 @@ class TopKRecord:
         if self.num_kept is not None:
             self._require_padding(self.num_kept)
         if self.log_least is not None and not bool((self.log_least <= 0).all()):
-            raise ValueError("log_least: the log of a probability is at most 0, and no NaN")
+            raise ValueError("log_least: found NaN or a value above 0, expected log-probabilities")
         whole = self.counts == self.vocab_size
         _require_finite("log_tail", self.log_tail[~whole])
         if bool((self.log_tail[whole] != -torch.inf).any()):
@@ -81,13 +82,15 @@ class TopKRecord:
 
     @property
     def kept_mask(self) -> Bool[Tensor, "N K"]:
-        """Which entries are kept; the others repeat the row's first one."""
+        """True at kept entries; the others repeat the row's first entry."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.counts[:, None]
 
     def _require_padding(self, num_kept: Tensor) -> None:
         low, high = map(int, num_kept.aminmax()) if num_kept.numel() else (1, 1)
         if not 1 <= low <= high <= self.ids.shape[1]:
-            raise ValueError(f"positions keep {low}..{high} of {self.ids.shape[1]} entries")
+            raise ValueError(
+                f"positions keep {low}..{high} entries, expected 1..{self.ids.shape[1]}"
+            )
         kept = self.kept_mask
         for name, values in (("ids", self.ids), ("logits", self.logits)):
             if bool(((values != values[:, :1]) & ~kept).any()):
@@ -96,10 +99,10 @@ class TopKRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchRecord:
-    """PCA code of each vision position's hidden state in the head's metric (`sketch.py`).
+    """PCA code of each vision position's hidden state in the head's metric (records/sketch.py).
 
-    The logit of vocabulary row v is approximately `mean[v] + scale * codes @ directions[v]`;
-    `tail_shift` moves those logits so that their mass outside the top-k is the true tail mass.
+    The logit of vocabulary row v is approximately `mean[v] + scale * codes @ directions[v]`.
+    `tail_shift`, added to these logits, gives them the true probability outside the top k.
     """
 
     codes: Int[Tensor, "M S"]
@@ -115,7 +118,7 @@ class SketchRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenRecord:
-    """States that enter the LM head (after the final norm): everything else follows from them."""
+    """States that enter the LM head (after the final norm); they determine all other records."""
 
     vision: Float[Tensor, "M D"]
     text: Float[Tensor, "X D"]
@@ -128,7 +131,7 @@ class HiddenRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffinityRecord:
-    """Cosine of every VLAD text token with every vision token, of last hidden states."""
+    """Cosine of last hidden states, of every VLAD text token with every vision token."""
 
     cosine: Float[Tensor, "X M"]
 
@@ -140,13 +143,13 @@ class AffinityRecord:
 class TeacherOutput:
     """All that is cached of the teacher for one sample.
 
-    Tier `hidden`: `hidden` alone. Tier `topk`: `vision`, `affinity`, `response`; tier
-    `topk+sketch` adds `sketch`. The response records sit at the *predicting* positions, one for
-    each response token, so that row i is the teacher's distribution over response token i.
+    Tier `hidden` has `hidden` alone. Tier `topk` has `vision`, `affinity` and `response`; tier
+    `topk+sketch` also has `sketch`. Response records are taken at the *predicting* positions: row i
+    is the teacher's distribution over response token i.
 
-    `shared_from` is the key of an earlier sample that is the same up to its last vision token:
-    `views`, `vision`, `sketch` and the vision states of `hidden` are then those of that sample.
-    The grids hold `response` and `hidden.predicting` by the share of vision tokens that is dropped.
+    `shared_from` is the key of an earlier sample with equal input up to the last vision token; then
+    `views`, `vision`, `sketch` and the vision states of `hidden` are that sample's.
+    The grids map the share of dropped vision tokens to `response` and `hidden.predicting`.
     """
 
     views: tuple[ViewGrid, ...]
@@ -189,7 +192,7 @@ class TeacherOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSample:
-    """One row of a shard: the sample and what the teacher said of it."""
+    """One row of a shard: a sample and the teacher's output for it."""
 
     sample: Sample
     output: TeacherOutput

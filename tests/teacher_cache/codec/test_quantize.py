@@ -85,7 +85,9 @@ def test_int8_states_are_within_half_a_scale_and_products_are_exact(
 def test_scales_that_do_not_fit_are_refused(num_groups: int) -> None:
     """6 groups of 2 channels would leave the last one without any."""
     codes = torch.zeros(2, 10, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"scales of shape|10 channels do not fall into 6 groups"):
+    with pytest.raises(
+        ValueError, match=r"scales of shape|10 channels do not divide into 6 groups"
+    ):
         from_int8(codes, torch.ones(2, num_groups, dtype=torch.bfloat16))
 
 

@@ -40,7 +40,7 @@ def test_entries_stand_rank_by_rank_and_come_back_padded(rows: list[list[int]], 
         ([2, 0, 1], r"keep 0\.\.2 entries"),
         ([-1, 2, 2], r"keep -1\.\.2 entries"),
         ([1, 1, 2**30], r"keep 1\.\.1073741824 entries, expected 1\.\.4"),
-        ([1, 1, 2], r"shape \[3\], the counts add up to 4"),
+        ([1, 1, 2], r"shape \[3\], the counts sum to 4"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(counts: list[int], message: str) -> None:
