@@ -1,9 +1,9 @@
-"""What the top-k records of a cache share, fitted to states of some samples before any is stored.
+"""Fits what the top-k records of a cache share, to states of some samples, before any is stored.
 
-The basis of the sketch (sketch.py), to vision states, and the template of the tails
-(tail_template.py), to states at vision positions and at those that predict the response.
-Promise: memory does not grow with the number of states, and equal states in equal batches give
-equal digests. Dimensions as in schema.py.
+The sketch's basis (sketch.py) is fitted to vision states; the tail template (tail_template.py) to
+states at vision positions and at response-predicting positions. Memory does not grow with the
+number of states. Equal states in equal batches give equal digests.
+Dimensions as in schema/teacher_output.py.
 """
 
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from teacher_cache.schema.options import RecordSettings, holds
 
 
 class Calibration:
-    """Adds up states, sample by sample, for records of these settings."""
+    """Accumulates states, sample by sample, for records of these settings."""
 
     def __init__(self, head: LmHead, settings: RecordSettings) -> None:
         self._head = head

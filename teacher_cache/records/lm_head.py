@@ -1,7 +1,7 @@
-"""The LM head as data: the rows that turn a final hidden state into logits over the vocabulary.
+"""Defines the LM head as data: the weights that turn a final hidden state into logits.
 
-Hidden-tier caches store it once beside the shards, so that a student's process can rebuild every
-teacher logit without the teacher. Only plain affine heads qualify; see `teacher.py`, which checks
+Hidden-tier caches store it once beside the shards, so that a student's process can compute every
+teacher logit without the teacher. Only plain affine heads qualify; teacher/plain_head.py checks
 this against the model's own logits.
 """
 
@@ -18,7 +18,7 @@ from teacher_cache.schema.fingerprint import digest_tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmHead:
-    """Weight [V, D] and, where the model has one, bias [V]; cut to the shared vocabulary rows."""
+    """Weight [V, D] and optional bias [V], restricted to the shared vocabulary rows."""
 
     weight: Float[Tensor, "V D"]
     bias: Float[Tensor, " V"] | None = None
@@ -62,7 +62,7 @@ MAX_LOGITS = 2**25
 
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Cut rows into slices whose logits stay within `MAX_LOGITS` entries (one row at least)."""
+    """Slices of rows with at most `MAX_LOGITS` logits each, but at least one row."""
     step = max(1, MAX_LOGITS // max(1, vocab_size))
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))

@@ -1,6 +1,6 @@
-"""From a sample's final hidden states to the records that are stored of it; plain tensors in, out.
+"""Makes a sample's stored records from its final hidden states.
 
-Three tiers, or the last and one of the others at once (schema.py, TeacherOutput): `topk` stores the
+Three tiers, or the last and one of the others at once (`TeacherOutput`): `topk` stores the
 largest logits at vision positions and at the positions that predict the response, and the affinity
 matrix; `topk+sketch` adds a PCA code of the vision states; `hidden` stores the states that enter
 the LM head, and everything else follows from them. A grid stores the response once more for each

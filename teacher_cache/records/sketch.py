@@ -1,12 +1,12 @@
-"""PCA sketch of vision states: every logit of a teacher token, approximately, in S int8 codes.
+"""Encodes vision states as PCA sketches: S int8 codes that approximate all logits of a token.
 
-A top-k cache cannot say what the L1 distance of raw logits is, for nearly all of that sum lies
-outside the top-k (docs/method.md). The sketch keeps the hidden state's coordinates along the
-directions that carry most *logit* energy: with G = W'W = LL', the principal axes
-Q of the states times L; code a = (h - mean) L Q, logits = W mean + bias + a (W inv(L)' Q)'.
-At full rank this is exact but for the rounding to int8 and of the directions to float16.
+Top-k records cannot give the L1 distance of raw logits, because nearly all of that sum lies outside
+the top k (docs/method.md). The sketch keeps the hidden state's coordinates along the directions
+with most *logit* energy: with G = W'W = LL', the principal axes Q of the states times L;
+code a = (h - mean) L Q, logits = W mean + bias + a (W inv(L)' Q)'.
+At full rank only rounding is lost: of codes to int8, of directions to float16.
 
-Dimensions as in schema.py. Refuses calibration without states and ranks below 1.
+Dimensions as in schema/teacher_output.py. Refuses calibration without states and ranks below 1.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _CODE_LIMIT = 127
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SketchBasis:
-    """What turns states into codes and codes into logits; stored once per cache."""
+    """Matrices that turn states into codes and codes into logits; stored once per cache."""
 
     hidden_mean: Float[Tensor, " D"]
     projection: Float[Tensor, "D S"]
@@ -118,13 +118,13 @@ def basis_from_moments(moments: HiddenMoments, head: LmHead, rank: int) -> Sketc
         raise ValueError(f"sketch_rank is {rank}, expected at least 1")
     if moments.count < 2:
         raise ValueError(
-            f"the sketch's basis needs vision tokens to be fitted to, found {moments.count}; "
-            "give a source that has usable samples with images, or record the topk tier"
+            f"the sketch's basis is fitted to vision tokens, found {moments.count}; give a source "
+            "with usable samples with images, or choose records topk"
         )
     rank = min(rank, len(moments.mean))
     weight = head.weight.detach().to("cpu", torch.float64)
     bias = 0.0 if head.bias is None else head.bias.detach().to("cpu", torch.float64)
-    # L = E sqrt(lambda) is a square root of G that, unlike Cholesky's, a rank-deficient head has.
+    # L = E sqrt(lambda) is a square root of G; unlike Cholesky's, it exists for rank-deficient G.
     eigenvalues, eigenvectors = torch.linalg.eigh(weight.T @ weight)
     usable = eigenvalues > eigenvalues[-1] * 1e-12
     roots = torch.where(usable, eigenvalues, 0.0).sqrt()
@@ -183,7 +183,7 @@ def decode_codes(
     scale: Float[Tensor, " M"],
     ids: Int[Tensor, " K"] | None = None,
 ) -> Float[Tensor, "M columns"]:
-    """The same of a record's parts, on any device: nothing is checked, so nothing waits for it."""
+    """`decode_logits` from a record's tensors, on any device; no checks, so no device sync."""
     directions = basis.directions if ids is None else basis.directions[ids]
     mean = basis.mean_logits if ids is None else basis.mean_logits[ids]
     values = codes.to(torch.float32) * scale[:, None]

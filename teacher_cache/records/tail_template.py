@@ -1,15 +1,16 @@
-"""The template of a cache's tails: one shape, over all V rows, for what top-k records leave out.
+"""Fits the tail template: one shape over all V rows for the mass outside top-k records.
 
-A record knows the mass tau outside its K entries, not how it is spread. Over calibration positions
-the template is the mean of
+A record knows the mass tau outside its K entries, not its distribution. The template is the mean
+over calibration positions of
 
     min(p_v, c, tau) / tau        c the smallest kept probability
 
-the share of the tail that entry v has; of a kept entry, the most that it could have had. So every
-entry has some, and those that are often likely have most. Of all fixed shapes about the one with
-the least mean KL(tail || shape); the mean *logit* is worse for flat students (docs/method.md).
-Apart for vision positions and for those that predict the response. Sums run in float64, chunk by
-chunk, so equal input gives an equal digest. Dimensions as in schema.py.
+the share of entry v in the tail; for a kept entry, the largest share it could have had. So every
+entry has a share, and entries that are often likely have the largest. It is close to the fixed
+shape with the least mean KL(tail || shape); the mean *logit* is worse for flat students
+(docs/method.md). Vision positions and response-predicting positions have separate templates. Sums
+are float64, chunk by chunk, so equal input gives an equal digest.
+Dimensions as in schema/teacher_output.py.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from teacher_cache.schema.teacher_output import TopKRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailTemplate:
-    """Log shares of an average tail, which sum to 1; None where no position had one."""
+    """Log shares of the mean tail; the shares sum to 1. None where no position had a tail."""
 
     vision: Float[Tensor, " V"] | None = None
     response: Float[Tensor, " V"] | None = None
@@ -54,7 +55,7 @@ class TailTemplate:
 
 
 class MeanTail:
-    """Adds up the tails of positions, batch by batch, in float64 on the CPU."""
+    """Accumulates the tails of positions, batch by batch, in float64 on the CPU."""
 
     def __init__(self, vocab_size: int) -> None:
         self.count = 0
@@ -86,7 +87,7 @@ class MeanTail:
 
     @property
     def log_shares(self) -> Float[Tensor, " V"] | None:
-        """Of the mean tail, in float32; None where no position had one."""
+        """Log shares of the mean tail, float32; None where no position had a tail."""
         if not self.count:
             return None
         shares = self._shares.clamp(min=torch.finfo(torch.float32).tiny)

@@ -6,7 +6,7 @@ without a traceback.
 
 
 class EmkdError(Exception):
-    """The base of every error class; never raised itself."""
+    """The base of every error class; not raised itself."""
 
 
 class DecodeError(EmkdError, ValueError):

@@ -1,11 +1,10 @@
-"""Which samples may have one vision record: those that are the same up to their last vision token.
+"""Finds samples that may share one vision record: equal input up to the last vision token.
 
 In a causal language model the states at vision tokens depend on the images, the processor and the
-tokens before them, and on nothing behind them: two questions about one image have the same ones.
-That is decided by what the teacher was given, to the byte, never by names; a template that puts
-the question before the image, another system message or other neighbours in the prompt give
-another digest, and so a record of their own. Models of other attention are not supported at all
-(views.require_supported).
+tokens before them, not on what follows: two questions about one image have equal states. The
+digest covers the teacher's input, byte by byte, never names. A question before the image, another
+system message or another prompt gives another digest, and so a separate record. Models with other
+attention are refused (models/view_geometry.py).
 """
 
 import hashlib
@@ -16,13 +15,13 @@ from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample
 
 VisionOwners = dict[str, CachedSample]
-"""Samples with a vision record of their own, by what the teacher saw up to its end."""
+"""Samples with their own vision record, by `vision_digest`."""
 
 
 def vision_digest(sample: Sample, encoded: EncodedSample) -> str | None:
-    """Digest of all that a sample's vision record depends on; None without vision tokens.
+    """Digest of everything a sample's vision record depends on; None without vision tokens.
 
-    That is: the bytes of every image, the grids, the token ids up to the last vision token.
+    Covers the bytes of every image, the grids, and the token ids up to the last vision token.
     """
     spans = encoded.spans
     if not len(spans.vision):
