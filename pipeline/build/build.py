@@ -210,7 +210,7 @@ class CacheBuilder:
             batches,
             self.config.settings,
             wanted,
-            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+            self.progress,
         )
 
     def _load_assets(self, plan: Plan) -> None:

@@ -215,7 +215,7 @@ class RecordExtender:
             batches,
             self.settings,
             wanted,
-            lambda tokens: self.progress("calibrate", min(tokens, wanted), wanted),
+            self.progress,
         )
 
 

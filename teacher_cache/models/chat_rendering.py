@@ -1,12 +1,12 @@
-"""Where the messages stand in the text that a chat template makes of a conversation.
+"""Locates the messages in the text that a chat template renders.
 
-Promise: `locate` gives the character span of every user text, and for every assistant turn where
-the generation prompt before it ends, where its text ends and where the turn ends. Texts are found
-by rendering the conversation once more with a marker in place of each of them, so that a text
-that also occurs in the template's own words ("user") is not mistaken for them. What the template
-writes between the markers is the same for all conversations of one shape and may be kept. Refuses
-templates that reorder or rewrite a message, and those whose text for a growing conversation does
-not grow by appending (generation would then not see what training saw).
+`locate` gives the character span of every user text and, for every assistant turn, the ends of the
+generation prompt before it, of its text and of the turn. It finds texts by rendering the
+conversation a second time with markers in place of the texts, so a text that also occurs in the
+template ("user") is not confused with it. The template's text between markers is the same for all
+conversations of one shape and may be cached. Refuses templates that reorder or rewrite a message,
+and those that do not render a longer conversation by appending (generation would then see another
+prompt than training).
 """
 
 import re
@@ -17,16 +17,16 @@ from typing import Any
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Sample
 
 Turn = dict[str, Any]
-"""One message as chat templates take it: its role and a list of image and text parts."""
+"""One message in the form of chat templates: its role and a list of image and text parts."""
 
 Render = Callable[[list[Turn], bool], str]
-"""From turns, and whether the generation prompt is to follow them, to text."""
+"""Renders turns to text; the flag appends the generation prompt."""
 
 TurnShape = tuple[bool | tuple[str, ...], ...]
 """What a marked rendering depends on: the generation prompt, then each turn's role and parts."""
 
 Skeletons = dict[TurnShape, tuple[str, ...]]
-"""By shape, what one template writes before, between and behind the texts; `locate` fills it."""
+"""By shape: one template's text before, between and after the messages; `locate` fills it."""
 
 MAX_SKELETONS = 1024
 
@@ -35,8 +35,8 @@ _MARKER = re.compile("\ue000([0-9]+)\ue001")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """Characters of one assistant turn: generation starts at `start`, the text stops at
-    `text_end`, and what the template appends to it (an end-of-turn token) at `turn_end`."""
+    """Characters of one assistant turn: generation begins at `start`, the text ends at
+    `text_end`, and the template's suffix (an end-of-turn token) at `turn_end`."""
 
     start: int
     text_end: int
@@ -55,9 +55,9 @@ class Rendering:
 def to_turns(sample: Sample, system_prompt: str | None) -> list[Turn]:
     """Messages as lists of image and text parts.
 
-    One newline between a placeholder and the text next to it is LLaVA's convention of writing
-    both into one string; templates write their own, so it is taken off. `system_prompt` is put
-    first unless the sample brings a system message.
+    LLaVA's JSON has one newline between a placeholder and the text next to it; templates write
+    their own, so it is removed. `system_prompt` comes first unless the sample has a system
+    message.
     """
     turns: list[Turn] = []
     if system_prompt is not None and all(m.role != "system" for m in sample.messages):
@@ -84,7 +84,7 @@ def locate(
 ) -> Rendering:
     """Render turns and find their texts; ValueError where the template makes that impossible.
 
-    `skeletons` saves the marked rendering of shapes that it has met. It belongs to one template.
+    `skeletons` caches the marked rendering of each shape; it belongs to one template.
     """
     text = render(turns, add_generation_prompt)
     spans = _text_spans(turns, render, add_generation_prompt, text, skeletons)
@@ -147,7 +147,7 @@ def _text_spans(
     if skeletons is not None and shape in skeletons:
         try:
             return _read_along(texts, text, skeletons[shape])
-        except ValueError:  # the template may write the date: look again before refusing
+        except ValueError:  # the template may write the date: render again before refusing
             del skeletons[shape]
     skeleton = _skeleton(render(_marked(turns), add_generation_prompt), len(texts))
     spans = _read_along(texts, text, skeleton)

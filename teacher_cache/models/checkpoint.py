@@ -1,9 +1,8 @@
-"""Load a model and its processor from a folder or the hub, and say what is wrong with a path.
+"""Loads a model and its processor from a folder or the hub.
 
-Promise: what is returned is what the checkpoint holds. Weights that it lacks are refused (the
-library would go on with random ones), a processor without an image processor too; code that a
-checkpoint brings along is never run. Every failure is a ValueError that names the path and, as far
-as it can be told, the remedy.
+Refuses a checkpoint with missing weights (transformers would initialise them at random) and a
+processor without an image processor. Never runs code from a checkpoint. Every failure is a
+ValueError that names the path and, if known, the remedy.
 """
 
 from collections.abc import Generator
@@ -60,7 +59,7 @@ def load_model(
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where it is available, otherwise the CPU."""
+    """The device of that name; `auto` is CUDA if available, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -77,7 +76,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def _named(path: str) -> Generator[None]:
-    """Turn what the library raises for a path into one ValueError that names it."""
+    """Convert transformers' errors for a path into one ValueError that names the path."""
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2):
         raise ValueError(f"{path}: there is no such folder, and a hub id is <owner>/<name>")

@@ -1,9 +1,9 @@
-"""One tokenised sample, and a batch of them as a model takes it.
+"""Collates tokenised samples into a batch of model inputs.
 
-Promise: position p of sample i sits at column `p + offsets[i]` of the batch, whatever the side of
-the padding; nothing is truncated. Inputs that run along the sequence are padded to the longest
-sample; all others are image inputs: concatenated along their first axis, their other axes padded
-with zeros (tiles of LLaVA-NeXT, images of Idefics3), and absent where no sample has an image.
+Position p of sample i is at column `p + offsets[i]` of the batch, for either padding side; nothing
+is truncated. Sequence inputs are padded to the longest sample. All others are image inputs:
+concatenated along their first axis, their other axes padded with zeros (tiles of LLaVA-NeXT, images
+of Idefics3), and absent where no sample has an image.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ SEQUENCE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedSample:
-    """A sample as its processor encodes it alone.
+    """One sample as its processor encodes it, without padding.
 
     `inputs` holds the sequence-long inputs without a batch axis (shape [L]) and the image inputs
-    with their leading image or batch axis; `spans` says which positions are what.
+    with their leading image or batch axis; `spans` has the roles of the positions.
     """
 
     key: str
@@ -51,7 +51,7 @@ class EncodedSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBatch:
-    """Samples side by side: `inputs` go to the model, `offsets[i]` is row i's left padding."""
+    """A padded batch: `inputs` go to the model, `offsets[i]` is row i's left padding."""
 
     inputs: dict[str, Tensor]
     offsets: tuple[int, ...]
@@ -63,7 +63,7 @@ class ModelBatch:
         return ModelBatch(inputs=moved, offsets=self.offsets, samples=self.samples)
 
     def columns(self, row: int, positions: Tensor) -> Tensor:
-        """Columns of the batch where the given positions of sample `row` sit."""
+        """Columns of the batch for the given positions of sample `row`."""
         return positions + self.offsets[row]
 
 

@@ -41,6 +41,7 @@ from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
 from teacher_cache.schema.options import GridSettings, RecordSettings, holds
+from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.teacher.plain_head import require_plain_head, shared_head
@@ -126,14 +127,13 @@ class Teacher:
         batches: Iterable[Sequence[Sample]],
         settings: RecordSettings,
         num_tokens: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = no_progress,
     ) -> None:
-        """Fit what top-k records share, sketch and template, and keep it (calibration.py).
+        """Fit what top-k records share, sketch and template, and keep it (records/calibration.py).
 
-        Takes batches until they have `num_tokens` vision tokens (response tokens where there are no
-        images); None, or fewer in all: all of them. Holds the states of one batch at a time;
-        `progress` is told the tokens so far. Samples that cannot be used are passed over here:
-        `outputs` names them in their turn.
+        Takes batches until they have `num_tokens` vision tokens (response tokens if there are no
+        images), or all batches (None). Holds the states of one batch at a time; reports the tokens
+        so far to `progress`. Skips samples that cannot be used: `outputs` names them later.
         """
         found = Calibration(self.head, settings)
         for samples in batches:
@@ -143,8 +143,8 @@ class Teacher:
                 vision, predicting = states[sample.spans.vision], states[sample.spans.predicting]
                 if bool(vision.isfinite().all()) and bool(predicting.isfinite().all()):
                     found.add(vision, predicting)
-            if progress is not None:
-                progress(found.num_tokens)
+            done, total = found.num_tokens, num_tokens or found.num_tokens
+            progress("calibrate", min(done, total), total)
             if num_tokens is not None and found.num_tokens >= num_tokens:
                 break
         self.sketch, self.template = found.sketch(), found.template()

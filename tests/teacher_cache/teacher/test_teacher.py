@@ -258,20 +258,24 @@ def test_calibration_reads_vision_states_only_and_passes_bad_samples_over(
 
 
 def test_calibration_takes_batches_until_it_has_enough_tokens(llava: Teacher) -> None:
-    samples, told, taken = tiny_samples(5), list[int](), list[int]()
+    samples, told, taken = tiny_samples(5), list[tuple[str, int, int]](), list[int]()
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
 
     def batches() -> Iterator[list[Sample]]:
         for number, sample in enumerate(samples):
             taken.append(number)
             yield [sample]
 
-    llava.calibrate(batches(), SKETCHED, 20, told.append)  # 16 vision tokens an image
-    assert (taken, told) == ([0, 1], [16, 32])
+    llava.calibrate(batches(), SKETCHED, 20, progress)  # 16 vision tokens an image
+    assert taken == [0, 1]
+    assert told == [("calibrate", 16, 20), ("calibrate", 20, 20)]
     first = _fitted(llava)
     llava.calibrate([[sample] for sample in samples[:2]], SKETCHED)
     assert _fitted(llava) == first
-    llava.calibrate(batches(), SKETCHED, 10_000, told.append)  # all there are
-    assert told[2:] == [16, 32, 32, 64, 80]
+    llava.calibrate(batches(), SKETCHED, 10_000, progress)  # all there are
+    assert [done for _, done, _ in told[2:]] == [16, 32, 32, 64, 80]
 
 
 def _fitted(teacher: Teacher) -> tuple[str, str]:
@@ -286,7 +290,8 @@ def test_calibration_without_images_counts_response_tokens_and_knows_no_vision_t
 ) -> None:
     teacher, told = Teacher.load(str(tiny_folder("llava")), device="cpu"), list[int]()
     text = tiny_samples(3)[2]
-    teacher.calibrate([[text]], RecordSettings(records="topk", top_k=TOP_K), progress=told.append)
+    settings = RecordSettings(records="topk", top_k=TOP_K)
+    teacher.calibrate([[text]], settings, progress=lambda _what, done, _total: told.append(done))
     assert told == [int(teacher.encoder.encode(text).spans.is_response.sum())]
     assert teacher.sketch is None
     assert teacher.template is not None
