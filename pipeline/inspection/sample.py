@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from pipeline.student.token_texts import texts_with_shares, token_texts
 from teacher_cache.folder.reader import CacheReader
@@ -53,6 +52,8 @@ def describe_sample(reader: CacheReader, key: str, tokenizer: Any = None) -> dic
 
 def load_tokenizer(path: str, spec: CacheSpec) -> Any:
     """The tokenizer of a folder or hub id; ValueError unless it is the cache's teacher's."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from student_train.compression.compression import compress
 from student_train.compression.decoder import decoder_of, require_compressible
@@ -71,6 +70,8 @@ class Generator:
         Prompts are padded on the left. Neither a seed nor the checkpoint's sampling settings
         matter.
         """
+        from transformers import GenerationConfig
+
         batch = collate(prompts, self.encoder.pad_token_id, side="left")
         settings = GenerationConfig(
             do_sample=False,

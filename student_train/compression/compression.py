@@ -23,7 +23,6 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.masking_utils import create_causal_mask
 
 from student_train.compression.decoder import decoder_of, require_compressible
 from student_train.compression.layer_view import AttentionRecorder, LayerView
@@ -125,6 +124,8 @@ class Compression:
             return hidden, kwargs
         shortened = self._shortened[stage]
         if stage not in self._masks:
+            from transformers.masking_utils import create_causal_mask
+
             num_new = num_cached + hidden.shape[1] - shortened.is_token.shape[1]
             self._masks[stage] = create_causal_mask(
                 config=self._decoder.config,

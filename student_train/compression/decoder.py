@@ -9,7 +9,6 @@ attention of an attention module that does not expose them.
 import sys
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from student_train.compression.compressors import Compressor, find_compressor
@@ -24,6 +23,8 @@ _ATTENTION_ATTRIBUTES = ("q_proj", "k_proj", "head_dim", "scaling")
 
 def decoder_of(model: nn.Module) -> Any:
     """Return the text decoder of a model, which may be wrapped (DDP) or compiled."""
+    from accelerate.utils import extract_model_from_parallel
+
     return extract_model_from_parallel(model, keep_torch_compile=False).get_decoder()
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from student_train.compression.compression import compress
 from student_train.data.sample_states import SampleStates, gather_states
@@ -24,6 +23,7 @@ from student_train.data.token_layout import TokenLayout, layout_of
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.epic.step_plan import StepPlan
 from student_train.models.forward import final_hidden
+from student_train.ops.sharded import is_fsdp_module
 from teacher_cache.models.collate import ModelBatch
 
 
@@ -55,7 +55,7 @@ def student_pass(
         hidden = final_hidden(model, batch.inputs)
     consistency_teacher_states = None
     # All ranks gather the layers of a sharded model together, or none does.
-    if entry is not None and (isinstance(model, FSDPModule) or _drops_any(found.layout, batch)):
+    if entry is not None and (is_fsdp_module(model) or _drops_any(found.layout, batch)):
         with torch.no_grad():
             theirs, layout = rerun_from_layer(model, entry, plan.teacher, batch, plan.teacher_draw)
         consistency_teacher_states = _predicting(theirs.to(hidden.dtype), batch, layout)

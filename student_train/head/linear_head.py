@@ -16,11 +16,10 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
 from student_train.ops.precision import at_least_float32
+from student_train.ops.sharded import is_dtensor, is_fsdp_module
 
 LogitsOf = Callable[[Tensor], Tensor]
 """The student's LM head: final hidden states [n, D] to logits [n, W], with gradient."""
@@ -124,7 +123,7 @@ def _is_plain(module: nn.Module) -> bool:
     LoRA, quantised and parametrised layers have their own classes. FSDP2's hooks gather the weight,
     which happens here instead. Offloading replaces `forward`.
     """
-    sharded = isinstance(module, FSDPModule)
+    sharded = is_fsdp_module(module)
     own_class = type(module).__mro__[2] if sharded else type(module)
     hooked = module._forward_hooks or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
     return own_class is nn.Linear and "forward" not in vars(module) and (sharded or not hooked)
@@ -132,10 +131,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _gathered(parameter: Tensor) -> Tensor:
     """The whole of a sharded parameter; its gradient becomes the mean over the ranks."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return parameter
-    mesh = parameter.device_mesh
-    whole = parameter.redistribute(placements=[Replicate()] * mesh.ndim)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    sharded = cast(DTensor, parameter)
+    mesh = sharded.device_mesh
+    whole = sharded.redistribute(placements=[Replicate()] * mesh.ndim)
     local = whole.to_local(grad_placements=[Partial()] * mesh.ndim)
     if local.requires_grad:
         local.register_hook(lambda gradient: gradient / mesh.size())
@@ -144,7 +146,7 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 def _require_whole(module: nn.Module) -> None:
     parameters = list(module.parameters())
-    sharded = any(isinstance(p, DTensor) for p in parameters)
+    sharded = any(is_dtensor(p) for p in parameters)
     if sharded or not all(p.numel() for p in parameters):
         raise ValueError(
             f"the LM head is a {type(module).__name__} whose weights are sharded; only a plain "

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 
@@ -76,6 +75,8 @@ def solve_assignment(cost: Float[Tensor, "N M"]) -> tuple[Int[Tensor, " P"], Int
             "or infinite: the student's vision logits have overflowed; lower the learning rate "
             "or train in a wider dtype"
         )
+    from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
+
     rows, columns = map(torch.from_numpy, linear_sum_assignment(matrix.numpy()))
     order = rows.argsort()
     return rows[order], columns[order]

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse.csgraph import connected_components  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from student_train.matching.cost_error import CostError
@@ -108,6 +107,10 @@ def _possible_moves(moves: _Matrix) -> npt.NDArray[np.bool_]:
     Besides the move, each other node of its strongly connected component adds to the cycle at least
     its cheapest move out (or in), or nothing.
     """
+    from scipy.sparse.csgraph import (  # pyright: ignore[reportMissingTypeStubs]
+        connected_components,
+    )
+
     possible = np.isfinite(moves)
     while True:
         _, component = connected_components(possible, directed=True, connection="strong")

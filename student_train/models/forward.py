@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,4 +20,6 @@ def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Float[Tensor
 
 def output_head(model: nn.Module) -> nn.Module:
     """Return the language-model head of a model, which may be wrapped (DDP) or compiled."""
+    from accelerate.utils import extract_model_from_parallel
+
     return extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()

@@ -8,32 +8,31 @@ ValueError that names the path and, if known, the remedy.
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 
-def load_config(path: str) -> PreTrainedConfig:
+def load_config(path: str) -> "PreTrainedConfig":
     """The config of a local folder or hub id."""
+    from transformers import AutoConfig
+
     with _named(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def load_model(
     path: str, dtype: torch.dtype | None = None, attention: str | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> "tuple[PreTrainedModel, ProcessorMixin]":
     """Load an image-text-to-text model with its processor; in eval mode, on the CPU.
 
     `dtype` defaults to the checkpoint's own, `attention` to the library's choice.
     """
+    from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+
     with _named(path):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,

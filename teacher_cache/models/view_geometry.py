@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.image_processing_utils import select_best_resolution
 
 from teacher_cache.schema.samples import ViewGrid
 
@@ -154,6 +153,8 @@ def _unpadded(rows: int, cols: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _mosaic(config: Any, side: int, size: Tensor) -> tuple[int, int]:
+    from transformers.image_processing_utils import select_best_resolution
+
     height, width = (int(value) for value in size)
     tile = config.vision_config.image_size
     best_height, best_width = select_best_resolution((height, width), config.image_grid_pinpoints)
