@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
 
-from student_train.models.student import student_from_vanilla
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.writer import seal_cache, write_assets, write_plan, write_shard
 from teacher_cache.records.assets import TeacherAssets
@@ -17,6 +15,7 @@ from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Location
 from teacher_cache.teacher.teacher import Teacher
+from tests.support.lazy import PreTrainedModel, ProcessorMixin, student_from_vanilla
 
 
 def build_cache(

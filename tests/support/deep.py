@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import (
+
+from teacher_cache.models.checkpoint import load_model
+from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.samples import Sample
+from tests.support.lazy import (
     AutoModelForImageTextToText,
     LlamaConfig,
     MistralConfig,
     Qwen2VLConfig,
     Qwen3Config,
 )
-
-from teacher_cache.models.checkpoint import load_model
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.samples import Sample
 from tests.support.tiny import tiny_samples
 
 NUM_LAYERS = 4

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
 
 from student_train.compression.compression import compress
 from student_train.config.objective import ObjectiveName, preset
@@ -16,13 +15,12 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import StudentBatch
 from student_train.epic.step_plan import StepPlan, plan_step
 from student_train.models.forward import final_hidden, output_head
-from student_train.models.student import vanilla_student
 from student_train.training.checkpoint import FinishedRun
-from student_train.training.run import train_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support.deep import NUM_LAYERS, batch_of, deep_model
+from tests.support.lazy import PreTrainedModel, ProcessorMixin, train_student, vanilla_student
 from tests.support.tiny import FAMILIES
 
 

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from student_train.config.recipe import TrainerSettings
 from student_train.training.checkpoint import FinishedRun
-from student_train.training.run import train_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache, student_loader
+from tests.support.lazy import train_student
 from tests.support.tiny import tiny_samples
 
 PAIRS = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)

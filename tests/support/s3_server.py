@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import botocore.session
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+from tests.support.lazy import DomainDispatcherApplication, botocore_session, create_backend_app
 
 BUCKET = "caches"
 Request = dict[str, Any]
@@ -50,7 +50,7 @@ class S3Server:
 
     def make_bucket(self) -> None:
         """Create the bucket; the environment is set."""
-        client: Any = botocore.session.get_session().create_client("s3")
+        client: Any = botocore_session.get_session().create_client("s3")
         client.create_bucket(Bucket=BUCKET)
         client.close()
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
+
+from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
+from tests.support.lazy import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     GotOcr2ImageProcessor,
@@ -39,14 +41,9 @@ from transformers import (
     Qwen2VLImageProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
-)
-
-from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
-from tests.support.tiny_processors import (
     StillInternVLProcessor,
     StillOnevisionProcessor,
     StillQwenProcessor,
-    template,
     token_id,
     tokenizer,
 )
@@ -54,6 +51,19 @@ from tests.support.tiny_processors import (
 WIDTH = 32
 HEAD_ROWS = 384
 """Rows of every LM head: more than the tokenizers have entries, as in released models."""
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def template(image: str) -> str:
+    return CHAT_TEMPLATE.replace("IMAGE", image)
 
 
 def _text_settings() -> dict[str, Any]:

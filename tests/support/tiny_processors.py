@@ -22,14 +22,6 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 _CORPUS = (
     "what is in the picture? a red square and a blue circle. user assistant system "
     "how many digits do you see? there are three of them: one, two, four. describe both images"
@@ -66,10 +58,6 @@ def token_id(words: PreTrainedTokenizerFast, text: str) -> int:
     found = words.convert_tokens_to_ids(text)
     assert isinstance(found, int)
     return found
-
-
-def template(image: str) -> str:
-    return CHAT_TEMPLATE.replace("IMAGE", image)
 
 
 class StillOnevisionProcessor(LlavaOnevisionProcessor):

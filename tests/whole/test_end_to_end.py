@@ -9,21 +9,18 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageTextToText
 
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
 from pipeline.inspection.cache import describe_cache
-from pipeline.report.report import write_report
-from pipeline.student.evaluate import evaluate
-from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName, holds
 from tests.conftest import TinyFolder
+from tests.support.lazy import AutoModelForImageTextToText, evaluate, train, write_report
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
 

@@ -14,11 +14,11 @@ from jobs.cli import extras
 from jobs.cli.__main__ import BROKEN_PIPE, main, parse
 from jobs.cli.removed_flags import REMOVED, RENAMED_FIELDS
 from jobs.cluster.paths import absolute, config_json
-from jobs.cluster.submit import entrypoint, run_flags
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
+from tests.support.lazy import entrypoint, run_flags
 from tests.support.llava_json import write_llava_json
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_samples

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
-from jobs.cluster.actor_pool import ActorPool, WorkerLostError, ray_session, worker_resources
 from jobs.cluster.options import RayOptions
+from tests.support.lazy import ActorPool, actor_pool, ray, ray_session, worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -95,7 +94,7 @@ def test_work_whose_worker_died_is_done_by_another(tmp_path: Path) -> None:
 
 def test_retries_are_bounded(tmp_path: Path) -> None:
     pool = _pool(tmp_path, deaths=1000, max_retries=1)
-    with pytest.raises(WorkerLostError, match=r"work\(3\): its worker was lost 2 times"):
+    with pytest.raises(actor_pool.WorkerLostError, match=r"work\(3\): its worker was lost 2 times"):
         list(pool.map("work", [0, 3], lambda _: None))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -118,8 +117,12 @@ def test_work_whose_worker_hangs_is_done_by_another(tmp_path: Path) -> None:
 
 def test_work_that_always_hangs_ends_in_an_error(tmp_path: Path) -> None:
     pool = _pool(tmp_path, deaths=1000, max_retries=1, worker_timeout=3.0)
-    with pytest.raises(WorkerLostError, match=r"was lost 2 times; the last time it made no pro"):
+    with pytest.raises(
+        actor_pool.WorkerLostError, match=r"was lost 2 times; the last time it made no pro"
+    ):
         list(pool.map("work", [6], lambda _: None))
-    with pytest.raises(WorkerLostError, match=r"work\(6,\): its worker was lost, it made no prog"):
+    with pytest.raises(
+        actor_pool.WorkerLostError, match=r"work\(6,\): its worker was lost, it made no prog"
+    ):
         pool.call("work", 6)
     assert pool.call("work", 4) == 16

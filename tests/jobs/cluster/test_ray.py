@@ -8,20 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.cluster.actor_pool import ray_session
 from jobs.cluster.options import RayOptions
-from jobs.stages.build import run_build, run_extend
-from jobs.stages.evaluate import run_evaluate
-from jobs.stages.train import run_train
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
-from pipeline.student.train import train
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
+from tests.support.lazy import ray_session, run_build, run_evaluate, run_extend, run_train, train
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster.actor_pool import WorkerLostError, ray_session
 from jobs.cluster.options import RayOptions
-from jobs.stages import build
-from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
+from tests.support.lazy import actor_pool, ray_session, run_build
+from tests.support.lazy import build_stage as build
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
 
@@ -77,5 +76,5 @@ def test_a_sample_that_kills_its_worker_is_rejected_and_the_build_goes_on(
 
 
 def test_without_retries_the_first_death_ends_the_build(config: BuildConfig) -> None:
-    with pytest.raises(WorkerLostError, match="its worker was lost 1 times"):
+    with pytest.raises(actor_pool.WorkerLostError, match="its worker was lost 1 times"):
         run_build(config, RayOptions(max_retries=0))

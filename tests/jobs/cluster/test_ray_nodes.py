@@ -7,17 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from jobs.cluster.options import RayOptions
-from jobs.stages import build as build_cache
-from jobs.stages.build import run_build
 from pipeline.build.build import CacheBuilder, build
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit
 from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
+from tests.support.lazy import Cluster, ray, run_build
+from tests.support.lazy import build_stage as build_cache
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
 

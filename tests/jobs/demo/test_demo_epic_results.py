@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.epic import ARMS, DEMO_COMPRESSORS, RATIOS, epic_results, lines
 from pipeline.demo import recipes as demo_recipes
 from student_train.config.compression import CompressionSettings
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
+from tests.support.lazy import epic_demo
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
 
 
@@ -17,8 +17,8 @@ def _evaluated(run: Path, num_right: int) -> None:
     """All tokens, and every budget with one right answer less than the one before."""
     right = [True] * num_right + [False] * (10 - num_right)
     fake_evaluation(run, right, kept=36.0)
-    for compressor in DEMO_COMPRESSORS:
-        for number, ratio in enumerate(RATIOS, start=1):
+    for compressor in epic_demo.DEMO_COMPRESSORS:
+        for number, ratio in enumerate(epic_demo.RATIOS, start=1):
             settings = CompressionSettings.at_layer(1, ratio, compressor)
             fake_evaluation(
                 run,
@@ -39,7 +39,7 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
             progressive=progressive,
             seed=seed,
         )
-        for arm, (objective, progressive) in ARMS.items()
+        for arm, (objective, progressive) in epic_demo.ARMS.items()
         for seed in (0, 1)
     }
     for (arm, seed), config in configs.items():
@@ -55,12 +55,12 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)
     seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
-    shown = epic_results(tmp_path, seal, configs)
+    shown = epic_demo.epic_results(tmp_path, seal, configs)
     assert json.loads(json.dumps(shown)) == shown
     first = shown["runs"][0]
     assert (first["arm"], first["objective"], first["seed"]) == ("tcd", "epic-tcd", 0)
-    assert [run["arm"] for run in shown["runs"][::2]] == list(ARMS)
-    assert len(first["budgets"]) == len(DEMO_COMPRESSORS) * len(RATIOS)
+    assert [run["arm"] for run in shown["runs"][::2]] == list(epic_demo.ARMS)
+    assert len(first["budgets"]) == len(epic_demo.DEMO_COMPRESSORS) * len(epic_demo.RATIOS)
     assert first["budgets"][1] == {
         "compressor": "dart",
         "ratio": 0.5,
@@ -68,8 +68,8 @@ def test_results_hold_every_budget_of_every_run_and_the_table_their_means(tmp_pa
         "accuracy": pytest.approx(0.5),
     }
     write_json(tmp_path / "results.json", shown)
-    table = [line.split() for line in lines(tmp_path)]
-    assert table[0] == ["tokens", "kept", "vanilla", *ARMS]
+    table = [line.split() for line in epic_demo.lines(tmp_path)]
+    assert table[0] == ["tokens", "kept", "vanilla", *epic_demo.ARMS]
     assert table[1] == ["all", "90.0", "75.0", "60.0", "60.0", "60.0"]
     assert table[2] == ["dart", "27", "80.0", "65.0", "50.0", "50.0", "50.0"]
-    assert len(table) == 2 + len(DEMO_COMPRESSORS) * len(RATIOS)
+    assert len(table) == 2 + len(epic_demo.DEMO_COMPRESSORS) * len(epic_demo.RATIOS)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo.emkd import results
 from pipeline.config.stages import TrainConfig
 from pipeline.demo import recipes as demo_recipes
 from student_train.config.objective import ObjectiveName
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.storage.open_store import open_store
+from tests.support.lazy import emkd_demo
 from tests.support.run_fakes import CACHE, fake_cache, fake_evaluation, fake_run, write_json
 
 
@@ -33,7 +33,7 @@ def test_results_hold_one_line_for_each_finished_run_in_the_order_given(tmp_path
     write_json(tmp_path / "teacher" / "seconds.json", 12.5)
     seal = read_seal(open_store(fake_cache(tmp_path / "cache")))
     assert seal is not None
-    shown = results(tmp_path, seal, configs)
+    shown = emkd_demo.results(tmp_path, seal, configs)
     assert json.loads(json.dumps(shown)) == shown
     assert shown["teacher"] == {"accuracy": 1.0, "num_samples": 2, "seconds": 12.5}
     assert shown["cache"] == {
@@ -58,4 +58,4 @@ def test_results_of_a_run_that_was_not_evaluated_are_not_made_up(tmp_path: Path)
     assert seal is not None
     fake_run(config.out, "rld", 0)
     with pytest.raises(FileNotFoundError, match=r"rld-0/eval/metrics\.json"):
-        results(tmp_path, seal, [config])
+        emkd_demo.results(tmp_path, seal, [config])

@@ -14,7 +14,6 @@ from jobs.cluster.paths import absolute
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import TrainConfig
-from pipeline.student.train import train
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
@@ -22,6 +21,7 @@ from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.children import finish, start
+from tests.support.lazy import train
 from tests.support.llava_json import write_llava_json
 from tests.support.runs import weights
 from tests.support.s3_server import BUCKET, S3Server

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipeline.build.build import build
 from pipeline.config import recipes
@@ -13,12 +12,17 @@ from pipeline.config.build import BuildConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.demo import recipes as demo_recipes
 from pipeline.demo.config import DigitsConfig
-from pipeline.demo.digits import write_digits
-from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
-from pipeline.student.evaluate import evaluate
-from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName
 from teacher_cache.schema.strict_json import decode_json
+from tests.support.lazy import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TeacherSettings,
+    evaluate,
+    train,
+    train_demo_teacher,
+    write_digits,
+)
 
 ARMS: tuple[tuple[ObjectiveName, bool], ...] = (
     ("epic-tcd", True),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor
 
 from pipeline.build.build import build
 from pipeline.config import recipes
@@ -14,13 +13,17 @@ from pipeline.config.build import BuildConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.demo import recipes as demo_recipes
 from pipeline.demo.config import DigitsConfig
-from pipeline.demo.digits import write_digits
-from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
-from pipeline.student.evaluate import evaluate
-from pipeline.student.train import train
 from student_train.config.objective import ObjectiveName
-from student_train.models.student import load_student
 from teacher_cache.schema.strict_json import decode_json
+from tests.support.lazy import (
+    AutoProcessor,
+    TeacherSettings,
+    evaluate,
+    load_student,
+    train,
+    train_demo_teacher,
+    write_digits,
+)
 
 NUM_SAMPLES = 32
 OBJECTIVES: tuple[ObjectiveName, ...] = ("supervised", "rld", "emkd")

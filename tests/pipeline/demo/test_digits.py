@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipeline.demo.config import DigitsConfig
-from pipeline.demo.digits import CELL_NAMES, load_grids, patch_labels, write_digits
+from tests.support.lazy import digits as digits_demo
+from tests.support.lazy import load_digits, load_grids, patch_labels, write_digits
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_answer_names_the_digits_that_the_picture_shows(folder: Path) -> Non
         assert question.startswith("<image>\nFill in ")
         asked = question.removeprefix("<image>\nFill in ").split()
         assert len(set(asked)) == 8
-        expected = [f"{name[:2]}{digits[CELL_NAMES.index(name[:2])]}" for name in asked]
+        expected = [f"{name[:2]}{digits[digits_demo.CELL_NAMES.index(name[:2])]}" for name in asked]
         assert answer == "".join(f" {word}" for word in expected)
 
 

@@ -6,35 +6,38 @@ Steps are few; that it learns is shown by a loss that falls, its accuracy by the
 import dataclasses
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import (
+
+from pipeline.config.build import SourceConfig
+from pipeline.demo.config import DigitsConfig
+from pipeline.sources.source import open_source
+from teacher_cache.models.sample_encoder import SampleEncoder
+from tests.support.lazy import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     LlavaForConditionalGeneration,
-)
-
-from pipeline.config.build import SourceConfig
-from pipeline.demo.config import DigitsConfig
-from pipeline.demo.digits import CELL_NAMES, PATCHES_SIDE, write_digits
-from pipeline.demo.model import ASSISTANT, END, VOCAB_SIZE, build_processor, build_tokenizer
-from pipeline.demo.teacher import (
-    NO_LABEL,
-    TeacherSettings,
-    _encode,  # pyright: ignore[reportPrivateUsage]
+    build_processor,
+    build_tokenizer,
+    demo_model,
+    demo_teacher,
+    digits,
     train_demo_teacher,
+    write_digits,
 )
-from pipeline.sources.source import open_source
-from teacher_cache.models.sample_encoder import SampleEncoder
 
-TINY = TeacherSettings(
-    vision_steps=3, vision_batch_size=8, language_steps=3, language_batch_size=8, seed=1
-)
+
+@cache
+def tiny() -> Any:
+    return demo_teacher.TeacherSettings(
+        vision_steps=3, vision_batch_size=8, language_steps=3, language_batch_size=8, seed=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_demo_teacher(data, tmp_path_factory.mktemp("teacher"), TINY)
+    return train_demo_teacher(data, tmp_path_factory.mktemp("teacher"), tiny())
 
 
 def texts(data: Path) -> list[str]:
@@ -60,11 +63,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_cell_names_and_digits_are_one_token_each(data: Path) -> None:
     tokenizer = build_tokenizer(texts(data))
-    for name in CELL_NAMES:
+    for name in digits.CELL_NAMES:
         for digit in range(10):
             assert tokenizer.tokenize(f" {name}{digit}") == [f"Ġ{name}", str(digit)]
         assert tokenizer.tokenize(f" {name}?") == [f"Ġ{name}", "?"]
-    assert len(tokenizer) <= VOCAB_SIZE
+    assert len(tokenizer) <= demo_model.VOCAB_SIZE
 
 
 def test_any_text_survives_the_tokenizer(data: Path) -> None:
@@ -85,10 +88,10 @@ def test_the_prompt_is_a_prefix_and_every_turn_ends(data: Path) -> None:
     ]
     whole = processor.apply_chat_template(turns, tokenize=False)
     prompt = processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    assert whole == prompt + " gx1" + END
-    assert whole.count(END) == len(turns)
+    assert whole == prompt + " gx1" + demo_model.END
+    assert whole.count(demo_model.END) == len(turns)
     assert whole.count("<image>\nFill in") == 2
-    assert whole.count(ASSISTANT) == 2
+    assert whole.count(demo_model.ASSISTANT) == 2
 
 
 def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, teacher: Path) -> None:
@@ -105,7 +108,7 @@ def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, tea
     with Image.open(data / entry["image"]) as image:
         inputs = processor(images=[image], text=[prompt], return_tensors="pt")
     num_placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    assert num_placeholders == PATCHES_SIDE**2 == model.config.image_seq_length
+    assert num_placeholders == digits.PATCHES_SIDE**2 == model.config.image_seq_length
     generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue]
     answer = generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
@@ -113,7 +116,7 @@ def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, tea
 
 def test_training_again_gives_the_same_files(data: Path, teacher: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)  # the caller's random state must not matter
-    assert digests(train_demo_teacher(data, tmp_path, TINY)) == digests(teacher)
+    assert digests(train_demo_teacher(data, tmp_path, tiny())) == digests(teacher)
 
 
 def test_a_finished_teacher_is_left_as_it_is(data: Path, teacher: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_finished_teacher_is_left_as_it_is(data: Path, teacher: Path) -> None:
         raise AssertionError("a finished teacher was trained again")
 
     before = digests(teacher)
-    assert train_demo_teacher(data, teacher.parent, TINY, refuse) == teacher
+    assert train_demo_teacher(data, teacher.parent, tiny(), refuse) == teacher
     assert digests(teacher) == before
 
 
@@ -129,10 +132,10 @@ def test_a_teacher_of_other_settings_or_data_is_refused(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"'seed': 1.*'seed': 2"):
-        train_demo_teacher(data, teacher.parent, dataclasses.replace(TINY, seed=2))
+        train_demo_teacher(data, teacher.parent, dataclasses.replace(tiny(), seed=2))
     other = write_digits(DigitsConfig(out=tmp_path, num_train=1, num_heldout=1))
     with pytest.raises(ValueError, match="choose another folder"):
-        train_demo_teacher(other, teacher.parent, TINY)
+        train_demo_teacher(other, teacher.parent, tiny())
 
 
 def test_a_killed_training_leaves_no_teacher(data: Path, tmp_path: Path) -> None:
@@ -141,13 +144,13 @@ def test_a_killed_training_leaves_no_teacher(data: Path, tmp_path: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_demo_teacher(data, tmp_path, TINY, kill)
+        train_demo_teacher(data, tmp_path, tiny(), kill)
     assert not (tmp_path / "final").exists()
 
 
 def test_progress_counts_the_steps_of_both_stages(data: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    train_demo_teacher(data, tmp_path, TINY, lambda _, done, total: seen.append((done, total)))
+    train_demo_teacher(data, tmp_path, tiny(), lambda _, done, total: seen.append((done, total)))
     assert seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -157,12 +160,12 @@ def test_data_without_digits_is_refused(data: Path, tmp_path: Path) -> None:
     del entries[5]["digits"]
     (tmp_path / "train.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=r"train\.json: found an entry without 'digits'"):
-        train_demo_teacher(tmp_path, tmp_path / "out", TINY)
+        train_demo_teacher(tmp_path, tmp_path / "out", tiny())
 
 
 def test_too_few_samples_for_a_batch_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found 128 samples, expected at least one batch of 129"):
-        train_demo_teacher(data, tmp_path, TeacherSettings(vision_batch_size=129))
+        train_demo_teacher(data, tmp_path, demo_teacher.TeacherSettings(vision_batch_size=129))
 
 
 def test_data_of_several_turns_is_refused_by_sample(data: Path, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_data_of_several_turns_is_refused_by_sample(data: Path, tmp_path: Path) 
     entries[5]["conversations"] += more
     (tmp_path / "train.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="sample 'train-00005': found 1 images and 4 turns"):
-        train_demo_teacher(tmp_path, tmp_path / "out", TINY)
+        train_demo_teacher(tmp_path, tmp_path / "out", tiny())
 
 
 def test_the_teacher_learns_the_very_prompt_that_it_is_asked_later(
@@ -182,9 +185,9 @@ def test_the_teacher_learns_the_very_prompt_that_it_is_asked_later(
     encoder = SampleEncoder(processor, AutoConfig.from_pretrained(teacher))
     sample = open_source(SourceConfig(path=str(data / "train.json")))[0]
     encoded = encoder.encode(sample)
-    trained = _encode(processor, [sample])
+    trained = demo_teacher._encode(processor, [sample])  # pyright: ignore[reportPrivateUsage]
     assert trained.ids[0].tolist() == encoded.inputs["input_ids"].tolist()
     assert torch.equal(trained.pixels, encoded.inputs["pixel_values"])
-    assert (trained.labels[0] != NO_LABEL).nonzero()[:, 0].tolist() == (
+    assert (trained.labels[0] != demo_teacher.NO_LABEL).nonzero()[:, 0].tolist() == (
         encoded.spans.response.tolist()
     )

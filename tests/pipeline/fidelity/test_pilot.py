@@ -10,12 +10,12 @@ from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.demo.config import DigitsConfig
-from pipeline.demo.digits import write_digits
 from pipeline.fidelity.pilot import run_pilot
 from pipeline.fidelity.recommend import PilotReport, TierMeasure, recommend, render_pilot
 from pipeline.fidelity.sizes import Tier, TierSize
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
+from tests.support.lazy import write_digits
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import ask, tiny_samples
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.inspection.picture import draw_sample, token_values
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
+from tests.support.lazy import draw_sample, token_values
 from tests.support.tiny import tiny_samples
 
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from pipeline.config.stages import ReportConfig
-from pipeline.report import report
 from pipeline.report.comparison import compare, group_runs, measured_as
-from pipeline.report.report import write_report
 from pipeline.report.run_folders import collect
 from student_train.config.objective import ObjectiveName, UsedTail
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
+from tests.support.lazy import report, write_report
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_pictures, fake_run, write_json
 
 NUM = 40

@@ -10,13 +10,11 @@ import pytest
 
 from pipeline.config.stages import ReportConfig
 from pipeline.report.comparison import compare, compare_progressions, group_runs
-from pipeline.report.figures import COLOURS, Budget, draw_budgets
-from pipeline.report.report import write_report
 from pipeline.report.run_folders import collect
-from pipeline.report.token_budgets import budgets_of
 from student_train.config.compression import CompressionSettings
 from student_train.config.objective import ObjectiveName
 from student_train.config.progression import ProgressionConfig
+from tests.support.lazy import Budget, budgets_of, draw_budgets, figures, write_report
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_run, write_json
 
 NUM = 40
@@ -184,7 +182,7 @@ def test_progressions_are_compared_where_all_else_is_equal(tmp_path: Path) -> No
 def test_the_same_budgets_are_drawn_with_the_same_bytes() -> None:
     budgets = [Budget(num_kept=36.0, scores=(0.9, 0.8)), Budget(num_kept=4.0, scores=(0.2, 0.3))]
     panels = {"dart": {"a": budgets}, "random": {"a": budgets[:1]}}
-    first = draw_budgets("budgets", panels, {"a": COLOURS[0]})
-    assert first == draw_budgets("budgets", panels, {"a": COLOURS[0]})
+    first = draw_budgets("budgets", panels, {"a": figures.COLOURS[0]})
+    assert first == draw_budgets("budgets", panels, {"a": figures.COLOURS[0]})
     assert first.startswith("<svg")
-    assert COLOURS[0] in first
+    assert figures.COLOURS[0] in first

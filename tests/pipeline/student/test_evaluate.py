@@ -14,7 +14,6 @@ from PIL import Image
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import EvaluateConfig
-from pipeline.student.evaluate import evaluate
 from pipeline.student.generation import Generator
 from pipeline.student.predictions import (
     Prediction,
@@ -22,11 +21,11 @@ from pipeline.student.predictions import (
     drop_torn_line,
     read_predictions,
 )
-from student_train.models.student import student_from_vanilla
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
 from teacher_cache.schema.options import RecordSettings, holds
 from teacher_cache.schema.samples import Sample
+from tests.support.lazy import evaluate, student_from_vanilla
 from tests.support.tiny import tiny_samples
 
 TinyFolder = Callable[[str], Path]

@@ -10,13 +10,13 @@ import pytest
 from jobs.cli.__main__ import parse
 from pipeline.config.build import SourceConfig
 from pipeline.config.stages import EvaluateConfig
-from pipeline.student.evaluate import evaluate
 from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept
 from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
+from tests.support.lazy import evaluate
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
 

@@ -15,7 +15,6 @@ from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.epic.step_plan import StepPlan, plan_step
 from student_train.models.forward import final_hidden, output_head
-from student_train.training.trainer import student_loss
 from teacher_cache.models.collate import ModelBatch
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import GridSettings, RecordSettings, TierName
@@ -24,6 +23,7 @@ from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.deep import NUM_LAYERS, deep_model
 from tests.support.epic import settings
+from tests.support.lazy import student_loss
 from tests.support.tiny import tiny_samples
 
 GRID = GridSettings(compressor="dart", layer=2, ratios=(0.25, 0.5, 0.75))

@@ -11,7 +11,6 @@ import torch
 
 from pipeline.config import recipes
 from pipeline.config.stages import CONFIG_FILE, TrainConfig
-from pipeline.student.train import student_identity, train
 from student_train.config.recipe import TrainPart
 from student_train.training.trainable import PART_PREFIXES
 from teacher_cache.codec.columns import encode_column, output_columns
@@ -22,6 +21,7 @@ from teacher_cache.schema.strict_json import decode_json
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import student_loader
+from tests.support.lazy import student_identity, train
 from tests.support.runs import tiny_cache, weights
 from tests.support.tiny import tiny_llava
 
@@ -187,7 +187,7 @@ def test_a_student_is_known_by_all_that_it_begins_as(vanilla: Path, tmp_path: Pa
     assert student_identity(str(same), "avgpool", 2) == identity
     others = {student_identity(str(vanilla), "avgpool", 4)}
     others.add(student_identity(str(tiny_llava(tmp_path / "weights", seed=1)), "avgpool", 2))
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in (CONFIG_FILE, "tokenizer.json", "chat_template.jinja"):
         changed = _copy(vanilla, tmp_path / name)
         (changed / name).write_text((changed / name).read_text() + " ")
         others.add(student_identity(str(changed), "avgpool", 2))

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 from pipeline.student.generation import Generator
 from student_train.compression.compression import compress
@@ -14,6 +13,7 @@ from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
+from tests.support.lazy import DynamicCache, StaticCache
 from tests.support.tiny import tiny_samples
 
 NUM_NEW = 6

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForImageTextToText,
-)
-from transformers.masking_utils import flash_attention_mask
 
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden, output_head
-from student_train.models.student import student_from_vanilla
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
+from tests.support.lazy import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForImageTextToText,
+    flash_attention_mask,
+    student_from_vanilla,
+)
 from tests.support.tiny import tiny_samples
 
 PYRAMID = (DropStage(layer=1, ratio=0.25), DropStage(layer=3, ratio=0.5))

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from student_train.compression.decoder import decoder_of, require_compressible
 from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
+from tests.support.lazy import GPT2Config, GPT2LMHeadModel
 
 
 def settings(layer: int = 2, compressor: str = "dart") -> CompressionSettings:

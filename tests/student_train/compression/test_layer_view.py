@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
@@ -13,6 +12,7 @@ from student_train.compression.image_turns import image_turns
 from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, deep_model, encode
+from tests.support.lazy import DynamicCache
 
 LAYER = 2
 MODELS = [

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from student_train.compression.compression import compress
 from student_train.compression.compressors import find_compressor
@@ -33,6 +31,7 @@ from tests.support.epic_references import (
     random_by_loops,
     rotated,
 )
+from tests.support.lazy import LlamaAttention, LlamaConfig
 from tests.support.tiny import tiny_samples
 
 WIDTH, HEADS, GROUPS = 8, 4, 2

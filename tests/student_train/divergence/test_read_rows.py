@@ -1,6 +1,7 @@
 """Rows that kernels read give the values, bounds and gradients of torch: interpreted, on a CPU."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import DivergenceName, ObjectiveConfig
+from student_train.divergence.kernel_rows import Reading, ReadRows, losses_in_place
 from student_train.divergence.student_rows import DenseRows
 from student_train.head import chunked_pass
 from student_train.head.fused_loss import HeadLoss, head_loss
@@ -25,11 +27,11 @@ from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import DenseSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
-from teacher_cache.schema.teacher_output import TopKRecord
-
-pytest.importorskip("triton")
 from student_train.divergence.kernel_rows import KernelRows, RowRequest
-from student_train.ops import logit_rows_triton
+from teacher_cache.schema.teacher_output import TopKRecord
+from tests.support.lazy import logit_rows_triton
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 ROWS, WIDTH = 6, 8
 DIRECTIONS: list[DivergenceName] = ["reverse_kl", "forward_kl", "jsd"]

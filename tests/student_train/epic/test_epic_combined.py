@@ -16,7 +16,6 @@ from student_train.config.recipe import TrainRecipe
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream, parts_needed
 from student_train.models.forward import final_hidden, output_head
-from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
@@ -25,6 +24,7 @@ from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache
 from tests.support.deep import deep_model
 from tests.support.epic import fixed, gradients, plan, save_deep, train_vanilla
+from tests.support.lazy import student_loss
 from tests.support.runs import SETTINGS, lines, tiny_cache
 from tests.support.tiny import tiny_samples
 

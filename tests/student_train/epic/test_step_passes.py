@@ -16,13 +16,12 @@ from student_train.epic.step_passes import student_pass
 from student_train.epic.step_plan import StepPlan
 from student_train.losses.objective_loss import distillation_loss
 from student_train.models.forward import output_head
-from student_train.models.student import student_from_vanilla
-from student_train.training.trainer import student_loss
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model, encode
 from tests.support.epic import fixed, gradients, plan, settings, student_batch, two_passes
+from tests.support.lazy import student_from_vanilla, student_loss
 from tests.support.tiny import ask, tiny_image, tiny_samples
 
 NOTHING = TeacherAssets()

@@ -7,18 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 from student_train.head.chunked_pass import HeadRows
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead, as_linear, without_gradient
 from student_train.models.forward import output_head
-from student_train.models.student import student_from_vanilla
 from tests.conftest import TinyFolder
 from tests.support import children
 from tests.support.head_rows import FirstLogProb
+from tests.support.lazy import DTensor, fully_shard, student_from_vanilla
 
 
 def linear() -> nn.Linear:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.data.batch_plan import BatchPlan
@@ -32,6 +31,7 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache, student_loader
+from tests.support.lazy import PreTrainedModel
 from tests.support.tiny import tiny_llava, tiny_llava_next, tiny_samples
 
 OBJECTIVE = ObjectiveConfig()

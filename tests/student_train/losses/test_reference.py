@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, ObjectiveConfig, preset
-from student_train.losses import reference
 from student_train.losses.objective_loss import distillation_loss
-from student_train.losses.reference import ModelOutputs
 from tests.support import references
 from tests.support.batches import SHAPES, TEXT_ONLY, RandomBatch, RecordForm, Shape, random_batch
+from tests.support.lazy import ModelOutputs, reference
 
 VOCAB = 11
 EMKD = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=None))

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 from torch import Tensor
 
 from student_train.config.objective import MatchingConfig
@@ -19,6 +18,7 @@ from student_train.signals.teacher_signal import DenseSignal, Signal, TopKSignal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
+from tests.support.lazy import linear_sum_assignment
 
 PROBABILITIES = MatchingConfig(metric="prob_l1")
 LOGITS = MatchingConfig(num_shared_ids=None)

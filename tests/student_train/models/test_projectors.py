@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
-from student_train.models.projectors import (
+from tests.support.lazy import (
     AvgPoolLlavaNextProjector,
     AvgPoolLlavaProjector,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaMultiModalProjector,
+    LlavaNextConfig,
+    LlavaNextMultiModalProjector,
     average_pool,
     pooled_side,
 )

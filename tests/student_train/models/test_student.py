@@ -12,13 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden, output_head
-from student_train.models.projectors import average_pool
-from student_train.models.student import load_student, student_from_vanilla
 from student_train.training.trainable import set_trainable
+from tests.support.lazy import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    average_pool,
+    load_student,
+    student_from_vanilla,
+)
 from tests.support.tiny import FAMILIES, tiny_image, tiny_llava, tiny_llava_next
 
 Folder = Callable[[str], Path]

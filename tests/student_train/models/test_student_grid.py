@@ -11,17 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (
+
+from tests.support.lazy import (
+    AvgPoolLlavaNextConfig,
+    AvgPoolLlavaNextModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextImageProcessor,
     LlavaNextModel,
     LlavaNextProcessor,
+    image_size_to_num_patches,
+    student_from_vanilla,
 )
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-from student_train.models.avgpool_llava_next import AvgPoolLlavaNextConfig, AvgPoolLlavaNextModel
-from student_train.models.student import student_from_vanilla
 from tests.support.tiny import tiny_image, tiny_llava, tiny_llava_next, tokenizer
 
 SIZES = [(16, 16), (24, 16), (17, 40), (40, 17), (5, 48), (48, 5), (31, 33), (64, 64), (3, 90)]

@@ -14,12 +14,12 @@ from student_train.config.compression import CompressionSettings
 from student_train.config.objective import preset
 from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden
-from student_train.models.student import load_student, student_from_vanilla, vanilla_student
 from student_train.training.trainable import PART_PREFIXES, set_trainable
 from teacher_cache.models.checkpoint import load_model
 from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, encode
 from tests.support.epic import fixed, save_deep, train_vanilla
+from tests.support.lazy import load_student, student_from_vanilla, vanilla_student
 from tests.support.runs import SETTINGS, tiny_cache
 from tests.support.tiny import FAMILIES
 

@@ -1,5 +1,7 @@
 """Triton's kernels compute what torch's functions do: through its interpreter, without any GPU."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,9 @@ from torch import Tensor
 
 from student_train.ops import l1, use_kernels
 from student_train.ops.l1 import l1_distances, l1_rounding
+from tests.support.lazy import l1_triton
 
-pytest.importorskip("triton")
-from student_train.ops import l1_triton
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
 
 from student_train.config.objective import ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
@@ -24,7 +23,6 @@ from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from student_train.training.trainable import set_trainable
-from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
@@ -32,6 +30,7 @@ from tests.conftest import TinyFolder
 from tests.support.caches import student_loader
 from tests.support.children import finish, kill_once_logged, start_ranks
 from tests.support.epic import save_deep, train_vanilla, train_vanilla_on_one_thread
+from tests.support.lazy import AutoModelForImageTextToText, student_loss
 from tests.support.runs import (
     SETTINGS,
     assert_same_run,

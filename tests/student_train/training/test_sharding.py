@@ -7,22 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from student_train.compression.decoder import decoder_of
 from student_train.models.forward import output_head
-from student_train.models.student import vanilla_student
-from student_train.training.fsdp import (
+from tests.conftest import TinyFolder
+from tests.support.children import finish, start_ranks
+from tests.support.lazy import (
+    DTensor,
     average_gradients,
     gathered_head,
     gradient_norm,
     load_weights,
     scatter_head,
     shard,
+    vanilla_student,
     whole_weights,
 )
-from tests.conftest import TinyFolder
-from tests.support.children import finish, start_ranks
 
 NUM_RANKS = 3  # which divides no number of rows here: parts differ in length
 

@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from student_train.config.objective import ObjectiveConfig, preset
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
 from student_train.training.checkpoint import RunIdentity
-from student_train.training.run import train_student
 from student_train.training.trainable import set_trainable
-from student_train.training.trainer import student_loss
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import student_loader
+from tests.support.lazy import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    student_loss,
+    train_student,
+)
 from tests.support.runs import SETTINGS, lines, tiny_cache, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

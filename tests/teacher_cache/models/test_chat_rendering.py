@@ -7,7 +7,7 @@ import pytest
 
 from teacher_cache.models.chat_rendering import Render, Skeletons, Turn, locate, to_turns
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, make_sample
-from tests.support.tiny_processors import template
+from tests.support.tiny import template
 
 CHATML = template("<image>")
 STOCK_LLAVA = (

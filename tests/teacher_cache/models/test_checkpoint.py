@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from student_train.models.student import load_student, student_from_vanilla
 from teacher_cache.models.checkpoint import load_config, load_model, resolve_device
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
+from tests.support.lazy import load_student, student_from_vanilla
 
 LOADERS: tuple[Callable[[str], object], ...] = (Teacher.load, load_student, student_from_vanilla)
-every_loader = pytest.mark.parametrize("load", LOADERS)
+every_loader = pytest.mark.parametrize("load", LOADERS, ids=["teacher", "student", "vanilla"])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from teacher_cache.models.digests import (
     chat_template_digest,
@@ -16,6 +15,7 @@ from teacher_cache.models.digests import (
     weights_digest,
 )
 from tests.conftest import TinyFolder
+from tests.support.lazy import AutoModelForImageTextToText, AutoProcessor
 from tests.support.tiny import tiny_llava
 
 Loaded = tuple[Any, Any]

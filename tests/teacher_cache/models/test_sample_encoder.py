@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
-from transformers import AutoConfig, AutoProcessor
 
 from teacher_cache.models.chat_rendering import to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
@@ -18,6 +17,7 @@ from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
+from tests.support.lazy import AutoConfig, AutoProcessor
 from tests.support.tiny import FAMILIES, tiny_image, tiny_samples
 
 Encoder = Callable[[str], SampleEncoder]

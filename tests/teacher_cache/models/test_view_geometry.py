@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
 
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.view_geometry import Block, ImageInputs, layout_images, register_geometry
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
+from tests.support.lazy import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
 from tests.support.tiny import tiny_image, tiny_llava, tiny_llava_next
 
 Size = tuple[int, int]

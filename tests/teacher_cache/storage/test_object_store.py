@@ -11,7 +11,6 @@ from typing import Any
 
 import fsspec
 import pytest
-import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -29,6 +28,7 @@ from teacher_cache.storage.object_store import ObjectStore
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Store
 from tests.support.builders import build, exit_status, forked, make_shards, published
+from tests.support.lazy import s3fs
 from tests.support.s3_server import BUCKET, NOT_FOUND, SLOW_DOWN, S3Server, at_first
 from tests.support.strategies import assert_same, make_plan
 
