@@ -1,10 +1,12 @@
 """Selects which parts of a student are trained."""
 
 from collections.abc import Collection
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from student_train.config.recipe import TrainPart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PART_PREFIXES: dict[TrainPart, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.", "model.visual.", "model.vision_model."),
@@ -21,7 +23,7 @@ family, InternVL, Qwen-VL (its merger is the projector) and Idefics3. A newline 
 the projector."""
 
 
-def set_trainable(model: PreTrainedModel, parts: Collection[TrainPart]) -> dict[TrainPart, int]:
+def set_trainable(model: "PreTrainedModel", parts: Collection[TrainPart]) -> dict[TrainPart, int]:
     """Train the named parts and freeze the others; return each part's number of trained weights.
 
     A head tied to the input embeddings counts once. ValueError for no part, and for models with

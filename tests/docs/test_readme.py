@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.models.student import student_from_vanilla
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
+from tests.support.lazy import student_from_vanilla
 from tests.support.paths import DOCS, ROOT
 from tests.support.tiny import tiny_samples
 from tests.whole.test_architecture import PACKAGES
