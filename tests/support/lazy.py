@@ -138,9 +138,10 @@ if TYPE_CHECKING:
 class LazyName:
     """Stands for one object of a module; every use of it goes to the object."""
 
-    # What pytest asks of every global of a test file: neither a test nor a wrapped fixture.
+    # What pytest asks of every global of a test file: no test, no fixture, no TestCase.
     __test__ = False
     _mock_name = "lazy"
+    __bases__ = ()
 
     def __init__(self, module: str, name: str | None) -> None:
         vars(self).update(_module=module, _name=name)
