@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import DivergenceName, ObjectiveConfig
-from student_train.divergence.kernel_rows import Reading, ReadRows, losses_in_place
+from student_train.divergence.kernel_rows import (
+    KernelRows,
+    RowRequest,
+)
 from student_train.divergence.student_rows import DenseRows
 from student_train.head import chunked_pass
 from student_train.head.fused_loss import HeadLoss, head_loss
@@ -27,7 +30,6 @@ from student_train.signals.sketch_code import SketchCode
 from student_train.signals.teacher_signal import DenseSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
-from student_train.divergence.kernel_rows import KernelRows, RowRequest
 from teacher_cache.schema.teacher_output import TopKRecord
 from tests.support.lazy import logit_rows_triton
 
