@@ -161,7 +161,7 @@ class LazyName:
         return getattr(self._found(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._found(), name, value)
+        raise AttributeError(f'patch by name: monkeypatch.setattr("{self._module}.{name}", ...)')
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self._found())

@@ -27,7 +27,7 @@ def session() -> Iterator[None]:
 def test_workers_get_a_gpu_where_there_is_one(
     asked: float | None, device: str, gpus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     options = RayOptions(num_workers=2, gpus_per_worker=asked)
     assert worker_resources(options, device) == {"CPU": 1.0, "GPU": gpus}
     with pytest.raises(ValueError, match="3 workers need 3 GPUs"):

@@ -17,7 +17,6 @@ from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.lazy import actor_pool, ray_session, run_build
-from tests.support.lazy import build_stage as build
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
 
@@ -52,7 +51,7 @@ def session() -> Iterator[None]:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
-    monkeypatch.setattr(build, "CacheBuilder", Fragile)
+    monkeypatch.setattr("jobs.stages.build.CacheBuilder", Fragile)
     return BuildConfig(
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
         teacher=str(tiny_folder("llava")),

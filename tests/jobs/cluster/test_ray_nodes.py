@@ -15,7 +15,6 @@ from teacher_cache.schema.manifest import ShardCommit
 from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.lazy import Cluster, ray, run_build
-from tests.support.lazy import build_stage as build_cache
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
 
@@ -52,7 +51,7 @@ class Doomed(CacheBuilder):
 def test_a_machine_that_is_lost_costs_only_its_own_work(
     cluster: Cluster, tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_cache, "CacheBuilder", Doomed)
+    monkeypatch.setattr("jobs.stages.build.CacheBuilder", Doomed)
     before = {node["NodeID"] for node in ray.nodes()}
     machine = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()

@@ -15,7 +15,7 @@ from pipeline.report.comparison import compare, group_runs, measured_as
 from pipeline.report.run_folders import collect
 from student_train.config.objective import ObjectiveName, UsedTail
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
-from tests.support.lazy import report, write_report
+from tests.support.lazy import write_report
 from tests.support.run_fakes import fake_cache, fake_evaluation, fake_pictures, fake_run, write_json
 
 NUM = 40
@@ -280,7 +280,9 @@ def test_divergences_that_do_not_compare_are_not_drawn_together(
     }
     assert measured_as(found[0], "vlad") is None
     drawn: list[dict[str, dict[str, Any]]] = []
-    monkeypatch.setattr(report, "draw_curves", lambda _, panels, __: drawn.append(panels) or "")
+    monkeypatch.setattr(
+        "pipeline.report.report.draw_curves", lambda _, panels, __: drawn.append(panels) or ""
+    )
     _report(tmp_path, folders)
     panels = drawn[0]
     by_term = {title.partition("\n")[0]: 0 for title in panels}

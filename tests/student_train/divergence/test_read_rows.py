@@ -31,7 +31,6 @@ from student_train.signals.teacher_signal import DenseSignal, Signal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.schema.teacher_output import TopKRecord
-from tests.support.lazy import logit_rows_triton
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -42,7 +41,7 @@ DIRECTIONS: list[DivergenceName] = ["reverse_kl", "forward_kl", "jsd"]
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs to a row; the interpreter takes its time."""
-    monkeypatch.setattr(logit_rows_triton, "COLUMNS", 256)
+    monkeypatch.setattr("student_train.ops.logit_rows_triton.COLUMNS", 256)
 
 
 def normal(seed: int, *shape: int) -> Tensor:

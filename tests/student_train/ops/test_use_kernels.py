@@ -25,9 +25,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of which a small problem fills several; the interpreter takes its time."""
-    monkeypatch.setattr(l1_triton, "TILE", {"TILE_N": 4, "TILE_M": 2, "LANES": 8})
-    monkeypatch.setattr(l1_triton, "SPAN", 16)
-    monkeypatch.setattr(l1_triton, "BLOCK_SPANS", 2)
+    monkeypatch.setattr("student_train.ops.l1_triton.TILE", {"TILE_N": 4, "TILE_M": 2, "LANES": 8})
+    monkeypatch.setattr("student_train.ops.l1_triton.SPAN", 16)
+    monkeypatch.setattr("student_train.ops.l1_triton.BLOCK_SPANS", 2)
 
 
 def exact_l1(left: Tensor, right: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_distances_go_through_the_kernel_where_kernels_are_chosen(
         launched.append(len(student))
         return kernel(student, teacher)
 
-    monkeypatch.setattr(l1_triton, "tiled_l1", counted)
+    monkeypatch.setattr("student_train.ops.l1_triton.tiled_l1", counted)
     monkeypatch.setattr(l1, "use_kernels", lambda rows: True)
     torch.testing.assert_close(l1_distances(left, right), expected)
     assert launched == [6]
