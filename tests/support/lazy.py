@@ -84,7 +84,6 @@ if TYPE_CHECKING:
     from jobs.cluster.submit import entrypoint, run_flags
     from jobs.demo import emkd as emkd_demo
     from jobs.demo import epic as epic_demo
-    from jobs.stages import build as build_stage
     from jobs.stages.build import run_build, run_extend
     from jobs.stages.evaluate import run_evaluate
     from jobs.stages.train import run_train
@@ -95,7 +94,7 @@ if TYPE_CHECKING:
     from pipeline.demo.model import build_processor, build_tokenizer
     from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
     from pipeline.inspection.picture import draw_sample, token_values
-    from pipeline.report import figures, report
+    from pipeline.report import figures
     from pipeline.report.figures import Budget, draw_budgets
     from pipeline.report.report import write_report
     from pipeline.report.token_budgets import budgets_of
@@ -114,7 +113,7 @@ if TYPE_CHECKING:
         pooled_side,
     )
     from student_train.models.student import load_student, student_from_vanilla, vanilla_student
-    from student_train.ops import l1_triton, logit_rows_triton
+    from student_train.ops import l1_triton
     from student_train.training.fsdp import (
         average_gradients,
         gathered_head,

@@ -19,9 +19,10 @@ from student_train.divergence.divergence import Divergence, forward_kl, jensen_s
 from student_train.losses.objective_loss import LossTerms, distillation_loss
 from student_train.matching.cost import cost_matrix
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal
+from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.top_k import top_k_record
-from tests.student_train.signals.test_top_k import normal, signal_of
+from tests.student_train.signals.test_top_k import normal
 from tests.support.batches import ONE_IMAGE, TEXT_ONLY, TILES, RandomBatch, RecordForm, random_batch
 
 VOCAB = 19
@@ -84,7 +85,7 @@ def test_divergences_gradients_and_bounds_are_those_of_float64(
     values = laid_out((normal(seed, 3, VOCAB + 2) * scales[0]).to(dtypes[0]), layout)
     student = values.detach().requires_grad_()
     teacher = laid_out((normal(seed + 1, 3, VOCAB) * scales[1]).to(dtypes[1]), layout)
-    signal = signal_of(top_k_record(teacher, k))
+    signal = TopKSignal(record=top_k_record(teacher, k))
     before = copies(student, teacher, signal)
     found = measure(student, signal, policy)
     (gradient,) = torch.autograd.grad(found.value.sum(), student)
@@ -93,7 +94,7 @@ def test_divergences_gradients_and_bounds_are_those_of_float64(
     assert gradient.dtype == dtypes[0]
 
     wide = student.detach().double().requires_grad_()
-    exact = measure(wide, signal_of(top_k_record(teacher.double(), k)), policy)
+    exact = measure(wide, TopKSignal(record=top_k_record(teacher.double(), k)), policy)
     (true_gradient,) = torch.autograd.grad(exact.value.sum(), wide)
     # Of logits of size x, float32 knows the logarithm of a probability to x units.
     unit = 1e-6 * (1 + float(wide.detach().abs().max()) + float(teacher.double().abs().max()))
@@ -119,7 +120,7 @@ def test_k_equal_to_the_vocabulary_is_the_dense_teacher_bit_for_bit_in_any_preci
     teacher = (4 * normal(2, 4, VOCAB)).to(dtype)
     for measure in MEASURES:
         dense = measure(student, DenseSignal(logits=teacher))
-        kept = measure(student, signal_of(top_k_record(teacher, VOCAB)), policy)
+        kept = measure(student, TopKSignal(record=top_k_record(teacher, VOCAB)), policy)
         assert torch.equal(kept.value, dense.value)
         one, other = (torch.autograd.grad(each.value.sum(), student)[0] for each in (kept, dense))
         assert torch.equal(one, other)
