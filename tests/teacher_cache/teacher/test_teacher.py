@@ -165,7 +165,7 @@ def test_settings_that_cannot_work_are_refused(llava: Teacher, tiny_folder: Tiny
     bare = Teacher.load(str(tiny_folder("llava")), device="cpu")
     with pytest.raises(ValueError, match="calibrate first"):
         bare.outputs([], RecordSettings(records="topk+sketch", top_k=TOP_K))
-    with pytest.raises(ValueError, match="needs vision tokens"):
+    with pytest.raises(ValueError, match="is fitted to vision tokens, found 0"):
         bare.calibrate([[tiny_samples(3)[2], _bad_image()]], SKETCHED)
 
 
