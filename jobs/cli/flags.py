@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from tyro.constructors import (
     ConstructorRegistry,
@@ -23,10 +23,9 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from jobs.cli.flag_records import PRESET, GridFlags, NewRecords, Preset, ProgressionFlags
 from pipeline.config.build import SourceConfig
-from pipeline.config.checks import refuse_changed, refuse_idle_choice
 from pipeline.config.extend import ExtendConfig
-from student_train.config.compression import TextSource
 from student_train.config.objective import (
     TERMS,
     DivergenceName,
@@ -38,15 +37,11 @@ from student_train.config.objective import (
     VladText,
     preset,
 )
-from student_train.config.progression import ProgressionConfig, ProgressionPreset
+from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.config.schedules import ScheduleName
 from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 
 REGISTRY = ConstructorRegistry()
-
-_PRESET = "preset"
-_Preset = Literal["preset"]  # an override that is not given keeps the preset's value
 
 # flag -> (type, help); the attribute of ObjectiveConfig has the same name
 _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
@@ -114,7 +109,7 @@ def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> Stru
 
     def build(objective: ObjectiveName, **flags: Any) -> ObjectiveConfig:
         base = known if known is not None and known.name == objective else preset(objective)
-        chosen = {name: value for name, value in flags.items() if value != _PRESET}
+        chosen = {name: value for name, value in flags.items() if value != PRESET}
         matching = {_MATCHING_FLAGS[n][0]: v for n, v in chosen.items() if n in _MATCHING_FLAGS}
         terms = {name: value for name, value in chosen.items() if name in _OBJECTIVE_FLAGS}
         found = dataclasses.replace(
@@ -131,7 +126,7 @@ def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> Stru
         "from the cache's teacher, a variant.",
     )
     fields = [
-        _field(flag, kind | _Preset, _PRESET, text)
+        _field(flag, kind | Preset, PRESET, text)
         for flag, kind, text in (
             [(flag, kind, text) for flag, (kind, text) in _OBJECTIVE_FLAGS.items()]
             + [(flag, kind, text) for flag, (_, kind, text) in _MATCHING_FLAGS.items()]
@@ -154,68 +149,7 @@ def _refuse_idle(objective: ObjectiveConfig, given: Collection[str]) -> None:
         idle, why = ["match_shared_ids"], f"matching by {metric} looks at the whole vocabulary"
     if idle:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in idle)
-        raise ValueError(f"{flags} would have no effect: {why}; leave it out")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressionFlags:
-    """Vision tokens dropped inside the student's language model while it trains (EPIC)."""
-
-    schedule: ScheduleName | Literal["none"] | _Preset = _PRESET
-    """Ever more tokens (tcd), ever earlier layers (lcd), or both (icd). Preset: what an epic
-    objective is named after, none for others."""
-    schedule_preset: ProgressionPreset | _Preset = _PRESET
-    """Whose ratios; `fixed` has one from beginning to end. Preset: paper_notes."""
-    compressor: str | _Preset = _PRESET
-    """Which tokens go: dart (the preset), fastv, random, or one that was registered."""
-    compress_text: TextSource | _Preset = _PRESET
-    """Text that decides: the turn's instruction (the preset), or released, answers included."""
-    compress_layer: int | _Preset = _PRESET
-    """Decoder layer, counted from 0, at whose input they go; where lcd and icd end. Preset: 2."""
-    icd_layers: tuple[int, ...] | _Preset = _PRESET
-    """ICD's layers before that, descending. Preset: 3/4, 1/2 and 1/4 of the depth."""
-    ratio: float | _Preset = _PRESET
-    """Share of vision tokens dropped, with --schedule-preset fixed."""
-    ratio_gap: float | _Preset = _PRESET
-    """How much smaller EPIC's teacher's is, with --schedule-preset fixed. Preset: 0.3."""
-
-    def resolve(
-        self, objective: ObjectiveConfig, known: ProgressionConfig | None
-    ) -> ProgressionConfig | None:
-        """The progression: `known` (from --config) or the defaults, and what the flags change.
-
-        Another schedule, preset or objective leaves behind what belongs to the known one alone.
-        """
-        names = {
-            "schedule_preset": "preset",
-            "compressor": "compressor",
-            "compress_text": "text",
-            "compress_layer": "layer",
-            "icd_layers": "icd_layers",
-            "ratio": "ratio",
-            "ratio_gap": "gap",
-        }
-        given = {flag: getattr(self, flag) for flag in names}
-        given = {flag: value for flag, value in given.items() if value != _PRESET}
-        schedule = objective.epic_schedule or (known.schedule if known else "none")
-        schedule = schedule if self.schedule == _PRESET else self.schedule
-        if schedule == "none":
-            if given:
-                flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in given)
-                raise ValueError(
-                    f"{flags} would have no effect: nothing is dropped inside the language model; "
-                    "add --schedule, or take an epic objective"
-                )
-            return None
-        base = known or ProgressionConfig()
-        changes = {names[flag]: value for flag, value in given.items()}
-        if schedule != base.schedule:
-            changes = {"icd_layers": (), **changes}
-        if changes.get("preset", base.preset) != base.preset:
-            changes = {"ratio": None, "gap": None, **changes}
-        if objective.kd_weight == 0:
-            changes = {"gap": None, **changes}
-        return dataclasses.replace(base, schedule=schedule, **changes)
+        raise ValueError(f"{flags} would have no effect: {why}; omit it")
 
 
 def _training_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
@@ -233,43 +167,6 @@ def _training_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> Struct
     )
     others = tuple(field for field in plain.fields if field.name != "progression")
     return StructConstructorSpec(instantiate=build, fields=(*others, flags))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GridFlags:
-    """Response records without some of the vision tokens, which the teacher drops itself."""
-
-    compressor: str | None = None
-    """With --ratios: how the teacher drops vision tokens (dart, fastv, random)."""
-    ratios: tuple[float, ...] = ()
-    """Also store the teacher's response logits without these shares of its vision tokens, for
-    example 0.25 0.5 0.75, for students of epic-cached-*."""
-    compress_layer: int = 2
-    """Decoder layer, counted from 0, at whose input they are dropped."""
-    compress_text: TextSource = "instruction"
-    """Text that decides which ones are kept; `released`: answers too, as in EPIC's code."""
-    compress_seed: int = 0
-    """Seed of the compressor random."""
-
-    def resolve(self) -> GridSettings | None:
-        """The grid, None without one; ValueError for flags without effect."""
-        if (self.compressor is None) != (not self.ratios):
-            raise ValueError(
-                f"a grid needs both --compressor and --ratios; found compressor {self.compressor}, "
-                f"ratios {self.ratios}"
-            )
-        if self.compressor is None:
-            names = ("compress_layer", "compress_text", "compress_seed")
-            refuse_changed(self, "no ratios are given", *names)
-            return None
-        refuse_idle_choice(self, self.compressor)
-        return GridSettings(
-            compressor=self.compressor,
-            ratios=self.ratios,
-            layer=self.compress_layer,
-            text=self.compress_text,
-            seed=self.compress_seed,
-        )
 
 
 def _records_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
@@ -293,15 +190,6 @@ def _records_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructC
         for field in plain.fields
     )
     return StructConstructorSpec(instantiate=build, fields=fields)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRecords(RecordSettings):
-    """Flags of records that are added to a cache; none are added without `--records`."""
-
-    records: RecordKind | None = None  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-    """Further records of the samples that are there, from the images that the cache holds. The
-    flags below are their settings."""
 
 
 def _new_records_spec(_info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
