@@ -25,18 +25,18 @@ class Verify:
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     workers: int | None = None
-    """Threads that look at a shard each; default: 8, or as many as there are CPUs."""
+    """Threads, one shard each; default: 8, at most the number of CPUs."""
     teacher: str | None = None
-    """The teacher that the cache was built with: folder or hub id."""
+    """Also run this teacher again and compare: the one of the cache, folder or hub id."""
     samples: int = 32
-    """Samples that the teacher is run over, in the batches that the build had them in."""
+    """Samples that the teacher runs over, in the same batches as in the build."""
     device: str = "auto"
-    """Where the teacher runs."""
+    """Device of the teacher."""
     json: bool = False
     """Print the report as JSON."""
 
     def __call__(self) -> int:
-        """Verify, and print what was found."""
+        """Verify, then print the problems."""
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.folder.verify import verify_cache
 
@@ -70,16 +70,16 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Show what a cache says of itself, or one of its samples, in words and as a picture."""
+    """Describe a cache, or one of its samples in words and as a picture."""
 
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     sample: str | None = None
-    """Key (or its beginning) of the sample to show."""
+    """Key of the sample to show, or the first characters of it."""
     tokenizer: str | None = None
-    """Folder of the teacher: shows a sample's tokens as texts, not as ids."""
+    """Folder of the teacher, to show a sample's tokens as text instead of ids."""
     picture: Path | None = None
-    """PNG file to draw the sample in: its images, view grids and what each token leaves open."""
+    """PNG file to draw the sample to: images, view grids and the uncertainty of each token."""
     json: bool = False
     """Print the description as JSON."""
 
@@ -118,19 +118,19 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Gc:
-    """Remove from a sealed cache what killed and losing attempts have left."""
+    """Remove the leftover files of killed and losing attempts from a sealed cache."""
 
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     grace_hours: float = 24.0
-    """Leave files alone that are younger than this."""
+    """Keep files younger than this."""
     dry_run: bool = False
-    """Only list what would be removed."""
+    """List the files without removing them."""
     json: bool = False
     """Print the report as JSON."""
 
     def __call__(self) -> int:
-        """Remove, and list what was removed."""
+        """Remove the files and list them."""
         from teacher_cache.folder.garbage import collect_garbage
 
         report = collect_garbage(self.cache, self.grace_hours, self.dry_run)

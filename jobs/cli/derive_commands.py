@@ -20,7 +20,7 @@ from teacher_cache.schema.options import ShardFormatName
 
 @dataclass(frozen=True, kw_only=True)
 class Subset:
-    """Write some samples of a sealed cache as a cache of their own; frames are copied as they are.
+    """Write some samples of a sealed cache as a new cache; frames are copied unchanged.
 
     A sample must pass everything that is given; --fraction is drawn of what is left then.
     """
@@ -29,9 +29,9 @@ class Subset:
     """Folder, or URL in an object store."""
     out: str
     keys: Path | None = None
-    """File with one key a line."""
+    """File with one key per line."""
     fraction: float | None = None
-    """Share of the samples, drawn at random by --seed."""
+    """Share of the samples, drawn at random with --seed."""
     seed: int = 0
     min_vision_tokens: int | None = None
     max_vision_tokens: int | None = None
@@ -45,7 +45,7 @@ class Subset:
     """Print the seal as JSON."""
 
     def __call__(self) -> int:
-        """Write the cache, and say what is in it."""
+        """Write the cache, then print a summary."""
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.subset import Selection, subset_cache
 
@@ -79,7 +79,7 @@ class Export:
     """Print the seal as JSON."""
 
     def __call__(self) -> int:
-        """Write the cache, and say what is in it."""
+        """Write the cache, then print a summary."""
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.export import export_cache
 
@@ -90,7 +90,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Join sealed caches of one teacher and one recipe; their files are linked or copied unopened.
+    """Join sealed caches of one teacher and one recipe; files are linked or copied unopened.
 
     One disk holds them once then: a file has a name in both caches.
     """
@@ -99,14 +99,14 @@ class Merge:
     """Folders, or URLs in an object store."""
     out: str
     on_duplicate: Literal["refuse", "first"] = "refuse"
-    """What is done about samples that are in several of them."""
+    """What to do with samples that several caches hold."""
     format: ShardFormatName | None = None
-    """Default: that of the first cache; files of the other format are rewritten frame by frame."""
+    """Default: that of the first cache; files of the other format are rewritten."""
     json: bool = False
     """Print the seal as JSON."""
 
     def __call__(self) -> int:
-        """Write the cache, and say what is in it."""
+        """Write the cache, then print a summary."""
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.derive.merge import merge_caches
 
@@ -123,7 +123,7 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Extend:
-    """Add to a sealed cache, as a new one: samples (--source), or further records (--records).
+    """Write a new cache: a sealed one, and more samples (--source) or records (--records).
 
     Files of the old cache are linked or copied unopened. Run again to resume.
     """
@@ -134,7 +134,7 @@ class Extend:
     """Print the seal as JSON."""
 
     def __call__(self) -> int:
-        """Write the cache, and say what is in it."""
+        """Write the cache, then print a summary."""
         from jobs.stages.build import run_extend
 
         seal = run_extend(self.config, self.run)
@@ -142,7 +142,7 @@ class Extend:
 
 
 def _read_keys(file: Path) -> tuple[str, ...]:
-    """The keys in a text file, one a line; ValueError where it is none."""
+    """The keys of a text file, one per line; ValueError if it is not text."""
     try:
         return tuple(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +152,7 @@ def _read_keys(file: Path) -> tuple[str, ...]:
 
 
 def print_seal(out: str, seal: Any, as_json: bool) -> int:
-    """Print what a cache that was just sealed holds; returns the exit code of success."""
+    """Print a summary of a new seal; returns exit code 0."""
     told: dict[str, Any] = {
         "cache": out,
         "samples": seal.num_samples,

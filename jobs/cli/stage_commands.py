@@ -60,7 +60,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what each tier of a cache takes: by arithmetic, or, with --pilot, measured."""
+    """Estimate the size of each tier of a cache; with --pilot, measure size and loss."""
 
     config: PlanConfig = PlanConfig()
     json: bool = False
@@ -93,7 +93,7 @@ class Build:
     run: RayOptions = RayOptions()
 
     def __call__(self) -> int:
-        """Build, and print the seal and what the records keep; 4: not enough, as was asked."""
+        """Build, then print seal and quality; 4 if --require-quality is missed."""
         from jobs.stages.build import run_build
         from pipeline.fidelity.cache_quality import (
             is_unknown,
@@ -131,7 +131,7 @@ class Train:
     run: RayOptions = RayOptions()
 
     def __call__(self) -> int:
-        """Train, and say where the student is."""
+        """Train, then print the folder of the student."""
         from jobs.stages.train import run_train
 
         final = run_train(self.config, self.run)
@@ -168,7 +168,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Generate answers and score them; predictions already written are not made again."""
+    """Generate answers and score them; run again to resume."""
 
     config: EvaluateConfig
     run: RayOptions = RayOptions(ray=False)
@@ -208,9 +208,9 @@ class Submit:
     address: str = "http://127.0.0.1:8265"
     """The cluster's dashboard (job server)."""
     working_dir: Path | None = None
-    """Folder to send along; default: emkd is installed on the cluster."""
+    """Folder of code to upload; default: none, emkd is installed on the cluster."""
     driver_cpus: float = 0.0
-    """CPUs that the job's driver reserves (0: it may run on a busy head node)."""
+    """CPUs that the job's driver reserves; 0 lets it run on a busy head node."""
     stop_wait_s: int = 20
     """Seconds between SIGTERM and SIGKILL when the job is stopped."""
     wait: bool = True
@@ -218,7 +218,7 @@ class Submit:
     payload: Annotated[Any, tyro.conf.Suppress] = None
 
     def with_stage(self, command: Any) -> "Submit":
-        """This submission with the parsed stage in it."""
+        """The same submission with the parsed stage."""
         return dataclasses.replace(self, payload=command)
 
     def __call__(self) -> int:
@@ -250,9 +250,9 @@ class Demo:
     """Default: demo, or demo-epic."""
     seeds: tuple[int, ...] = (0, 1)
     epic: bool = False
-    """EPIC instead of EM-KD: students that bear ever fewer vision tokens, at several budgets."""
+    """EPIC instead of EM-KD, scored at several budgets of vision tokens."""
     smoke: bool = False
-    """A minute instead of several: every stage runs, the numbers mean nothing."""
+    """Run every stage at a tiny size, in about a minute; the numbers mean nothing."""
 
     def __call__(self) -> int:
         """Run what is missing of the demo."""
@@ -275,7 +275,7 @@ class Demo:
 
 
 def defaults() -> dict[str, Any]:
-    """A command for each name, its required settings still missing."""
+    """A command for each name, with its required settings missing."""
     return {
         "data": _required(Data),
         "plan": Plan(),

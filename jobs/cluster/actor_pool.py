@@ -1,9 +1,8 @@
-"""Ray as a place to run things: a session, and a small pool of actors that take numbered work.
+"""A Ray session, and a small pool of actors that take numbered work.
 
-Promises: every retry is bounded (Ray's defaults retry a crashing sample for ever); an exception in
-a worker reaches the caller as itself, with its own message; work whose actor died, hangs or cannot
-be reached (its machine may be gone) is given to a fresh one; nothing but work numbers and small
-records travels through Ray.
+Promises: every retry is bounded (Ray's defaults retry a crashing sample for ever). An exception in
+a worker reaches the caller unchanged. Work whose actor died, hangs or cannot be reached goes to a
+new actor. Only work numbers and small records travel through Ray.
 """
 
 import logging
@@ -29,7 +28,7 @@ class WorkerLostError(EmkdError, RuntimeError):
 
 @contextmanager
 def ray_session() -> Generator[None]:
-    """Join the cluster that runs this job, or start a private one for the length of the block."""
+    """Join the cluster that runs this job, or start an embedded one that ends with the block."""
     if ray.is_initialized():
         yield
         return
@@ -47,9 +46,9 @@ def ray_session() -> Generator[None]:
 
 
 def worker_resources(options: RayOptions, device: str) -> dict[str, float]:
-    """What each worker reserves, by Ray's names; `device` is the stage's setting.
+    """The resources that each worker reserves, under Ray's names; `device` is the stage's setting.
 
-    Raises ValueError for what the cluster can never schedule: waiting for it would never end.
+    Raises ValueError for resources that the cluster does not have: Ray would wait for ever.
     """
     have = ray.cluster_resources()
     gpus = options.gpus_per_worker
@@ -81,62 +80,62 @@ def get(reference: Any) -> Any:
 
 @dataclass(slots=True, kw_only=True)
 class _Attempt:
-    """One piece of work at one actor, and what the actor says of itself meanwhile."""
+    """One piece of work on one actor, and the state that the actor last reported."""
 
     actor: Any
     reference: Any
-    """Of the result."""
+    """The Ray reference of the result."""
     state: Any = None
     since: float
-    """When it first said so, or when the work was given to it."""
+    """When `state` last changed, or when the work began (monotonic seconds)."""
     _question: Any = None
 
     def ask(self) -> None:
-        """Take the answer to the last question, if it has come, and ask again; never waits."""
+        """Read the answer to the last status call, if it has come, and call again; never waits."""
         if self._question is not None:
             if not ray.wait([self._question], timeout=0)[0]:
                 return
             try:
                 state = ray.get(self._question)
             except RayActorError:
-                return  # its work will say the same
+                return  # its work raises the same error
             if state != self.state:
                 self.state, self.since = state, time.monotonic()
         self._question = self.actor.status.remote()
 
     def hangs(self, seconds: float | None) -> bool:
-        """Whether it has said the same, or nothing, for so long."""
+        """Whether `state` has not changed for this many seconds."""
         return seconds is not None and time.monotonic() - self.since > seconds
 
     def result(self, timeout: float | None) -> Any:
-        """What the work returned, or its own error; `WorkerLostError` for a worker that is gone."""
+        """The result of the work, or its own exception; `WorkerLostError` if the worker is gone."""
         if self.hangs(timeout) and not ray.wait([self.reference], timeout=0)[0]:
             ray.kill(self.actor)
             raise WorkerLostError(f"it made no progress for {timeout:g} s ({self.state})")
         try:
             return get(self.reference)
         except RayActorError as error:
-            ray.kill(self.actor)  # where it only could not be reached, it must not come back
+            ray.kill(self.actor)  # it may only be unreachable, and must not come back
             raise WorkerLostError(f"it died: {error}") from error
 
 
 class ActorPool:
     """Actors of one plain class, each working on one number at a time.
 
-    `make` builds a new actor; the first one may have been used already (to write a plan, say).
-    Actors have a method `status` that says, while another one runs, how far that is; one that says
-    the same for `options.worker_timeout` seconds is killed and counts as dead. Work goes to actors
-    that have come up only: where machines are gone, the others do what is left.
+    `make` builds a new actor; `first` may have been used before (for example to write a plan).
+    An actor's method `status` reports progress while another method runs. An actor whose status
+    does not change for `options.worker_timeout` seconds is killed and counts as dead. Work goes
+    only to actors that have started: if machines are gone, the others do the rest.
     """
 
     def __init__(self, make: Callable[[], Any], first: Any, options: RayOptions) -> None:
         self._make = make
         self._options = options
         self._idle = [first]
-        self._coming: dict[Any, Any] = {}  # an actor by the reference of its first answer
+        self._coming: dict[Any, Any] = {}  # starting actors by the reference of their first status
         self._num_failed_starts = 0
         self.losses: list[str] = []
-        """What was lost with a worker, and how, in order."""
+        """One line for each piece of work that was lost with its worker, in order."""
 
     def map(
         self,
@@ -145,11 +144,11 @@ class ActorPool:
         on_poll: Callable[[Sequence[Any]], None],
         lost: list[int] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, result) as results come; `on_poll(states)` is called twice a second.
+        """Yield (number, result) as results arrive; call `on_poll(states)` twice a second.
 
-        Work whose workers are lost more often than the retries allow ends it with
-        `WorkerLostError`. With a list of `lost` numbers, one that has cost two workers goes there
-        instead, and the others go on.
+        Raises `WorkerLostError` for work that loses its worker more often than the retries allow.
+        With a list `lost`, a number that has lost two workers is appended to it instead, and the
+        others go on.
         """
         waiting = list(reversed(numbers))
         num_losses = dict.fromkeys(numbers, 0)
@@ -183,7 +182,7 @@ class ActorPool:
                 yield number, result
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Run one piece of work on one worker; `WorkerLostError` where that is lost with it."""
+        """Run one piece of work on one worker; `WorkerLostError` if the worker is lost."""
         if not self._idle and not self._coming:
             self._recruit()
         while not self._idle:
@@ -209,14 +208,14 @@ class ActorPool:
         self._coming[actor.status.remote()] = actor
 
     def _welcome(self, answer: Any) -> None:
-        """Take an actor whose first answer is there; another one where it died before."""
+        """Add an actor whose first status has arrived, or start another if it died."""
         actor = self._coming.pop(answer)
         try:
             get(answer)
         except RayActorError as error:
             self._num_failed_starts += 1
             if self._num_failed_starts > self._options.max_retries:
-                raise WorkerLostError(f"new workers die before they work: {error}") from error
+                raise WorkerLostError(f"new workers die before they start: {error}") from error
             self._recruit()
             return
         self._idle.append(actor)
@@ -224,7 +223,7 @@ class ActorPool:
     def _ended(
         self, busy: Mapping[int, _Attempt], on_poll: Callable[[Sequence[Any]], None]
     ) -> list[int]:
-        """The numbers whose work has ended, well or not; waits for half a second at most."""
+        """The numbers whose work has ended, with a result or an error; waits at most 0.5 s."""
         references = [*self._coming, *(attempt.reference for attempt in busy.values())]
         ready, _ = ray.wait(references, timeout=0.5)
         for answer in ready:

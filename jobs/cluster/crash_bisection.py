@@ -1,8 +1,8 @@
-"""Finds the samples of a shard that kill the process that works on them, by halving.
+"""Finds the samples of a shard that crash the process that handles them, by bisection.
 
-A decoder that crashes, an image that takes all memory: no process can report its own death.
+A decoder may crash, or an image may take all memory; a process cannot report its own death.
 
-Promises: the number of deaths is bounded; a sample is named only if its process died with that
+Promises: the number of crashes is bounded. A sample is named only if a process crashed with that
 sample alone. Knows neither Ray nor teachers: `survives` does the work.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from teacher_cache.schema.errors import EmkdError
 
 MAX_DEATHS = 32
-"""Workers that a search may cost in one shard; three killers among 256 samples take at most 23."""
+"""Most crashes of a search in one shard; 3 crashing samples among 256 take at most 23."""
 
 
 class TooManyDeathsError(EmkdError, RuntimeError):
@@ -21,18 +21,19 @@ class TooManyDeathsError(EmkdError, RuntimeError):
 def find_crashing_samples(
     survives: Callable[[int, int], bool], num_samples: int, max_deaths: int = MAX_DEATHS
 ) -> list[int]:
-    """Positions of the samples that kill a worker on their own; a worker has died of the whole.
+    """Positions of the samples that crash a worker on their own.
 
-    `survives(start, stop)` has a worker run over those samples. The list is empty where no sample
-    does it alone. Raises `TooManyDeathsError` at the death number `max_deaths`.
+    Assumes that the whole shard has already crashed a worker. `survives(start, stop)` runs a worker
+    over these samples. The list is empty if no sample crashes a worker alone. Raises
+    `TooManyDeathsError` at crash number `max_deaths`.
     """
-    killers: list[int] = []
-    suspects = [(0, num_samples)]  # ranges that a worker has died of, the first one last
+    crashing: list[int] = []
+    suspects = [(0, num_samples)]  # ranges that have crashed a worker, the first one last
     num_deaths = 0
     while suspects:
         start, stop = suspects.pop()
         if stop - start == 1:
-            killers.append(start)
+            crashing.append(start)
             continue
         middle = (start + stop) // 2
         for half in ((middle, stop), (start, middle)):
@@ -42,7 +43,7 @@ def find_crashing_samples(
             num_deaths += 1
             if num_deaths == max_deaths:
                 raise TooManyDeathsError(
-                    f"{num_deaths} workers died in the search; samples {killers} of the shard kill "
-                    "a worker on their own, and there are more"
+                    f"{num_deaths} workers died in the search; samples {crashing} of the shard "
+                    "crash a worker on their own, and there are more"
                 )
-    return killers
+    return crashing

@@ -1,4 +1,4 @@
-"""Where a stage runs; apart from Ray itself, so that `emkd --help` need not import it."""
+"""Where a stage runs. Imports no Ray, so that `emkd --help` stays quick."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ class RayOptions(StrictRecord):
     """Where a stage runs, never what it computes."""
 
     ray: bool = True
-    """Run under Ray: the cluster of RAY_ADDRESS (inside a submitted job), else an embedded one."""
+    """Run under Ray: the cluster of RAY_ADDRESS (set in a submitted job), else an embedded one."""
     num_workers: int = 1
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
     """Default: 1 where the cluster has GPUs and the stage may use them, else 0. Ray hides GPUs from
     workers that ask for none."""
     max_retries: int = 2
-    """How often work whose worker died is tried again. (A shard of a build once; when that has cost
-    two workers, it is searched for the samples that kill them. 0: neither.)"""
+    """Retries of work whose worker died. A shard of a build is retried once, then searched for the
+    samples that crash workers; 0 disables both."""
     worker_timeout: float | None = None
-    """Build and extend only: seconds without progress (a batch, the loading of a teacher) after
-    which a worker counts as dead and is killed. Default: it may take as long as it likes."""
+    """Build and extend only: seconds without progress (a batch, loading a teacher) after which a
+    worker is killed and its work retried. Default: no limit."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -31,14 +31,13 @@ class RayOptions(StrictRecord):
                 raise ValueError(f"{name} must be >= 0, found {getattr(self, name)}")
         if self.worker_timeout is not None and not (self.ray and self.worker_timeout > 0):
             raise ValueError(
-                f"worker_timeout must be > 0, and there must be workers: found "
+                f"worker_timeout must be > 0 and needs Ray workers; found "
                 f"{self.worker_timeout} {'with' if self.ray else 'without'} ray"
             )
 
     def require_no_timeout(self, stage: str) -> None:
-        """Raise ValueError where a timeout was asked of a stage that has none."""
+        """Raise ValueError if `worker_timeout` is set for a stage that has none."""
         if self.worker_timeout is not None:
             raise ValueError(
-                f"--worker-timeout goes with emkd build and extend; {stage} is not watched: leave "
-                "it away"
+                f"--worker-timeout goes with emkd build and extend; {stage} has no timeout: omit it"
             )

@@ -1,4 +1,4 @@
-"""What commands show: answers on stdout; on stderr a bar for each thing that is done, in turn."""
+"""Progress bars of commands, on stderr, one after the other."""
 
 from types import TracebackType
 from typing import Any
@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 
 class ProgressBars:
-    """Turns (what, done, total) into tqdm bars, one at a time; a context manager.
+    """Shows (what, done, total) as tqdm bars, one at a time; a context manager.
 
-    Something new ends the bar before it; what has been finished once is not shown again.
+    A new `what` closes the bar before it; a finished `what` is not shown again.
     """
 
     def __init__(self) -> None:

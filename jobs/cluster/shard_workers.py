@@ -1,12 +1,11 @@
-"""Workers that write the shards of one cache: a build's, or an extension's.
+"""Workers that write the shards of one cache, for a build or an extension.
 
-    plan    the first worker alone: it writes the plan, the others read it
-    shards  by number, each written and committed by whichever worker took it
-    lost    a shard that has cost two workers is searched for the samples that kill them, when all
-            else is done
+    plan    the first worker writes the plan, the others read it
+    shards  each is written and committed by the worker that takes its number
+    lost    a shard that has crashed two workers is searched, last of all, for the samples that
+            crash them
 
-Teacher tensors never pass through Ray: a worker returns the commit record of a shard, a few hundred
-bytes.
+Teacher tensors never pass through Ray: a worker returns a shard's commit record (some 100 bytes).
 """
 
 import logging
@@ -30,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class ShardWorker:
-    """An actor around a `ShardBuilder`, which can be asked how far it is while it works.
+    """An actor around a `ShardBuilder` that reports its progress while it works.
 
-    `make` builds it on first use: what a constructor raises, Ray reports as the actor's death.
+    `make` runs on first use, since Ray reports an exception of a constructor as the actor's death.
     """
 
     def __init__(self, make: Callable[[Progress], Any]) -> None:
@@ -56,7 +55,7 @@ class ShardWorker:
         self.work("probe", index, start, stop)
 
     def status(self) -> tuple[str, int, int]:
-        """What is being done, how much of it, of how much."""
+        """The current (what, done, total)."""
         with self._lock:
             return self._state
 
@@ -72,9 +71,9 @@ def write_shards(
     options: RayOptions,
     bars: ProgressBars,
 ) -> Seal:
-    """Have a pool of workers plan and write what is missing of a cache, and seal it.
+    """Plan a cache, write its missing shards with a pool of workers, and seal it.
 
-    `make` builds a worker's `ShardBuilder` that also has `probe`; inside a Ray session.
+    `make` builds a `ShardBuilder` that also has `probe`. Needs a Ray session.
     """
     each = worker_resources(options, device)
     first = _actor(make, each)
@@ -84,7 +83,7 @@ def write_shards(
 
 
 def _actor(make: Callable[[Progress], Any], resources: Mapping[str, float]) -> Any:
-    # Two threads: one works, the other answers `status`. Restarts are the pool's business.
+    # Two threads: one works, the other answers `status`. The pool restarts actors, not Ray.
     actor = ray.remote(ShardWorker).options(
         num_cpus=resources["CPU"],
         num_gpus=resources["GPU"],
@@ -115,15 +114,15 @@ def _write_missing(cache: Store, plan: Plan, pool: ActorPool, bars: ProgressBars
         done += sizes[index]
         bars.update("samples", done, plan.num_samples)
     for index in lost:
-        _build_without_killers(pool, index, sizes[index])
+        _build_without_crashing(pool, index, sizes[index])
         done += sizes[index]
         bars.update("samples", done, plan.num_samples)
     if pool.losses:
         logger.warning("%d workers were lost: %s", len(pool.losses), "; ".join(pool.losses))
 
 
-def _build_without_killers(pool: ActorPool, index: int, num_samples: int) -> None:
-    """Build a shard that two workers have died of; its killers are rejected as bad samples are."""
+def _build_without_crashing(pool: ActorPool, index: int, num_samples: int) -> None:
+    """Build a shard that has crashed two workers; reject the samples that crash a worker."""
 
     def survives(start: int, stop: int) -> bool:
         try:
@@ -133,10 +132,10 @@ def _build_without_killers(pool: ActorPool, index: int, num_samples: int) -> Non
         return True
 
     try:
-        killers = find_crashing_samples(survives, num_samples)
-        pool.call("build_shard", index, killers)
+        crashing = find_crashing_samples(survives, num_samples)
+        pool.call("build_shard", index, crashing)
     except (WorkerLostError, TooManyDeathsError) as error:
         raise WorkerLostError(
-            f"shard {index}: its workers keep dying, and not of single samples alone; are they out "
-            f"of memory? Lower --batch-size or --num-workers. {error}"
+            f"shard {index}: its workers keep dying, and no single sample explains it; are they "
+            f"out of memory? Lower --batch-size or --num-workers. {error}"
         ) from error

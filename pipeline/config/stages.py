@@ -1,8 +1,8 @@
 """The settings of every stage, as frozen dataclasses; flags, help and `--config` files follow.
 
-Two kinds live side by side: what changes the stored numbers (it ends up in the cache's
-`CacheSpec` or the run's objective) and how the work is carried out (workers, batch sizes of a
-loader, devices). Imports nothing heavy, so that `emkd --help` answers at once.
+Some settings change the stored numbers (they are part of the cache's `CacheSpec` or of the run's
+objective); others say how the work is done (batch sizes, devices, threads). Imports nothing heavy,
+so that `emkd --help` answers at once.
 """
 
 from dataclasses import dataclass, replace
@@ -65,23 +65,23 @@ class EvaluateConfig(StrictRecord):
     dtype: Dtype | None = None
     system_prompt: str | None = None
     cache: str | None = None
-    """A cache (folder or URL) of the same source: draws, for its first samples, whom each student
-    token is matched to and what the teacher's vision tokens say."""
+    """A cache (folder or URL) of the same source: draws for its first samples which teacher token
+    each student token is matched to, and the teacher's words at its vision tokens."""
     num_pictures: int = 4
     compressor: str | None = None
     """Drop vision tokens inside the language model: dart, fastv, random, or one that was
     registered; none: all of them go through every layer."""
     compress_layer: int = 2
-    """Decoder layer, counted from 0, at whose input they go."""
+    """Decoder layer, counted from 0, at whose input tokens are dropped."""
     ratio: float | None = None
-    """Share of them that is dropped there."""
+    """Share of the vision tokens that is dropped there."""
     stages: tuple[str, ...] = ()
     """Instead of layer and ratio, a pyramid: 8:0.5 16:0.5 drops half at the input of layer 8 and
     half of what is left at that of layer 16."""
     compress_text: TextSource = "instruction"
-    """Text that decides: the turn's instruction, or released, all text behind the images."""
+    """Text that decides: the turn's instruction; or `released`: all text after the images."""
     compress_seed: int = 0
-    """Of compressors that draw (random)."""
+    """Seed of the compressor random."""
     torch_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class EvaluateConfig(StrictRecord):
 
     @property
     def compression(self) -> CompressionSettings | None:
-        """What is dropped inside the language model; ValueError for stages that mean nothing."""
+        """What is dropped inside the language model; ValueError for impossible stages."""
         if self.compressor is None:
             return None
         pairs = self.stages or (f"{self.compress_layer}:{self.ratio}",)

@@ -1,4 +1,4 @@
-"""Arithmetic of shards and orders: which samples, in which order, for whom. Knows no files.
+"""Arithmetic of shards: which samples, in which order, for which shard. Reads no files.
 
 A cache's shards are cut from a source's order by `group_shards`, which puts together what may share
 a vision record; a sketch is calibrated in `spread_order`.

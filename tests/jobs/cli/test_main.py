@@ -94,7 +94,7 @@ def test_flags_that_cannot_be_parsed_end_with_usage(
         ("data digits --out d --num-train 0", "emkd data: --num-train must be >= 1, found 0\n"),
         (
             f"{BUILD} --worker-timeout 5 --no-ray",
-            "emkd build: --worker-timeout must be > 0, and there must be workers: found 5.0 "
+            "emkd build: --worker-timeout must be > 0 and needs Ray workers; found 5.0 "
             "without ray\n",
         ),
     ],
