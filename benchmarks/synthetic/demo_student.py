@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import recipes
 from pipeline.config.build import SourceConfig
+from pipeline.demo import recipes
 from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import write_digits
 from pipeline.demo.teacher import TeacherSettings, train_demo_teacher
@@ -65,6 +65,7 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
         reader,
         encoder.encode,
         objective=settings.objective,
+        tier="topk+sketch",
         pad_token_id=encoder.pad_token_id,
         seed=0,
         plan=BatchPlan(batch_size=settings.batch_size, micro_batch_size=settings.micro_batch_size),

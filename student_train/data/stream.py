@@ -24,7 +24,7 @@ from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.manifest import require_equal
-from teacher_cache.schema.options import GridSettings, TierName, tier_to_learn_from
+from teacher_cache.schema.options import GridSettings, TierName
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.strict_json import StrictRecord
 from teacher_cache.schema.teacher_output import TeacherOutput
@@ -72,8 +72,8 @@ class StreamState(StrictRecord):
 class TrainingStream:
     """Yields micro-batches of one rank without end, from `position` on (`seek` sets it).
 
-    `encode` is called from several threads at once unless `num_threads` is 0. `records` is the tier
-    to learn from where the cache holds several, by default the most exact one.
+    `encode` is called from several threads at once unless `num_threads` is 0. `tier` is the tier to
+    learn from, one that the cache holds.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainingStream:
         encode: Encoder,
         *,
         objective: ObjectiveConfig,
-        records: TierName | None = None,
+        tier: TierName,
         pad_token_id: int,
         seed: int,
         plan: BatchPlan,
@@ -92,11 +92,7 @@ class TrainingStream:
         self.position = 0
         self._reader = reader
         self._encode = encode
-        self._parts = parts_needed(
-            objective,
-            tier_to_learn_from(reader.spec.records, records),
-            has_grid=reader.spec.grid is not None,
-        )
+        self._parts = parts_needed(objective, tier, has_grid=reader.spec.grid is not None)
         self._scope: MatchScope | None = (
             objective.matching.scope if objective.needs_vision else None
         )
@@ -150,20 +146,20 @@ class TrainingStream:
 
 
 def parts_needed(
-    objective: ObjectiveConfig, records: TierName, has_grid: bool = False
+    objective: ObjectiveConfig, tier: TierName, has_grid: bool = False
 ) -> frozenset[Part]:
     """The parts of a cached sample that the objective reads of a tier; only KD reads a grid."""
     parts: set[Part] = set()
     if objective.kd_from_cache and has_grid:
-        parts.add("hidden_grid" if records == "hidden" else "response_grid")
+        parts.add("hidden_grid" if tier == "hidden" else "response_grid")
     compares_response = objective.rld_weight > 0 or objective.kd_from_cache
     distils = objective.needs_vision or compares_response
-    if records == "hidden":
+    if tier == "hidden":
         return frozenset({"hidden", *parts} if distils else parts)
     if compares_response:
         parts.add("response")
     if objective.vlad_weight > 0:
         parts.add("affinity")
     if objective.needs_vision:  # also VLAD's pairs come from matching vision logits
-        parts |= {"vision", "sketch"} if records == "topk+sketch" else {"vision"}
+        parts |= {"vision", "sketch"} if tier == "topk+sketch" else {"vision"}
     return frozenset(parts)

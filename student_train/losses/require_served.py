@@ -17,7 +17,7 @@ from student_train.signals.from_cache import response_signal, vision_signal
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.options import TierName, tier_to_learn_from
+from teacher_cache.schema.options import TierName
 from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import (
     HiddenRecord,
@@ -31,14 +31,13 @@ def require_served(
     objective: ObjectiveConfig,
     spec: CacheSpec,
     assets: TeacherAssets,
-    records: TierName | None = None,
+    tier: TierName,
 ) -> None:
-    """Raise ValueError, with the remedy, where the cache's tier cannot serve the objective.
+    """Raise ValueError, with the remedy, where the tier to learn from cannot serve the objective.
 
-    `assets` are those that the objective needs of the cache, `records` is the tier to learn from
-    (default: the most exact one that the cache holds).
+    `assets` are those that the objective needs of the cache.
     """
-    output = _one_token(spec, tier_to_learn_from(spec.records, records))
+    output = _one_token(spec, tier)
     logits_1V = torch.zeros(1, spec.vocab_size)
 
     def compare(teacher: Signal) -> None:

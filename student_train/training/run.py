@@ -110,7 +110,7 @@ def train_student(
         reader,
         encoder.encode,
         objective=settings.objective,
-        records=tier,
+        tier=tier,
         pad_token_id=encoder.pad_token_id,
         seed=settings.seed,
         plan=plan,

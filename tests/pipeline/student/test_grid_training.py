@@ -68,6 +68,7 @@ def first_batch(
         reader,
         teacher.encoder.encode,
         objective=preset("epic-cached-tcd"),
+        tier=tier,
         pad_token_id=0,
         seed=0,
         plan=BatchPlan(batch_size=4, micro_batch_size=4),

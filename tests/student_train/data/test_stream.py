@@ -69,6 +69,7 @@ def stream_of(
         reader,
         encode,
         objective=objective or ObjectiveConfig(),
+        tier="topk+sketch",
         pad_token_id=0,
         seed=seed,
         plan=plan,

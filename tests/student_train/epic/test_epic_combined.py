@@ -63,6 +63,7 @@ def batch_from(reader: CacheReader, student: Any, objective: ObjectiveConfig) ->
         reader,
         student[1].encode,
         objective=objective,
+        tier="topk",
         pad_token_id=0,
         seed=0,
         plan=BatchPlan(batch_size=len(SAMPLES), micro_batch_size=len(SAMPLES)),

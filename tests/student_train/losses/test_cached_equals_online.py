@@ -28,7 +28,7 @@ from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.assets import TeacherAssets
-from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
+from teacher_cache.schema.options import RecordSettings, ShardFormatName, TierName
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache, student_loader
 from tests.support.lazy import PreTrainedModel
@@ -54,11 +54,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(teacher, student, SampleEncoder(processor, student.config))
 
 
-def cached_batch(pair: Pair, reader: CacheReader) -> StudentBatch:
+def cached_batch(pair: Pair, reader: CacheReader, tier: TierName) -> StudentBatch:
     """All samples as one micro-batch of the stream."""
     plan = BatchPlan(batch_size=len(SAMPLES), micro_batch_size=len(SAMPLES))
     stream = TrainingStream(
-        reader, pair.encoder.encode, objective=OBJECTIVE, pad_token_id=0, seed=0, plan=plan
+        reader,
+        pair.encoder.encode,
+        objective=OBJECTIVE,
+        tier=tier,
+        pad_token_id=0,
+        seed=0,
+        plan=plan,
     )
     return next(iter(stream))
 
@@ -153,7 +159,7 @@ def weighted(terms: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("form", ["arrow", "webdataset"])
 @pytest.mark.parametrize("records", ["topk", "hidden"])
 def test_losses_and_gradients_from_the_cache_are_bit_equal_to_those_of_the_live_teacher(
-    pair: Pair, tmp_path: Path, records: RecordKind, form: ShardFormatName
+    pair: Pair, tmp_path: Path, records: TierName, form: ShardFormatName
 ) -> None:
     settings = RecordSettings(
         records=records,
@@ -170,7 +176,7 @@ def test_losses_and_gradients_from_the_cache_are_bit_equal_to_those_of_the_live_
         samples_per_shard=len(SAMPLES),
     )
     assets = TeacherAssets(head=reader.head() if records == "hidden" else None)
-    batch = cached_batch(pair, reader)
+    batch = cached_batch(pair, reader, records)
     states = student_states(pair, batch.model)
     head = output_head(pair.student)
     cached = distillation_loss(states, batch.outputs, head, OBJECTIVE, assets)
@@ -196,7 +202,7 @@ def hidden_cache(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> CacheR
 def test_left_and_right_padding_and_one_by_one_give_equal_losses(
     pair: Pair, hidden_cache: CacheReader
 ) -> None:
-    batch = cached_batch(pair, hidden_cache)
+    batch = cached_batch(pair, hidden_cache, "hidden")
     samples, head = batch.model.samples, output_head(pair.student)
     left = collate(samples, 0, "left")
     assert any(left.offsets)

@@ -59,7 +59,7 @@ def test_it_refuses_what_the_losses_refuse_in_the_same_words(records: RecordForm
             distillation_loss, BATCH.states, outputs, BATCH.student_head, objective, assets
         )
         expected = _refusal(losses)
-        assert _refusal(partial(require_served, objective, spec, assets)) == expected
+        assert _refusal(partial(require_served, objective, spec, assets, records)) == expected
         refused += expected is not None
     assert (refused == 0) == (records == "hidden")
 
@@ -75,7 +75,10 @@ def test_it_counts_on_no_more_entries_than_a_position_may_keep(
         losses = partial(
             distillation_loss, BATCH.states, outputs, BATCH.student_head, objective, assets
         )
-        found = [_refusal(losses), _refusal(partial(require_served, objective, spec, assets))]
+        found = [
+            _refusal(losses),
+            _refusal(partial(require_served, objective, spec, assets, records)),
+        ]
         words = {text and re.sub(r"the (top )?[0-9]+", "the number", text) for text in found}
         assert len(words) == 1, found
 
@@ -84,5 +87,5 @@ def test_the_remedy_of_a_temperature_works() -> None:
     warm = ObjectiveConfig(temperature=2.0)
     sketched = make_spec("topk+sketch")
     with pytest.raises(ValueError, match="use temperature 1, tail=renormalise, or records"):
-        require_served(warm, sketched, BATCH.assets("topk+sketch"))
-    require_served(warm, make_spec("hidden"), BATCH.assets("hidden"))
+        require_served(warm, sketched, BATCH.assets("topk+sketch"), "topk+sketch")
+    require_served(warm, make_spec("hidden"), BATCH.assets("hidden"), "hidden")

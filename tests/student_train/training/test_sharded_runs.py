@@ -101,6 +101,7 @@ def both_streams(reader: CacheReader, model: Any, processor: Any) -> list[Traini
             reader,
             SampleEncoder(processor, model.config).encode,
             objective=ONE.objective,
+            tier="topk+sketch",
             pad_token_id=0,
             seed=ONE.seed,
             plan=BatchPlan(batch_size=4, micro_batch_size=1, rank=rank, world_size=2),

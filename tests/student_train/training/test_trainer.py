@@ -139,6 +139,7 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
         reader,
         SampleEncoder(processor, model.config).encode,
         objective=settings.objective,
+        tier="topk+sketch",
         pad_token_id=0,
         seed=settings.seed,
         plan=BatchPlan(batch_size=4, micro_batch_size=micro),
