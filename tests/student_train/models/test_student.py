@@ -154,7 +154,7 @@ def test_saving_and_loading_through_auto_classes_gives_the_student_back(
     assert torch.equal(logits(again, inputs), logits(student, inputs))
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert type(convert(tmp_path, 2)[0]) is type(student)
-    with pytest.raises(ValueError, match=r"vision_pool_stride 2, but stride 3 was asked"):
+    with pytest.raises(ValueError, match=r"vision_pool_stride 2, but stride is 3"):
         convert(tmp_path, 3)
 
 
