@@ -10,12 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 from teacher_cache.derive.sealed_cache import SealedCache
-from teacher_cache.folder.layout import (
-    REMEDY,
-    committed,
-    shard_name,
-)
-from teacher_cache.folder.writer import seal_cache, write_assets, write_plan
+from teacher_cache.folder.layout import REMEDY, committed, shard_name
+from teacher_cache.folder.writer import publish_rows, seal_cache, write_assets, write_plan
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import Plan, Seal, ShardFile
@@ -77,20 +73,10 @@ def _translate(
         raise ShardCorruptError(f"{path} is not the file that was committed; {REMEDY}")
     shard = shard_format(source.plan.format).open(path)
     rows = (shard.read(row, file.columns) for row in range(shard.num_rows))
-    target = shard_format(plan.format)
-    with out.attempt(f"shards/{index:05d}{target.suffix}") as attempt:
-        target.write(attempt, rows, file.columns, shard.metadata)
-        written = target.open(attempt)
-        found = [written.read(row, file.columns).key for row in range(written.num_rows)]
-        if found != list(shard.keys):
-            raise ShardCorruptError(f"{attempt}: what was written does not read back")
-        sha256 = sha256_file(attempt)
-        name = shard_name(index, sha256, plan.format)
-        translated = dataclasses.replace(
-            file, file=name, num_bytes=attempt.stat().st_size, sha256=sha256
-        )
-        out.publish(attempt, name)
-    return translated
+    name, num_bytes, sha256 = publish_rows(
+        out, plan, index, rows, shard.keys, file.columns, shard.metadata
+    )
+    return dataclasses.replace(file, file=name, num_bytes=num_bytes, sha256=sha256)
 
 
 def reassign_owners(rows: Iterable[EncodedRow]) -> Iterator[EncodedRow]:

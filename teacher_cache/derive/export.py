@@ -28,10 +28,4 @@ def export_cache(
         files = tuple(adopt_file(base, file, store, plan, index) for file in commit.files)
         commit_shard(store, plan, dataclasses.replace(commit, files=files))
 
-    return derive(
-        store,
-        plan,
-        make,
-        base.assets,
-        progress,
-    )
+    return derive(store, plan, make, base.assets, progress)

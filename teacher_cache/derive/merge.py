@@ -96,7 +96,7 @@ def _input_shards(caches: Sequence[SealedCache], on_duplicate: OnDuplicate) -> l
             kept = tuple(place for place in rows if place[0] not in seen)
             if kept:
                 shards.append(_InputShard(cache=cache, commit=commit, kept=kept))
-        seen.update(key for commit in cache.seal.shards for key, _ in cache.kept(commit))
+        seen.update(cache.reader.keys)
     if repeated and on_duplicate == "refuse":
         raise ValueError(
             f"{len(repeated)} samples are in several of the caches: {_some(repeated)}; keep the "

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from teacher_cache.folder.layout import open_shard, read_assets, require_plan, shard_keys
+from teacher_cache.folder.layout import read_assets, require_plan, shard_keys
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.shards.shard import Shard
 from teacher_cache.storage.local_store import LocalStore
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Location, Store
@@ -43,10 +42,6 @@ class SealedCache:
         """(key, position in the source) of each row of a shard, in order."""
         positions = dict(self.plan.shards[commit.index])
         return tuple((key, positions[key]) for key in shard_keys(self.plan, commit))
-
-    def open_shard(self, number: int) -> Shard:
-        """One of its shards, for random access."""
-        return open_shard(self.store, self.plan, self.seal.shards[number])
 
 
 def open_apart(out: Location, sources: Iterable[SealedCache]) -> Store:

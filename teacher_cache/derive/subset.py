@@ -8,14 +8,14 @@ base does not have and choices that leave no row.
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from teacher_cache.derive.derive import derive, reassign_owners
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
+from teacher_cache.folder.layout import read_encoded_rows
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.shard_plan import shard_of
 from teacher_cache.folder.writer import write_encoded_shard
-from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import Plan, Seal
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.progress import Progress, no_progress
@@ -145,16 +145,7 @@ def subset_cache(
 
 def rows_at(base: SealedCache, rows: Sequence[int]) -> Iterator[EncodedRow]:
     """Rows of a cache by number, ascending; every byte has been checked."""
-    starts = [0, *accumulate(commit.num_rows for commit in base.seal.shards)]
-    number, shard, keys = -1, None, ()
-    columns: set[str] = set()
-    for row in rows:
-        if shard_of(starts, row) != number or shard is None:
-            number = shard_of(starts, row)
-            commit = base.seal.shards[number]
-            columns = {name for file in commit.files for name in file.columns}
-            shard, keys = base.open_shard(number), base.kept(commit)
-        found, (key, _) = shard.read(row - starts[number], columns), keys[row - starts[number]]
-        if found.key != key:
-            raise ShardCorruptError(f"{shard.path}: found sample {found.key}, the plan has {key}")
-        yield found
+    starts = [0, *accumulate(base.reader.shard_sizes)]
+    for number, members in groupby(rows, lambda row: shard_of(starts, row)):
+        places = (row - starts[number] for row in members)
+        yield from read_encoded_rows(base.store, base.plan, base.seal.shards[number], places)

@@ -193,16 +193,18 @@ def open_files(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Shard:
     return LayeredShard(layers, [file.columns for file in commit.files])
 
 
-def read_encoded_rows(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[EncodedRow]:
-    """The rows of a committed shard in order, with all their columns, as frames that stay unopened.
+def read_encoded_rows(
+    cache: Store, plan: Plan, commit: ShardCommit, numbers: Iterable[int] | None = None
+) -> Iterator[EncodedRow]:
+    """Rows of a committed shard (default: all), with all their columns, as frames, unopened.
 
     Every byte has been checked and every key is the planned one: `write_encoded_shard` of another
     cache takes them as they are. Raises `ShardCorruptError`.
     """
-    shard = open_shard(cache, plan, commit)
+    shard, keys = open_shard(cache, plan, commit), shard_keys(plan, commit)
     columns = {name for file in commit.files for name in file.columns}
-    for number, key in enumerate(shard_keys(plan, commit)):
-        row = shard.read(number, columns)
+    for number in range(len(keys)) if numbers is None else numbers:
+        row, key = shard.read(number, columns), keys[number]
         if row.key != key:
             raise ShardCorruptError(
                 f"{shard.path}: row {number} holds sample {row.key}, the plan has {key}; {REMEDY}"
@@ -250,12 +252,7 @@ def require_shard_files(cache: Store, commits: Iterable[ShardCommit]) -> None:
 def _require_identity(shard: Shard, file: ShardFile, plan: Plan) -> None:
     """Refuse a file whose metadata differ from its commit record."""
     found = shard.metadata
-    wanted = {
-        "emkd.cache": file.cache,
-        "emkd.layout_version": str(plan.spec.layout_version),
-        "emkd.shard": str(file.index),
-        "emkd.spec": to_json(plan.spec),
-    }
+    wanted = shard_metadata(plan, file.index) | {"emkd.cache": file.cache}
     if file.cache != plan.fingerprint and "emkd.spec" in found:
         wanted["emkd.spec"] = found["emkd.spec"]  # of the cache it was written for
     for field in sorted(wanted.keys() | found.keys()):

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from itertools import accumulate
+from typing import TypeVar
 
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.layout import (
@@ -38,6 +39,8 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Location, Store
 
 _MAX_OPEN_SHARDS = 64
+
+_A = TypeVar("_A", LmHead, SketchBasis)
 
 
 class CacheReader:
@@ -127,25 +130,20 @@ class CacheReader:
 
     def head(self) -> LmHead:
         """The teacher's LM head, checked against the spec; ValueError where the cache has none."""
-        head = read_head(self.cache, self.spec)
-        if head is None:
-            raise ValueError(
-                f"{self.cache} has no {HEAD_FILE}: {self.spec.records} records need none"
-            )
-        return head
+        return self._required(read_head(self.cache, self.spec), HEAD_FILE)
 
     def sketch_basis(self) -> SketchBasis:
         """The sketch basis, checked against the spec; ValueError where the cache has none."""
-        sketch = read_sketch(self.cache, self.spec)
-        if sketch is None:
-            raise ValueError(
-                f"{self.cache} has no {SKETCH_FILE}: {self.spec.records} records need none"
-            )
-        return sketch
+        return self._required(read_sketch(self.cache, self.spec), SKETCH_FILE)
 
     def tail_template(self) -> TailTemplate | None:
         """The tail template, checked against the spec; None where the cache has none."""
         return read_template(self.cache, self.spec)
+
+    def _required(self, asset: _A | None, file: str) -> _A:
+        if asset is None:
+            raise ValueError(f"{self.cache} has no {file}: {self.spec.records} records need none")
+        return asset
 
     def _shard(self, number: int) -> Shard:
         with self._lock:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from teacher_cache.codec.columns import columns_of, output_from_columns
 from teacher_cache.codec.frames import decode_frame
@@ -92,7 +91,8 @@ def write_assets(cache: Store, assets: TeacherAssets) -> None:
             )
         if asset is not None:
             with cache.attempt(name) as attempt:
-                save_file(_contiguous(asset.tensors()), attempt)
+                tensors = asset.tensors().items()
+                save_file({key: t.detach().cpu().contiguous() for key, t in tensors}, attempt)
                 cache.publish(attempt, name)
 
 
@@ -121,14 +121,11 @@ def write_encoded_shard(
     plan: Plan,
     index: int,
     rows: Iterable[EncodedRow],
-    rejected: Sequence[RejectedSample] = (),
     seconds: float = 0.0,
-    quality: ShardQuality | None = None,
 ) -> ShardCommit:
     """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()
-    counted = _counted(rows, counts)
-    return _write_and_commit(cache, plan, index, counted, counts, rejected, seconds, quality)
+    return _write_and_commit(cache, plan, index, _counted(rows, counts), counts, (), seconds, None)
 
 
 def _write_and_commit(
@@ -173,24 +170,42 @@ def write_shard_file(
     Its rows are the samples of the shard in the order of the plan, without the rejected ones, each
     with exactly the columns named. A layer's rows are those of the first file without the images.
     """
-    form, keys = shard_format(plan.format), _wanted_keys(plan, index, rejected)
+    keys = _wanted_keys(plan, index, rejected)
+    checked, metadata = _in_order(rows, keys, index), shard_metadata(plan, index)
+    name, num_bytes, sha256 = publish_rows(cache, plan, index, checked, keys, columns, metadata)
+    return ShardFile(
+        file=name,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        cache=plan.fingerprint,
+        index=index,
+        columns=tuple(sorted(columns)),
+    )
+
+
+def publish_rows(
+    cache: Store,
+    plan: Plan,
+    index: int,
+    rows: Iterable[EncodedRow],
+    keys: Sequence[str],
+    columns: Collection[str],
+    metadata: Mapping[str, str],
+) -> tuple[str, int, str]:
+    """Write a file in the plan's format, read it back and publish it: its name, bytes and SHA-256.
+
+    Raises `ShardCorruptError` unless `keys` are read back.
+    """
+    form = shard_format(plan.format)
     with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
-        checked = _in_order(rows, keys, index)
-        form.write(attempt, checked, columns, shard_metadata(plan, index))
+        form.write(attempt, rows, columns, metadata)
         shard = form.open(attempt)
-        if tuple(shard.read(row, columns).key for row in range(shard.num_rows)) != keys:
+        if [shard.read(row, columns).key for row in range(shard.num_rows)] != [*keys]:
             raise ShardCorruptError(f"{attempt}: what was written does not read back")
         sha256 = sha256_file(attempt)
-        file = ShardFile(
-            file=shard_name(index, sha256, plan.format),
-            num_bytes=attempt.stat().st_size,
-            sha256=sha256,
-            cache=plan.fingerprint,
-            index=index,
-            columns=tuple(sorted(columns)),
-        )
-        cache.publish(attempt, file.file)
-    return file
+        name, num_bytes = shard_name(index, sha256, plan.format), attempt.stat().st_size
+        cache.publish(attempt, name)
+    return name, num_bytes, sha256
 
 
 def commit_shard(cache: Store, plan: Plan, commit: ShardCommit) -> ShardCommit:
@@ -318,7 +333,3 @@ def _count(output: TeacherOutput, shared_from: str | None, counts: Counter[str])
         counts["vision_records"] += num_vision > 0
         counts["stored_vision_tokens"] += num_vision
     counts["response_tokens"] += int(output.is_response.sum())
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values.detach().cpu().contiguous() for name, values in tensors.items()}

@@ -120,9 +120,8 @@ class ArrowShard(Shard):
                 raise ShardCorruptError(f"{self.path}: row {row}: {error}") from error
             for name in names:
                 found[name] += batch.column(name)[0].as_buffer().size
-            found["images"] += sum(
-                image.as_buffer().size for image in batch.column("images").flatten()
-            )
+            images = batch.column("images").flatten()
+            found["images"] += sum(image.as_buffer().size for image in images)
         return found
 
     def _fetch(self, row: int, columns: Collection[str]) -> StoredRow:
@@ -138,7 +137,5 @@ class ArrowShard(Shard):
             frames={name: stored[name] for name in columns if stored[name]},
             shared_from=stored["shared_from"] or None,
         )
-        owner = stored["shared_row"]
-        return StoredRow(
-            row=encoded, checks=stored["checks"], owner=None if owner == _NO_ROW else owner
-        )
+        owner = None if stored["shared_row"] == _NO_ROW else stored["shared_row"]
+        return StoredRow(row=encoded, checks=stored["checks"], owner=owner)
