@@ -78,6 +78,14 @@ def edit_record(file: Path, old: str, new: str, count: int = -1) -> None:
     file.write_text(f'{{\n "check": "{digest}",\n{changed}')
 
 
+def flip(file: Path, piece: bytes | None = None) -> None:
+    """Flip a bit in the middle of a file, or in the middle of where it has `piece`."""
+    data = bytearray(file.read_bytes())
+    start, size = (0, len(data)) if piece is None else (data.index(piece), len(piece))
+    data[start + size // 2] ^= 1
+    file.write_bytes(data)
+
+
 def forked(work: Callable[[], object]) -> int:
     """Run `work` in a child process and return the child's id."""
     child = os.fork()

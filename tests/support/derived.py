@@ -11,25 +11,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.sealed_cache import SealedCache
 from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.folder.layout import read_encoded_rows
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.storage.store import Location
 from tests.support.builders import build, exit_status, forked, published
-from tests.support.faults import Watch, points_of
-from tests.support.strategies import VOCAB_SIZE, WIDTH, asked_again, make_cached, make_spec
-
-HEAD = LmHead(weight=torch.arange(VOCAB_SIZE * WIDTH).reshape(VOCAB_SIZE, WIDTH) / 7)
+from tests.support.faults import HEAD, Watch, points_of
+from tests.support.strategies import asked_again, make_cached, make_spec
 
 
 def shards_from(first: int) -> list[list[CachedSample]]:

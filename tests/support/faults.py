@@ -28,6 +28,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.errors import IncompleteCacheError
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.arrow import ArrowFormat
 from teacher_cache.shards.webdataset import WebDatasetFormat
 from teacher_cache.storage import durable_files
@@ -35,6 +36,7 @@ from teacher_cache.storage.store import Location
 from tests.support.builders import build, exit_status, forked, published
 from tests.support.strategies import VOCAB_SIZE, WIDTH, make_cached, make_spec
 
+HEAD = LmHead(weight=torch.arange(VOCAB_SIZE * WIDTH).reshape(VOCAB_SIZE, WIDTH) / 7)
 NUM_SHARDS = 2
 NUM_RACES = 12
 WRITES = ("write_new",)
@@ -44,14 +46,12 @@ Point = tuple[int, str]
 Fault = Callable[[], None]
 
 
-def small_build(cache: Location, form: ShardFormatName) -> None:
-    """A build with everything in it: plan, asset, shards, seal."""
-    head = LmHead(weight=torch.arange(VOCAB_SIZE * WIDTH).reshape(VOCAB_SIZE, WIDTH) / 7)
-    shards = [
-        [make_cached(row, "hidden") for row in range(2 * number, 2 * number + 2)]
-        for number in range(NUM_SHARDS)
-    ]
-    build(cache, shards, form, make_spec("hidden", head_digest=head.digest), head=head)
+def small_build(cache: Location, form: ShardFormatName, first: int = 0) -> list[CachedSample]:
+    """A build with everything in it: plan, asset, shards, seal; returns its rows."""
+    rows = [make_cached(first + number, "hidden") for number in range(2 * NUM_SHARDS)]
+    shards = [rows[start : start + 2] for start in range(0, len(rows), 2)]
+    build(cache, shards, form, make_spec("hidden", head_digest=HEAD.digest), head=HEAD)
+    return rows
 
 
 class Watch:

@@ -21,8 +21,8 @@ from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage.local_store import LocalStore
-from tests.support.builders import build, published
-from tests.support.derived import TOOLS, base_cache, content_of, rows_of
+from tests.support.builders import build, flip, published
+from tests.support.derived import HEAD, TOOLS, base_cache, content_of, rows_of, shards_from
 from tests.support.s3_server import BUCKET, S3Server
 from tests.support.strategies import make_cached, make_spec
 
@@ -120,6 +120,9 @@ def test_merged_files_are_linked_and_say_where_they_come_from(tmp_path: Path) ->
     merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     merged = _sound(tmp_path / "m")
     assert content_of(merged) == content_of(first) + content_of(second)
+    spec = make_spec("hidden", head_digest=HEAD.digest)
+    at_once = build(tmp_path / "once", shards_from(0) + shards_from(100), spec=spec, head=HEAD)
+    assert merged.seal.fingerprint == at_once.fingerprint
     sources = [
         (cache, file) for cache in (first, second) for c in cache.seal.shards for file in c.files
     ]
@@ -187,9 +190,7 @@ def test_inputs_must_be_sealed_and_intact_and_another_out_is_refused(tmp_path: P
     with pytest.raises(ValueError, match="lies inside"):
         export_cache(tmp_path / "a", tmp_path / "a" / "inside", "webdataset")
     path = tmp_path / "a" / base.seal.shards[0].files[0].file
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip(path)
     with pytest.raises(ShardCorruptError, match=path.name):
         export_cache(tmp_path / "a", tmp_path / "e", "webdataset")
     (tmp_path / "a" / "SEALED.json").unlink()

@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
-from tests.support.builders import build
-from tests.support.strategies import VOCAB_SIZE, WIDTH, assert_same, make_cached, make_spec
+from tests.support.faults import small_build
+from tests.support.strategies import assert_same
 from tests.teacher_cache.folder.test_fault_matrix import FORMATS, IN_MEMORY
 
 Damage = tuple[str, bytes | None]
@@ -32,10 +30,7 @@ NUM_FLIPS = 60
 
 def sealed(folder: Path, form: ShardFormatName, first: int = 0) -> dict[str, CachedSample]:
     """A cache of two shards and an LM head; what is in it, by key."""
-    head = LmHead(weight=torch.arange(VOCAB_SIZE * WIDTH).reshape(VOCAB_SIZE, WIDTH) / 7)
-    shards = [[make_cached(first + 2 * n + row, "hidden") for row in (0, 1)] for n in (0, 1)]
-    build(folder, shards, form, make_spec("hidden", head_digest=head.digest), head=head)
-    return {cached.sample.key: cached for shard in shards for cached in shard}
+    return {cached.sample.key: cached for cached in small_build(folder, form, first)}
 
 
 def flips(data: bytes) -> Iterator[Damage]:

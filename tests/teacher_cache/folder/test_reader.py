@@ -22,7 +22,7 @@ from teacher_cache.schema.errors import (
 from teacher_cache.schema.manifest import LAYOUT_VERSION
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage.local_store import LocalStore
-from tests.support.builders import build, edit_record, make_shards
+from tests.support.builders import build, edit_record, flip, make_shards
 from tests.support.strategies import assert_same, make_cached, make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
@@ -180,9 +180,7 @@ def test_a_shard_of_another_place_or_cache_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_row_names_file_and_sample_and_spares_the_others(cache: Path) -> None:
     row = make_cached(1)
     file = sorted((cache / "shards").iterdir())[0]
-    data = bytearray(file.read_bytes())
-    data[data.index(row.sample.images[0]) + 5] ^= 1
-    file.write_bytes(data)
+    flip(file, row.sample.images[0])
     reader = CacheReader.open(cache)
     with pytest.raises(ShardCorruptError, match=rf"{file.name}.*{row.sample.key}.*images"):
         reader.read(1, ())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.folder.layout import open_shard, read_encoded_rows, shard_name
+from teacher_cache.folder.layout import open_shard, read_encoded_rows
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import (
@@ -25,10 +25,11 @@ from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.rows import encode_row
 from teacher_cache.storage.local_store import LocalStore
-from tests.support.builders import build, make_shards, published
+from tests.support.builders import build, flip, make_shards, published
 from tests.support.strategies import assert_same, make_plan, make_spec
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
+(ROWS,) = make_shards(1)
 LATER = frozenset({"a_cosine"})
 """Columns that the layered shards of these tests have in a second file."""
 
@@ -70,30 +71,25 @@ def record(files: tuple[ShardFile, ...], num_rows: int, index: int = 0) -> Shard
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_layered_shard_reads_as_one(tmp_path: Path, form: ShardFormatName) -> None:
-    (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
-    plan = write_plan(store, make_plan([rows], form=form))
-    commit = write_layers(store, plan, encoded(rows), encoded(rows))
+    plan = write_plan(store, make_plan([ROWS], form=form))
+    commit = write_layers(store, plan, encoded(ROWS), encoded(ROWS))
     seal_cache(store)
     reader = CacheReader.open(store)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(ROWS):
         assert_same(reader.read(index, reader.parts), row)
-    assert list(read_encoded_rows(store, plan, commit)) == encoded(rows)
+    assert list(read_encoded_rows(store, plan, commit)) == encoded(ROWS)
     assert verify_cache(store).problems == ()
     assert commit.num_bytes == sum(len(published(tmp_path)[file.file]) for file in commit.files)
 
 
 def test_a_layer_that_is_not_asked_for_is_not_looked_into(tmp_path: Path) -> None:
-    (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
-    plan = write_plan(store, make_plan([rows]))
-    commit = write_layers(store, plan, encoded(rows), encoded(rows))
+    plan = write_plan(store, make_plan([ROWS]))
+    commit = write_layers(store, plan, encoded(ROWS), encoded(ROWS))
     seal_cache(store)
     layer = tmp_path / commit.files[1].file
-    frame = encoded(rows)[0].frames["a_cosine"]
-    data = bytearray(layer.read_bytes())
-    data[data.index(frame) + len(frame) // 2] ^= 1
-    layer.write_bytes(data)
+    flip(layer, encoded(ROWS)[0].frames["a_cosine"])
     reader = CacheReader.open(store)
     reader.read(0, {"vision", "response"})
     with pytest.raises(ShardCorruptError, match=rf"{layer.name}: sample .*a_cosine"):
@@ -102,10 +98,9 @@ def test_a_layer_that_is_not_asked_for_is_not_looked_into(tmp_path: Path) -> Non
 
 
 def test_layers_of_other_rows_are_refused(tmp_path: Path) -> None:
-    (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
-    plan = write_plan(store, make_plan([rows]))
-    good = encoded(rows)
+    plan = write_plan(store, make_plan([ROWS]))
+    good = encoded(ROWS)
     other = [dataclasses.replace(row, source_id="another") for row in good]
     commit = write_layers(store, plan, good, other)
     with pytest.raises(ShardCorruptError, match="with another source_id"):
@@ -118,11 +113,10 @@ def test_layers_of_other_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_must_hold_every_column_once(tmp_path: Path) -> None:
-    (rows,) = make_shards(1)
     store = LocalStore(tmp_path)
-    plan = write_plan(store, make_plan([rows]))
-    columns = encoded(rows)[0].frames.keys()
-    file = write_shard_file(store, plan, 0, encoded(rows), columns)
+    plan = write_plan(store, make_plan([ROWS]))
+    columns = encoded(ROWS)[0].frames.keys()
+    file = write_shard_file(store, plan, 0, encoded(ROWS), columns)
     short = dataclasses.replace(file, columns=tuple(sorted(columns - LATER)))
     for files in ((), (file, file), (short,)):
         with pytest.raises(ValueError, match="its files hold columns"):
@@ -131,27 +125,6 @@ def test_files_must_hold_every_column_once(tmp_path: Path) -> None:
         commit_shard(store, plan, record((file,), 1))
     with pytest.raises(ShardCorruptError, match="is missing"):
         commit_shard(store, plan, record((dataclasses.replace(file, file="shards/1-0.arrow"),), 2))
-
-
-def test_a_shard_of_another_cache_is_taken_over_as_it_is(tmp_path: Path) -> None:
-    """Two caches become one: their files are linked, their records say where they are from."""
-    shards = make_shards(2)
-    stores = [LocalStore(tmp_path / "0"), LocalStore(tmp_path / "1")]
-    seals = [build(store, [rows]) for store, rows in zip(stores, shards, strict=True)]
-    merged = LocalStore(tmp_path / "merged")
-    plan = write_plan(merged, make_plan(shards))
-    for index, (store, seal) in enumerate(zip(stores, seals, strict=True)):
-        (file,) = seal.shards[0].files
-        name = shard_name(index, file.sha256, plan.format)
-        merged.copy_from(store, file.file, name)
-        taken = dataclasses.replace(file, file=name)
-        commit_shard(merged, plan, dataclasses.replace(seal.shards[0], index=index, files=(taken,)))
-    seal = seal_cache(merged)
-    reader = CacheReader.open(merged)
-    for index, row in enumerate(row for rows in shards for row in rows):
-        assert_same(reader.read(index, reader.parts), row)
-    assert verify_cache(merged).problems == ()
-    assert seal.fingerprint == build(tmp_path / "at once", shards).fingerprint
 
 
 def test_a_foreign_file_is_refused_even_under_a_right_name(tmp_path: Path) -> None:
@@ -169,20 +142,18 @@ def test_a_foreign_file_is_refused_even_under_a_right_name(tmp_path: Path) -> No
 
 
 def test_encoded_rows_of_one_cache_make_the_same_shard_in_another(tmp_path: Path) -> None:
-    (rows,) = make_shards(1)
-    seal = build(LocalStore(tmp_path / "a"), [rows])
-    plan = write_plan(LocalStore(tmp_path / "b"), make_plan([rows]))
+    seal = build(LocalStore(tmp_path / "a"), [ROWS])
+    plan = write_plan(LocalStore(tmp_path / "b"), make_plan([ROWS]))
     stream = read_encoded_rows(LocalStore(tmp_path / "a"), plan, seal.shards[0])
     assert write_encoded_shard(LocalStore(tmp_path / "b"), plan, 0, stream) == seal.shards[0]
 
 
 def test_other_rejected_samples_are_another_identity_of_the_same_plan(tmp_path: Path) -> None:
-    (rows,) = make_shards(1)
-    seals = [build(tmp_path / "all", [rows])]
-    for number, lost in enumerate(rows):
+    seals = [build(tmp_path / "all", [ROWS])]
+    for number, lost in enumerate(ROWS):
         store = LocalStore(tmp_path / f"{number}")
-        plan = write_plan(store, make_plan([rows]))
-        kept = [row for row in rows if row is not lost]
+        plan = write_plan(store, make_plan([ROWS]))
+        kept = [row for row in ROWS if row is not lost]
         why = RejectedSample(key=lost.sample.key, source_id=lost.sample.source_id, reason="odd")
         write_shard(store, plan, 0, kept, [why], 0.0)
         seals.append(seal_cache(store))

@@ -21,9 +21,10 @@ from teacher_cache.codec.columns import (
 from teacher_cache.codec.error_bounds import CodecError
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import CacheSpec
+from teacher_cache.schema.options import GridSettings, ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
 from teacher_cache.shards.formats import shard_format
-from teacher_cache.shards.rows import decode_row, encode_row, read_sample
+from teacher_cache.shards.rows import decode_row, encode_row, read_sample, tier_parts
 from tests.support.strategies import (
     BEARTYPE_DRAWS,
     VOCAB_SIZE,
@@ -40,6 +41,7 @@ MASS = {"top_k": VOCAB_SIZE, "top_p": 0.9, "min_k": 1}
 CODES = {"logits_codec": "affine8", "logits_max_error": 0.2}
 COSINES = {"affinity_dtype": "int8", "affinity_max_error": 0.2}
 STATES = {"hidden_dtype": "int8", "hidden_group": 4, "hidden_max_error": 0.02}
+GRID = {"grid": GridSettings(compressor="dart", layer=2, ratios=(0.25, 0.5, 0.75))}
 
 
 def _cached(output: TeacherOutput) -> CachedSample:
@@ -204,25 +206,40 @@ HOSTILE: list[tuple[dict[str, Any], str, Callable[[Tensor], Tensor]]] = [
     (STATES, "h_vision_scale", lambda scale: scale.repeat(1, 9)),
     (STATES, "h_vision_scale", lambda scale: scale[1:]),
     (STATES, "h_vision", lambda codes: codes.reshape(-1)),
+    (GRID, "g1_ids", _set(VOCAB_SIZE)),
+    (GRID, "g3_ids", _set(-1)),
+    *((GRID, name, _set(NAN)) for name in ("g2_logits", "g1_tail", "g1_predicting")),
+    (GRID, "g2_lse", lambda lse: lse[1:]),
+    (GRID, "g2_logits", lambda logits: logits[:, 1:]),
+    ({**GRID, **MASS}, "g1_counts", lambda counts: counts + 1),
+    ({**GRID, **MASS}, "g2_counts", _set(0)),
+    ({**GRID, **CODES}, "g3_low", lambda low: low[1:]),
+    (GRID, "g2_predicting", lambda states: states[1:]),
+    ({**GRID, **STATES}, "g3_predicting_scale", lambda scale: scale[1:]),
 ]
 
 
+@pytest.mark.parametrize("form", ["arrow", "webdataset"])
 @pytest.mark.parametrize(("changes", "column", "change"), HOSTILE)
 def test_columns_that_lie_are_refused_although_their_checks_are_right(
-    tmp_path: Path, changes: dict[str, Any], column: str, change: Callable[[Tensor], Tensor]
+    tmp_path: Path,
+    changes: dict[str, Any],
+    column: str,
+    change: Callable[[Tensor], Tensor],
+    form: ShardFormatName,
 ) -> None:
-    records = "hidden" if "hidden_dtype" in changes else "topk"
+    records = "hidden" if column.startswith("h_") or "predicting" in column else "topk"
     spec = make_spec(records, **changes)
-    output = make_output(records, 3, ((2, 3),), 8, 5, ragged="top_p" in changes)
+    parts, ragged = tier_parts(spec), "top_p" in changes
+    output = make_output(records, 3, ((2, 3),), 8, 5, ragged=ragged, ratios=spec.ratios)
     row = encode_row(_cached(output), spec)
     columns = output_columns(output, spec)
     frames = {**encode_columns(columns), column: encode_column(column, change(columns[column]))}
-    path = tmp_path / "shard"
     hostile = dataclasses.replace(row, frames=frames)
-    shard_format("arrow").write(path, [hostile], columns_of(TIER_PARTS[records], spec), {})
-    shard = shard_format("arrow").open(path)
+    shard_format(form).write(tmp_path / "shard", [hostile], columns_of(parts, spec), {})
+    shard = shard_format(form).open(tmp_path / "shard")
     with pytest.raises(ShardCorruptError, match=row.key):
-        read_sample(shard, 0, row.key, TIER_PARTS[records], spec)
+        read_sample(shard, 0, row.key, parts, spec)
 
 
 @pytest.mark.parametrize(
