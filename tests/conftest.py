@@ -33,6 +33,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
     return folder
 
 
+@pytest.fixture(scope="module")
+def threads_as_before() -> Generator[None]:
+    """Sets torch's number of threads back when a module that changes it has run."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> "Generator[S3Server]":
     """A real S3 server on this machine; only the tests that ask for it load its libraries."""

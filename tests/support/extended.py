@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +19,15 @@ from pipeline.build.extend_records import extend_records
 from pipeline.build.extend_samples import extend_samples
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
+from teacher_cache.codec.columns import output_columns
+from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.support.builders import exit_status, forked
 from tests.support.faults import Watch, points_of
 from tests.support.llava_json import write_llava_json
+from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_llava, tiny_samples
 
 BATCH = 3
@@ -46,6 +50,12 @@ def samples_to_cache() -> list[Sample]:
 def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> BuildConfig:
     """A build over the first samples."""
     source = write_llava_json(folder / f"source-{count}", samples_to_cache()[:count])
+    settings = RecordSettings(
+        records=records,
+        top_k=6 if holds(records, "topk") else 64,
+        sketch_rank=4 if holds(records, "sketch") else 128,
+        hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
+    )
     return BuildConfig(
         source=SourceConfig(path=str(source)),
         teacher=str(model),
@@ -53,13 +63,13 @@ def build_config(folder: Path, model: Path, records: RecordKind, count: int) -> 
         samples_per_shard=BATCH,
         batch_size=BATCH,
         device="cpu",
-        settings=RecordSettings(
-            records=records,
-            top_k=6 if holds(records, "topk") else 64,
-            sketch_rank=4 if holds(records, "sketch") else 128,
-            hidden_dtype="float32" if holds(records, "hidden") else "bfloat16",
-        ),
+        settings=settings,
     )
+
+
+def extension(base: Path | str, out: Path | str, model: Path, **given: Any) -> ExtendConfig:
+    """An extension by samples or records, on the CPU."""
+    return ExtendConfig(cache=str(base), out=str(out), teacher=str(model), device="cpu", **given)
 
 
 def built(folder: Path, model: Path, records: RecordKind, count: int = 6) -> Path:
@@ -72,22 +82,26 @@ def built(folder: Path, model: Path, records: RecordKind, count: int = 6) -> Pat
 def more_samples(folder: Path, model: Path, out: Path, records: RecordKind = "topk+sketch") -> Seal:
     """The base of six samples extended by a source that has these and six more."""
     source = build_config(folder, model, records, 12).source.path
-    base = str(folder / f"{records}-6")
-    return extend_samples(
-        ExtendConfig(cache=base, out=str(out), teacher=str(model), source=source, device="cpu")
-    )
+    return extend_samples(extension(folder / f"{records}-6", out, model, source=source))
 
 
 def more_records(folder: Path, model: Path, out: Path) -> Seal:
     """The base of six samples extended by hidden states."""
-    config = ExtendConfig(
-        cache=str(folder / "topk+sketch-6"),
-        out=str(out),
-        teacher=str(model),
-        device="cpu",
-        settings=RecordSettings(records="hidden", hidden_dtype="float32"),
-    )
-    return extend_records(config)
+    hidden = RecordSettings(records="hidden", hidden_dtype="float32")
+    return extend_records(extension(folder / "topk+sketch-6", out, model, settings=hidden))
+
+
+def assert_same_rows(found: CacheReader, expected: CacheReader) -> None:
+    """Same keys in the same order, same samples, same columns to the bit."""
+    assert found.keys == expected.keys
+    assert found.parts == expected.parts
+    for index in range(len(expected)):
+        ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
+        assert ours.sample == theirs.sample
+        assert ours.output.shared_from == theirs.output.shared_from
+        columns = output_columns(theirs.output)
+        for name, values in output_columns(ours.output).items():
+            assert_same_bits(values, columns[name])
 
 
 def content(cache: Path) -> dict[str, bytes]:

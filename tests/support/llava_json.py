@@ -1,12 +1,16 @@
 """A small LLaVA JSON source on disk, made of the tiny samples."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.build import BuildConfig, SourceConfig
-from teacher_cache.schema.options import RecordSettings
+from pipeline.config.stages import EvaluateConfig
+from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import Sample
+from tests.support.tiny import tiny_samples
 
 _NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
 
@@ -32,9 +36,10 @@ def small_build(
     teacher: Path,
     settings: RecordSettings,
     samples_per_shard: int = 3,
+    **changes: Any,
 ) -> BuildConfig:
     """A build of these samples, written to `folder`/data, into `folder`/cache."""
-    return BuildConfig(
+    config = BuildConfig(
         source=SourceConfig(path=str(write_llava_json(folder / "data", samples))),
         teacher=str(teacher),
         out=str(folder / "cache"),
@@ -42,6 +47,30 @@ def small_build(
         batch_size=2,
         device="cpu",
         settings=settings,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def evaluation(
+    model: Path, folder: Path, out: str = "eval", *, num_samples: int = 7, **settings: Any
+) -> EvaluateConfig:
+    """An evaluation of tiny samples, written to `folder`/data, into `folder`/`out`."""
+    source = write_llava_json(folder / "data", tiny_samples(num_samples))
+    defaults: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 6, "device": "cpu"}
+    return EvaluateConfig(
+        model=str(model),
+        source=SourceConfig(path=str(source)),
+        out=folder / out,
+        **(defaults | settings),
+    )
+
+
+def settings_of(records: RecordKind) -> RecordSettings:
+    """Eight logits or sketch directions, where the records have any."""
+    return RecordSettings(
+        records=records,
+        top_k=8 if holds(records, "topk") else 64,
+        sketch_rank=8 if holds(records, "sketch") else 128,
     )
 
 

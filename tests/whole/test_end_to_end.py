@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.build.build import build
-from pipeline.config.build import BuildConfig, SourceConfig
-from pipeline.config.stages import EvaluateConfig, ReportConfig, TrainConfig
+from pipeline.config.stages import ReportConfig, TrainConfig
 from pipeline.inspection.cache import describe_cache
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
-from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName, holds
+from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
 from tests.conftest import TinyFolder
 from tests.support.lazy import AutoModelForImageTextToText, evaluate, train, write_report
-from tests.support.llava_json import write_llava_json
+from tests.support.llava_json import evaluation, settings_of, small_build
 from tests.support.tiny import tiny_samples
 
 NUM_SAMPLES = 5
@@ -63,23 +62,8 @@ def test_a_source_becomes_a_student_and_a_report(
     records: RecordKind,
 ) -> None:
     model, cache = tiny_folder(family), tmp_path / "cache"
-    source = SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(NUM_SAMPLES))))
-    seal = build(
-        BuildConfig(
-            source=source,
-            teacher=str(model),
-            out=str(cache),
-            format=form,
-            samples_per_shard=2,
-            batch_size=2,
-            device="cpu",
-            settings=RecordSettings(
-                records=records,
-                top_k=8 if holds(records, "topk") else 64,
-                sketch_rank=8 if holds(records, "sketch") else 128,
-            ),
-        )
-    )
+    samples, settings = tiny_samples(NUM_SAMPLES), settings_of(records)
+    seal = build(small_build(tmp_path, samples, model, settings, 2, format=form))
     assert verify_cache(cache).problems == ()
     assert describe_cache(CacheReader.open(cache))["samples"] == seal.num_samples == NUM_SAMPLES
 
@@ -88,13 +72,12 @@ def test_a_source_becomes_a_student_and_a_report(
         run = tmp_path / objective
         final = _train(cache, model, run, objective)
         metrics = evaluate(
-            EvaluateConfig(
-                model=str(final),
-                source=source,
-                out=run / "eval",
-                batch_size=3,
+            evaluation(
+                final,
+                tmp_path,
+                f"{objective}/eval",
+                num_samples=NUM_SAMPLES,
                 max_new_tokens=3,
-                device="cpu",
                 cache=str(cache),
                 num_pictures=NUM_SAMPLES,
             )
@@ -129,15 +112,8 @@ def test_the_same_settings_give_the_same_student_from_either_format(
     tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     model = tiny_folder("llava")
-    source = SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(NUM_SAMPLES))))
     weights: list[bytes] = []
-    config = BuildConfig(
-        source=source,
-        teacher=str(model),
-        out=str(tmp_path),
-        device="cpu",
-        settings=RecordSettings(top_k=8),
-    )
+    config = small_build(tmp_path, tiny_samples(NUM_SAMPLES), model, RecordSettings(top_k=8), 256)
     forms: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
     for form in forms:
         cache = tmp_path / form

@@ -26,23 +26,17 @@ from teacher_cache.schema.options import RecordKind, RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.builders import published
 from tests.support.changed import changed
-from tests.support.extended import build_config, built, more_records, more_samples, samples_to_cache
+from tests.support.extended import (
+    assert_same_rows,
+    build_config,
+    built,
+    extension,
+    more_records,
+    more_samples,
+    samples_to_cache,
+)
 from tests.support.llava_json import write_llava_json
-from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_llava
-
-
-def _assert_same_rows(found: CacheReader, expected: CacheReader) -> None:
-    """Same keys in the same order, same samples, same columns to the bit."""
-    assert found.keys == expected.keys
-    assert found.parts == expected.parts
-    for index in range(len(expected)):
-        ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
-        assert ours.sample == theirs.sample
-        assert ours.output.shared_from == theirs.output.shared_from
-        columns = output_columns(theirs.output)
-        for name, values in output_columns(ours.output).items():
-            assert_same_bits(values, columns[name])
 
 
 def _sound(out: Path, model: Path) -> CacheReader:
@@ -63,7 +57,7 @@ def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: Tiny
     assert more.spec == CacheReader.open(base).spec, "its template, too"
     same = dataclasses.replace(everything.spec, template_digest=more.spec.template_digest)
     assert more.spec == same
-    _assert_same_rows(more, everything)
+    assert_same_rows(more, everything)
     assert len(more) == 12
     assert any(more.read(index, ()).output.shared_from for index in range(12))
     assert published(base) == before
@@ -87,7 +81,7 @@ def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
     tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_folder("llava")
-    config = dataclasses.replace(build_config(tmp_path, model, "topk", 6), least_logits=False)
+    config = changed(build_config(tmp_path, model, "topk", 6), least_logits=False)
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "template", lambda _: None)
         build(config)
@@ -96,11 +90,10 @@ def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
     more_samples(tmp_path, model, tmp_path / "more", "topk")
     more = _sound(tmp_path / "more", model)
     assert (len(more), more.spec) == (12, base.spec)
-    sketch = ExtendConfig(
-        cache=config.out,
-        out=str(tmp_path / "sketch"),
-        teacher=str(model),
-        device="cpu",
+    sketch = extension(
+        config.out,
+        tmp_path / "sketch",
+        model,
         settings=RecordSettings(records="topk+sketch", sketch_rank=4),
     )
     extend_records(sketch)
@@ -125,13 +118,7 @@ def test_extended_by_records_is_built_with_all_of_them(
     model = tiny_folder("llava")
     base = built(tmp_path, model, held)
     before = published(base)
-    config = ExtendConfig(
-        cache=str(base),
-        out=str(tmp_path / "more"),
-        teacher=str(model),
-        device="cpu",
-        settings=RecordSettings(records=added),
-    )
+    config = extension(base, tmp_path / "more", model, settings=RecordSettings(records=added))
     new = set(both.split("+")) - set(held.split("+"))
     if "hidden" in new:
         config = changed(config, hidden_dtype="float32")
@@ -143,7 +130,7 @@ def test_extended_by_records_is_built_with_all_of_them(
     more = _sound(tmp_path / "more", model)
     at_once = CacheReader.open(built(tmp_path / "once", model, both))
     assert more.spec == at_once.spec
-    _assert_same_rows(more, at_once)
+    assert_same_rows(more, at_once)
     assert published(base) == before
     for commit, old in zip(more.seal.shards, CacheReader.open(base).seal.shards, strict=True):
         assert (tmp_path / "more" / commit.files[0].file).samefile(base / old.files[0].file)
@@ -181,9 +168,7 @@ def test_a_source_without_anything_new_is_refused(tmp_path: Path, tiny_folder: T
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
     source = write_llava_json(tmp_path / "known", samples_to_cache()[2:5])
-    config = ExtendConfig(
-        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), source=str(source)
-    )
+    config = extension(base, tmp_path / "x", model, source=str(source))
     with pytest.raises(ValueError, match="all of its 3 usable samples are in"):
         extend_samples(config)
 
@@ -193,9 +178,7 @@ def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFo
     base = built(tmp_path, model, "topk")
     source = Path(build_config(tmp_path, model, "topk", 12).source.path)
     next(source.parent.glob("tiny-711-*.png")).unlink()
-    config = ExtendConfig(
-        cache=str(base), out=str(tmp_path / "x"), teacher=str(model), source=str(source)
-    )
+    config = extension(base, tmp_path / "x", model, source=str(source))
     with pytest.raises(ValueError, match="--on-bad-sample record"):
         extend_samples(config)
     seal = extend_samples(dataclasses.replace(config, on_bad_sample="record", device="cpu"))
@@ -207,12 +190,8 @@ def test_samples_that_kill_the_worker_that_extends_them_are_named(
     tmp_path: Path, tiny_folder: TinyFolder
 ) -> None:
     base = built(tmp_path, tiny_folder("llava"), "topk")
-    config = ExtendConfig(
-        cache=str(base),
-        out=str(tmp_path / "more"),
-        teacher=str(tiny_folder("llava")),
-        device="cpu",
-        settings=RecordSettings(records="hidden"),
+    config = extension(
+        base, tmp_path / "more", tiny_folder("llava"), settings=RecordSettings(records="hidden")
     )
     extender = RecordExtender(config)
     extender.prepare()
@@ -252,11 +231,8 @@ def test_settings_that_would_have_no_effect_are_refused(
         )
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
-    idle = ExtendConfig(
-        cache=str(base),
-        out=str(tmp_path / "x"),
-        teacher=str(model),
-        settings=RecordSettings(records="hidden", top_k=4),
+    idle = extension(
+        base, tmp_path / "x", model, settings=RecordSettings(records="hidden", top_k=4)
     )
     with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
         extend_records(idle)
@@ -268,11 +244,10 @@ def test_settings_that_would_have_no_effect_are_refused(
 def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> None:
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
-    config = ExtendConfig(
-        cache=str(base),
-        out=str(tmp_path / "more"),
-        teacher=str(model),
-        device="cpu",
+    config = extension(
+        base,
+        tmp_path / "more",
+        model,
         settings=RecordSettings(records="hidden", hidden_dtype="int8", hidden_group=8),
     )
     extend_records(config)
@@ -290,21 +265,19 @@ def test_caches_in_object_stores_are_extended(
     model = tiny_folder("llava")
     base = built(tmp_path, model, "topk")
     place = f"memory://{uuid.uuid4().hex}"
-    config = ExtendConfig(
-        cache=str(base),
-        out=f"{place}/both",
-        teacher=str(model),
+    config = extension(
+        base,
+        f"{place}/both",
+        model,
         settings=RecordSettings(records="hidden", hidden_dtype="float32"),
     )
     extend_records(config)
     source = build_config(tmp_path, model, "topk", 12).source.path
-    more = ExtendConfig(
-        cache=f"{place}/both", out=f"{place}/more", teacher=str(model), source=source
-    )
+    more = extension(f"{place}/both", f"{place}/more", model, source=source)
     extend_samples(more)
     assert verify_cache(f"{place}/more").problems == ()
     reader = CacheReader.open(f"{place}/more")
     assert (len(reader), reader.spec.records) == (12, "topk+hidden")
     assert [len(commit.files) for commit in reader.seal.shards][:2] == [2, 2]
     at_once = CacheReader.open(built(tmp_path / "once", model, "topk+hidden", 12))
-    _assert_same_rows(reader, at_once)
+    assert_same_rows(reader, at_once)

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from jobs.cli.__main__ import main
 from jobs.cluster.paths import absolute
 from pipeline.build.build import build
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from pipeline.config.stages import TrainConfig
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
@@ -22,31 +21,20 @@ from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.children import finish, start
 from tests.support.lazy import train
-from tests.support.llava_json import write_llava_json
+from tests.support.llava_json import small_build
 from tests.support.runs import weights
 from tests.support.s3_server import BUCKET, S3Server
 from tests.support.tiny import tiny_samples
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 NUM_SAMPLES = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder, s3: S3Server) -> BuildConfig:
-    return BuildConfig(
-        source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
-        teacher=str(tiny_folder("llava")),
-        out=f"s3://{BUCKET}/{uuid.uuid4().hex}",
-        samples_per_shard=3,
-        batch_size=2,
-        settings=RecordSettings(top_k=8),
-    )
+    samples, settings = tiny_samples(NUM_SAMPLES), RecordSettings(top_k=8)
+    out = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    return small_build(tmp_path, samples, tiny_folder("llava"), settings, out=out)
 
 
 def shards(location: str) -> dict[str, bytes]:

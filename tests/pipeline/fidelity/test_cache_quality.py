@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.__main__ import main
-from pipeline.config.build import BuildConfig, SourceConfig
+from pipeline.config.build import BuildConfig
 from pipeline.fidelity.cache_quality import is_unknown, render_quality, summarise, warning_text
 from teacher_cache.folder.layout import read_seal
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.schema.options import RecordKind
+from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
 from teacher_cache.storage.open_store import open_store
 from tests.conftest import TinyFolder
 from tests.support.builders import build, make_shards
-from tests.support.llava_json import write_llava_json
+from tests.support.llava_json import small_build
 from tests.support.strategies import make_cached, make_spec
 from tests.support.tiny import tiny_samples
 from tests.whole.test_golden import GOLDEN
@@ -134,11 +134,7 @@ def test_records_keep_their_text_where_nothing_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    return BuildConfig(
-        source=SourceConfig(path=str(write_llava_json(tmp_path / "data", tiny_samples(6)))),
-        teacher=str(tiny_folder("llava")),
-        out=str(tmp_path / "cache"),
-    )
+    return small_build(tmp_path, tiny_samples(6), tiny_folder("llava"), RecordSettings())
 
 
 def _build(config: BuildConfig, *flags: str) -> int:

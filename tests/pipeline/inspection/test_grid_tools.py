@@ -11,19 +11,16 @@ from pipeline.build.build import build
 from pipeline.build.extend_records import extend_records
 from pipeline.build.extend_samples import extend_samples
 from pipeline.config.build import BuildConfig
-from pipeline.config.extend import ExtendConfig
 from pipeline.inspection.cache import describe_cache
 from pipeline.inspection.sample import describe_sample
 from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
-from teacher_cache.codec.columns import output_columns
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 from tests.conftest import TinyFolder
 from tests.support.builders import build as build_of
-from tests.support.extended import build_config
+from tests.support.extended import assert_same_rows, build_config, extension
 from tests.support.llava_json import shard_bytes
-from tests.support.strategies import assert_same, assert_same_bits
 from tests.support.tiny import tiny_llava
 
 GRID = GridSettings(compressor="dart", ratios=(0.3, 0.6), layer=1)
@@ -72,21 +69,12 @@ def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, tiny_folder: TinyFo
     base, everything = (config(tmp_path, model, "topk+hidden", count) for count in (6, 12))
     build(base)
     build(everything)
-    more = ExtendConfig(
-        cache=base.out,
-        out=str(tmp_path / "more"),
-        teacher=str(model),
-        source=everything.source.path,
-        device="cpu",
-    )
+    more = extension(base.out, tmp_path / "more", model, source=everything.source.path)
     extend_samples(more)
     found, expected = sound(more.out, model), CacheReader.open(everything.out)
     same = {"template_digest": found.spec.template_digest}  # that of the six old samples
     assert found.spec == dataclasses.replace(expected.spec, **same)
-    assert found.keys == expected.keys
-    for index in range(len(found)):
-        ours, theirs = (reader.read(index, reader.parts) for reader in (found, expected))
-        assert_same(ours, theirs)
+    assert_same_rows(found, expected)
 
 
 @pytest.mark.parametrize(("held", "added"), [("topk", "hidden"), ("hidden", "topk")])
@@ -98,21 +86,14 @@ def test_new_records_get_a_grid_too(
     build(base)
     build(both)
     settings: dict[str, Any] = {"top_k": 6} if added == "topk" else {"hidden_dtype": "float32"}
-    more = ExtendConfig(
-        cache=base.out,
-        out=str(tmp_path / "more"),
-        teacher=str(model),
-        device="cpu",
-        settings=RecordSettings(records=added, **settings),
+    more = extension(
+        base.out, tmp_path / "more", model, settings=RecordSettings(records=added, **settings)
     )
     extend_records(more)
     found, expected = sound(more.out, model), CacheReader.open(both.out)
     assert found.spec == expected.spec
-    assert found.parts == expected.parts >= {"response_grid", "hidden_grid"}
-    for index in range(len(found)):
-        columns = output_columns(expected.read(index, expected.parts).output)
-        for name, values in output_columns(found.read(index, found.parts).output).items():
-            assert_same_bits(values, columns[name])
+    assert found.parts >= {"response_grid", "hidden_grid"}
+    assert_same_rows(found, expected)
 
 
 @pytest.mark.parametrize("records", ["topk", "hidden"])

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from pipeline.build.build import build
-from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.stages import EvaluateConfig
 from pipeline.student.generation import Generator
 from pipeline.student.predictions import (
@@ -23,25 +22,12 @@ from pipeline.student.predictions import (
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
-from teacher_cache.schema.options import RecordSettings, holds
 from teacher_cache.schema.samples import Sample
 from tests.support.lazy import evaluate, student_from_vanilla
+from tests.support.llava_json import evaluation, settings_of, small_build, write_llava_json
 from tests.support.tiny import tiny_samples
 
 TinyFolder = Callable[[str], Path]
-ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
-
-
-def _source(folder: Path, samples: list[Sample]) -> SourceConfig:
-    entries: list[dict[str, Any]] = []
-    for number, sample in enumerate(samples):
-        names = [f"{number}-{index}.png" for index in range(len(sample.images))]
-        for name, data in zip(names, sample.images, strict=True):
-            (folder / name).write_bytes(data)
-        turns = [{"from": ROLES[m.role], "value": m.text} for m in sample.messages]
-        entries.append({"id": sample.source_id, "image": names, "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(entries))
-    return SourceConfig(path=str(folder / "data.json"))
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +47,6 @@ def students(
     return student
 
 
-def _config(model: Path, folder: Path, out: str = "eval", **settings: Any) -> EvaluateConfig:
-    source = _source(folder, tiny_samples(7))
-    defaults: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 6, "device": "cpu"}
-    return EvaluateConfig(
-        model=str(model), source=source, out=folder / out, **(defaults | settings)
-    )
-
-
 def _answers(config: EvaluateConfig) -> list[tuple[str, str, str]]:
     found = read_predictions(config.out / "predictions.jsonl")
     return [(p.key, p.answer, p.reference) for p in found]
@@ -78,8 +56,8 @@ def _answers(config: EvaluateConfig) -> list[tuple[str, str, str]]:
 def test_answers_of_a_batch_are_those_of_one_by_one(
     family: str, students: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    batched = _config(students(family), tmp_path)
-    single = _config(students(family), tmp_path, out="single", batch_size=1)
+    batched = evaluation(students(family), tmp_path)
+    single = evaluation(students(family), tmp_path, out="single", batch_size=1)
     evaluate(batched)
     evaluate(single)
     assert _answers(batched) == _answers(single)
@@ -87,7 +65,7 @@ def test_answers_of_a_batch_are_those_of_one_by_one(
 
 
 def test_a_vanilla_model_is_evaluated_too(tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    config = _config(tiny_folder("llava"), tmp_path, scores=("exact_match", "anls"))
+    config = evaluation(tiny_folder("llava"), tmp_path, scores=("exact_match", "anls"))
     metrics = evaluate(config)
     assert metrics == json.loads((config.out / "metrics.json").read_text())
     assert metrics["num_samples"] == 7
@@ -98,7 +76,7 @@ def test_a_vanilla_model_is_evaluated_too(tiny_folder: TinyFolder, tmp_path: Pat
 def test_a_killed_evaluation_goes_on_and_gives_the_same_answers(
     students: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    whole = _config(students("llava"), tmp_path)
+    whole = evaluation(students("llava"), tmp_path)
     evaluate(whole)
     killed = dataclasses.replace(whole, out=tmp_path / "killed")
 
@@ -122,7 +100,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_answers(
 def test_a_finished_evaluation_asks_the_model_nothing(
     students: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _config(students("llava"), tmp_path)
+    config = evaluation(students("llava"), tmp_path)
     metrics = evaluate(config)
 
     def refuse(*_: Any) -> list[str]:
@@ -135,7 +113,7 @@ def test_a_finished_evaluation_asks_the_model_nothing(
 def test_a_folder_of_another_evaluation_is_refused(
     students: Callable[[str], Path], tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
-    config = _config(students("llava"), tmp_path)
+    config = evaluation(students("llava"), tmp_path)
     evaluate(config)
     other = dataclasses.replace(config, model=str(tiny_folder("llava")), max_new_tokens=5)
     with pytest.raises(CacheMismatchError, match=r"(?s)model_class.*max_new_tokens: stored 6"):
@@ -145,7 +123,7 @@ def test_a_folder_of_another_evaluation_is_refused(
 def test_a_cache_that_is_not_there_is_refused_before_any_answer(
     tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
-    config = _config(tiny_folder("llava"), tmp_path, cache=str(tmp_path / "nowhere"))
+    config = evaluation(tiny_folder("llava"), tmp_path, cache=str(tmp_path / "nowhere"))
     with pytest.raises(IncompleteCacheError, match="nowhere is not a cache"):
         evaluate(config)
     assert not config.out.exists()
@@ -154,9 +132,9 @@ def test_a_cache_that_is_not_there_is_refused_before_any_answer(
 def test_bad_samples_of_the_source_are_all_listed(
     students: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = _config(students("llava"), tmp_path)
-    (tmp_path / "0-0.png").unlink()
-    (tmp_path / "3-1.png").write_bytes(b"no image")
+    config = evaluation(students("llava"), tmp_path)
+    (tmp_path / "data" / "tiny-0-0.png").unlink()
+    (tmp_path / "data" / "tiny-3-1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"(?s)2 samples cannot be used.*tiny-0: .*tiny-3: "):
         evaluate(config)
     assert not config.out.exists()
@@ -173,7 +151,7 @@ def test_samples_that_the_processor_refuses_are_all_listed(
         return encode(self, sample)
 
     monkeypatch.setattr(SampleEncoder, "encode_prompt", picky)
-    config = _config(students("llava"), tmp_path)
+    config = evaluation(students("llava"), tmp_path)
     with pytest.raises(ValueError, match=r"(?s)2 samples.*tiny-1: too long.*tiny-5: too long"):
         evaluate(config)
     assert not (config.out / "metrics.json").exists()
@@ -183,9 +161,8 @@ def test_identical_samples_are_all_answered(
     students: Callable[[str], Path], tmp_path: Path
 ) -> None:
     sample = tiny_samples(1)[0]
-    config = dataclasses.replace(
-        _config(students("llava"), tmp_path), source=_source(tmp_path, [sample] * 3)
-    )
+    config = evaluation(students("llava"), tmp_path)
+    write_llava_json(tmp_path / "data", [sample] * 3)
     assert evaluate(config)["num_samples"] == 3
     assert [key for key, _, _ in _answers(config)] == [
         sample.key,
@@ -199,22 +176,10 @@ def test_pictures_show_the_matching_of_every_view(
     records: Any, students: Callable[[str], Path], tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     family = "llava_next" if records == "topk+sketch" else "llava"
-    source = _source(tmp_path, tiny_samples(5))
-    cache = tmp_path / "cache"
-    build(
-        BuildConfig(
-            source=source,
-            teacher=str(tiny_folder(family)),
-            out=str(cache),
-            device="cpu",
-            settings=RecordSettings(
-                records=records,
-                top_k=8 if holds(records, "topk") else 64,
-                sketch_rank=8 if holds(records, "sketch") else 128,
-            ),
-        )
-    )
-    config = _config(students(family), tmp_path, cache=str(cache), num_pictures=3)
+    teacher, samples = tiny_folder(family), tiny_samples(5)
+    built = small_build(tmp_path, samples, teacher, settings_of(records), 256)
+    build(built)
+    config = evaluation(students(family), tmp_path, cache=built.out, num_pictures=3)
     evaluate(config)
     pictures = json.loads((config.out / "pictures.json").read_text())
     assert pictures["metric"] == ("prob_l1" if records == "topk" else "raw_l1")

@@ -17,8 +17,7 @@ from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
 from tests.support.lazy import evaluate
-from tests.support.llava_json import write_llava_json
-from tests.support.tiny import tiny_samples
+from tests.support.llava_json import evaluation
 
 NUM_SAMPLES = 7
 EVALUATE = "evaluate --model m --source s.json --out o"
@@ -34,14 +33,6 @@ def model(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def config_of(model: Path, folder: Path, out: str, **settings: Any) -> EvaluateConfig:
-    source = write_llava_json(folder / "data", tiny_samples(NUM_SAMPLES))
-    given: dict[str, Any] = {"batch_size": 3, "max_new_tokens": 6, "device": "cpu", **settings}
-    return EvaluateConfig(
-        model=str(model), source=SourceConfig(path=str(source)), out=folder / out, **given
-    )
-
-
 def answers(config: EvaluateConfig) -> list[tuple[str, str]]:
     return [(p.key, p.answer) for p in read_predictions(config.out / "predictions.jsonl")]
 
@@ -50,8 +41,8 @@ def answers(config: EvaluateConfig) -> list[tuple[str, str]]:
 def test_at_ratio_0_the_answers_are_those_without_compression(
     compressor: str, model: Path, tmp_path: Path
 ) -> None:
-    plain = config_of(model, tmp_path, "plain")
-    zero = config_of(model, tmp_path, "zero", compressor=compressor, ratio=0.0)
+    plain = evaluation(model, tmp_path, "plain")
+    zero = evaluation(model, tmp_path, "zero", compressor=compressor, ratio=0.0)
     before, after = evaluate(plain), evaluate(zero)
     assert answers(plain) == answers(zero)
     assert before["vision_tokens"] == after["vision_tokens"]
@@ -62,7 +53,7 @@ def test_at_ratio_0_the_answers_are_those_without_compression(
 def test_metrics_tell_what_was_dropped(
     settings: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
-    config = config_of(model, tmp_path, "eval", compressor="fastv", **settings)
+    config = evaluation(model, tmp_path, compressor="fastv", **settings)
     metrics = evaluate(config)
     assert metrics == json.loads((config.out / "metrics.json").read_text())
     assert config.compression is not None
@@ -87,15 +78,15 @@ def test_metrics_tell_what_was_dropped(
 
 
 def test_answers_of_a_batch_are_those_of_one_by_one(model: Path, tmp_path: Path) -> None:
-    batched = config_of(model, tmp_path, "batched", compressor="random", ratio=0.75)
-    single = config_of(model, tmp_path, "single", compressor="random", ratio=0.75, batch_size=1)
+    batched = evaluation(model, tmp_path, "batched", compressor="random", ratio=0.75)
+    single = evaluation(model, tmp_path, "single", compressor="random", ratio=0.75, batch_size=1)
     evaluate(batched)
     evaluate(single)
     assert answers(batched) == answers(single)
 
 
 def test_other_compression_is_another_evaluation(model: Path, tmp_path: Path) -> None:
-    config = config_of(model, tmp_path, "eval", compressor="dart", ratio=0.75)
+    config = evaluation(model, tmp_path, compressor="dart", ratio=0.75)
     evaluate(config)
     for change in ({"ratio": 0.5}, {"compress_layer": 1}, {"compress_text": "released"}):
         with pytest.raises(CacheMismatchError, match=r"compression"):
@@ -107,7 +98,7 @@ def test_other_compression_is_another_evaluation(model: Path, tmp_path: Path) ->
 def test_folders_of_earlier_versions_are_evaluations_without_compression(
     model: Path, tmp_path: Path
 ) -> None:
-    config = config_of(model, tmp_path, "eval")
+    config = evaluation(model, tmp_path)
     metrics = evaluate(config)
     identity = json.loads((config.out / "evaluation.json").read_text())
     assert identity.pop("compression") is None
@@ -138,7 +129,7 @@ def test_folders_of_earlier_versions_are_evaluations_without_compression(
 def test_what_the_model_cannot_do_is_refused_before_any_answer(
     settings: dict[str, Any], message: str, model: Path, tmp_path: Path
 ) -> None:
-    config = config_of(model, tmp_path, "eval", **settings)
+    config = evaluation(model, tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         evaluate(config)
     assert not config.out.exists()

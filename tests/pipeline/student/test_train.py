@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from tests.support.lazy import student_identity, train
 from tests.support.runs import tiny_cache, weights
 from tests.support.tiny import tiny_llava
 
+pytestmark = pytest.mark.usefixtures("threads_as_before")
+
 
 @pytest.fixture(scope="module")
 def vanilla(tiny_folder: TinyFolder) -> Path:
@@ -34,13 +35,6 @@ def vanilla(tiny_folder: TinyFolder) -> Path:
 @pytest.fixture(scope="module")
 def reader(vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
     return tiny_cache(tmp_path_factory.mktemp("train") / "cache", vanilla, num_samples=6)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
