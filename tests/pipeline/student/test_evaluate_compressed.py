@@ -159,7 +159,7 @@ def test_flags_become_stages() -> None:
         ({"compressor": "dart", "stages": ("half",)}, "the stage 'half', expected LAYER:RATIO"),
         ({"compressor": "dart", "stages": ("8:0.5", "4:0.5")}, "expected ascending"),
         ({"compressor": "dart", "ratio": 0.5, "cache": "c"}, "before any are dropped"),
-        ({"compressor": "fastv", "ratio": 0.5, "compress_seed": 1}, "fastv draws nothing"),
+        ({"compressor": "fastv", "ratio": 0.5, "compress_seed": 1}, "fastv draws no random"),
         ({"compressor": "random", "ratio": 0.5, "compress_text": "released"}, "uses no text"),
     ],
 )

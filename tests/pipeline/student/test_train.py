@@ -169,7 +169,7 @@ def test_phase_two_goes_on_from_phase_one_which_moves_the_projector_alone(
     two = recipes.paper_phase_two(cache=cache, student=str(first), out=tmp_path / "two")
     second = train(_small(two))
     assert _moved(weights(first), weights(second)) == set(PART_PREFIXES)
-    with pytest.raises(ValueError, match="vision_pool_stride 2, but stride 3"):
+    with pytest.raises(ValueError, match="vision_pool_stride 2, but stride is 3"):
         train(dataclasses.replace(_small(two), out=tmp_path / "three", stride=3))
 
 
