@@ -50,8 +50,8 @@ class PlanConfig(StrictRecord):
     steps_per_run: int | None = None
     """Steps of one student run, for the same purpose."""
     pilot: int = 0
-    """Run the teacher on this many samples from the start of the source, measure what each tier would
-    lose, and recommend one; 0: arithmetic alone, no model."""
+    """Run the teacher on this many samples from the start of the source, measure what each tier
+    would lose, and recommend one; 0: arithmetic alone, no model."""
     source: str | None = None
     image_root: Path | None = None
     teacher: str | None = None
