@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: small real models, built once per session."""
 
 import os
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 TinyFolder = Callable[[str], Path]
+COLLECTED = pytest.StashKey[set[str]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[COLLECTED] = set(sys.modules)
+
+
+@pytest.fixture
+def modules_after_collection(pytestconfig: pytest.Config) -> set[str]:
+    """The modules that were loaded when all tests were collected and none had run."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture(scope="session")

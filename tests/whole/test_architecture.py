@@ -96,3 +96,18 @@ def test_no_public_name_is_defined_twice() -> None:
     twice = {name: files for name, files in homes.items() if len(files) > 1}
     assert {name: files for name, files in twice.items() if name not in DEFINED_TWICE} == {}
     assert DEFINED_TWICE.keys() <= twice.keys()
+
+
+def test_collecting_tests_loads_nothing_heavy(modules_after_collection: set[str]) -> None:
+    heavy = {"transformers", "ray", "scipy", "pandas", "sklearn", "matplotlib", "accelerate"}
+    heavy |= {"torch._dynamo", "torch.distributed.fsdp", "triton", "moto", "datasets", "sympy"}
+    assert not modules_after_collection & heavy
+    assert "torch" in modules_after_collection  # the test can fail
+
+
+def test_every_test_file_lies_in_a_room_that_exists() -> None:
+    files = [f.relative_to(ROOT / "tests") for f in (ROOT / "tests").rglob("test_*.py")]
+    product = [f for f in files if f.parts[0] in PACKAGES]
+    assert product
+    stray = [str(f) for f in product if not (ROOT / f.parent / "__init__.py").is_file()]
+    assert not stray
