@@ -97,7 +97,8 @@ def test_the_prompt_is_a_prefix_and_every_turn_ends(data: Path) -> None:
 def test_the_saved_teacher_loads_by_the_auto_classes_and_answers(data: Path, teacher: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(teacher)
     processor = AutoProcessor.from_pretrained(teacher)
-    assert type(model) is LlavaForConditionalGeneration
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert model.lm_head.weight is model.get_input_embeddings().weight
     entry = json.loads((data / "heldout.json").read_bytes())[0]
     prompt = processor.apply_chat_template(
