@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["pipeline.build.build", "tests.support.runs"]
+PRELOADED = [
+    "pipeline.build.build",
+    "student_train.models.student",
+    "student_train.training.run",
+    "tests.support.runs",
+    "tests.support.tiny_processors",  # registers them, so that children can load the tiny models
+]
 
 
 def start(
