@@ -8,7 +8,6 @@ that differ. A bad sample is named, never silently dropped.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,13 @@ from pipeline.build.resume import is_unchanged, keep_settings, require_same_qual
 from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
 from pipeline.fidelity.shard_quality import measure_shard
-from pipeline.sources.source import SampleSource, ScannedSample, open_source, scan
+from pipeline.sources.source import (
+    SampleSource,
+    ScannedSample,
+    open_source,
+    refuse_samples,
+    scan,
+)
 from teacher_cache.folder.layout import (
     read_commit,
     read_plan,
@@ -35,7 +40,7 @@ from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import write_assets, write_plan, write_shard
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
-from teacher_cache.schema.manifest import Plan, Seal, ShardCommit
+from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.options import holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
@@ -45,8 +50,6 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
-
-logger = logging.getLogger(__name__)
 
 
 class CacheBuilder:
@@ -106,22 +109,16 @@ class CacheBuilder:
             raise ValueError(f"{config.source.path}: no usable sample, nothing to build")
         if holds(config.settings.records, "topk"):
             self._calibrate(scanned)
-        groups = [sample.images if config.share_vision else None for sample in scanned]
-        shards = group_shards(groups, config.samples_per_shard)
         plan = Plan(
-            spec=self.teacher.spec(
-                self.config.settings, batch_size=config.batch_size, share_vision=config.share_vision
-            ),
+            spec=self._spec(),
             format=config.format,
             source=config.source.path,
-            shards=tuple(
-                tuple((scanned[i].key, scanned[i].index) for i in shard) for shard in shards
-            ),
+            shards=self._shards(scanned),
             rejected=tuple(rejected),
         )
-        head = self.teacher.head if holds(config.settings.records, "hidden") else None
         write_plan(cache, plan)
         teacher = self.teacher
+        head = teacher.head if holds(config.settings.records, "hidden") else None
         assets = TeacherAssets(head=head, sketch=teacher.sketch, template=teacher.template)
         write_assets(cache, assets)
         keep_settings(config)
@@ -171,6 +168,18 @@ class CacheBuilder:
         self._load_assets(plan)
         return plan
 
+    def _spec(self) -> CacheSpec:
+        config = self.config
+        return self.teacher.spec(
+            config.settings, batch_size=config.batch_size, share_vision=config.share_vision
+        )
+
+    def _shards(self, samples: Sequence[ScannedSample]) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """(key, index) of the samples by shard; samples of the same images are neighbours."""
+        groups = [sample.images if self.config.share_vision else None for sample in samples]
+        shards = group_shards(groups, self.config.samples_per_shard)
+        return tuple(tuple((samples[i].key, samples[i].index) for i in shard) for shard in shards)
+
     def _batches(self, shard: Sequence[tuple[str, int]]) -> Iterator[list[Sample]]:
         """Batches of one shard in plan order; the next ones are read while one is in use."""
         size = self.config.batch_size
@@ -206,12 +215,7 @@ class CacheBuilder:
         with_images = [sample for sample in spread if sample.images is not None] or spread
         samples = (self.source[sample.index] for sample in with_images)
         batches = iter(lambda: list(islice(samples, size)), [])
-        self.teacher.calibrate(
-            batches,
-            self.config.settings,
-            wanted,
-            self.progress,
-        )
+        self.teacher.calibrate(batches, self.config.settings, wanted, self.progress)
 
     def _load_assets(self, plan: Plan) -> None:
         if self.teacher.sketch is None:
@@ -220,16 +224,12 @@ class CacheBuilder:
             self.teacher.template = read_template(self.cache, plan.spec)
 
     def _refuse(self, rejected: Sequence[RejectedSample]) -> None:
-        if not rejected or self.config.on_bad_sample == "record":
-            return
-        lines = [f"  {r.source_id}: {r.reason}" for r in rejected[:20]]
-        more = f"\n  ... and {len(rejected) - 20} more" if len(rejected) > 20 else ""
-        raise ValueError(
-            f"{self.config.source.path}: {len(rejected)} samples cannot be used:\n"
-            + "\n".join(lines)
-            + more
-            + "\nFix them, or build with --on-bad-sample record to list them and leave them out."
-        )
+        if self.config.on_bad_sample != "record":
+            refuse_samples(
+                self.config.source.path,
+                [f"{each.source_id}: {each.reason}" for each in rejected],
+                "Fix them, or build with --on-bad-sample record to list them and leave them out.",
+            )
 
 
 def finished(config: BuildConfig) -> Seal | None:

@@ -47,9 +47,6 @@ from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 
-_PIECES = ("topk", "sketch", "hidden")
-"""Kinds of records, in the order in which names combine them."""
-
 
 class RecordExtender:
     """Computes the new columns of one cache, shard by shard."""
@@ -106,7 +103,7 @@ class RecordExtender:
             )
         cached = self._cached(index)
         quality = commit.quality
-        if self._loses_otherwise:
+        if self._computed != "hidden":  # top-k records or a sketch are new
             quality = measure_shard(self.teacher, cached, self._new_spec, QUALITY_SAMPLES)
         layer = write_shard_file(
             self.cache, self.plan, index, self._rows(cached), self._new_columns, commit.rejected
@@ -133,11 +130,6 @@ class RecordExtender:
     @property
     def _new_spec(self) -> CacheSpec:
         return dataclasses.replace(self.plan.spec, records=self._computed)
-
-    @property
-    def _loses_otherwise(self) -> bool:
-        """Whether top-k records or a sketch are new, so that the quality is measured again."""
-        return self._computed != "hidden"
 
     def _cached(self, index: int) -> list[CachedSample]:
         """The samples of a shard with their new records."""
@@ -210,13 +202,7 @@ class RecordExtender:
         if any(commit.num_with_images for commit in self.base.seal.shards):
             samples = (sample for sample in samples if sample.images)
         batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
-        wanted = self.settings.calibration_tokens
-        teacher.calibrate(
-            batches,
-            self.settings,
-            wanted,
-            self.progress,
-        )
+        teacher.calibrate(batches, self.settings, self.settings.calibration_tokens, self.progress)
 
 
 def joined(held: RecordKind, wanted: RecordKind) -> tuple[RecordKind, RecordKind]:
@@ -225,14 +211,15 @@ def joined(held: RecordKind, wanted: RecordKind) -> tuple[RecordKind, RecordKind
     A sketch is computed together with top-k records, to which its shift belongs. ValueError if
     nothing is new.
     """
-    pieces = {name for name in _PIECES if holds(wanted, name)}
-    new = pieces - set(held.split("+"))
+    pieces: set[str] = set(wanted.split("+"))
+    known: set[str] = set(held.split("+"))
+    new = pieces - known
     if not new:
         raise ValueError(
             f"the cache holds {held}, and {wanted} adds nothing; name records that it lacks"
         )
     computed = new | ({"topk"} if "sketch" in new else set())
-    return _kind(pieces | set(held.split("+"))), _kind(computed)
+    return _kind(pieces | known), _kind(computed)
 
 
 def extend_records(config: ExtendConfig, progress: Progress = no_progress) -> Seal:
@@ -242,9 +229,7 @@ def extend_records(config: ExtendConfig, progress: Progress = no_progress) -> Se
 
 
 def _kind(pieces: set[str]) -> RecordKind:
-    name = "+".join(piece for piece in _PIECES if piece in pieces)
-    kinds: dict[str, RecordKind] = {kind: kind for kind in get_args(RecordKind)}
-    return kinds[name]
+    return next(kind for kind in get_args(RecordKind) if set(kind.split("+")) == pieces)
 
 
 def _settings(wanted: RecordSettings, base: CacheSpec, records: RecordKind) -> RecordSettings:

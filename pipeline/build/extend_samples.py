@@ -19,7 +19,6 @@ from pipeline.sources.source import scan
 from teacher_cache.derive.derive import begin
 from teacher_cache.derive.merge import adopt_shard
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
-from teacher_cache.folder.shard_plan import group_shards
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.progress import Progress, no_progress
 
@@ -44,15 +43,13 @@ class CacheExtender(CacheBuilder):
                 f"{self.config.source.path}: all of its {len(scanned)} usable samples are in "
                 f"{self.base.store} already; there is nothing to add"
             )
-        groups = [sample.images if spec.share_vision else None for sample in new]
-        added = group_shards(groups, self.config.samples_per_shard)
         plan = Plan(
             spec=spec,
             format=self.config.format,
             source=f"{self.base.seal.source} + {self.config.source.path}",
             shards=(
                 *(self.base.kept(commit) for commit in self.base.seal.shards),
-                *(tuple((new[i].key, new[i].index) for i in shard) for shard in added),
+                *self._shards(new),
             ),
             rejected=(*self.base.seal.rejected, *rejected),
         )
@@ -71,11 +68,7 @@ class CacheExtender(CacheBuilder):
         require_same_teacher(self.base.spec, self.teacher, self.config.teacher)
         assets = self.base.assets
         self.teacher.sketch, self.teacher.template = assets.sketch, assets.template
-        found = self.teacher.spec(
-            self.config.settings,
-            batch_size=self.config.batch_size,
-            share_vision=self.config.share_vision,
-        )
+        found = self._spec()
         remedy = "Extend a cache with its own teacher and settings only."
         require_equal(self.base.spec, found, f"{self.base.store}: its spec", remedy)
         return found

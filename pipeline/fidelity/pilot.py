@@ -10,6 +10,7 @@ Refuses a source with fewer than two usable samples, or without images.
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -256,11 +257,8 @@ def _settings(tier: Tier) -> RecordSettings:
 
 def _shortened(basis: SketchBasis, rank: int) -> SketchBasis:
     """The basis that the same states give at a smaller rank: axes are ordered by energy."""
-    return SketchBasis(
-        hidden_mean=basis.hidden_mean,
-        projection=basis.projection[:, :rank],
-        mean_logits=basis.mean_logits,
-        directions=basis.directions[:, :rank],
+    return replace(
+        basis, projection=basis.projection[:, :rank], directions=basis.directions[:, :rank]
     )
 
 

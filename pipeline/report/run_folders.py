@@ -29,7 +29,6 @@ from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.strict_json import decode_json, decode_mapping
 from teacher_cache.storage.open_store import open_store
 
-"""The resolved settings of `emkd train`, which name the cache."""
 EVALUATION_FOLDER = "eval"
 COMPRESSED_FOLDERS = "eval-*"
 """Evaluations of the same samples under compression; others are ignored."""

@@ -21,6 +21,9 @@ from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 
+NUM_LISTED = 20
+"""How many bad samples an error lists."""
+
 
 @runtime_checkable
 class SampleSource(Protocol):
@@ -88,6 +91,15 @@ def scan(
             found.append(ScannedSample(key=sample.key + suffix, index=index, images=images))
         progress("scan", index + 1, len(source))
     return found, rejected
+
+
+def refuse_samples(name: str, reasons: Sequence[str], remedy: str) -> None:
+    """Raise ValueError with the first of these "<sample>: <reason>" lines, if there are any."""
+    if not reasons:
+        return
+    lines = "".join(f"\n  {line}" for line in reasons[:NUM_LISTED])
+    more = f"\n  ... and {len(reasons) - NUM_LISTED} more" if len(reasons) > NUM_LISTED else ""
+    raise ValueError(f"{name}: {len(reasons)} samples cannot be used:{lines}{more}\n{remedy}")
 
 
 def images_digest(images: Sequence[bytes]) -> str | None:

@@ -14,7 +14,6 @@ model cannot do, and a folder with the answers of another model, source, prompt 
 
 import dataclasses
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from pipeline.config.stages import EvaluateConfig
-from pipeline.sources.source import SampleSource, open_source, scan
+from pipeline.sources.source import SampleSource, open_source, refuse_samples, scan
 from pipeline.student.generation import Generator
 from pipeline.student.matching_pictures import PICTURES_FILE, draw_pictures
 from pipeline.student.predictions import (
@@ -54,11 +53,9 @@ from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
-logger = logging.getLogger(__name__)
-
 IDENTITY_FILE = "evaluation.json"
 METRICS_FILE = "metrics.json"
-NUM_LISTED = 20
+REMEDY = "Fix or remove them; an evaluation never leaves samples out by itself."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +91,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     source = open_source(config.source)
     scanned, rejected = scan(source)
     keys = [(sample.key, sample.index) for sample in scanned]
-    _refuse(source, [f"{r.source_id}: {r.reason}" for r in rejected])
+    refuse_samples(source.name, [f"{r.source_id}: {r.reason}" for r in rejected], REMEDY)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -162,17 +159,7 @@ def _answer(
             for (key, _), sample, answer in zip(batch, samples, answers, strict=True)
             if key not in known
         ]
-    _refuse(source, bad)
-
-
-def _refuse(source: SampleSource, bad: Sequence[str]) -> None:
-    if bad:
-        lines = "\n".join(f"  {line}" for line in bad[:NUM_LISTED])
-        more = f"\n  ... and {len(bad) - NUM_LISTED} more" if len(bad) > NUM_LISTED else ""
-        raise ValueError(
-            f"{source.name}: {len(bad)} samples cannot be used:\n{lines}{more}\n"
-            "Fix or remove them; an evaluation never leaves samples out by itself."
-        )
+    refuse_samples(source.name, bad, REMEDY)
 
 
 def _identity(

@@ -7,7 +7,6 @@ run as config.json; `--config` reads them back.
 
 import dataclasses
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.storage.durable_files import sha256_file, write_atomic
-
-logger = logging.getLogger(__name__)
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Endings of the files that a model and its processor are loaded from."""
