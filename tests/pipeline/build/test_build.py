@@ -257,7 +257,10 @@ def test_shards_that_are_written_are_not_measured_otherwise_in_silence(config: B
         ({**HIDDEN, "calibration_tokens": 9}, "calibration_tokens would have no effect"),
         ({**HIDDEN, "least_logits": False}, "least_logits would have no effect"),
         ({"hidden_dtype": "int8"}, "hidden_dtype would have no effect"),
-        ({"hidden_group": 32}, r"hidden_group would have no effect: records topk\+sketch have"),
+        (
+            {"hidden_group": 32},
+            r"hidden_group would have no effect: records topk\+sketch have no",
+        ),
         ({"min_k": 2}, "min_k would have no effect: top_p is not set"),
         ({"logits_max_error": 0.1}, "logits_max_error would have no effect: logits are exact"),
         ({"affinity_max_error": 0.1}, "affinity_max_error would have no effect"),
