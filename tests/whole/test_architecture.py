@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from student_train.head.linear_head import LinearHead
 from tests.support.paths import ROOT
 
 PACKAGES = ("pipeline", "teacher_cache", "student_train", "jobs")
@@ -103,6 +108,11 @@ def test_collecting_tests_loads_nothing_heavy(modules_after_collection: set[str]
     heavy |= {"torch._dynamo", "torch.distributed.fsdp", "triton", "moto", "datasets", "sympy"}
     assert not modules_after_collection & heavy
     assert "torch" in modules_after_collection  # the test can fail
+
+
+def test_tests_check_the_shapes_that_signatures_promise() -> None:
+    with pytest.raises(TypeCheckError, match="weight"):
+        LinearHead(weight=torch.zeros(3))
 
 
 def test_every_test_file_lies_in_a_room_that_exists() -> None:
