@@ -55,7 +55,7 @@ from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
 IDENTITY_FILE = "evaluation.json"
 METRICS_FILE = "metrics.json"
-REMEDY = "Fix or remove them; an evaluation never leaves samples out by itself."
+_REMEDY = "Fix or remove them; an evaluation never leaves samples out by itself."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     source = open_source(config.source)
     scanned, rejected = scan(source)
     keys = [(sample.key, sample.index) for sample in scanned]
-    refuse_samples(source.name, [f"{r.source_id}: {r.reason}" for r in rejected], REMEDY)
+    refuse_samples(source.name, [f"{r.source_id}: {r.reason}" for r in rejected], _REMEDY)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -159,7 +159,7 @@ def _answer(
             for (key, _), sample, answer in zip(batch, samples, answers, strict=True)
             if key not in known
         ]
-    refuse_samples(source.name, bad, REMEDY)
+    refuse_samples(source.name, bad, _REMEDY)
 
 
 def _identity(

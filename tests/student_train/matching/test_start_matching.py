@@ -123,7 +123,7 @@ def test_a_certificate_is_given_where_a_bound_is_known_and_refused_elsewhere() -
         cost_error(hidden, replace(CERTIFY_ALL, num_shared_ids=VOCAB - 1), torch.float32)
     assert isinstance(bare, TopKSignal)
     tail = cost_error(bare, CERTIFY_PROB, torch.float32).absolute
-    assert bool((tail >= 2 * bare.log_tail.exp()).all())
+    assert bool((tail >= 2 * bare.record.log_tail.exp()).all())
     found = match_tokens(student[:, :1], student, views(2), hidden, views(3), CERTIFY_ALL)
     assert bool(proven(found).all())
     unasked = replace(CERTIFY_ALL, certify=False)

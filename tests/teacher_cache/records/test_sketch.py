@@ -133,7 +133,7 @@ def test_a_head_without_full_rank_and_constant_states_work(hidden: Tensor) -> No
 
 
 def test_calibration_without_states_is_refused(head: LmHead, hidden: Tensor) -> None:
-    with pytest.raises(ValueError, match="needs vision tokens"):
+    with pytest.raises(ValueError, match="is fitted to vision tokens, found 0"):
         basis_from_moments(HiddenMoments(WIDTH), head, 4)
     with pytest.raises(ValueError, match="sketch_rank is 0"):
         fit_basis(hidden, head, 0)
