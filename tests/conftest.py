@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-import tests.support.first_call  # noqa: F401  (jaxtyping, whose type checker it is, looks it up)
+# jaxtyping looks its type checker up among the loaded modules.
+import tests.support.first_call  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 if TYPE_CHECKING:
     from tests.support.s3_server import S3Server
