@@ -178,7 +178,7 @@ def head_lines(bench: Bench, limits: Limits, vocab_size: int) -> Iterator[Line]:
 def _naive(problem: HeadProblem) -> None:
     problem.forget()
     logits = problem.head(problem.hidden).float()
-    found = problem.rows.losses(slice(None))(logits, slice(None))
+    found = problem.rows.losses.values(logits, slice(None))
     parts = [(found[name] * weight).sum() for name, weight in problem.rows.weights.items()]
     torch.stack(parts).sum().backward()
 

@@ -142,7 +142,7 @@ def test_its_code_runs_on_a_cpu_too(tmp_path: Path) -> None:
 def test_kernels_compile_for_real_chips_without_spilling(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     code = (
-        "import json\nfrom benchmarks.compiled import compiled_kernels\n"
+        "import json\nfrom benchmarks.gpu.compiled_kernels import compiled_kernels\n"
         "print(json.dumps([c._asdict() for c in compiled_kernels(['fp32'], ['sm_90'])]))"
     )
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
