@@ -148,10 +148,11 @@ def test_more_workers_than_the_cluster_has_are_refused(built: BuildConfig) -> No
 
 
 def test_two_workers_that_share_a_student_give_the_same_weights(built: BuildConfig) -> None:
-    config = dataclasses.replace(_three_steps(built, "run-whole"), micro_batch_size=1)
+    config = _three_steps(built, "run-whole").with_training(micro_batch_size=1)
     local = load_file(train(config) / "model.safetensors")
     shared = dataclasses.replace(
-        config, shard="fsdp", device="cpu", out=Path(built.out).parent / "run-sharded"
+        config.with_training(shard="fsdp", device="cpu"),
+        out=Path(built.out).parent / "run-sharded",
     )
     remote = load_file(run_train(shared, RayOptions(num_workers=2)) / "model.safetensors")
     assert local.keys() == remote.keys()
