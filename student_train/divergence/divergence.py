@@ -18,7 +18,7 @@ Dimensions as in schema.py.
 """
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from student_train.config.objective import DivergenceName, TailPolicy, UsedTail
-from student_train.divergence.student_rows import DenseRows, StudentRows
+from student_train.divergence.student_rows import DenseRows, StudentRows, Summands
 from student_train.divergence.tail_bounds import (
     Tail,
     largest_forward_tail,
@@ -68,19 +68,15 @@ class Divergence:
     upper: Float[Tensor, " P"]
 
 
-class Measure(ABC):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
     """A divergence, as a sum over vocabulary entries of a function of (log q, log p)."""
 
+    summands: Summands
+    largest_tail: Callable[[Tail], Tensor]
+    """Upper bound [P] of the sum over the tail."""
     most: float = math.inf
     """No value is larger."""
-
-    @abstractmethod
-    def summands(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """The summand of each entry."""
-
-    @abstractmethod
-    def largest_tail(self, tail: Tail) -> Float[Tensor, " P"]:
-        """Upper bound of the sum over the tail."""
 
     def __call__(
         self,
@@ -225,48 +221,22 @@ class Measure(ABC):
         return lower, (head + self.largest_tail(tail)).clamp(max=self.most)
 
 
-class ReverseKL(Measure):
-    """KL(student || teacher)."""
-
-    def summands(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """q (log q - log p)."""
-        return log_q.exp() * (log_q - log_p)
-
-    def largest_tail(self, tail: Tail) -> Float[Tensor, " P"]:
-        """Infinite without a floor."""
-        return largest_reverse_tail(tail)
+def _reverse_summands(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return log_q.exp() * (log_q - log_p)
 
 
-class ForwardKL(Measure):
-    """KL(teacher || student)."""
-
-    def summands(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """p (log p - log q)."""
-        return log_p.exp() * (log_p - log_q)
-
-    def largest_tail(self, tail: Tail) -> Float[Tensor, " P"]:
-        """All mass where the student has least."""
-        return largest_forward_tail(tail)
+def _forward_summands(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q)
 
 
-class JensenShannon(Measure):
-    """Jensen-Shannon divergence, at most ln 2."""
-
-    most = math.log(2)
-
-    def summands(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Half of q (log q - log m) + p (log p - log m), m the mean of both."""
-        log_m = torch.logaddexp(log_q, log_p) - math.log(2)
-        return 0.5 * (log_q.exp() * (log_q - log_m) + log_p.exp() * (log_p - log_m))
-
-    def largest_tail(self, tail: Tail) -> Float[Tensor, " P"]:
-        """Both sides on different entries."""
-        return largest_jsd_tail(tail)
+def _jsd_summands(log_q: Tensor, log_p: Tensor) -> Tensor:
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    return 0.5 * (log_q.exp() * (log_q - log_m) + log_p.exp() * (log_p - log_m))
 
 
-reverse_kl: Measure = ReverseKL()
-forward_kl: Measure = ForwardKL()
-jensen_shannon: Measure = JensenShannon()
+reverse_kl = Measure(summands=_reverse_summands, largest_tail=largest_reverse_tail)
+forward_kl = Measure(summands=_forward_summands, largest_tail=largest_forward_tail)
+jensen_shannon = Measure(summands=_jsd_summands, largest_tail=largest_jsd_tail, most=math.log(2))
 DIVERGENCES: dict[DivergenceName, Measure] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,

@@ -1,16 +1,16 @@
 """Matches the vision tokens of a micro-batch, all samples together, in the background.
 
     pending = start_batch_matching(states, outputs, head, objective, assets)
-    ...                                # work that hides the solving
+    ...                                # work during which threads solve the assignments
     matched = pending.result()         # a Matched for each sample with vision tokens, else None
 
-Promise: of the student's vision logits no more exist at a time than the costs of one problem, or of
-a few mebibytes of small ones, look at, and none afterwards; no gradient; the pairs do not depend on
-when they are asked for. On a CPU costs have a thread of their own: until `result`, states and head
-must stay as they are. A matching that is close to arbitrary is said so, once, in the program's log.
-Refuses what `matching.py` and `cost.py` refuse. Dimensions as in schema.py.
+Promise: no gradient; the student's vision logits exist only for one problem at a time, or for a few
+MiB of small ones; the pairs do not depend on when `result` is called. On a CPU a thread computes
+the costs: do not change states or head before `result`. Logs one warning per metric when a matching
+is nearly arbitrary. Refuses what `matching.py` and `cost.py` refuse. Dimensions as in schema.py.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Matched(NamedTuple):
-    """A sample with an image, after matching."""
+    """A sample with an image, and its pairs."""
 
     state: SampleStates
     output: TeacherOutput
@@ -52,67 +52,61 @@ class Matched(NamedTuple):
     teachers: Signal
     """The teacher at the matched positions of all samples, pair by pair."""
     place: slice
-    """Which of these are the sample's own."""
+    """The rows of `teachers` that belong to this sample."""
 
     @property
     def teacher(self) -> Signal:
-        """The teacher at the matched positions, pair by pair."""
+        """The teacher at this sample's matched positions, pair by pair."""
         return self.teachers.rows(self.place)
 
     @property
     def vision(self) -> Tensor:
-        """The student's states that were matched, pair by pair."""
-        # Usually these are all, and pairs are in their order: then nothing has to be copied.
-        every = len(self.pairs.student) == len(self.state.vision)
-        return self.state.vision if every else self.state.vision[self.pairs.student]
+        """The student's matched states, pair by pair; no copy where all are matched."""
+        all_matched = len(self.pairs.student) == len(self.state.vision)
+        return self.state.vision if all_matched else self.state.vision[self.pairs.student]
 
 
 class _Started(NamedTuple):
-    """The matching of the samples that have something to match."""
+    """The matching of all samples that have tokens to match."""
 
     teacher: Signal
-    """At the vision positions of all of them."""
+    """At all their vision positions."""
     pairs: Future[PendingMatching]
     exact: Future[PendingMatching] | None
-    """The first of them, by all of V."""
+    """The first sample alone, matched over all V."""
 
 
 @dataclass(kw_only=True)
 class PendingBatch:
-    """The matchings of a micro-batch, while they are solved."""
+    """The matchings of a micro-batch while threads solve them."""
 
     samples: list[tuple[SampleStates, TeacherOutput] | None] = field(repr=False)
     """None where there is nothing to match."""
     metric: MatchMetric
     started: _Started | None = field(default=None, repr=False)
     diagnostics: dict[str, float] = field(default_factory=dict[str, float])
-    """Plain numbers for the log; complete once `result` was asked for."""
+    """Numbers for the log; complete after `result`."""
 
     def result(self) -> list[Matched | None]:
-        """One entry for each sample; ValueError where costs are not finite."""
+        """Returns one entry for each sample; ValueError where costs are not finite."""
         if self.started is None:
             return [None] * len(self.samples)
         matching = self.started.pairs.result().result()
         self._describe(matching, self.started)
         teachers = self.started.teacher.rows(matching.teacher_rows)
-        found: list[Matched | None] = []
-        rest, start = iter(matching.samples), 0
-        for sample in self.samples:
-            if sample is None:
-                found.append(None)
-                continue
-            own = next(rest)
-            place = slice(start, start + own.num_pairs)
-            found.append(Matched(*sample, own, teachers, place))
-            start = place.stop
-        return found
+        ends = itertools.accumulate(own.num_pairs for own in matching.samples)
+        solved = zip(matching.samples, ends, strict=True)
+
+        def matched(state: SampleStates, output: TeacherOutput) -> Matched:
+            own, end = next(solved)
+            return Matched(state, output, own, teachers, slice(end - own.num_pairs, end))
+
+        return [None if sample is None else matched(*sample) for sample in self.samples]
 
     def _describe(self, matching: Matching, started: _Started) -> None:
         stats = assignment_stats(matching.samples)
-        self.diagnostics["match_mean_cost"] = stats.mean_cost
-        self.diagnostics["match_separability"] = stats.separability
-        self.diagnostics["match_arbitrary"] = stats.arbitrary
-        self.diagnostics["match_hubness"] = stats.hubness
+        for name in ("mean_cost", "separability", "arbitrary", "hubness"):
+            self.diagnostics[f"match_{name}"] = getattr(stats, name)
         if stats.certified is not None:
             self.diagnostics["match_certified"] = stats.certified
         if matching.mean_logits is not None:
@@ -124,9 +118,9 @@ class PendingBatch:
             chosen, exact = matching.samples[0], started.exact.result().result().samples[0]
             quality = matching_quality(chosen, exact)
             first = started.teacher.rows(slice(chosen.num_teacher))
-            of = "match" if first.exact else "match_sketch"
-            self.diagnostics[f"{of}_regret"] = quality.regret
-            self.diagnostics[f"{of}_agreement"] = quality.agreement
+            prefix = "match" if first.exact else "match_sketch"
+            self.diagnostics[f"{prefix}_regret"] = quality.regret
+            self.diagnostics[f"{prefix}_agreement"] = quality.agreement
 
 
 def start_batch_matching(
@@ -137,18 +131,19 @@ def start_batch_matching(
     assets: TeacherAssets,
     check: bool = False,
 ) -> PendingBatch:
-    """Let threads compute the costs of all samples and solve the assignments.
+    """Starts threads that compute the costs of all samples and solve the assignments.
 
-    Nothing is matched where no term of the objective needs it. With `check`, the first sample with
-    an image is matched a second time, by costs summed over all V that its record knows or, of a
-    sketch, estimates (diagnostics `match_regret`, `match_agreement`, or `match_sketch_...`).
-    ValueError where a record cannot serve the metric and, here or with the result, for all else
-    that matching refuses.
+    Matches nothing if no term of the objective needs it. With `check`, the first sample with an
+    image is matched again, by costs over all V: known (diagnostics `match_regret` and
+    `match_agreement`), or estimated by a sketch (`match_sketch_...`). ValueError, here or in
+    `result`, where a record cannot serve the metric and for what else matching refuses.
     """
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):
-        shown = bool(state.views or output.views)
-        matched = objective.needs_vision and shown and not _lost_all(state)
+        # A high ratio of few tokens drops all of them.
+        lost_all = state.kept is not None and not len(state.kept)
+        has_image = bool(state.views or output.views)
+        matched = objective.needs_vision and has_image and not lost_all
         pending.samples.append((state, output) if matched else None)
     present = [sample for sample in pending.samples if sample is not None]
     if present:
@@ -171,9 +166,9 @@ def start_batch_matching(
 
 
 def _starter(hidden: Tensor, head: LogitsOf) -> Callable[..., Future[PendingMatching]]:
-    """`start_matching`, in a thread of its own where costs would keep this one busy.
+    """Returns `start_matching`, run in another thread where costs would block this one.
 
-    A GPU computes them by itself; a head that is some function may not be called by two threads.
+    A GPU computes costs asynchronously anyway. A head that is a function may not be thread-safe.
     """
 
     def here(*arguments: Any) -> Future[PendingMatching]:
@@ -182,7 +177,7 @@ def _starter(hidden: Tensor, head: LogitsOf) -> Callable[..., Future[PendingMatc
         return done
 
     def apart(*arguments: Any) -> Future[PendingMatching]:
-        autocast = autocast_here(hidden.device)  # which is each thread's own
+        autocast = autocast_here(hidden.device)  # it is a setting of each thread
 
         def work() -> PendingMatching:
             with autocast:
@@ -195,18 +190,13 @@ def _starter(hidden: Tensor, head: LogitsOf) -> Callable[..., Future[PendingMatc
 
 @cache
 def _cost_thread() -> ThreadPoolExecutor:
-    """Not one of those that solve: it must never wait for them, nor they for it."""
+    """A pool apart from the solvers', so that neither waits for the other."""
     return ThreadPoolExecutor(1, thread_name_prefix="matching-costs")
-
-
-def _lost_all(state: SampleStates) -> bool:
-    """Whether every vision token was dropped: few tokens and a high ratio leave none."""
-    return state.kept is not None and not len(state.kept)
 
 
 @cache
 def _warn_of_arbitrary(metric: MatchMetric) -> None:
-    """Once for each metric in a process: what the log's numbers mean, and what helps."""
+    """Logs what the diagnostics mean and what helps, once per metric in a process."""
     logger.warning(
         "vision tokens are matched almost arbitrarily: by %s, half or more of the matchings of a "
         "micro-batch have a separability below %g, so that most pairings cost nearly the same "

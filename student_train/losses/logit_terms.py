@@ -34,7 +34,7 @@ from student_train.divergence.tail_policies import (
     teacher_log_probs,
 )
 from student_train.head.chunked_pass import HeadRows, RowLosses
-from student_train.head.linear_head import LogitsOf, without_gradient
+from student_train.head.linear_head import LogitsOf
 from student_train.losses.reductions import supervised_rows, token_mean, vsd_loss
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Signal, kept_mass
 from student_train.signals.top_k import TopKSignal
@@ -48,11 +48,8 @@ class LogitTerm(RowLosses):
     weight: float
     pairs_per_sample: Sequence[int] | None = None
     """Rows of each sample, whose means are averaged; None averages all rows alike."""
-
-    @property
-    def tail(self) -> UsedTail | None:
-        """The tail policy that the teacher really gets; None without a teacher."""
-        return None
+    tail: UsedTail | None = None
+    """The tail policy that the teacher really gets (`resolve_tail`); None without a teacher."""
 
     @abstractmethod
     def chunk(self, rows: slice) -> "LogitTerm":
@@ -125,15 +122,9 @@ class DivergenceTerm(KernelTerm):
     teacher: Signal
     measure: Measure
     policy: TailPolicy
-    used_tail: UsedTail
-    """What `resolve_tail` makes of the policy."""
+    tail: UsedTail = "exact"
     temperature: float
     blend: float
-
-    @property
-    def tail(self) -> UsedTail:
-        """As in the settings of this term."""
-        return self.used_tail
 
     @property
     def has_kernels(self) -> bool:
@@ -207,32 +198,16 @@ class DivergenceTerm(KernelTerm):
 class ConsistencyTerm(LogitTerm):
     """EPIC's KD: forward KL from the logits that the student's own head gives for other states.
 
-    Over the student's whole vocabulary, without gradient for `hidden`. The teacher's logits are
-    computed a chunk at a time.
+    Over the student's whole vocabulary. The teacher's logits are computed a chunk at a time.
     """
 
     name: str = "kd"
+    tail: UsedTail = "exact"
     hidden: Float[Tensor, "N D"]
+    """Without gradient."""
     teacher_logits: LogitsOf
     """The head without gradient."""
     temperature: float
-
-    @property
-    def tail(self) -> UsedTail:
-        """All logits are known."""
-        return "exact"
-
-    @classmethod
-    def of(
-        cls, weight: float, hidden: Float[Tensor, "N D"], head: LogitsOf, temperature: float
-    ) -> "ConsistencyTerm":
-        """With the head's weights of now."""
-        return cls(
-            weight=weight,
-            hidden=hidden.detach(),
-            teacher_logits=without_gradient(head),
-            temperature=temperature,
-        )
 
     def chunk(self, rows: slice) -> DivergenceTerm:
         """A divergence from these rows' logits."""
@@ -242,7 +217,7 @@ class ConsistencyTerm(LogitTerm):
             teacher=DenseSignal(logits=self.teacher_logits(self.hidden[rows])),
             measure=forward_kl,
             policy="exact",
-            used_tail="exact",
+            tail="exact",
             temperature=self.temperature,
             blend=0.0,
         )
@@ -306,7 +281,7 @@ def divergence_term(
         teacher=teacher,
         measure=DIVERGENCES[divergence or objective.divergence],
         policy=objective.tail,
-        used_tail=resolve_tail(objective.tail, teacher, objective.temperature),
+        tail=resolve_tail(objective.tail, teacher, objective.temperature),
         temperature=objective.temperature,
         blend=objective.blend,
     )

@@ -2,9 +2,6 @@
 
 reference.py has the method on one page; the values here equal it where all logits are known.
 
-    EM-KD   total = a supervised + (1 - a) RLD + b VSD + c VLAD    a = 0.5, b = 0.25, c = 25
-    EPIC    total = (1 - l) supervised + l KD                      l = 0.7
-
     supervised  next-token cross-entropy on the response           mean over response tokens
     RLD         reverse KL on the response's logits                mean over response tokens
     KD          forward KL, from the student with more tokens or a cache     mean over the same
@@ -28,7 +25,7 @@ from torch import Tensor
 from student_train.config.objective import ObjectiveConfig, UsedTail
 from student_train.data.sample_states import SampleStates
 from student_train.head.fused_loss import IncrementalHeadLoss
-from student_train.head.linear_head import LogitsOf, as_linear
+from student_train.head.linear_head import LogitsOf, as_linear, without_gradient
 from student_train.losses.batch_matching import Matched, start_batch_matching
 from student_train.losses.logit_terms import (
     ConsistencyTerm,
@@ -98,34 +95,35 @@ def distillation_loss(
     batch = _Batch(
         states, outputs, linear, objective, assets, consistency_teacher_states, cached_ratio
     )
-    run, blocks = IncrementalHeadLoss(batch.head), list[_Block]()
+    run, blocks = IncrementalHeadLoss(batch.head), list[list[LogitTerm]]()
 
-    def compute(block: _Block | None) -> None:
-        if block is not None:
-            run.add(head_rows(block.hidden, block.terms))
-            blocks.append(block)
+    def compute(hidden: Sequence[Tensor], terms: list[LogitTerm]) -> None:
+        if terms:
+            run.add(head_rows(torch.cat(list(hidden)), terms))
+            blocks.append(terms)
 
     # Threads solve the assignments while the response passes through the head and back.
     pending = start_batch_matching(
         states, outputs, batch.head, objective, batch.assets, check_matching
     )
-    compute(_response_block(batch))
+    compute([state.predicting for state in states], _response_terms(batch))
     matched = pending.result()
-    compute(_vision_block(batch, matched))
+    found = [sample for sample in matched if sample is not None]
+    compute([sample.vision for sample in found], _vision_terms(batch, found))
     diagnostics = dict(pending.diagnostics)
     terms: dict[str, Tensor] = {}
     tails: dict[str, UsedTail] = {}
     totals: list[Tensor] = []
     if blocks:
-        found = run.finish()
-        totals.append(found.total)
-        for block, values in zip(blocks, found.values, strict=True):
-            for term in block.terms:
+        computed = run.finish()
+        totals.append(computed.total)
+        for block, values in zip(blocks, computed.values, strict=True):
+            for term in block:
                 terms[term.name] = term.reduce(values[term.name])
                 diagnostics.update(term.diagnostics(values))
                 if term.tail is not None:
                     tails[term.name] = term.tail
-    for name, term in _other_terms(batch, matched, terms).items():
+    for name, term in _other_terms(batch, found, terms).items():
         terms[name] = term
         totals.append(batch.weight(name) * term)
     return LossTerms(
@@ -156,16 +154,8 @@ class _Batch(NamedTuple):
         return concatenate(found).to(self.states[0].predicting.device)
 
 
-class _Block(NamedTuple):
-    """Rows that go through the head together, and the terms that share their logits."""
-
-    hidden: Tensor
-    terms: list[LogitTerm]
-
-
-def _response_block(batch: _Batch) -> _Block | None:
+def _response_terms(batch: _Batch) -> list[LogitTerm]:
     """Supervised, RLD and KD share the response's logits."""
-    hidden = torch.cat([state.predicting for state in batch.states])
     objective, terms = batch.objective, list[LogitTerm]()
     if objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
@@ -174,7 +164,7 @@ def _response_block(batch: _Batch) -> _Block | None:
         terms.append(divergence_term("rld", objective.rld_weight, batch.cached(0.0), objective))
     if objective.kd_weight > 0:
         terms += _kd_terms(batch)
-    return _Block(hidden, terms) if terms else None
+    return terms
 
 
 def _kd_terms(batch: _Batch) -> list[LogitTerm]:
@@ -186,28 +176,29 @@ def _kd_terms(batch: _Batch) -> list[LogitTerm]:
     states = batch.consistency_teacher_states
     if states is None:
         return []
-    return [ConsistencyTerm.of(weight, states, batch.head, objective.temperature)]
-
-
-def _vision_block(batch: _Batch, matched: Sequence[Matched | None]) -> _Block | None:
-    """VSD needs the logits of the matched vision tokens."""
-    found = [sample for sample in matched if sample is not None]
-    if batch.objective.vsd_weight == 0 or not found:
-        return None
-    hidden = torch.cat([sample.vision for sample in found])
-    num_pairs = [sample.pairs.num_pairs for sample in found]
-    objective, teacher = batch.objective, found[0].teachers
-    term = divergence_term(
-        "vsd", objective.vsd_weight, teacher, objective, pairs_per_sample=num_pairs
+    term = ConsistencyTerm(
+        weight=weight,
+        hidden=states.detach(),
+        teacher_logits=without_gradient(batch.head),
+        temperature=objective.temperature,
     )
-    return _Block(hidden, [term])
+    return [term]
+
+
+def _vision_terms(batch: _Batch, found: Sequence[Matched]) -> list[LogitTerm]:
+    """VSD needs the logits of the matched vision tokens."""
+    objective, weight = batch.objective, batch.objective.vsd_weight
+    if weight == 0 or not found:
+        return []
+    num_pairs = [sample.pairs.num_pairs for sample in found]
+    teacher = found[0].teachers
+    return [divergence_term("vsd", weight, teacher, objective, pairs_per_sample=num_pairs)]
 
 
 def _other_terms(
-    batch: _Batch, matched: Sequence[Matched | None], known: Collection[str]
+    batch: _Batch, found: Sequence[Matched], known: Collection[str]
 ) -> dict[str, Tensor]:
     """VLAD, and zeros for KD and VSD where nothing can be compared."""
-    found = [sample for sample in matched if sample is not None]
     zero = torch.cat([state.vision for state in batch.states])[:0].sum()
     terms: dict[str, Tensor] = {}
     for name in ("kd", "vsd"):

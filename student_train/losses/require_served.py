@@ -1,9 +1,9 @@
-"""Whether a cache can serve an objective at all, asked before any model is loaded.
+"""Checks that a cache can serve an objective, before any model is loaded.
 
-Promise: matching and divergences are asked themselves, about one made-up token of the cache's
-tier, so that what they would refuse in the middle of a run they refuse before it, in the same
-words: a metric, a tail policy or a temperature that needs logits which the cache does not hold.
-What depends on the student (its width, its vocabulary) or on a sample is refused where it is met.
+Promise: runs matching and divergences on one made-up token of the cache's tier. So a metric, a tail
+policy or a temperature that needs logits which the cache does not hold is refused before a run, by
+the same error as within it. What depends on the student's width or vocabulary, or on a sample, is
+not checked here.
 """
 
 from dataclasses import replace
@@ -33,9 +33,9 @@ def require_served(
     assets: TeacherAssets,
     tier: TierName,
 ) -> None:
-    """Raise ValueError, with the remedy, where the tier to learn from cannot serve the objective.
+    """Raises ValueError, with the remedy, where the tier to learn from cannot serve the objective.
 
-    `assets` are those that the objective needs of the cache.
+    `assets` are those of the cache that the objective needs.
     """
     output = _one_token(spec, tier)
     logits_1V = torch.zeros(1, spec.vocab_size)
@@ -44,9 +44,8 @@ def require_served(
         reverse_kl(logits_1V, teacher, objective.tail, objective.temperature, objective.blend)
 
     if objective.needs_vision:
-        hidden_1D = torch.zeros(1, spec.hidden_size)
+        hidden_1D, views = torch.zeros(1, spec.hidden_size), output.views
         teacher = vision_signal(output, assets)
-        views = output.views
         match_tokens(hidden_1D, logits_1V, views, teacher, views, objective.matching)
     if objective.rld_weight > 0 or objective.kd_from_cache:
         compare(response_signal(output, assets))
@@ -55,7 +54,7 @@ def require_served(
 
 
 def _one_token(spec: CacheSpec, tier: TierName) -> TeacherOutput:
-    """What the cache would hold of one vision token and one response token, all zeros."""
+    """The cache's record of one vision token and one response token, all zeros."""
     token_1 = torch.zeros(1, dtype=torch.int64)
     is_response_1 = torch.ones(1, dtype=torch.bool)
     output = TeacherOutput(
@@ -68,15 +67,15 @@ def _one_token(spec: CacheSpec, tier: TierName) -> TeacherOutput:
         state_1D = torch.zeros(1, spec.hidden_size)
         hidden = HiddenRecord(vision=state_1D, text=state_1D[:0], predicting=state_1D)
         return replace(output, hidden=hidden)
-    # Where positions keep as many entries as they need, one of them may keep the floor alone.
+    # With top-p, a position may keep only `min_k` entries.
     num_kept = spec.top_k if spec.min_k is None else spec.min_k
     num_kept = spec.vocab_size if num_kept is None else num_kept
-    nothing_outside = num_kept == spec.vocab_size
+    log_tail = -torch.inf if num_kept == spec.vocab_size else 0.0
     record = TopKRecord(
         ids=torch.arange(num_kept)[None],
         logits=torch.zeros(1, num_kept),
         logsumexp=torch.zeros(1),
-        log_tail=torch.full((1,), -torch.inf if nothing_outside else 0.0),
+        log_tail=torch.full((1,), log_tail),
         vocab_size=spec.vocab_size,
     )
     sketch = None

@@ -1,15 +1,13 @@
-"""VLAD of a whole micro-batch: the affinities of many samples in one product.
+"""Computes VLAD of a micro-batch: the affinities of many samples in one product.
 
     student   A[b, x, j] = cos(u_x, h_j)          text and matched vision states of sample b
-    teacher   T[b, x, j] = A_t[x, sigma(j)]       stored, or of the stored states
+    teacher   T[b, x, j] = A_t[x, sigma(j)]       stored, or from the stored states
 
-Samples differ in their numbers of text tokens X and of pairs P. They are filled up to the largest
-of their group with zeros that weigh nothing, as the model itself fills up its batch.
-
-Promise: the mean over each sample's entries, then over the samples that have any; what a sample is
-computed with does not matter. No more than `MOST_ENTRIES` affinities, padding included, are looked
-at together (those of one sample at least). Nothing flows into the teacher. Refuses a record with
-neither affinities nor states. Dimensions as in schema.py, B samples.
+Numbers of text tokens X and pairs P differ: the samples of a group are padded with zeros that have
+no weight. Promise: the mean over a sample's entries, then over the samples that have any, however
+they are grouped. A group has at most `MOST_ENTRIES` affinities, padding included, or one sample. No
+gradient reaches the teacher. Refuses a record with neither affinities nor states. Dimensions as in
+schema.py, B samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,11 +23,11 @@ from student_train.signals.teacher_signal import HiddenSignal
 from teacher_cache.records.affinity import cosine_affinity
 
 MOST_ENTRIES = 2**22
-"""16 MiB in float32, of which a handful exist: more than a usual micro-batch has."""
+"""16 MiB in float32, times a few tensors; more than most micro-batches have."""
 
 
 def batch_vlad(matched: Sequence[Matched], objective: ObjectiveConfig) -> Float[Tensor, ""]:
-    """VLAD of at least one sample with an image; 0 with a gradient where none has text to compare.
+    """VLAD of one or more samples with an image; 0, with a gradient, where none has text.
 
     ValueError for a sample that was read with neither part `affinity` nor `hidden`.
     """
@@ -39,7 +37,7 @@ def batch_vlad(matched: Sequence[Matched], objective: ObjectiveConfig) -> Float[
 
 
 def padded(pieces: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "B _ ..."]:
-    """Pieces of different lengths, filled up with zeros behind: one operation, also backward."""
+    """Pads pieces of different lengths with zeros at their ends, in one operation."""
     present = _present(pieces)
     place = present.flatten().nonzero()[:, 0].to(pieces[0].device)
     rows = torch.cat(list(pieces))
@@ -48,13 +46,13 @@ def padded(pieces: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "B _ ...
 
 
 def _present(pieces: Sequence[Tensor]) -> Bool[Tensor, "B _"]:
-    """Which places `padded` fills with the pieces' own rows; on the CPU."""
+    """Where `padded` has rows of the pieces, not padding; on the CPU."""
     lengths = torch.tensor([len(piece) for piece in pieces])
     return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def _groups(matched: Sequence[Matched]) -> Iterator[list[Matched]]:
-    """Runs of samples whose affinities, filled up, stay within the bound."""
+    """Runs of samples whose padded affinities stay within `MOST_ENTRIES`."""
     group: list[Matched] = []
     most_text = most_pairs = 0
     for sample in matched:
@@ -70,7 +68,7 @@ def _groups(matched: Sequence[Matched]) -> Iterator[list[Matched]]:
 def _group_means(
     group: Sequence[Matched], objective: ObjectiveConfig
 ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
-    """Each sample's mean, and over how many entries."""
+    """Each sample's mean, and its number of entries."""
     own_BXP = cosine_affinity(
         padded([sample.state.text for sample in group]), padded([sample.vision for sample in group])
     )
@@ -82,7 +80,7 @@ def _group_means(
 
 
 def _text_rows(group: Sequence[Matched], text: VladText) -> Bool[Tensor, "B X"]:
-    """Which of the text tokens after the image take part."""
+    """The text tokens after the image that are compared."""
     is_response = padded([sample.state.text_is_response for sample in group])
     if text == "response":
         return is_response
@@ -94,10 +92,9 @@ def _text_rows(group: Sequence[Matched], text: VladText) -> Bool[Tensor, "B X"]:
 def _teacher_affinity(
     group: Sequence[Matched], counted: Bool[Tensor, "B X P"]
 ) -> Float[Tensor, "B X P"]:
-    """Of the stored states, or else the stored ones; what is not counted is any finite number."""
+    """From the stored states, or stored; entries that are not counted are any finite number."""
     device = counted.device
-    text, vision = list[Tensor](), list[Tensor]()
-    stored = list[Tensor]()
+    text, vision, stored = list[Tensor](), list[Tensor](), list[Tensor]()
     for sample in group:
         if sample.output.hidden is not None and isinstance(sample.teacher, HiddenSignal):
             text.append(sample.output.hidden.text.to(device))
@@ -110,8 +107,8 @@ def _teacher_affinity(
         return cosine_affinity(padded(text), padded(vision))
     if text:
         raise ValueError("some samples of the batch were read with affinities, others with states")
-    # All matrices lie behind one another: entry (x, m) of one that begins at s and has M columns
-    # is number s + x M + m.
+    # In all matrices, flattened and concatenated, entry (x, m) of the one that starts at s and has
+    # M columns is at s + x M + m.
     sizes_B = torch.tensor([cosine.numel() for cosine in stored])
     columns_B = torch.tensor([cosine.shape[1] for cosine in stored])
     row_BX = (sizes_B.cumsum(0) - sizes_B)[:, None]

@@ -14,6 +14,7 @@ any number of positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ from teacher_cache.records.lm_head import LmHead
 class DenseSignal:
     """Every raw logit of every position."""
 
+    exact: ClassVar[bool] = True
     logits: Float[Tensor, "N V"]
 
     @property
@@ -39,11 +41,6 @@ class DenseSignal:
     def vocab_size(self) -> int:
         """Number of vocabulary rows."""
         return self.logits.shape[1]
-
-    @property
-    def exact(self) -> bool:
-        """Whether every logit is known."""
-        return True
 
     def dense_logits(self) -> Float[Tensor, "N V"]:
         """The raw logits."""
@@ -66,6 +63,7 @@ class DenseSignal:
 class HiddenSignal:
     """The final hidden states, and the head that turns them into logits."""
 
+    exact: ClassVar[bool] = True
     hidden: Float[Tensor, "N D"]
     head: LmHead
 
@@ -78,11 +76,6 @@ class HiddenSignal:
     def vocab_size(self) -> int:
         """Number of vocabulary rows."""
         return self.head.vocab_size
-
-    @property
-    def exact(self) -> bool:
-        """Whether every logit is known."""
-        return True
 
     def dense_logits(self) -> Float[Tensor, "N V"]:
         """The raw logits, computed now."""
@@ -113,27 +106,19 @@ def concatenate(signals: Sequence[Signal]) -> Signal:
     is kept). Top-k signals may differ in K. Autocast is off here, because under bfloat16 it refuses
     to join float16 tensors. ValueError for different forms, or for no signal.
     """
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return _concatenated(signals)
-
-
-def _concatenated(signals: Sequence[Signal]) -> Signal:
-    first = signals[0] if signals else None
-    if isinstance(first, DenseSignal):
-        dense = [signal for signal in signals if isinstance(signal, DenseSignal)]
-        if len(dense) == len(signals):
-            return DenseSignal(logits=torch.cat([signal.logits for signal in dense]))
-    if isinstance(first, HiddenSignal):
-        states = [signal for signal in signals if isinstance(signal, HiddenSignal)]
-        if len(states) == len(signals):
-            hidden = torch.cat([signal.hidden for signal in states])
-            return HiddenSignal(hidden=hidden, head=first.head)
-    if isinstance(first, TopKSignal):
-        kept = [signal for signal in signals if isinstance(signal, TopKSignal)]
-        if len(kept) == len(signals):
-            return concatenate_top_k(kept)
     kinds = sorted({type(signal).__name__ for signal in signals})
-    raise ValueError(f"cannot concatenate {len(signals)} signals of kinds {kinds} into one")
+    if len(kinds) != 1:
+        raise ValueError(f"cannot concatenate {len(signals)} signals of kinds {kinds} into one")
+    dense = [signal.logits for signal in signals if isinstance(signal, DenseSignal)]
+    states = [signal for signal in signals if isinstance(signal, HiddenSignal)]
+    top_k = [signal for signal in signals if isinstance(signal, TopKSignal)]
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        if dense:
+            return DenseSignal(logits=torch.cat(dense))
+        if states:
+            hidden = torch.cat([signal.hidden for signal in states])
+            return HiddenSignal(hidden=hidden, head=states[0].head)
+        return concatenate_top_k(top_k)
 
 
 @torch.no_grad()
