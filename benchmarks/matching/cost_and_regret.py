@@ -282,14 +282,14 @@ def main() -> None:
     report: list[dict[str, object]] = []
     for vocab_size in sorted({vocab_size for vocab_size, _ in cells}):
         models = Models.make(vocab_size, max(RANKS))
-        for grids in [grids for size, grids in cells if size == vocab_size]:
+        for student, teacher in [grids for size, grids in cells if size == vocab_size]:
             top_ks = MORE_TOP_KS if options.all else TOP_KS
-            is_goal = (vocab_size, grids) == (GOAL_VOCAB, GOAL)
+            is_goal = (vocab_size, (student, teacher)) == (GOAL_VOCAB, GOAL)
             problems = (
-                Problem.make(models, *grids, top_ks, RANKS, image)
+                Problem.make(models, student, teacher, top_ks, RANKS, image)
                 for image in range(options.images if is_goal else min(2, options.images))
             )
-            shape = grids[0][0] * grids[0][1], grids[1][0] * grids[1][1]
+            shape = student[0] * student[1], teacher[0] * teacher[1]
             print(f"\nV = {vocab_size}, N x M = {shape[0]} x {shape[1]}, width {WIDTH}")
             rounds = 1 if options.quick else 3
             found = measure_cell(problems, options.all, rounds, num_threads)
