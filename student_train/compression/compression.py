@@ -7,12 +7,7 @@
 Promise: layers from the first stage on get the shorter sequence, with the original positions of its
 tokens (rotary embeddings are gathered, mRoPE included). Each sample keeps its own tokens, text is
 never dropped, padding stays masked. Where nothing is dropped, inputs are unchanged. The model does
-not change: its layers have hooks while the context is open.
-
-Why hooks before the layers, not a replaced layer list or a copied model: they run outside of
-transformers' gradient checkpointing, which wraps a layer's `forward` and so repeats it with the
-shortened inputs; module names, parameter names and saved weights stay; the decoder's own loop and
-cache code is used.
+not change: its layers have hooks while the context is open (docs/epic.md says why hooks).
 """
 
 from collections.abc import Generator, Mapping
@@ -67,10 +62,10 @@ class Compression:
     def __init__(
         self, model: nn.Module, settings: CompressionSettings, batch: ModelBatch, draw: int
     ) -> None:
-        compressor = require_compressible(model, settings)
+        self._compressor = require_compressible(model, settings)
         self._decoder: Any = decoder_of(model)
         self._batch = batch
-        self._selector = TokenSelector(compressor, settings, batch, draw)
+        self._selector = TokenSelector(self._compressor, settings, batch, draw)
         depth = len(self._decoder.layers)
         stages = settings.stages if self._selector.has_vision else ()
         self._stages = {s.layer: s for s in stages if s.ratio and s.layer < depth}
@@ -95,7 +90,7 @@ class Compression:
         layers, handles = self._decoder.layers, list[RemovableHandle]()
         self._recorders = dict(recorded or {})
         for number in self._stages.keys() - self._recorders.keys():
-            if self._selector.needs_attention:
+            if self._compressor.needs_attention:
                 self._recorders[number] = AttentionRecorder(layers[number - 1])
                 handles += self._recorders[number].attach()
         for number in range(min(self._stages, default=len(layers)), len(layers)):
@@ -173,8 +168,8 @@ class Compression:
 
         `position_embeddings` are those of the whole sequence, as every layer gets them.
         """
-        recorder = self._recorders[stage.layer] if self._selector.needs_attention else None
-        view = LayerView(self._selector.needs, self._decoder.norm, recorder, hidden)
+        recorder = self._recorders[stage.layer] if self._compressor.needs_attention else None
+        view = LayerView(self._compressor.needs, self._decoder.norm, recorder, hidden)
         rows = self._selector.kept_rows(stage, self.layout, view, position_embeddings)
         if all(len(kept) == len(row) for kept, row in zip(rows, self.layout.rows, strict=True)):
             return hidden

@@ -63,17 +63,21 @@ class Compressor:
     needs: frozenset[Need]
     keep: KeepSet
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether it needs anything that a layer's attention computes."""
+        return bool(self.needs & {"keys", "attention"})
+
 
 COMPRESSORS: dict[str, Compressor] = {}
 """Compressors by name; add one with `register`."""
 
 
-def register(compressor: Compressor) -> Compressor:
+def register(compressor: Compressor) -> None:
     """Register a compressor under its name; ValueError where the name is taken."""
     if compressor.name in COMPRESSORS:
         raise ValueError(f"there is a compressor {compressor.name!r} already; choose another name")
     COMPRESSORS[compressor.name] = compressor
-    return compressor
 
 
 def find_compressor(name: str) -> Compressor:
@@ -91,13 +95,7 @@ def num_kept(ratio: float, num_tokens: int, num_parts: int = 1) -> int:
     return math.floor((1 - Fraction(repr(float(ratio)))) * num_tokens / num_parts)
 
 
-def dart_keep(
-    states: Float[Tensor, "L D"],
-    keys: Float[Tensor, "L C"],
-    vision: Int[Tensor, " M"],
-    text: Int[Tensor, " T"],
-    ratio: float,
-) -> Int[Tensor, " K"]:
+def dart_keep(inputs: CompressorInputs, ratio: float) -> Int[Tensor, " K"]:
     """DART: keep pivots and, for each pivot, the vision tokens that resemble it least.
 
     Pivots are the 4 vision and the 4 text tokens whose keys have the largest L1 norm (fewer where
@@ -105,12 +103,15 @@ def dart_keep(
     m = floor((1 - ratio) M / pivots) free vision tokens whose states have the lowest cosine with
     its own. Kept are the vision pivots and all taken tokens: 8 m + 4, at most M.
     """
+    assert inputs.states is not None
+    assert inputs.keys is not None
+    vision, text = inputs.vision, inputs.instruction
     if ratio == 0:
         return vision
-    norms_L = at_least_float32(keys).abs().sum(dim=1)
+    norms_L = at_least_float32(inputs.keys).abs().sum(dim=1)
     first = _largest(norms_L[vision], NUM_PIVOTS)
     pivots = torch.cat([vision[first], text[_largest(norms_L[text], NUM_PIVOTS)]])
-    unit_LD = functional.normalize(at_least_float32(states), dim=1)
+    unit_LD = functional.normalize(at_least_float32(inputs.states), dim=1)
     cosine_PM = unit_LD[pivots] @ unit_LD[vision].T
     share = num_kept(ratio, len(vision), len(pivots))
     cosine_PM[:, first] = torch.inf
@@ -123,18 +124,18 @@ def dart_keep(
     return vision[torch.cat(chosen).sort().values]
 
 
-def fastv_keep(
-    attention: Float[Tensor, " L"], vision: Int[Tensor, " M"], ratio: float
-) -> Int[Tensor, " K"]:
+def fastv_keep(inputs: CompressorInputs, ratio: float) -> Int[Tensor, " K"]:
     """FastV: keep the floor((1 - ratio) M) vision tokens that receive most attention."""
-    return vision[_largest(attention[vision], num_kept(ratio, len(vision)))]
+    assert inputs.attention is not None
+    vision = inputs.vision
+    return vision[_largest(inputs.attention[vision], num_kept(ratio, len(vision)))]
 
 
-def random_keep(
-    words: UInt64[np.ndarray, " M"], vision: Int[Tensor, " M"], ratio: float
-) -> Int[Tensor, " K"]:
+def random_keep(inputs: CompressorInputs, ratio: float) -> Int[Tensor, " K"]:
     """Random: keep the floor((1 - ratio) M) vision tokens with the smallest random words."""
-    chosen = np.sort(np.argsort(words, kind="stable")[: num_kept(ratio, len(vision))])
+    assert inputs.random_words is not None
+    vision, order = inputs.vision, np.argsort(inputs.random_words, kind="stable")
+    chosen = np.sort(order[: num_kept(ratio, len(vision))])
     return vision[torch.from_numpy(chosen).to(vision.device)]
 
 
@@ -143,22 +144,6 @@ def _largest(values: Float[Tensor, " M"], count: int) -> Int[Tensor, " K"]:
     return values.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _dart(inputs: CompressorInputs, ratio: float) -> Tensor:
-    assert inputs.states is not None
-    assert inputs.keys is not None
-    return dart_keep(inputs.states, inputs.keys, inputs.vision, inputs.instruction, ratio)
-
-
-def _fastv(inputs: CompressorInputs, ratio: float) -> Tensor:
-    assert inputs.attention is not None
-    return fastv_keep(inputs.attention, inputs.vision, ratio)
-
-
-def _random(inputs: CompressorInputs, ratio: float) -> Tensor:
-    assert inputs.random_words is not None
-    return random_keep(inputs.random_words, inputs.vision, ratio)
-
-
-register(Compressor(name="dart", needs=frozenset[Need]({"states", "keys"}), keep=_dart))
-register(Compressor(name="fastv", needs=frozenset[Need]({"attention"}), keep=_fastv))
-register(Compressor(name="random", needs=frozenset[Need]({"random_words"}), keep=_random))
+register(Compressor(name="dart", needs=frozenset[Need]({"states", "keys"}), keep=dart_keep))
+register(Compressor(name="fastv", needs=frozenset[Need]({"attention"}), keep=fastv_keep))
+register(Compressor(name="random", needs=frozenset[Need]({"random_words"}), keep=random_keep))

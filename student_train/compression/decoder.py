@@ -57,7 +57,7 @@ def require_compressible(model: nn.Module, settings: CompressionSettings) -> Com
                 f"a stage is at layer {stage.layer}, but the decoder of {name} has {num_layers} "
                 f"layers; choose 1 to {num_layers - 1} ({num_layers}, behind the last, drops none)"
             )
-        if stage.layer < num_layers and compressor.needs & {"keys", "attention"}:
+        if stage.layer < num_layers and compressor.needs_attention:
             _require_shown(decoder.layers[stage.layer - 1], stage.layer - 1, compressor)
     return compressor
 

@@ -25,7 +25,7 @@ class AttentionRecorder:
     """Records the queries and keys that a layer's attention computes."""
 
     def __init__(self, layer: Any) -> None:
-        self._attention: Any = layer.self_attn
+        self.attention: Any = layer.self_attn
         self._seen: dict[str, Tensor] = {}
 
     def attach(self) -> list[RemovableHandle]:
@@ -33,8 +33,8 @@ class AttentionRecorder:
         handles: list[RemovableHandle] = []
         for letter in ("q", "k"):
             norm, projection = f"{letter}_norm", f"{letter}_proj"
-            name = norm if hasattr(self._attention, norm) else projection
-            module: nn.Module = getattr(self._attention, name)
+            name = norm if hasattr(self.attention, norm) else projection
+            module: nn.Module = getattr(self.attention, name)
 
             def record(_m: nn.Module, _i: object, output: Tensor, letter: str = letter) -> None:
                 self._seen[letter] = output.detach()
@@ -45,12 +45,12 @@ class AttentionRecorder:
     def copy(self) -> "AttentionRecorder":
         """Return an unattached recorder of the same layer with the same recorded tensors."""
         copied = AttentionRecorder.__new__(AttentionRecorder)
-        copied._attention, copied._seen = self._attention, dict(self._seen)
+        copied.attention, copied._seen = self.attention, dict(self._seen)
         return copied
 
     def take(self) -> tuple[Float[Tensor, "B H L d"], Float[Tensor, "B G L d"]]:
         """Return and forget the queries and keys of the latest call, before rotary embedding."""
-        width: int = self._attention.head_dim
+        width: int = self.attention.head_dim
         query, key = (
             self._seen.pop(letter).flatten(2).unflatten(2, (-1, width)).transpose(1, 2)
             for letter in ("q", "k")
@@ -64,15 +64,10 @@ class AttentionRecorder:
         position_embeddings: tuple[Tensor, Tensor],
     ) -> tuple[Float[Tensor, "H L d"], Float[Tensor, "G L d"]]:
         """Apply the attention's own rotary embedding to one sample."""
-        rotary = sys.modules[type(self._attention).__module__].apply_rotary_pos_emb
+        rotary = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
         cos, sin = position_embeddings
         query, keys = rotary(query[None], keys[None], cos[None], sin[None])
         return query[0], keys[0]
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the scores before the softmax."""
-        return self._attention.scaling
 
 
 class LayerView:
@@ -118,7 +113,7 @@ class LayerView:
             if "keys" in self._needs:
                 keys = keys_GLd.transpose(0, 1).flatten(1)
             if "attention" in self._needs:
-                scaling = self._recorder.scaling
+                scaling = self._recorder.attention.scaling
                 attention = attention_row(query_HLd[:, end], keys_GLd, end, scaling)
         return CompressorInputs(
             vision=vision,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt64
 from torch import Tensor
 
-from student_train.compression.compressors import Compressor, Need
+from student_train.compression.compressors import Compressor
 from student_train.compression.image_turns import image_turns
 from student_train.compression.layer_view import LayerView
 from student_train.config.compression import CompressionSettings, DropStage
@@ -36,16 +36,6 @@ class TokenSelector:
     def has_vision(self) -> bool:
         """Whether the batch has any vision tokens."""
         return any(self._turns)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The inputs that the compressor needs."""
-        return self._compressor.needs
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether the compressor needs anything that a layer's attention computes."""
-        return bool(self.needs & {"keys", "attention"})
 
     @torch.no_grad()
     def kept_rows(
@@ -74,7 +64,7 @@ class TokenSelector:
                     torch.searchsorted(tokens, turn.text).to(device),
                     int(torch.searchsorted(tokens, turn.end)),
                     self._words(row, number, stage, len(vision))
-                    if "random_words" in self.needs
+                    if "random_words" in self._compressor.needs
                     else None,
                 )
                 chosen.append(self._compressor.keep(inputs, stage.ratio))

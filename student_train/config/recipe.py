@@ -69,13 +69,12 @@ class TrainRecipe(StrictRecord):
             raise ValueError(f"batch_size must be >= 1, found {self.batch_size}")
         if not self.train_parts:
             raise ValueError("train_parts is empty; name at least one part to train")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, found {self.learning_rate}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, found {getattr(self, name)}")
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0, found {self.max_grad_norm}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

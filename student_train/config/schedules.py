@@ -14,7 +14,7 @@ model does not have. `emkd --help` reads this: no heavy imports.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from teacher_cache.schema.strict_json import StrictRecord
 
@@ -22,8 +22,7 @@ SchedulePreset = Literal["paper_notes", "released_code"]
 ScheduleName = Literal["tcd", "lcd", "icd"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difficulty:
+class Difficulty(NamedTuple):
     """The layer at which both passes of a step drop tokens, and the share that each drops."""
 
     layer: int
@@ -90,8 +89,7 @@ class TokenSchedule(StrictRecord):
 
     def at(self, progress: float, draw: float) -> Difficulty:
         """Return what the step at this progress drops, for its draw in [0, 1)."""
-        student, teacher = self.ratios.at(progress, draw)
-        return Difficulty(layer=self.layer, student_ratio=student, teacher_ratio=teacher)
+        return Difficulty(self.layer, *self.ratios.at(progress, draw))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +106,8 @@ class LayerSchedule(StrictRecord):
 
     def at(self, progress: float, draw: float) -> Difficulty:
         """Return what the step at this progress drops; halves round to the deeper layer."""
-        student, teacher = self.ratios.at(progress, draw)
         depth = self.num_layers - progress * (self.num_layers - self.layer)
-        return Difficulty(layer=int(depth + 0.5), student_ratio=student, teacher_ratio=teacher)
+        return Difficulty(int(depth + 0.5), *self.ratios.at(progress, draw))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +128,7 @@ class IntegratedSchedule(StrictRecord):
             raise ValueError(f"progress is {progress}, expected a number from 0 to 1")
         position = progress * len(self.layers)
         number = min(int(position), len(self.layers) - 1)
-        student, teacher = self.ratios.at(position - number, draw)
-        return Difficulty(layer=self.layers[number], student_ratio=student, teacher_ratio=teacher)
+        return Difficulty(self.layers[number], *self.ratios.at(position - number, draw))
 
 
 Schedule = TokenSchedule | LayerSchedule | IntegratedSchedule

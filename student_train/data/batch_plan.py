@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from student_train.data.sample_order import micro_batches, owned_positions
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
@@ -42,6 +40,7 @@ class BatchPlan:
         """
         if start < 0 or start % self.batch_size:
             raise ValueError(f"position {start} is not a multiple of batch_size {self.batch_size}")
-        for begin in count(start, self.batch_size):
-            share = owned_positions(begin, self.batch_size, self.rank, self.world_size)
-            yield from micro_batches(share, self.micro_batch_size)
+        share = self.batch_size // self.world_size
+        for begin in count(start + self.rank * share, self.batch_size):
+            for first in range(begin, begin + share, self.micro_batch_size):
+                yield range(first, first + self.micro_batch_size)

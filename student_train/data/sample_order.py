@@ -69,23 +69,3 @@ class SampleOrder:
             counter=np.array([0, 0, 0, stream], dtype=np.uint64),
         ).random_raw(count)
         return np.argsort(words, kind="stable")
-
-
-def owned_positions(start: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Return the contiguous share of `rank` in the global batch that begins at `start`."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers")
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"a global batch of {batch_size} samples cannot be shared evenly by {world_size} "
-            f"workers; make batch_size a multiple of {world_size}"
-        )
-    share = batch_size // world_size
-    return range(start + rank * share, start + (rank + 1) * share)
-
-
-def micro_batches(positions: range, size: int) -> tuple[range, ...]:
-    """Cut a rank's share into forward passes of `size` samples; the last may be smaller."""
-    if size < 1:
-        raise ValueError(f"a forward pass of {size} samples; give at least 1")
-    return tuple(positions[start : start + size] for start in range(0, len(positions), size))

@@ -63,11 +63,10 @@ class TokenLayout:
     def only(self, rows: Sequence[Int[Tensor, " _"]]) -> "TokenLayout":
         """Return the layout with only these tokens of each row, padded to the longest."""
         length = max(len(tokens) for tokens in rows)
-        return TokenLayout(
-            rows=tuple(rows),
-            starts=tuple(0 if self._pads_right else length - len(tokens) for tokens in rows),
-            length=length,
-        )
+        ends = (s + len(tokens) for tokens, s in zip(self.rows, self.starts, strict=True))
+        pads_right = any(end < self.length for end in ends)
+        starts = tuple(0 if pads_right else length - len(tokens) for tokens in rows)
+        return TokenLayout(rows=tuple(rows), starts=starts, length=length)
 
     def index_of(self, other: "TokenLayout") -> Int[Tensor, "B K"]:
         """Return, for each column of `other`, the column here of its token (0 for padding)."""
@@ -75,12 +74,6 @@ class TokenLayout:
         for row, (tokens, start) in enumerate(zip(other.rows, other.starts, strict=True)):
             index_BK[row, start : start + len(tokens)] = self.columns(row, tokens)
         return index_BK
-
-    @property
-    def _pads_right(self) -> bool:
-        """Whether some row ends in padding."""
-        ends = (s + len(tokens) for tokens, s in zip(self.rows, self.starts, strict=True))
-        return any(end < self.length for end in ends)
 
 
 def layout_of(batch: ModelBatch, num_new: int = 0) -> TokenLayout:

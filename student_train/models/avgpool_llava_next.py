@@ -25,12 +25,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from student_train.models.projectors import (
-    AvgPoolLlavaNextProjector,
-    CompressingProjector,
-    grid_side,
-    pooled_side,
-)
+from student_train.models.projectors import AvgPoolLlavaNextProjector, grid_side, pooled_side
 
 
 @no_type_check  # tests check signatures; transformers wraps __init__ to take more than its own
@@ -79,8 +74,7 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
         and their numbers. Overrides the stock method for the pooled side of a tile. The strategy is
         not read: it has already been applied.
         """
-        projector: CompressingProjector = self.multi_modal_projector
-        side = projector.pooled_side(grid_side(self.config))
+        side = self.multi_modal_projector.pooled_side(grid_side(self.config))
         vision: Any = self.config.vision_config
         packed: list[Tensor] = []
         for tiles_tmD, size in zip(image_features, image_sizes, strict=True):

@@ -10,26 +10,14 @@ model, side / pooled the grid's side before and after.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
-
-
-class CompressingProjector(Protocol):
-    """The interface of a student's projector."""
-
-    def pooled_side(self, side: int) -> int:
-        """Return the side of the output grid for an input grid of side x side."""
-        ...
-
-    def __call__(self, image_features: Tensor) -> Tensor:
-        """Project features [B, side * side, C] to [B, pooled * pooled, D]."""
-        ...
 
 
 def grid_side(config: PreTrainedConfig) -> int:
@@ -76,9 +64,12 @@ def average_pool(features: Float[Tensor, "B n C"], stride: int) -> Float[Tensor,
 class _AveragePooling(nn.Module):
     """Pools, then projects: the family's MLP runs on few features (DeCo)."""
 
-    stride: int
+    def __init__(self, config: PreTrainedConfig, stride: int) -> None:
+        super().__init__(config)
+        self.stride = stride
 
     def pooled_side(self, side: int) -> int:
+        """Return the side of the output grid for an input grid of side x side."""
         return pooled_side(side, self.stride)
 
     def forward(self, image_features: Float[Tensor, "B n C"]) -> Float[Tensor, "B m D"]:
@@ -88,14 +79,6 @@ class _AveragePooling(nn.Module):
 class AvgPoolLlavaProjector(_AveragePooling, LlavaMultiModalProjector):
     """Average pooling, then LLaVA's two-layer projector."""
 
-    def __init__(self, config: LlavaConfig, stride: int) -> None:
-        super().__init__(config)
-        self.stride = stride
-
 
 class AvgPoolLlavaNextProjector(_AveragePooling, LlavaNextMultiModalProjector):
     """Average pooling of each tile, then LLaVA-NeXT's two-layer projector."""
-
-    def __init__(self, config: LlavaNextConfig, stride: int) -> None:
-        super().__init__(config)
-        self.stride = stride

@@ -37,7 +37,7 @@ from teacher_cache.models.view_geometry import require_supported
 logger = logging.getLogger(__name__)
 
 ProjectorName = Literal["avgpool", "none"]
-
+LoadedStudent = tuple[PreTrainedModel, ProcessorMixin]
 
 CLASS_TOKEN_NAMES = ("class_embedding", "cls_token")
 """Parameter names of class tokens in transformers' vision towers."""
@@ -77,7 +77,7 @@ def student_from_vanilla(
     projector: Literal["avgpool"] = "avgpool",
     stride: int = 2,
     dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> LoadedStudent:
     """Load a vanilla model as a student that pools its vision tokens by stride x stride.
 
     `path` is a local folder or hub id of a LLaVA or LLaVA-NeXT checkpoint, or of a student made by
@@ -87,8 +87,9 @@ def student_from_vanilla(
     tokens would differ.
     """
     config: Any = load_config(path)
-    for family in FAMILIES:
-        if family.projector == projector and config.model_type == family.config_class.model_type:
+    families = [family for family in FAMILIES if family.projector == projector]
+    for family in families:
+        if config.model_type == family.config_class.model_type:
             if config.vision_pool_stride != stride:
                 raise ValueError(
                     f"{path} is a student with vision_pool_stride {config.vision_pool_stride}, "
@@ -96,11 +97,9 @@ def student_from_vanilla(
                     "or start from a vanilla model"
                 )
             return load_student(path, dtype)
-        if family.projector == projector and config.model_type == family.vanilla_type:
+        if config.model_type == family.vanilla_type:
             return _convert(path, family, stride, dtype)
-    supported = sorted(
-        {family.vanilla_type for family in FAMILIES if family.projector == projector}
-    )
+    supported = sorted({family.vanilla_type for family in families})
     raise ValueError(
         f"{path} has model type {config.model_type!r}; students with projector {projector!r} are "
         f"made from {', '.join(supported)} (or from a student of these); projector 'none' keeps "
@@ -108,9 +107,7 @@ def student_from_vanilla(
     )
 
 
-def vanilla_student(
-    path: str, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def vanilla_student(path: str, dtype: torch.dtype | None = None) -> LoadedStudent:
     """Load a vanilla model as a student with all its vision tokens, class and weights unchanged.
 
     The trained model loads in transformers without this project. ValueError for families whose
@@ -126,9 +123,7 @@ def vanilla_student(
     return load_student(path, dtype)
 
 
-def load_student(
-    path: str, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_student(path: str, dtype: torch.dtype | None = None) -> LoadedStudent:
     """Load any image-text-to-text model with its processor, students and vanilla models alike.
 
     `dtype` defaults to the checkpoint's. The model is in eval mode, on the CPU. ValueError where
@@ -143,7 +138,7 @@ def load_student(
 
 def _convert(
     path: str, family: StudentFamily, stride: int, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> LoadedStudent:
     loaded: Any = load_student(path, dtype)
     vanilla, processor = loaded
     if type(processor) is not family.processor_class:

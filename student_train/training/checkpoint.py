@@ -17,6 +17,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from student_train.config.recipe import TrainerSettings, TrainRecipe
 from student_train.data.stream import StreamState
@@ -81,8 +82,7 @@ class FinishedRun(StrictRecord):
     """Wall time of all attempts, including work lost to kills."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A complete checkpoint: its folder and its record."""
 
     folder: Path

@@ -25,7 +25,6 @@ from student_train.training.fsdp import (
     whole_weights,
 )
 from student_train.training.trainer import EmkdTrainer
-from teacher_cache.models.checkpoint import load_model
 
 _OPTIMIZER_FILE, _SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 """File names of transformers."""
@@ -82,12 +81,8 @@ class ShardedTrainer(EmkdTrainer):
         """Reduce after each micro-batch: until then each rank holds whole gradients."""
         yield
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        saved, _ = load_model(resume_from_checkpoint, torch.float32)
-        target: Any = model if model is not None else self.model
-        load_weights(target, saved.state_dict())
+    def _load_weights(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        load_weights(model, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer

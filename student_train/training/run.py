@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import wait_for_everyone
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
@@ -22,6 +22,7 @@ from student_train.data.stream import TrainingStream, parts_needed
 from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
 from student_train.models.forward import output_head
+from student_train.models.student import LoadedStudent
 from student_train.training.checkpoint import (
     FINAL_FOLDER,
     FinishedRun,
@@ -44,7 +45,7 @@ from teacher_cache.schema.progress import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
-LoadStudent = Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+LoadStudent = Callable[[], LoadedStudent]
 
 
 def train_student(

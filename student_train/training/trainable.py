@@ -21,6 +21,9 @@ PART_PREFIXES: dict[TrainPart, tuple[str, ...]] = {
 """Name prefixes of each part's parameters; the longest one that fits decides. They cover LLaVA's
 family, InternVL, Qwen-VL (its merger is the projector) and Idefics3. A newline embedding belongs to
 the projector."""
+_PART_OF: dict[str, TrainPart] = {
+    prefix: part for part, prefixes in PART_PREFIXES.items() for prefix in prefixes
+}
 
 
 def set_trainable(model: "PreTrainedModel", parts: Collection[TrainPart]) -> dict[TrainPart, int]:
@@ -33,21 +36,13 @@ def set_trainable(model: "PreTrainedModel", parts: Collection[TrainPart]) -> dic
         raise ValueError(f"nothing to train; name at least one of {', '.join(PART_PREFIXES)}")
     counts: dict[TrainPart, int] = dict.fromkeys(PART_PREFIXES, 0)
     for name, parameter in model.named_parameters():
-        owner = _owner(name)
-        if owner is None:
+        known = [prefix for prefix in _PART_OF if name.startswith(prefix)]
+        if not known:
             raise ValueError(
                 f"parameter {name} of {type(model).__name__} belongs to none of the parts "
                 f"{', '.join(PART_PREFIXES)}; add its prefix to PART_PREFIXES"
             )
+        owner = _PART_OF[max(known, key=len)]
         parameter.requires_grad_(owner in parts)
         counts[owner] += parameter.numel() if owner in parts else 0
     return counts
-
-
-def _owner(name: str) -> TrainPart | None:
-    """Return the part of a parameter: that of the longest prefix that its name starts with."""
-    part_of: dict[str, TrainPart] = {
-        prefix: part for part, prefixes in PART_PREFIXES.items() for prefix in prefixes
-    }
-    known = [prefix for prefix in part_of if name.startswith(prefix)]
-    return part_of[max(known, key=len)] if known else None

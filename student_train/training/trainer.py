@@ -268,8 +268,10 @@ class EmkdTrainer(Trainer):
         method skips names that are not its modules', with a warning.
         """
         saved, _ = load_model(resume_from_checkpoint, torch.float32)
-        target: Any = model if model is not None else self.model
-        target.load_state_dict(saved.state_dict())
+        self._load_weights(model if model is not None else self.model, saved.state_dict())
+
+    def _load_weights(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        model.load_state_dict(weights)
 
     def save_student(self, folder: Path) -> None:
         """Write model and processor so that `from_pretrained` loads them; call on every rank."""

@@ -1,5 +1,7 @@
 """Keep-sets against plain loops written from the method, and their counts against the paper's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -86,30 +88,46 @@ def test_counts_of_576_tokens_are_the_released_codes(ratio: float, dart: int, ot
 
 
 def test_a_ratio_means_the_decimal_that_was_written() -> None:
-    assert len(fastv_keep(torch.rand(10), torch.arange(10), 0.9)) == 1
+    assert len(fastv_keep(made_up(0, 10, 0, True), 0.9)) == 1
     assert (1 - 0.9) * 10 < 1
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    vision = torch.arange(3, 13)
-    same = torch.ones(14)
-    assert fastv_keep(same, vision, 0.7).tolist() == [3, 4, 5]
-    kept = dart_keep(same[:, None], same[:, None], vision, torch.tensor([13]), 0.5)
-    assert kept.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11]  # 4 pivots, 1 for each of 5 pivots
+    vision, text, same = torch.arange(3, 13), torch.tensor([13]), torch.ones(14, 1)
+    inputs = CompressorInputs(
+        vision=vision, instruction=text, states=same, keys=same, attention=same[:, 0]
+    )
+    assert fastv_keep(inputs, 0.7).tolist() == [3, 4, 5]
+    assert dart_keep(inputs, 0.5).tolist() == [
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+    ]  # 4 pivots, 1 for each of 5 pivots
 
 
 def test_half_precision_is_summed_in_float32() -> None:
     keys = torch.full((600, 4096), 0.1, dtype=torch.bfloat16)
     keys[300:304] += 0.001
-    kept = dart_keep(torch.randn(600, 8), keys, torch.arange(576), torch.arange(576, 580), 0.99)
+    vision, text = torch.arange(576), torch.arange(576, 580)
+    inputs = CompressorInputs(
+        vision=vision, instruction=text, states=torch.randn(600, 8), keys=keys
+    )
     assert keys[300, 0] > keys[0, 0]
-    assert kept.tolist() == [300, 301, 302, 303]
+    assert dart_keep(inputs, 0.99).tolist() == [300, 301, 302, 303]
 
 
 def test_random_keeps_each_token_equally_often() -> None:
     counts = np.zeros(8)
     for draw in range(1500):
-        counts[random_keep(random_words(0, 8, draw), torch.arange(8), 0.75).numpy()] += 1
+        inputs = replace(made_up(0, 8, 0, True), vision=torch.arange(8))
+        inputs = replace(inputs, random_words=random_words(0, 8, draw))
+        counts[random_keep(inputs, 0.75).numpy()] += 1
     assert np.abs(counts / 1500 - 0.25).max() < 0.04
 
 

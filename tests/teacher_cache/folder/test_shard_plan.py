@@ -3,10 +3,10 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.data.sample_order import SampleOrder, micro_batches, owned_positions
+from student_train.data.sample_order import SampleOrder
 from teacher_cache.folder.shard_plan import group_shards, shard_of, spread_order
 
 SIZES = st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
@@ -117,28 +117,6 @@ def test_every_beginning_of_a_spread_order_is_spread(count: int) -> None:
         assert longest <= 4 * count / taken + 1
 
 
-@given(data=st.data(), world_size=st.integers(1, 8), share=st.integers(1, 5))
-def test_the_workers_shares_are_the_global_batch(
-    data: st.DataObject, world_size: int, share: int
-) -> None:
-    start, size = data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 7))
-    batch_size = share * world_size
-    positions = [
-        position
-        for rank in range(world_size)
-        for micro in micro_batches(owned_positions(start, batch_size, rank, world_size), size)
-        for position in micro
-    ]
-    assert positions == list(range(start, start + batch_size))
-
-
-@given(batch_size=st.integers(1, 40), world_size=st.integers(2, 8))
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch_size: int, world_size: int) -> None:
-    assume(batch_size % world_size)
-    with pytest.raises(ValueError, match="multiple of"):
-        owned_positions(0, batch_size, 0, world_size)
-
-
 def test_senseless_numbers_are_refused() -> None:
     for call in (
         lambda: group_shards(["a"], 0),
@@ -148,9 +126,6 @@ def test_senseless_numbers_are_refused() -> None:
         lambda: SampleOrder([2], -1, 1),
         lambda: SampleOrder([2], 0, 0),
         lambda: SampleOrder([2], 0, 1).index_at(-1),
-        lambda: owned_positions(0, 4, 2, 2),
-        lambda: owned_positions(0, 0, 0, 1),
-        lambda: micro_batches(range(3), 0),
     ):
         with pytest.raises(ValueError, match=r"found|give|share|rank|expected"):
             call()
