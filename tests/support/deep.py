@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from student_train.compression.compression import compress
+from student_train.config.compression import CompressionSettings
+from student_train.data.token_layout import TokenLayout
+from student_train.models.forward import final_hidden
 from teacher_cache.models.checkpoint import load_model
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 from tests.support.lazy import (
     AutoModelForImageTextToText,
     LlamaConfig,
@@ -82,6 +87,45 @@ def encode(
     """Samples as the model's own encoder gives them: by default one of each kind."""
     encoder = SampleEncoder(processor, model.config)
     return [encoder.encode(sample) for sample in samples or tiny_samples(5)]
+
+
+def deep_batch(
+    folder: Path, side: Literal["left", "right"] = "right", **model: Any
+) -> tuple[Any, ModelBatch]:
+    """A model of four layers (`deep_model`), and a batch of one sample of each kind."""
+    deep, processor = deep_model(folder, **model)
+    return deep, batch_of(encode(deep, processor), side)
+
+
+def made_up_sample(
+    num_tokens: int, vision: Sequence[int], text: Sequence[int], response: Sequence[int], key: str
+) -> EncodedSample:
+    """A sample with these tokens at these positions; each vision token is a view of its own."""
+    content = torch.tensor(sorted([*text, *response]), dtype=torch.int64)
+    spans = TokenSpans(
+        views=tuple(ViewGrid(image=0, view=n, rows=1, cols=1) for n in range(len(vision))),
+        vision=torch.tensor(vision, dtype=torch.int64),
+        content=content,
+        content_ids=content,
+        is_response=torch.isin(content, torch.tensor(response, dtype=torch.int64)),
+        after_image=torch.zeros_like(content, dtype=torch.bool),
+    )
+    ids = torch.zeros(num_tokens, dtype=torch.int64)
+    inputs = {"input_ids": ids, "attention_mask": ids + 1}
+    return EncodedSample(key=key, source_id=key, inputs=inputs, spans=spans)
+
+
+def at(ratio: float, compressor: str = "dart", layer: int = 2) -> CompressionSettings:
+    return CompressionSettings.at_layer(layer, ratio, compressor)
+
+
+@torch.no_grad()
+def compressed(
+    model: Any, settings: CompressionSettings, batch: ModelBatch, draw: int = 0
+) -> tuple[Tensor, TokenLayout]:
+    """Final states of a compressed pass, and where each token now is."""
+    with compress(model, settings, batch, draw) as found:
+        return final_hidden(model, batch.inputs), found.layout
 
 
 def batch_of(

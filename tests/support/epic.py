@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support.deep import NUM_LAYERS, batch_of, deep_model
-from tests.support.lazy import PreTrainedModel, ProcessorMixin, train_student, vanilla_student
+from tests.support.lazy import train_student, vanilla_student
 from tests.support.tiny import FAMILIES
 
 
@@ -110,16 +111,5 @@ def train_vanilla(
     run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
 ) -> FinishedRun:
     """Train a vanilla model, whose tokens are dropped inside its language model alone."""
-
-    def load() -> tuple[PreTrainedModel, ProcessorMixin]:
-        return vanilla_student(str(vanilla), dtype=torch.float32)
-
+    load = partial(vanilla_student, str(vanilla), dtype=torch.float32)
     return train_student(run, reader, load, settings, student="vanilla")
-
-
-def train_vanilla_on_one_thread(
-    run: Path, reader: CacheReader, vanilla: Path, settings: TrainerSettings
-) -> None:
-    """The same in a child process, where nothing has set the number of threads yet."""
-    torch.set_num_threads(1)
-    train_vanilla(run, reader, vanilla, settings)

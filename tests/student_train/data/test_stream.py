@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.config.objective import ObjectiveConfig, ObjectiveName, preset
+from student_train.config.objective import ObjectiveName, preset
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import (
     READ_AHEAD,
-    Encoder,
     StudentBatch,
-    TrainingStream,
     parts_needed,
 )
 from teacher_cache.codec.columns import columns_of
@@ -33,6 +31,7 @@ from teacher_cache.shards import rows
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
+from tests.support.runs import stream_of
 from tests.support.tiny import tiny_samples
 
 NUM_SAMPLES = 11
@@ -48,33 +47,6 @@ def teacher(tiny_folder: TinyFolder) -> Teacher:
 def reader(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> CacheReader:
     cache = tmp_path_factory.mktemp("stream") / "cache"
     return build_cache(cache, teacher, tiny_samples(NUM_SAMPLES), PAIRS, samples_per_shard=3)
-
-
-def stream_of(
-    reader: CacheReader,
-    encode: Encoder,
-    *,
-    seed: int = 0,
-    batch_size: int = 4,
-    micro_batch_size: int = 2,
-    rank: int = 0,
-    world_size: int = 1,
-    num_threads: int = 0,
-    objective: ObjectiveConfig | None = None,
-) -> TrainingStream:
-    plan = BatchPlan(
-        batch_size=batch_size, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size
-    )
-    return TrainingStream(
-        reader,
-        encode,
-        objective=objective or ObjectiveConfig(),
-        tier="topk+sketch",
-        pad_token_id=0,
-        seed=seed,
-        plan=plan,
-        num_threads=num_threads,
-    )
 
 
 def keys(batches: Iterator[StudentBatch], num_batches: int) -> list[str]:
@@ -157,6 +129,8 @@ def test_a_foreign_state_is_refused_with_the_field(reader: CacheReader, teacher:
 def test_uneven_micro_batches_and_positions_inside_a_step_are_refused() -> None:
     with pytest.raises(ValueError, match="choose a micro_batch_size that divides 3"):
         BatchPlan(batch_size=6, micro_batch_size=2, world_size=2)
+    with pytest.raises(ValueError, match="rank 2 of 2 workers"):
+        BatchPlan(batch_size=4, micro_batch_size=2, rank=2, world_size=2)
     plan = BatchPlan(batch_size=4, micro_batch_size=2)
     with pytest.raises(ValueError, match="position 2 is not a multiple"):
         next(plan.positions(2))

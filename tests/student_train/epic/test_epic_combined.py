@@ -9,23 +9,21 @@ import torch
 from torch import Tensor
 
 from pipeline.build.response_grid import with_grid
-from student_train.compression.compression import compress
 from student_train.config.objective import EpicName, ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainRecipe
-from student_train.data.batch_plan import BatchPlan
-from student_train.data.stream import StudentBatch, TrainingStream, parts_needed
-from student_train.models.forward import final_hidden, output_head
+from student_train.data.stream import StudentBatch, parts_needed
+from student_train.models.forward import output_head
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
 from tests.support.caches import build_cache
-from tests.support.deep import deep_model
+from tests.support.deep import compressed, deep_model
 from tests.support.epic import fixed, gradients, plan, save_deep, train_vanilla
 from tests.support.lazy import student_loss
-from tests.support.runs import SETTINGS, lines, tiny_cache
+from tests.support.runs import SETTINGS, lines, stream_of, tiny_cache
 from tests.support.tiny import tiny_samples
 
 SAMPLES = tiny_samples(5)
@@ -59,16 +57,9 @@ def student(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def batch_from(reader: CacheReader, student: Any, objective: ObjectiveConfig) -> StudentBatch:
-    stream = TrainingStream(
-        reader,
-        student[1].encode,
-        objective=objective,
-        tier="topk",
-        pad_token_id=0,
-        seed=0,
-        plan=BatchPlan(batch_size=len(SAMPLES), micro_batch_size=len(SAMPLES)),
-    )
-    return next(iter(stream))
+    sizes = {"batch_size": len(SAMPLES), "micro_batch_size": len(SAMPLES)}
+    encode = student[1].encode
+    return next(iter(stream_of(reader, encode, objective=objective, tier="topk", **sizes)))
 
 
 def loss_of(reader: CacheReader, student: Any, objective: ObjectiveConfig, step: Any) -> Any:
@@ -80,17 +71,17 @@ def loss_of(reader: CacheReader, student: Any, objective: ObjectiveConfig, step:
 def dense_divergence(teacher: Teacher, student: Any, batch: StudentBatch, step: Any) -> Tensor:
     """Forward KL of both models' whole logits, the teacher with what the grid drops, in loops."""
     model = student[0]
-    with compress(model, step.student, batch.model, step.student_draw) as found:
-        mine = output_head(model)(final_hidden(model, batch.model.inputs))
-    with compress(teacher.model, step.teacher, batch.model) as other:
-        theirs = output_head(teacher.model)(final_hidden(teacher.model, batch.model.inputs))
+    hidden, found = compressed(model, step.student, batch.model, step.student_draw)
+    mine = output_head(model)(hidden)
+    hidden, other = compressed(teacher.model, step.teacher, batch.model)
+    theirs = output_head(teacher.model)(hidden)
     size = teacher.head.vocab_size
     values: list[Tensor] = []
     for row, sample in enumerate(batch.model.samples):
         for position in sample.spans.predicting:
             where = torch.stack([position])
-            log_q = mine[row, found.layout.columns(row, where)[0], :size].log_softmax(dim=0)
-            log_p = theirs[row, other.layout.columns(row, where)[0], :size].log_softmax(dim=0)
+            log_q = mine[row, found.columns(row, where)[0], :size].log_softmax(dim=0)
+            log_p = theirs[row, other.columns(row, where)[0], :size].log_softmax(dim=0)
             values.append((log_p.exp() * (log_p - log_q)).sum())
     return torch.stack(values).mean()
 
@@ -99,9 +90,7 @@ def dense_divergence(teacher: Teacher, student: Any, batch: StudentBatch, step: 
 def test_of_all_logits_it_is_the_forward_divergence_from_the_teacher_that_drops_as_much(
     ratio: float, cached: float, teacher: Teacher, reader: CacheReader, student: Any
 ) -> None:
-    progression = fixed("random", ratio=ratio)
-    step = plan(progression)
-    step = replace(step, cached_ratio=cached)
+    step = replace(plan(fixed("random", ratio=ratio)), cached_ratio=cached)
     objective = preset("epic-cached-tcd")
     found = loss_of(reader, student, objective, step)
     batch = batch_from(reader, student, objective)

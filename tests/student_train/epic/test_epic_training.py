@@ -2,12 +2,10 @@
 
 import os
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
@@ -15,9 +13,18 @@ from student_train.config.recipe import TrainerSettings
 from student_train.epic.step_plan import plan_step
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError
-from tests.support.children import finish, kill_in_mid_run, start, start_ranks
-from tests.support.epic import fixed, save_deep, train_vanilla, train_vanilla_on_one_thread
-from tests.support.runs import SETTINGS, assert_same_run, lines, tiny_cache, weights
+from tests.support.children import finish, kill_in_mid_run, start
+from tests.support.epic import fixed, save_deep, train_vanilla
+from tests.support.runs import (
+    SETTINGS,
+    assert_nearly_same_run,
+    assert_same_run,
+    interrupted,
+    lines,
+    on_one_thread,
+    on_ranks,
+    tiny_cache,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,11 +94,7 @@ def test_resuming_mid_schedule_is_going_on_to_the_bit(
     step: int,
 ) -> None:
     whole, settings = undisturbed
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "final")
-    if step == 3:
-        shutil.rmtree(run / "checkpoint-6")
+    run = interrupted(tmp_path / "run", whole, step)
     train_vanilla(run, reader, vanilla, settings)
     assert_same_run(run, whole)
 
@@ -101,7 +104,7 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
 ) -> None:
     whole, settings = undisturbed
     run = tmp_path / "run"
-    work = (train_vanilla_on_one_thread, run, reader, vanilla, settings)
+    work = (on_one_thread, train_vanilla, run, reader, vanilla, settings)
     kill_in_mid_run(run / "metrics.jsonl", random.Random(os.getpid()).randint(1, 6), *work)
     assert finish(start(*work)) == [0]
     assert_same_run(run, whole)
@@ -113,27 +116,9 @@ def test_two_workers_drop_the_same_tokens_as_one(
     """DistributedDataParallel; one sample a micro-batch, so that only the means differ."""
     settings = replace(epic(progression=fixed("random")), max_steps=3, micro_batch_size=1)
     train_vanilla(tmp_path / "one", reader, vanilla, settings)
-    arguments = (tmp_path / "two", reader, vanilla, settings)
-    workers = start_ranks(2, train_vanilla_on_one_thread, *arguments)
-    assert finish(*workers) == [0, 0]
-    for line, wanted in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
-        for name in ("loss", "term/kd", "diagnostic/vision_tokens_kept"):
-            assert line[name] == pytest.approx(wanted[name], rel=1e-3), name
-    mine, theirs = weights(tmp_path / "two" / "final"), weights(tmp_path / "one" / "final")
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
-
-
-def test_micro_batches_change_no_difficulty_and_no_draw(
-    reader: CacheReader, vanilla: Path, tmp_path: Path
-) -> None:
-    runs: list[list[float]] = []
-    for micro in (1, 4):
-        settings = replace(epic(progression=fixed("random")), max_steps=2, micro_batch_size=micro)
-        train_vanilla(tmp_path / str(micro), reader, vanilla, settings)
-        names = ("diagnostic/student_ratio", "diagnostic/teacher_ratio")
-        runs.append([line[name] for line in lines(tmp_path / str(micro)) for name in names])
-    assert runs[0] == runs[1]
+    on_ranks(2, train_vanilla, tmp_path / "two", reader, vanilla, settings)
+    names = ("loss", "term/kd", "diagnostic/vision_tokens_kept")
+    assert_nearly_same_run(tmp_path / "two", tmp_path / "one", *names)
 
 
 @pytest.mark.parametrize("objective", ["emkd", "supervised", "epic-lcd"])

@@ -11,7 +11,6 @@ from torch import nn
 from student_train.compression.decoder import decoder_of
 from student_train.models.forward import output_head
 from tests.conftest import TinyFolder
-from tests.support.children import finish, start_ranks
 from tests.support.lazy import (
     DTensor,
     average_gradients,
@@ -23,12 +22,12 @@ from tests.support.lazy import (
     vanilla_student,
     whole_weights,
 )
+from tests.support.runs import on_ranks
 
 NUM_RANKS = 3  # which divides no number of rows here: parts differ in length
 
 
 def joined() -> int:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     return dist.get_rank()
 
@@ -71,7 +70,7 @@ def test_matrices_of_the_language_model_are_cut_and_can_be_put_together(
     family: str, tiny_folder: TinyFolder
 ) -> None:
     """A tied head and one of its own."""
-    assert finish(*start_ranks(NUM_RANKS, cut_and_put_together, tiny_folder(family))) == [0] * 3
+    on_ranks(NUM_RANKS, cut_and_put_together, tiny_folder(family))
 
 
 def mean_of_ranks(folder: Path) -> None:
@@ -97,4 +96,4 @@ def mean_of_ranks(folder: Path) -> None:
 
 
 def test_gradients_are_means_also_where_some_ranks_have_none(tiny_folder: TinyFolder) -> None:
-    assert finish(*start_ranks(NUM_RANKS, mean_of_ranks, tiny_folder("llava"))) == [0] * 3
+    on_ranks(NUM_RANKS, mean_of_ranks, tiny_folder("llava"))

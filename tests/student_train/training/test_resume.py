@@ -7,13 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError
-from tests.support.children import finish, kill_in_mid_run, start, start_ranks
-from tests.support.runs import SETTINGS, assert_same_run, lines, train, train_on_one_thread, weights
+from tests.support.children import finish, kill_in_mid_run, start
+from tests.support.runs import (
+    SETTINGS,
+    assert_nearly_same_run,
+    assert_same_run,
+    interrupted,
+    lines,
+    on_one_thread,
+    on_ranks,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +33,7 @@ def test_killed_at_any_moment_and_run_again_ends_with_the_same_bits(
     every_step = replace(SETTINGS, log_steps=1)
     straight = tmp_path / "straight"
     train(straight, reader, vanilla, every_step)
-    work = (train_on_one_thread, run, reader, vanilla, every_step)
+    work = (on_one_thread, train, run, reader, vanilla, every_step)
     kill_in_mid_run(run / "metrics.jsonl", random.Random(os.getpid()).randint(1, 6), *work)
     assert finish(start(*work)) == [0]
     assert_same_run(run, straight)
@@ -35,15 +43,9 @@ def test_two_workers_compute_what_one_computes_and_one_goes_on_from_them(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    workers = start_ranks(2, train_on_one_thread, run, reader, vanilla, SETTINGS)
-    assert finish(*workers) == [0, 0]
+    on_ranks(2, train, run, reader, vanilla, SETTINGS)
     for _ in range(2):
-        mine, theirs = weights(run / "final"), weights(undisturbed / "final")
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], atol=1e-5, rtol=1e-4)
-        for line, wanted in zip(lines(run), lines(undisturbed), strict=True):
-            assert line["samples"] == wanted["samples"]
-            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert_nearly_same_run(run, undisturbed, "samples", "loss", rel=1e-4)
         shutil.rmtree(run / "final")
         train(run, reader, vanilla)
 
@@ -53,9 +55,7 @@ def test_resuming_continues_logging_windows_and_drops_lines_of_lost_steps(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path, step: int
 ) -> None:
     """As if killed after the last step and before `final/`, with a half-written checkpoint."""
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    shutil.rmtree(run / "final")
+    run = interrupted(tmp_path / "run", undisturbed, 6)
     (run / "checkpoint-6" / CHECKPOINT_FILE).unlink() if step == 3 else None
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "loss": 1.0, "seconds": 50')  # torn by the kill
@@ -67,10 +67,7 @@ def test_resuming_continues_logging_windows_and_drops_lines_of_lost_steps(
 def test_how_often_to_log_may_change_between_attempts(
     undisturbed: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    shutil.rmtree(run / "final")
-    (run / "checkpoint-6" / CHECKPOINT_FILE).unlink()
+    run = interrupted(tmp_path / "run", undisturbed, 3)
     train(run, reader, vanilla, replace(SETTINGS, log_steps=1))
     assert [line["step"] for line in lines(run)] == [2, 4, 5, 6, 7]  # windows of 2 before step 3
 

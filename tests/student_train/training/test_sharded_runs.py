@@ -6,7 +6,6 @@ and again one rank runs the vision tower and the projector and the other does no
 
 import os
 import random
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +18,6 @@ import torch
 from student_train.config.objective import ObjectiveConfig, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import TrainingStream
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from student_train.training.trainable import set_trainable
@@ -29,15 +27,19 @@ from teacher_cache.records.assets import TeacherAssets
 from tests.conftest import TinyFolder
 from tests.support.caches import student_loader
 from tests.support.children import finish, kill_once_logged, start_ranks
-from tests.support.epic import save_deep, train_vanilla, train_vanilla_on_one_thread
+from tests.support.epic import save_deep, train_vanilla
 from tests.support.lazy import AutoModelForImageTextToText, student_loss
 from tests.support.runs import (
     SETTINGS,
+    assert_nearly_same_run,
     assert_same_run,
+    interrupted,
     lines,
+    on_one_thread,
+    on_ranks,
+    stream_of,
     tiny_cache,
     train,
-    train_on_one_thread,
     weights,
 )
 
@@ -65,24 +67,16 @@ def sharded(settings: TrainerSettings) -> TrainerSettings:
     return replace(settings, shard="fsdp")
 
 
-def assert_nearly_same_run(run: Path, other: Path) -> None:
-    """Equal weights and losses to rounding; a key's bias has no gradient but rounding errors."""
-    mine, theirs = weights(run / "final"), weights(other / "final")
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        atol = 3e-4 if name.endswith("k_proj.bias") else 1e-5
-        torch.testing.assert_close(mine[name], theirs[name], atol=atol, rtol=1e-4)
-    for line, wanted in zip(lines(run), lines(other), strict=True):
-        for name in ("loss", "grad_norm", "learning_rate", "samples"):
-            assert line[name] == pytest.approx(wanted[name], rel=1e-3), name
+def assert_nearly_same(run: Path, other: Path) -> None:
+    names = ("loss", "grad_norm", "learning_rate", "samples")
+    assert_nearly_same_run(run, other, *names, key_bias=3e-4)
 
 
 @pytest.fixture(scope="module")
 def straight(reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded run that nothing has disturbed."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    arguments = (run, reader, vanilla, sharded(EVERY_STEP))
-    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
+    on_ranks(2, train, run, reader, vanilla, sharded(EVERY_STEP))
     return run
 
 
@@ -96,17 +90,9 @@ def whole(reader: CacheReader, vanilla: Path, tmp_path_factory: pytest.TempPathF
 
 def both_streams(reader: CacheReader, model: Any, processor: Any) -> list[TrainingStream]:
     """What each of the two ranks reads."""
+    encode = SampleEncoder(processor, model.config).encode
     return [
-        TrainingStream(
-            reader,
-            SampleEncoder(processor, model.config).encode,
-            objective=ONE.objective,
-            tier="topk+sketch",
-            pad_token_id=0,
-            seed=ONE.seed,
-            plan=BatchPlan(batch_size=4, micro_batch_size=1, rank=rank, world_size=2),
-        )
-        for rank in range(2)
+        stream_of(reader, encode, micro_batch_size=1, rank=rank, world_size=2) for rank in (0, 1)
     ]
 
 
@@ -125,9 +111,8 @@ def test_two_sharded_workers_compute_what_one_computes(
 ) -> None:
     settings = replace(CASES[case], max_steps=4)
     train(tmp_path / "one", reader, vanilla, settings)
-    arguments = (tmp_path / "two", reader, vanilla, sharded(settings))
-    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
-    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+    on_ranks(2, train, tmp_path / "two", reader, vanilla, sharded(settings))
+    assert_nearly_same(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_tied_head_gets_the_gradients_of_both_its_uses(
@@ -136,9 +121,8 @@ def test_a_tied_head_gets_the_gradients_of_both_its_uses(
     tied, settings = tiny_folder("llava_next"), replace(ONE, max_steps=3)
     reader = tiny_cache(tmp_path / "cache", tied)
     train(tmp_path / "one", reader, tied, settings)
-    arguments = (tmp_path / "two", reader, tied, sharded(settings))
-    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
-    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+    on_ranks(2, train, tmp_path / "two", reader, tied, sharded(settings))
+    assert_nearly_same(tmp_path / "two", tmp_path / "one")
     assert "lm_head.weight" not in weights(tmp_path / "two" / "final")
 
 
@@ -153,9 +137,8 @@ def test_epic_runs_its_second_pass_on_all_ranks_or_none(tmp_path: Path) -> None:
         gradient_checkpointing=True,
     )
     train_vanilla(tmp_path / "one", reader, vanilla, settings)
-    arguments = (tmp_path / "two", reader, vanilla, sharded(settings))
-    assert finish(*start_ranks(2, train_vanilla_on_one_thread, *arguments)) == [0, 0]
-    assert_nearly_same_run(tmp_path / "two", tmp_path / "one")
+    on_ranks(2, train_vanilla, tmp_path / "two", reader, vanilla, sharded(settings))
+    assert_nearly_same(tmp_path / "two", tmp_path / "one")
     assert any(line["term/kd"] > 1e-6 for line in lines(tmp_path / "two"))
 
 
@@ -163,8 +146,7 @@ def test_the_logged_gradient_norms_are_those_of_the_mean_over_the_ranks(
     reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     settings = replace(ONE, max_steps=1, grad_norm_steps=1, log_steps=1)
-    arguments = (tmp_path / "two", reader, vanilla, sharded(settings))
-    assert finish(*start_ranks(2, train_on_one_thread, *arguments)) == [0, 0]
+    on_ranks(2, train, tmp_path / "two", reader, vanilla, sharded(settings))
     model, processor = student_loader(vanilla)()
     set_trainable(model, settings.train_parts)
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
@@ -183,7 +165,7 @@ def test_killed_and_run_again_it_goes_on_and_ends_with_the_same_bits(
     straight: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    work = (train_on_one_thread, run, reader, vanilla, sharded(EVERY_STEP))
+    work = (on_one_thread, train, run, reader, vanilla, sharded(EVERY_STEP))
     log, num_lines = run / "metrics.jsonl", random.Random(os.getpid()).randint(4, 6)
     kill_once_logged(log, num_lines, *start_ranks(2, *work))
     assert (run / "checkpoint-3" / CHECKPOINT_FILE).exists()
@@ -195,18 +177,17 @@ def test_an_unsharded_run_goes_on_from_a_sharded_ones_files(
     straight: Path, whole: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     assert_same_files(straight, whole)
-    resumed = begun(tmp_path / "run", straight)
+    resumed = interrupted(tmp_path / "run", straight, 3)
     train(resumed, reader, vanilla, EVERY_STEP)
-    assert_nearly_same_run(resumed, whole)
+    assert_nearly_same(resumed, whole)
 
 
 def test_a_sharded_run_goes_on_from_an_unsharded_ones_with_any_number_of_workers(
     whole: Path, reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    resumed = begun(tmp_path / "run", whole)
-    arguments = (resumed, reader, vanilla, sharded(EVERY_STEP))
-    assert finish(*start_ranks(4, train_on_one_thread, *arguments)) == [0] * 4
-    assert_nearly_same_run(resumed, whole)
+    resumed = interrupted(tmp_path / "run", whole, 3)
+    on_ranks(4, train, resumed, reader, vanilla, sharded(EVERY_STEP))
+    assert_nearly_same(resumed, whole)
 
 
 def test_what_is_left_is_a_plain_model(straight: Path) -> None:
@@ -224,14 +205,6 @@ def test_what_cannot_be_sharded_is_refused(
     with pytest.raises(ValueError, match="take dtype bfloat16"):
         replace(ONE, shard="fsdp", dtype="float16")
     assert not (tmp_path / "run").exists()
-
-
-def begun(run: Path, whole: Path) -> Path:
-    """A copy of a run as it was when it was killed after step 5."""
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "final")
-    shutil.rmtree(run / "checkpoint-6")
-    return run
 
 
 def assert_same_files(run: Path, other: Path) -> None:

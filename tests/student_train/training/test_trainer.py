@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from student_train.config.objective import ObjectiveConfig, preset
-from student_train.data.batch_plan import BatchPlan
-from student_train.data.stream import TrainingStream
 from student_train.training.checkpoint import RunIdentity
 from student_train.training.trainable import set_trainable
 from teacher_cache.folder.reader import CacheReader
@@ -28,7 +26,7 @@ from tests.support.lazy import (
     student_loss,
     train_student,
 )
-from tests.support.runs import SETTINGS, lines, tiny_cache, train, weights
+from tests.support.runs import SETTINGS, lines, stream_of, tiny_cache, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,15 +133,8 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
     train(tmp_path / "run", reader, vanilla, settings)
     model, processor = student_loader(vanilla)()
     set_trainable(model, settings.train_parts)
-    stream = TrainingStream(
-        reader,
-        SampleEncoder(processor, model.config).encode,
-        objective=settings.objective,
-        tier="topk+sketch",
-        pad_token_id=0,
-        seed=settings.seed,
-        plan=BatchPlan(batch_size=4, micro_batch_size=micro),
-    )
+    encode = SampleEncoder(processor, model.config).encode
+    stream = stream_of(reader, encode, objective=settings.objective, micro_batch_size=micro)
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
     batches = islice(stream, 4 // micro)
     totals = [student_loss(model, batch, settings.objective, assets).total for batch in batches]
