@@ -62,6 +62,12 @@ SHAPES = (
 )
 
 
+def normal(seed: int, *shape: int) -> Tensor:
+    """Normal numbers in float64, the same for a seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomBatch:
     states: list[SampleStates]
@@ -139,7 +145,7 @@ def random_batch(
     """Normal states and heads; the student's head has a few rows more than the teacher's."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def next_normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     states: list[SampleStates] = []
@@ -160,9 +166,9 @@ def random_batch(
         states.append(
             SampleStates(
                 views=student_views,
-                vision=normal(num_student, student_width).requires_grad_(),
-                text=normal(num_text, student_width).requires_grad_(),
-                predicting=normal(shape.response, student_width).requires_grad_(),
+                vision=next_normal(num_student, student_width).requires_grad_(),
+                text=next_normal(num_text, student_width).requires_grad_(),
+                predicting=next_normal(shape.response, student_width).requires_grad_(),
                 text_is_response=is_response[after_image],
                 response_ids=content_ids[is_response],
                 content_ids=content_ids,
@@ -175,20 +181,20 @@ def random_batch(
                 is_response=is_response,
                 after_image=after_image,
                 hidden=HiddenRecord(
-                    vision=normal(num_teacher, teacher_width),
-                    text=normal(num_text, teacher_width),
-                    predicting=normal(shape.response, teacher_width),
+                    vision=next_normal(num_teacher, teacher_width),
+                    text=next_normal(num_text, teacher_width),
+                    predicting=next_normal(shape.response, teacher_width),
                 ),
             )
         )
     student_head = nn.Linear(student_width, student_vocab_size, bias=False, dtype=dtype)
     with torch.no_grad():
-        student_head.weight.copy_(normal(student_vocab_size, student_width))
+        student_head.weight.copy_(next_normal(student_vocab_size, student_width))
     return RandomBatch(
         states=states,
         hidden_outputs=outputs,
         student_head=student_head,
-        teacher_head=LmHead(weight=normal(vocab_size, teacher_width)),
+        teacher_head=LmHead(weight=next_normal(vocab_size, teacher_width)),
     )
 
 

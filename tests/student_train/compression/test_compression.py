@@ -13,7 +13,7 @@ from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
 
 COMPRESSORS = ("dart", "fastv", "random")
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3")
@@ -25,10 +25,6 @@ MODELS = [
     ("qwen2_5_vl", "qwen2_vl"),
 ]
 PYRAMID = (DropStage(layer=1, ratio=0.25), DropStage(layer=3, ratio=0.5))
-
-
-def at(ratio: float, compressor: str = "dart", layer: int = 2) -> CompressionSettings:
-    return CompressionSettings.at_layer(layer, ratio, compressor)
 
 
 @torch.no_grad()
@@ -60,40 +56,31 @@ def by_hand(model: Any, sample: EncodedSample, kept: dict[int, Tensor]) -> Tenso
 def test_a_batch_is_each_samples_remaining_layers_on_its_own_kept_tokens(
     family: str, decoder: str | None, side: Literal["left", "right"], tiny_folder: TinyFolder
 ) -> None:
-    model, processor = deep_model(tiny_folder(family), decoder)
-    samples = encode(model, processor)
-    batch = batch_of(samples, side)
+    model, batch = deep_batch(tiny_folder(family), side, decoder=decoder)
     for compressor in COMPRESSORS:
         settings = at(0.5, compressor)
-        with compress(model, settings, batch) as found, torch.no_grad():
-            hidden = final_hidden(model, batch.inputs)
-        for row, sample in enumerate(samples):
-            kept = found.layout.rows[row]
+        hidden, layout = compressed(model, settings, batch)
+        for row, sample in enumerate(batch.samples):
+            kept = layout.rows[row]
             vision = sample.spans.vision
             text = torch.arange(sample.num_tokens)
             text = text[~torch.isin(text, vision)]
-            assert bool(found.layout.kept(row, text).all())
+            assert bool(layout.kept(row, text).all())
             assert (len(kept) < sample.num_tokens) == (len(vision) > 0)
             wanted = by_hand(model, sample, {2: kept})
-            states = hidden[row, found.layout.columns(row, kept)]
+            states = hidden[row, layout.columns(row, kept)]
             torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
-            alone = batch_of([sample])
-            with compress(model, settings, alone) as one, torch.no_grad():
-                states = final_hidden(model, alone.inputs)[0]
-            assert one.layout.rows[0].tolist() == kept.tolist()
-            torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
+            states, alone = compressed(model, settings, batch_of([sample]))
+            assert alone.rows[0].tolist() == kept.tolist()
+            torch.testing.assert_close(states[0], wanted, rtol=0, atol=5e-6)
 
 
 def test_in_double_precision_the_difference_is_rounding(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("qwen2_5_vl"))
-    model.double()
-    samples = encode(model, processor)
-    batch = batch_of(samples)
-    with compress(model, at(0.5), batch) as found, torch.no_grad():
-        hidden = final_hidden(model, batch.inputs)
-    for row, sample in enumerate(samples):
-        kept = found.layout.rows[row]
-        states = hidden[row, found.layout.columns(row, kept)]
+    model, batch = deep_batch(tiny_folder("qwen2_5_vl"))
+    hidden, layout = compressed(model.double(), at(0.5), batch)
+    for row, sample in enumerate(batch.samples):
+        kept = layout.rows[row]
+        states = hidden[row, layout.columns(row, kept)]
         torch.testing.assert_close(states, by_hand(model, sample, {2: kept}), rtol=0, atol=1e-12)
 
 
@@ -101,22 +88,18 @@ def test_in_double_precision_the_difference_is_rounding(tiny_folder: TinyFolder)
 def test_a_pyramid_drops_at_each_stage_a_share_of_what_is_left(
     attention: str, tiny_folder: TinyFolder
 ) -> None:
-    model, processor = deep_model(tiny_folder("llava"), attention=attention)
-    samples = encode(model, processor)
-    batch = batch_of(samples, "left")
+    model, batch = deep_batch(tiny_folder("llava"), "left", attention=attention)
     both = CompressionSettings(compressor="fastv", stages=PYRAMID)
-    with compress(model, replace(both, stages=PYRAMID[:1]), batch) as first, torch.no_grad():
-        final_hidden(model, batch.inputs)
-    with compress(model, both, batch) as found, torch.no_grad():
-        hidden = final_hidden(model, batch.inputs)
-    for row, sample in enumerate(samples):
+    _, first = compressed(model, replace(both, stages=PYRAMID[:1]), batch)
+    hidden, last = compressed(model, both, batch)
+    for row, sample in enumerate(batch.samples):
         vision = sample.spans.vision
-        kept = found.layout.rows[row]
-        assert int(first.layout.kept(row, vision).sum()) == len(vision) * 3 // 4
-        assert int(found.layout.kept(row, vision).sum()) == len(vision) * 3 // 8
-        assert bool(first.layout.kept(row, kept).all())
-        wanted = by_hand(model, sample, {1: first.layout.rows[row], 3: kept})
-        states = hidden[row, found.layout.columns(row, kept)]
+        kept = last.rows[row]
+        assert int(first.kept(row, vision).sum()) == len(vision) * 3 // 4
+        assert int(last.kept(row, vision).sum()) == len(vision) * 3 // 8
+        assert bool(first.kept(row, kept).all())
+        wanted = by_hand(model, sample, {1: first.rows[row], 3: kept})
+        states = hidden[row, last.columns(row, kept)]
         torch.testing.assert_close(states, wanted, rtol=0, atol=5e-6)
 
 
@@ -124,14 +107,13 @@ def test_a_pyramid_drops_at_each_stage_a_share_of_what_is_left(
 def test_at_ratio_0_and_behind_the_last_layer_not_a_bit_changes(
     compressor: str, tiny_folder: TinyFolder
 ) -> None:
-    model, processor = deep_model(tiny_folder("llava_next"))
-    batch = batch_of(encode(model, processor))
+    model, batch = deep_batch(tiny_folder("llava_next"))
     with torch.no_grad():
         untouched = final_hidden(model, batch.inputs)
         for settings in (at(0.0, compressor), at(0.75, compressor, layer=4)):
-            with compress(model, settings, batch) as found:
-                assert torch.equal(final_hidden(model, batch.inputs), untouched)
-            assert bool((found.layout.is_token == batch.inputs["attention_mask"].bool()).all())
+            hidden, layout = compressed(model, settings, batch)
+            assert torch.equal(hidden, untouched)
+            assert bool((layout.is_token == batch.inputs["attention_mask"].bool()).all())
 
 
 def test_text_alone_is_untouched_to_the_bit(tiny_folder: TinyFolder) -> None:
@@ -139,15 +121,13 @@ def test_text_alone_is_untouched_to_the_bit(tiny_folder: TinyFolder) -> None:
     batch = batch_of([encode(model, processor)[2]])
     with torch.no_grad():
         untouched = final_hidden(model, batch.inputs)
-        with compress(model, at(0.9), batch):
-            assert torch.equal(final_hidden(model, batch.inputs), untouched)
+    assert torch.equal(compressed(model, at(0.9), batch)[0], untouched)
 
 
 def test_afterwards_the_model_is_as_before_also_when_the_pass_failed(
     tiny_folder: TinyFolder,
 ) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
-    batch = batch_of(encode(model, processor))
+    model, batch = deep_batch(tiny_folder("llava"))
     names = list(model.state_dict())
     with torch.no_grad():
         untouched = final_hidden(model, batch.inputs)  # puts transformers' own hooks in place

@@ -12,7 +12,7 @@ from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, batch_of, deep_model, encode
 from tests.support.lazy import DynamicCache, StaticCache
 from tests.support.tiny import tiny_samples
 
@@ -92,8 +92,7 @@ def test_at_ratio_0_generation_is_the_uncompressed_models(tiny_folder: TinyFolde
     model, processor = deep_model(tiny_folder("llava_next"))
     batch = prompts(model, processor)
     plain = generate(model, batch)
-    stages = (DropStage(layer=2, ratio=0.0),)
-    with compress(model, CompressionSettings(compressor="fastv", stages=stages), batch):
+    with compress(model, at(0.0, "fastv"), batch):
         compressed = generate(model, batch)
     for one, other in zip(plain.logits, compressed.logits, strict=True):
         assert torch.equal(one, other)
@@ -128,7 +127,7 @@ def test_a_static_cache_gives_what_a_growing_one_gives(tiny_folder: TinyFolder) 
 def test_passes_that_are_not_of_the_batch_are_refused(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     batch = prompts(model, processor)
-    settings = CompressionSettings.at_layer(2, 0.5)
+    settings = at(0.5)
     with torch.no_grad():
         foreign = model(**batch.inputs, use_cache=True).past_key_values
     ids = torch.full((5, 1), 3)

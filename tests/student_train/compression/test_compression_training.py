@@ -13,7 +13,7 @@ from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden, output_head
 from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
 from tests.support.lazy import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -54,8 +54,7 @@ def gradients(
 def test_checkpointing_changes_no_gradient(
     family: str, compressor: str, tiny_folder: TinyFolder
 ) -> None:
-    model, processor = deep_model(tiny_folder(family))
-    batch = batch_of(encode(model, processor))
+    model, batch = deep_batch(tiny_folder(family))
     plain = gradients(model, batch, compressor, checkpointing=False)
     assert sum(1 for n in plain if ".layers.3." in n) > 5
     for inside in (False, True):
@@ -69,8 +68,7 @@ def test_checkpointing_changes_no_gradient(
 def test_dropped_tokens_have_no_gradient_behind_the_stage(tiny_folder: TinyFolder) -> None:
     """Only through the layers below, as keys and values of tokens that stay."""
     model, processor = deep_model(tiny_folder("llava"))
-    (sample,) = encode(model, processor, tiny_samples(1))
-    batch = batch_of([sample])
+    batch = batch_of(encode(model, processor, tiny_samples(1)))
     seen: list[Tensor] = []
 
     def keep_gradient(_module: Any, args: Any) -> None:
@@ -78,11 +76,10 @@ def test_dropped_tokens_have_no_gradient_behind_the_stage(tiny_folder: TinyFolde
         seen.append(args[0])
 
     hook = model.get_decoder().layers[2].register_forward_pre_hook(keep_gradient)
-    settings = CompressionSettings.at_layer(2, 0.75, "fastv")
-    with compress(model, settings, batch) as found:
+    with compress(model, at(0.75, "fastv"), batch) as found:
         final_hidden(model, batch.inputs).sum().backward()
     hook.remove()
-    dropped = ~found.layout.kept(0, torch.arange(sample.num_tokens))
+    dropped = ~found.layout.kept(0, torch.arange(batch.samples[0].num_tokens))
     assert int(dropped.sum()) == 12
     assert seen[0].grad is not None
     assert bool((seen[0].grad[0, dropped] == 0).all())
@@ -95,12 +92,10 @@ def test_a_student_with_few_tokens_is_compressed_too_and_saved_as_it_was(
 ) -> None:
     loaded: Any = student_from_vanilla(str(tiny_folder(family)), stride=2)
     student, processor = loaded
-    samples = encode(student, processor)
-    batch = batch_of(samples)
-    settings = CompressionSettings.at_layer(1, 0.75)
+    batch = batch_of(encode(student, processor))
     shapes = {name: tuple(weight.shape) for name, weight in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    with compress(student, settings, batch) as found:
+    with compress(student, at(0.75, layer=1), batch):
         final_hidden(student, batch.inputs).pow(2).mean().backward()
         optimizer.step()
         student.save_pretrained(tmp_path)
@@ -110,10 +105,8 @@ def test_a_student_with_few_tokens_is_compressed_too_and_saved_as_it_was(
         expected = final_hidden(student.eval(), batch.inputs)
         assert torch.equal(final_hidden(again, batch.inputs), expected)
         for ratio in (0.25, 0.9):
-            other = CompressionSettings.at_layer(1, ratio, "random")
-            with compress(again, other, batch) as found:
-                hidden = final_hidden(again, batch.inputs)
-            assert hidden.shape[1] == found.layout.length < expected.shape[1]
+            hidden, layout = compressed(again, at(ratio, "random", layer=1), batch)
+            assert hidden.shape[1] == layout.length < expected.shape[1]
             assert output_head(again)(hidden).shape[:2] == hidden.shape[:2]
 
 
@@ -146,12 +139,10 @@ def test_a_kernel_that_takes_lengths_instead_of_masks_gives_the_same(
 ) -> None:
     AttentionInterface.register("by_lengths", by_lengths)
     AttentionMaskInterface.register("by_lengths", flash_attention_mask)
-    model, processor = deep_model(tiny_folder(family))
-    batch = batch_of(encode(model, processor), "left")
+    model, batch = deep_batch(tiny_folder(family), "left")
     outputs: list[Tensor] = []
     for attention in ("sdpa", "by_lengths"):
         model.get_decoder().set_attn_implementation(attention)
-        with compress(model, pyramid(compressor), batch) as found, torch.no_grad():
-            hidden = final_hidden(model, batch.inputs)
-        outputs.append(hidden[found.layout.is_token])
+        hidden, layout = compressed(model, pyramid(compressor), batch)
+        outputs.append(hidden[layout.is_token])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=5e-6)

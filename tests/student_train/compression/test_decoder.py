@@ -6,41 +6,24 @@ import pytest
 from torch import nn
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
-from tests.support.deep import deep_model
+from tests.support.deep import at, deep_model
 from tests.support.lazy import GPT2Config, GPT2LMHeadModel
-
-
-def settings(layer: int = 2, compressor: str = "dart") -> CompressionSettings:
-    return CompressionSettings.at_layer(layer, 0.5, compressor)
-
-
-@pytest.mark.parametrize(
-    "family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3"]
-)
-def test_every_family_has_a_decoder_that_can_be_compressed(
-    family: str, tiny_folder: TinyFolder
-) -> None:
-    model, _ = deep_model(tiny_folder(family))
-    for compressor in ("dart", "fastv", "random"):
-        assert require_compressible(model, settings(2, compressor)).name == compressor
-    assert len(decoder_of(model).layers) == 4
 
 
 def test_a_stage_beyond_the_model_is_refused_and_one_behind_the_last_layer_is_not(
     tiny_folder: TinyFolder,
 ) -> None:
     model, _ = deep_model(tiny_folder("llava"))
-    require_compressible(model, settings(4))
+    require_compressible(model, at(0.5, layer=4))
     with pytest.raises(ValueError, match=r"layer 5, but the decoder of LlavaFor.* has 4 layers"):
-        require_compressible(model, settings(5))
+        require_compressible(model, at(0.5, layer=5))
 
 
 def test_other_decoders_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10))
     with pytest.raises(ValueError, match=r"is a gpt2; tokens can be dropped inside llama, "):
-        require_compressible(model, settings(1))
+        require_compressible(model, at(0.5, layer=1))
 
 
 @pytest.mark.parametrize("decoder", ["mistral", None])
@@ -55,7 +38,7 @@ def test_sliding_windows_are_refused(decoder: str | None, tiny_folder: TinyFolde
         window |= {"layer_types": None}
     model, _ = deep_model(tiny_folder("llava"), decoder, **window)
     with pytest.raises(ValueError, match="windows would count dropped tokens"):
-        require_compressible(model, settings())
+        require_compressible(model, at(0.5))
 
 
 def test_an_attention_that_shows_no_weights_is_refused_to_all_but_random(
@@ -68,12 +51,12 @@ def test_an_attention_that_shows_no_weights_is_refused_to_all_but_random(
     with pytest.raises(
         ValueError, match=r"'fastv' needs .* of layer 1, but its Qwen2Attention lacks q_proj"
     ):
-        require_compressible(model, settings(2, "fastv"))
-    require_compressible(model, settings(2, "random"))
-    require_compressible(model, settings(3, "fastv"))
+        require_compressible(model, at(0.5, "fastv"))
+    require_compressible(model, at(0.5, "random"))
+    require_compressible(model, at(0.5, "fastv", layer=3))
 
 
 def test_an_unknown_compressor_is_refused(tiny_folder: TinyFolder) -> None:
     model, _ = deep_model(tiny_folder("llava"))
     with pytest.raises(ValueError, match="compressor is 'darts', expected one of dart, "):
-        require_compressible(model, settings(2, "darts"))
+        require_compressible(model, at(0.5, "darts"))

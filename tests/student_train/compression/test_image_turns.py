@@ -6,30 +6,17 @@ import torch
 
 from student_train.compression.image_turns import ImageTurn, image_turns
 from teacher_cache.models.collate import EncodedSample
-from teacher_cache.schema.samples import TokenSpans, ViewGrid
+from tests.support.deep import made_up_sample
 
 # <bos> V V u u <ctl> r r | u V V V u <ctl> r r
 VISION = [[1, 2], [9, 10, 11]]
-CONTENT = [3, 4, 6, 7, 8, 12, 14, 15]
-RESPONSE = [6, 7, 14, 15]
 
 
 def encoded(num_tokens: int = 16) -> EncodedSample:
     """Two turns with an image each, or the beginning of them."""
-    vision = [place for turn in VISION for place in turn if place < num_tokens]
-    content = torch.tensor([place for place in CONTENT if place < num_tokens])
-    views = [ViewGrid(image=n, view=0, rows=1, cols=len(turn)) for n, turn in enumerate(VISION)]
-    spans = TokenSpans(
-        views=tuple(views[: 1 + (num_tokens > 11)]),
-        vision=torch.tensor(vision),
-        content=content,
-        content_ids=content,
-        is_response=torch.isin(content, torch.tensor(RESPONSE)),
-        after_image=content > 1,
-    )
-    ids = torch.zeros(num_tokens, dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": ids + 1}
-    return EncodedSample(key="k", source_id="two turns", inputs=inputs, spans=spans)
+    places = ([1, 2, 9, 10, 11], [3, 4, 8, 12], [6, 7, 14, 15])
+    vision, text, response = ([p for p in kind if p < num_tokens] for kind in places)
+    return made_up_sample(num_tokens, vision, text, response, "two turns")
 
 
 def as_lists(turns: tuple[ImageTurn, ...]) -> list[tuple[list[int], list[int], int]]:

@@ -5,13 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from student_train.compression.decoder import decoder_of
 from student_train.compression.image_turns import image_turns
-from student_train.config.compression import CompressionSettings
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, batch_of, compressed, deep_batch
 from tests.support.lazy import DynamicCache
 
 LAYER = 2
@@ -29,7 +27,7 @@ MODELS = [
 def test_evidence_is_what_an_eager_model_with_a_cache_computes(
     family: str, decoder: str | None, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor = deep_model(tiny_folder(family), decoder, attention="eager")
+    model, batch = deep_batch(tiny_folder(family), "left", decoder=decoder, attention="eager")
     seen: list[CompressorInputs] = []
 
     def look(inputs: CompressorInputs, _ratio: float) -> torch.Tensor:
@@ -39,12 +37,8 @@ def test_evidence_is_what_an_eager_model_with_a_cache_computes(
     every: Any = frozenset({"states", "keys", "attention", "random_words"})
     witness = Compressor(name="witness", needs=every, keep=look)
     monkeypatch.setitem(COMPRESSORS, "witness", witness)
-    samples = encode(model, processor)
-    settings = CompressionSettings.at_layer(LAYER, 0.5, "witness")
-    batch = batch_of(samples, "left")
-    with compress(model, settings, batch), torch.no_grad():
-        model(**batch.inputs)
-    expected = [(s, turn) for s in samples for turn in image_turns(s, "instruction")]
+    compressed(model, at(0.5, "witness", LAYER), batch)
+    expected = [(s, turn) for s in batch.samples for turn in image_turns(s, "instruction")]
     assert len(seen) == len(expected) == 4
     for inputs, (sample, turn) in zip(seen, expected, strict=True):
         alone = batch_of([sample]).inputs

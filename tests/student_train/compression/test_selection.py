@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.compression.compression import compress
 from student_train.compression.compressors import find_compressor
 from student_train.compression.image_turns import image_turns
 from student_train.compression.layer_view import AttentionRecorder, LayerView
@@ -18,12 +17,11 @@ from student_train.compression.selection import TokenSelector
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.data.seeded_random import random_words
 from student_train.data.token_layout import layout_of
-from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.samples import Message, Sample, TokenSpans, ViewGrid, make_sample
+from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, batch_of, compressed, deep_model, encode, made_up_sample
 from tests.support.epic_references import (
     attention_by_loops,
     dart_by_loops,
@@ -44,22 +42,8 @@ def made_up(sizes: list[tuple[int, int, int]], name: str) -> EncodedSample:
         kinds += ["vision"] * num_vision + ["text"] * num_text + ["control"]
         kinds += ["response"] * num_response + ["control"]
     where = {kind: [n for n, k in enumerate(kinds) if k == kind] for kind in set(kinds)}
-    vision = torch.tensor(where.get("vision", []), dtype=torch.int64)
-    response = torch.tensor(where.get("response", []), dtype=torch.int64)
-    text = torch.tensor(where.get("text", []), dtype=torch.int64)
-    content = torch.cat([text, response]).sort().values
-    views = [ViewGrid(image=0, view=n, rows=1, cols=1) for n in range(len(vision))]
-    spans = TokenSpans(
-        views=tuple(views),
-        vision=vision,
-        content=content,
-        content_ids=content,
-        is_response=torch.isin(content, response),
-        after_image=torch.zeros_like(content, dtype=torch.bool),
-    )
-    ids = torch.zeros(len(kinds), dtype=torch.int64)
-    inputs = {"input_ids": ids, "attention_mask": ids + 1}
-    return EncodedSample(key=name, source_id=name, inputs=inputs, spans=spans)
+    vision, text, response = (where.get(kind, []) for kind in ("vision", "text", "response"))
+    return made_up_sample(len(kinds), vision, text, response, name)
 
 
 def heads(flat: torch.Tensor, angles: torch.Tensor) -> list[list[float]]:
@@ -153,11 +137,9 @@ def answered(answer: str) -> Sample:
 def kept_vision(
     model: Any, samples: Sequence[Any], chosen: CompressionSettings, draw: int = 0
 ) -> list[list[int]]:
-    batch = batch_of(samples)
-    with compress(model, chosen, batch, draw) as found, torch.no_grad():
-        final_hidden(model, batch.inputs)
+    _, layout = compressed(model, chosen, batch_of(samples), draw)
     return [
-        sample.spans.vision[found.layout.kept(row, sample.spans.vision)].tolist()
+        sample.spans.vision[layout.kept(row, sample.spans.vision)].tolist()
         for row, sample in enumerate(samples)
     ]
 
@@ -171,7 +153,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
     answers = ["a red square, one digit.", "two digits.", "describe the picture: blue, a word"]
     samples = [encoder.encode(answered(answer)) for answer in answers]
     prompt = encoder.encode_prompt(answered("a red square"))
-    chosen = CompressionSettings.at_layer(2, 0.5, compressor)
+    chosen = at(0.5, compressor)
     one_by_one = [kept_vision(model, [sample], chosen)[0] for sample in [*samples, prompt]]
     assert len({tuple(kept) for kept in one_by_one}) == 1
     assert kept_vision(model, [*samples, prompt], chosen) == one_by_one
@@ -182,7 +164,7 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
 def test_the_draw_and_the_sample_decide_what_random_keeps(tiny_folder: TinyFolder) -> None:
     model, processor = deep_model(tiny_folder("llava"))
     samples = encode(model, processor)
-    chosen = CompressionSettings.at_layer(2, 0.75, "random")
+    chosen = at(0.75, "random")
     kept = kept_vision(model, samples, chosen)
     assert kept == kept_vision(model, samples, chosen)
     assert kept[::-1] == kept_vision(model, samples[::-1], chosen)

@@ -1,32 +1,15 @@
 """Running the upper layers once more is a second whole pass, without the layers below."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from student_train.compression.compression import compress
-from student_train.config.compression import CompressionSettings
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.models.forward import final_hidden
-from teacher_cache.models.collate import ModelBatch
 from tests.conftest import TinyFolder
-from tests.support.deep import batch_of, deep_model, encode
+from tests.support.deep import at, compressed, deep_batch
 
 LAYER = 2
-
-
-def at(ratio: float, compressor: str = "dart", layer: int = LAYER) -> CompressionSettings:
-    return CompressionSettings.at_layer(layer, ratio, compressor)
-
-
-@torch.no_grad()
-def whole_pass(
-    model: Any, settings: CompressionSettings, batch: ModelBatch, draw: int
-) -> tuple[Tensor, Tensor]:
-    with compress(model, settings, batch, draw) as found:
-        return final_hidden(model, batch.inputs), found.layout.positions
 
 
 @pytest.mark.parametrize("compressor", ["dart", "fastv", "random"])
@@ -35,18 +18,17 @@ def whole_pass(
 def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
     family: str, compressor: str, checkpointing: bool, tiny_folder: TinyFolder
 ) -> None:
-    model, processor = deep_model(tiny_folder(family))
+    model, batch = deep_batch(tiny_folder(family), "left")
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    batch = batch_of(encode(model, processor), "left")
     student_settings = at(0.75, compressor)
-    expected = whole_pass(model, student_settings, batch, 0)
+    expected = compressed(model, student_settings, batch, 0)
     # This order is the harder one: the hooks of `compress` are there first.
     with compress(model, student_settings, batch) as found, record_entry(model, LAYER) as entry:
         student = final_hidden(model, batch.inputs)
     assert torch.equal(student, expected[0])
-    assert torch.equal(found.layout.positions, expected[1])
+    assert torch.equal(found.layout.positions, expected[1].positions)
     ran: list[int] = []
     hooks = [
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -59,27 +41,25 @@ def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
                 model, entry, at(ratio, compressor, layer), batch, draw
             )
         assert ran == [2, 3]
-        wanted = whole_pass(model, at(ratio, compressor, layer), batch, draw)
+        wanted = compressed(model, at(ratio, compressor, layer), batch, draw)
         assert torch.equal(hidden, wanted[0])
-        assert torch.equal(layout.positions, wanted[1])
+        assert torch.equal(layout.positions, wanted[1].positions)
     for hook in hooks:
         hook.remove()
     student.sum().backward()
 
 
 def test_the_second_pass_has_the_precision_of_the_first(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
-    batch = batch_of(encode(model, processor))
+    model, batch = deep_batch(tiny_folder("llava"))
     with record_entry(model, LAYER) as entry, torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             final_hidden(model, batch.inputs)
-            wanted = whole_pass(model, at(0.5), batch, 0)[0]
+            wanted = compressed(model, at(0.5), batch, 0)[0]
         assert torch.equal(rerun_from_layer(model, entry, at(0.5), batch)[0], wanted)
 
 
 def test_what_cannot_be_run_again_is_refused(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
-    batch = batch_of(encode(model, processor))
+    model, batch = deep_batch(tiny_folder("llava"))
     with record_entry(model, LAYER) as entry, torch.no_grad():
         with pytest.raises(ValueError, match="no pass was recorded"):
             rerun_from_layer(model, entry, at(0.5), batch)

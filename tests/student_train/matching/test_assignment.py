@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.matching.assignment import solve_assignment
-from tests.student_train.matching.test_matching import normal
 from tests.support import references
+from tests.support.batches import normal
 
 
 class MakeCosts(Protocol):

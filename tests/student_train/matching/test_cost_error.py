@@ -13,38 +13,16 @@ from student_train.config.objective import MatchingConfig
 from student_train.matching.certificate import prove_pairs
 from student_train.matching.cost import cost_matrix
 from student_train.matching.cost_error import cost_error
-from student_train.signals.from_cache import response_signal
 from student_train.signals.teacher_signal import DenseSignal, Signal, TopKSignal
-from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
-from teacher_cache.schema.teacher_output import TeacherOutput
+from tests.support.batches import normal
 from tests.support.lazy import linear_sum_assignment
 
 PROBABILITIES = MatchingConfig(metric="prob_l1")
 LOGITS = MatchingConfig(num_shared_ids=None)
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+SIZES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 17, 300]))
 SHARPNESS = st.sampled_from([0.0, 0.1, 1.0, 5.0, 30.0])
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def recorded(logits: Tensor, k: int) -> TopKSignal:
-    num_rows = len(logits)
-    signal = response_signal(
-        TeacherOutput(
-            views=(),
-            content_ids=torch.zeros(num_rows, dtype=torch.int64),
-            is_response=torch.ones(num_rows, dtype=torch.bool),
-            after_image=torch.zeros(num_rows, dtype=torch.bool),
-            response=top_k_record(logits, k),
-        ),
-        TeacherAssets(),
-    )
-    assert isinstance(signal, TopKSignal)
-    return signal
 
 
 def distances(student: Tensor, teacher: Tensor) -> Tensor:
@@ -78,7 +56,7 @@ def check(student: Tensor, signal: Signal, config: MatchingConfig, true: Tensor)
 @settings(deadline=None, max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 17, 300])),
+    sizes=SIZES,
     dtypes=st.tuples(DTYPES, DTYPES),
     sharpness=st.tuples(SHARPNESS, SHARPNESS),
     constant=st.sampled_from([0.0, 100.0, 50_000.0]),
@@ -97,7 +75,7 @@ def test_probability_costs_stay_within_their_bound_and_certify_nothing_wrong(
     logits = (normal(seed + 1, num_teachers, vocab_size) * sharpness[1] + constant).to(dtypes[1])
     signal: Signal = DenseSignal(logits=logits)
     if kept is not None:
-        signal = recorded(logits, min(kept, vocab_size))
+        signal = TopKSignal(record=top_k_record(logits, min(kept, vocab_size)))
     true = distances(student.double().softmax(1), logits.double().softmax(1))
     check(student, signal, PROBABILITIES, true)
 
@@ -105,7 +83,7 @@ def test_probability_costs_stay_within_their_bound_and_certify_nothing_wrong(
 @settings(deadline=None, max_examples=80)
 @given(
     seed=st.integers(0, 10**6),
-    sizes=st.tuples(st.integers(1, 5), st.integers(1, 6), st.sampled_from([2, 17, 300])),
+    sizes=SIZES,
     dtypes=st.tuples(DTYPES, DTYPES),
     sharpness=SHARPNESS,
     constant=st.sampled_from([0.0, 100.0, 1e6]),

@@ -1,6 +1,7 @@
 """Matching: costs equal the loops, the assignment is optimal, and permutations only relabel it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,27 +19,24 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.samples import ViewGrid
 from tests.support import references
-from tests.support.batches import ONE_IMAGE, random_batch
+from tests.support.batches import ONE_IMAGE, normal, random_batch
 
 VOCAB = 11
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def grid(tokens: int, image: int = 0, view: int = 0) -> ViewGrid:
     return ViewGrid(image=image, view=view, rows=1, cols=tokens)
 
 
-def match_one_view(
-    student: Tensor, teacher: Signal, config: MatchingConfig | None = None
+def match(
+    student: Tensor,
+    teacher: Signal,
+    views: tuple[list[ViewGrid], list[ViewGrid]] | None = None,
+    **config: Any,
 ) -> Assignment:
-    hidden = torch.zeros(len(student), 1, dtype=student.dtype)
-    views = [grid(teacher.num_rows)]
-    config = config or MatchingConfig()
-    return match_tokens(hidden, student, [grid(len(student))], teacher, views, config)
+    """Match all tokens as one view, or those of the student's and the teacher's `views`."""
+    own, theirs = views or ([grid(len(student))], [grid(teacher.num_rows)])
+    return match_tokens(student[:, :1], student, own, teacher, theirs, MatchingConfig(**config))
 
 
 def looped(cost: str, student: Tensor, teacher: Tensor) -> list[list[float]]:
@@ -121,9 +119,8 @@ def test_a_sketch_matches_like_the_states_it_codes() -> None:
 @pytest.mark.parametrize("metric", ["raw_l1", "centred_l1"])
 def test_raw_distances_are_refused_on_a_bare_top_k_record(metric: MatchMetric) -> None:
     teacher = vision_signal(random_batch(13, [ONE_IMAGE]).outputs("topk", 4)[0], TeacherAssets())
-    config = MatchingConfig(metric=metric)
     with pytest.raises(ValueError, match=r"outside the top 4.*or match by prob_l1"):
-        match_one_view(normal(14, 2, VOCAB), teacher, config)
+        match(normal(14, 2, VOCAB), teacher, metric=metric)
 
 
 def test_centred_costs_are_blind_to_a_constant_that_moves_raw_ones() -> None:
@@ -154,10 +151,10 @@ def test_shared_ids_are_the_same_everywhere_and_all_where_there_are_few() -> Non
 def test_permuting_either_side_permutes_the_pairs(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     student, teacher = normal(seed, 4, VOCAB), normal(seed + 1, 6, VOCAB)
-    plain = match_one_view(student, DenseSignal(logits=teacher))
+    plain = match(student, DenseSignal(logits=teacher))
     own = torch.randperm(4, generator=generator)
     theirs = torch.randperm(6, generator=generator)
-    moved = match_one_view(student[own], DenseSignal(logits=teacher[theirs]))
+    moved = match(student[own], DenseSignal(logits=teacher[theirs]))
     pairs = {
         (int(own[i]), int(theirs[j])) for i, j in zip(moved.student, moved.teacher, strict=True)
     }
@@ -167,13 +164,13 @@ def test_permuting_either_side_permutes_the_pairs(seed: int) -> None:
 
 def test_a_student_equal_to_its_teacher_is_matched_to_itself_at_no_cost() -> None:
     logits = normal(17, 6, VOCAB)
-    pairs = match_one_view(logits, DenseSignal(logits=logits))
+    pairs = match(logits, DenseSignal(logits=logits))
     assert pairs.student.tolist() == pairs.teacher.tolist() == list(range(6))
     assert pairs.total_cost == pairs.mean_cost == 0.0
 
 
 def test_students_beyond_the_teachers_number_stay_unmatched() -> None:
-    pairs = match_one_view(normal(18, 5, VOCAB), DenseSignal(logits=normal(19, 3, VOCAB)))
+    pairs = match(normal(18, 5, VOCAB), DenseSignal(logits=normal(19, 3, VOCAB)))
     assert pairs.num_pairs == 3
     assert sorted(pairs.teacher.tolist()) == [0, 1, 2]
     assert sorted([*pairs.student.tolist(), *pairs.unmatched_students.tolist()]) == list(range(5))
@@ -181,18 +178,12 @@ def test_students_beyond_the_teachers_number_stay_unmatched() -> None:
 
 def test_views_are_matched_apart_and_images_whole() -> None:
     student, teacher = normal(20, 6, VOCAB), normal(21, 9, VOCAB)
-    student_views = [grid(2), grid(2, view=1), grid(2, image=1)]
-    teacher_views = [grid(3), grid(3, view=1), grid(3, image=1)]
-    hidden = student[:, :1]
+    own, theirs = ([grid(n), grid(n, view=1), grid(n, image=1)] for n in (2, 3))
     signal = DenseSignal(logits=teacher)
-    by_view = match_tokens(
-        hidden, student, student_views, signal, teacher_views, MatchingConfig(scope="view")
-    )
+    by_view = match(student, signal, (own, theirs), scope="view")
     assert (by_view.teacher // 3).tolist() == (by_view.student // 2).tolist()
     assert [tuple(each.cost.shape) for each in by_view.problems] == [(2, 3)] * 3
-    whole = match_tokens(
-        hidden, student, student_views, signal, teacher_views, MatchingConfig(scope="global")
-    )
+    whole = match(student, signal, (own, theirs), scope="global")
     assert [tuple(each.cost.shape) for each in whole.problems] == [(4, 6), (2, 3)]
     cost = [[references.l1(s, t) for t in teacher[:6].tolist()] for s in student[:4].tolist()]
     last = [[references.l1(s, t) for t in teacher[6:].tolist()] for s in student[4:].tolist()]
@@ -205,36 +196,26 @@ def test_other_views_and_other_images_are_refused_with_the_remedy() -> None:
     student, teacher = normal(22, 2, VOCAB), DenseSignal(logits=normal(23, 4, VOCAB))
     tiles = [grid(2), grid(2, view=1)]
     with pytest.raises(ValueError, match=r"only the teacher \[\(0, 1\)\]; use scope=global"):
-        match_tokens(student[:, :1], student, [grid(2)], teacher, tiles, MatchingConfig())
-    found = match_tokens(
-        student[:, :1], student, [grid(2)], teacher, tiles, MatchingConfig(scope="global")
-    )
-    assert found.num_pairs == 2
+        match(student, teacher, ([grid(2)], tiles))
+    assert match(student, teacher, ([grid(2)], tiles), scope="global").num_pairs == 2
     with pytest.raises(ValueError, match=r"only the teacher \[\(1,\)\]"):
-        match_tokens(
-            student[:, :1],
-            student,
-            [grid(2)],
-            teacher,
-            [grid(2), grid(2, image=1)],
-            MatchingConfig(scope="global"),
-        )
+        match(student, teacher, ([grid(2)], [grid(2), grid(2, image=1)]), scope="global")
 
 
 def test_matching_gives_no_gradient_and_refuses_overflow() -> None:
     student = normal(24, 2, VOCAB).requires_grad_()
     teacher = DenseSignal(logits=normal(25, 3, VOCAB))
-    pairs = match_one_view(student, teacher)
+    pairs = match(student, teacher)
     assert not any(each.cost.requires_grad for each in pairs.problems)
     broken = student.detach().clone()
     broken[0, 0] = math.nan
     with pytest.raises(ValueError, match="3 of 6 matching costs are NaN"):
-        match_one_view(broken, teacher)
+        match(broken, teacher)
 
 
 def test_a_student_with_fewer_vocabulary_rows_is_refused() -> None:
     teacher = DenseSignal(logits=normal(26, 3, VOCAB))
     with pytest.raises(ValueError, match="10 vocabulary rows, the teacher's cache 11"):
-        match_one_view(normal(27, 2, VOCAB - 1), teacher)
+        match(normal(27, 2, VOCAB - 1), teacher)
     with pytest.raises(ValueError, match="needs the student's vision logits"):
         cost_matrix(normal(28, 2, 3), None, teacher, MatchingConfig())

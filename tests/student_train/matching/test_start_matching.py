@@ -22,7 +22,7 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.samples import ViewGrid
 from tests.support import references
-from tests.support.batches import ONE_IMAGE, random_batch
+from tests.support.batches import ONE_IMAGE, normal, random_batch
 
 VOCAB = 11
 CERTIFY_ALL = MatchingConfig(num_shared_ids=None, certify=True)
@@ -33,11 +33,6 @@ def proven(found: Assignment) -> Tensor:
     pairs = certified_pairs([found])
     assert pairs is not None
     return pairs
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def views(*sizes: int) -> list[ViewGrid]:

@@ -15,19 +15,14 @@ from student_train.matching.top_k_l1_cost import sparse_probability_l1
 from student_train.ops.precision import at_least_float32
 from student_train.signals.teacher_signal import DenseSignal
 from student_train.signals.top_k import TopKSignal
+from tests.support.batches import normal
 from tests.support.strategies import true_record
 
 VOCAB = 40
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def kept_of(logits: Tensor, counts: Sequence[int]) -> TopKSignal:
-    record = true_record(logits, counts)
-    return TopKSignal(record=record)
+    return TopKSignal(record=true_record(logits, counts))
 
 
 def filled_in(teacher: TopKSignal) -> Tensor:

@@ -22,8 +22,15 @@ from student_train.signals.teacher_signal import DenseSignal, HiddenSignal, Sign
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.top_k import top_k_record
-from tests.student_train.signals.test_top_k import normal
-from tests.support.batches import ONE_IMAGE, TEXT_ONLY, TILES, RandomBatch, RecordForm, random_batch
+from tests.support.batches import (
+    ONE_IMAGE,
+    TEXT_ONLY,
+    TILES,
+    RandomBatch,
+    RecordForm,
+    normal,
+    random_batch,
+)
 
 VOCAB = 19
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -165,15 +172,15 @@ def test_costs_are_those_of_float64_have_no_gradient_and_edit_nothing(
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=error)
 
 
-def loss(batch: RandomBatch, form: RecordForm) -> LossTerms:
-    matching = MatchingConfig(metric="prob_l1" if form == "topk" else "raw_l1")
-    return distillation_loss(
-        batch.states,
-        batch.outputs(form),
-        batch.student_head,
-        ObjectiveConfig(matching=matching),
-        batch.assets(form),
+def objective(form: RecordForm) -> ObjectiveConfig:
+    return ObjectiveConfig(
+        matching=MatchingConfig(metric="prob_l1" if form == "topk" else "raw_l1")
     )
+
+
+def loss(batch: RandomBatch, form: RecordForm) -> LossTerms:
+    outputs, assets = batch.outputs(form), batch.assets(form)
+    return distillation_loss(batch.states, outputs, batch.student_head, objective(form), assets)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -185,9 +192,8 @@ def test_a_step_forward_and_back_edits_nothing_that_it_is_given(
     outputs, assets = batch.outputs(form), batch.assets(form)
     parts = [batch.states, outputs, assets.head, assets.sketch, batch.student_head.weight]
     before = copies(*parts)
-    matching = MatchingConfig(metric="prob_l1" if form == "topk" else "raw_l1")
-    objective = ObjectiveConfig(matching=matching)
-    found = distillation_loss(batch.states, outputs, batch.student_head, objective, assets)
+    head = batch.student_head
+    found = distillation_loss(batch.states, outputs, head, objective(form), assets)
     gradients = torch.autograd.grad(found.total, batch.parameters, allow_unused=True)
     assert_untouched(before, *parts)
     for parameter, gradient in zip(batch.parameters, gradients, strict=True):

@@ -200,7 +200,8 @@ def test_what_is_left_is_a_plain_model(straight: Path) -> None:
 def test_what_cannot_be_sharded_is_refused(
     reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="only one worker; give --num-workers 2 or more"):
+    remedy = "only one worker; give --num-workers 2 or more, or --shard none"
+    with pytest.raises(ValueError, match=remedy):
         train(tmp_path / "run", reader, vanilla, sharded(ONE))
     with pytest.raises(ValueError, match="take dtype bfloat16"):
         replace(ONE, shard="fsdp", dtype="float16")
