@@ -12,8 +12,7 @@ not change: its layers have hooks while the context is open (docs/epic.md says w
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -48,8 +47,7 @@ def compress(
             handle.remove()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shortened:
+class _Shortened(NamedTuple):
     """Inputs that replace those of the layers from a stage on."""
 
     is_token: Bool[Tensor, "B L"]

@@ -4,9 +4,8 @@ Promise: a turn's choice depends on its own sample alone (`layer_view.py`, `imag
 the batch, padding or its row. Text always goes on. One copy from the device per stage.
 """
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from student_train.compression.compressors import Compressor
@@ -54,7 +53,10 @@ class TokenSelector:
                 vision = turn.vision[layout.kept(row, turn.vision)]
                 if not len(vision):
                     continue
-                places = torch.searchsorted(tokens, vision)
+                places, words = torch.searchsorted(tokens, vision), None
+                if "random_words" in self._compressor.needs:  # by sample, not by batch
+                    names = (self._batch.samples[row].key, number, stage.layer, self._draw)
+                    words = random_words(self._seed, len(vision), *names)
                 is_kept[row][places] = False
                 inputs = view.inputs(
                     row,
@@ -63,9 +65,7 @@ class TokenSelector:
                     places.to(device),
                     torch.searchsorted(tokens, turn.text).to(device),
                     int(torch.searchsorted(tokens, turn.end)),
-                    self._words(row, number, stage, len(vision))
-                    if "random_words" in self._compressor.needs
-                    else None,
+                    words,
                 )
                 chosen.append(self._compressor.keep(inputs, stage.ratio))
                 owners += [row] * len(chosen[-1])
@@ -86,8 +86,3 @@ class TokenSelector:
             return cos[0, tokens], sin[0, tokens]
         columns = tokens + self._batch.offsets[row]
         return cos[row, columns], sin[row, columns]
-
-    def _words(self, row: int, turn: int, stage: DropStage, count: int) -> UInt64[np.ndarray, " n"]:
-        """Return random words that depend on the sample, not on its batch."""
-        key = self._batch.samples[row].key
-        return random_words(self._seed, count, key, turn, stage.layer, self._draw)

@@ -17,7 +17,6 @@ import torch
 from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -147,7 +146,11 @@ def _convert(
             "its vision tower has no fixed square grid to pool"
         )
     _require_square_grid(path, vanilla)
-    config: Any = _student_config(vanilla.config, family, stride)
+    fields = vanilla.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    fields["image_seq_length"] = pooled_side(grid_side(vanilla.config), stride) ** 2
+    config: Any = family.config_class(**fields, vision_pool_stride=stride)
     # transformers' own loader ties heads, fills buffers and reports every key.
     loaded = family.model_class.from_pretrained(
         None,
@@ -178,16 +181,6 @@ def _require_square_grid(path: str, vanilla: PreTrainedModel) -> None:
             f"{vanilla.config.vision_config.model_type} has {'a' if has_class_token else 'no'} "
             "class token, and pooling needs the square grid of patches alone"
         )
-
-
-def _student_config(
-    vanilla: PreTrainedConfig, family: StudentFamily, stride: int
-) -> AvgPoolLlavaConfig | AvgPoolLlavaNextConfig:
-    fields = vanilla.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        fields.pop(name, None)
-    fields["image_seq_length"] = pooled_side(grid_side(vanilla), stride) ** 2
-    return family.config_class(**fields, vision_pool_stride=stride)
 
 
 def _require_placeholders_match(path: str, model: PreTrainedModel, processor: Any) -> None:
