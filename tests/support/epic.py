@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from student_train.compression.compression import compress
-from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import StudentBatch
@@ -19,6 +18,7 @@ from student_train.models.forward import final_hidden, output_head
 from student_train.training.checkpoint import FinishedRun
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch
+from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support.deep import NUM_LAYERS, batch_of, deep_model
 from tests.support.lazy import train_student, vanilla_student
@@ -35,12 +35,14 @@ def plan(progression: ProgressionConfig, step: int = 3, num_steps: int = 10) -> 
     return plan_step(progression, seed=5, step=step, num_steps=num_steps, num_layers=NUM_LAYERS)
 
 
-def settings(name: ObjectiveName = "epic-tcd", **objective: Any) -> TrainerSettings:
-    """Settings that hold an EPIC objective; the progression is the plan's affair."""
-    chosen = replace(preset(name), **objective)
-    schedule = chosen.epic_schedule
-    progression = None if schedule is None else ProgressionConfig(schedule=schedule)
-    return TrainerSettings(objective=chosen, progression=progression)
+def text_output(spans: TokenSpans) -> TeacherOutput:
+    """What a cache that knows nothing but the text has of a sample."""
+    return TeacherOutput(
+        views=spans.views,
+        content_ids=spans.content_ids,
+        is_response=spans.is_response,
+        after_image=spans.after_image,
+    )
 
 
 def student_batch(
@@ -53,17 +55,7 @@ def student_batch(
     if dtype is not None:
         inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in model.inputs.items()}
         model = replace(model, inputs=inputs)
-    spans = [sample.spans for sample in samples]
-    outputs = [
-        TeacherOutput(
-            views=span.views,
-            content_ids=span.content_ids,
-            is_response=span.is_response,
-            after_image=span.after_image,
-        )
-        for span in spans
-    ]
-    return StudentBatch(model=model, outputs=tuple(outputs))
+    return StudentBatch(model=model, outputs=tuple(text_output(s.spans) for s in samples))
 
 
 def two_passes(

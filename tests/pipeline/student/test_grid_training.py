@@ -22,7 +22,6 @@ from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.deep import NUM_LAYERS, deep_model
-from tests.support.epic import settings
 from tests.support.lazy import student_loss
 from tests.support.tiny import tiny_samples
 
@@ -83,7 +82,7 @@ def test_the_kd_term_is_that_of_the_teacher_at_the_grids_ratio(
 ) -> None:
     batch, assets = first_batch(tmp_path, teacher, tier)
     model, num_rows = teacher.model, teacher.head.vocab_size
-    objective = settings("epic-cached-tcd").objective
+    objective = preset("epic-cached-tcd")
     seen: dict[float, float] = {}
     for gap, ratio in ((0.0, 0.75), (0.25, 0.5), (0.3, 0.25), (0.6, 0.0)):
         plan = fixed(0.75, gap)
@@ -102,7 +101,7 @@ def test_the_kd_term_is_that_of_the_teacher_at_the_grids_ratio(
 
 def test_a_cache_without_a_grid_teaches_with_every_token(tmp_path: Path, teacher: Teacher) -> None:
     batch, assets = first_batch(tmp_path, teacher, "hidden")
-    objective, plan = settings("epic-cached-tcd").objective, fixed(0.75, 0.0)
+    objective, plan = preset("epic-cached-tcd"), fixed(0.75, 0.0)
     plain = [replace(output, hidden_grid=None) for output in batch.outputs]
     without = replace(batch, outputs=tuple(plain))
     with torch.no_grad():

@@ -25,12 +25,14 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
 from teacher_cache.schema.options import RecordSettings
-from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
+from teacher_cache.schema.samples import Sample, ViewGrid
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.shards import rows
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
+from tests.support.deep import made_up_sample
+from tests.support.epic import text_output
 from tests.support.runs import stream_of
 from tests.support.tiny import tiny_samples
 
@@ -207,23 +209,9 @@ def test_threads_read_ahead_within_bounds_and_end_with_the_iterator(
 
 
 def encoded_and_output() -> tuple[EncodedSample, TeacherOutput]:
-    ids = torch.tensor([5, 6, 7, 8])
-    is_response = torch.tensor([False, False, True, True])
-    views = (ViewGrid(image=0, view=0, rows=1, cols=2), ViewGrid(image=0, view=1, rows=1, cols=1))
-    spans = TokenSpans(
-        views=views,
-        vision=torch.tensor([0, 1, 2]),
-        content=torch.tensor([3, 4, 5, 6]),
-        content_ids=ids,
-        is_response=is_response,
-        after_image=torch.ones(4, dtype=torch.bool),
-    )
-    inputs = {"input_ids": torch.zeros(7).long(), "attention_mask": torch.ones(7).long()}
-    encoded = EncodedSample(key="k", source_id="photo-7", inputs=inputs, spans=spans)
-    output = TeacherOutput(
-        views=views, content_ids=ids, is_response=is_response, after_image=spans.after_image
-    )
-    return encoded, output
+    """Three vision tokens, and four of text whose ids are 5, 6, 7 and 8."""
+    encoded = made_up_sample(9, [0, 1, 2], [5, 6], [7, 8], "photo-7")
+    return encoded, text_output(encoded.spans)
 
 
 def test_a_student_that_splits_the_text_otherwise_is_refused_by_name() -> None:

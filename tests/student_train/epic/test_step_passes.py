@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from student_train.config.objective import preset
+from student_train.config.objective import ObjectiveName, preset
 from student_train.config.progression import ProgressionConfig
 from student_train.epic.partial_rerun import LayerEntry, rerun_from_layer
 from student_train.epic.step_passes import student_pass
@@ -20,15 +20,17 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model, encode
-from tests.support.epic import fixed, gradients, plan, settings, student_batch, two_passes
+from tests.support.epic import fixed, gradients, plan, student_batch, two_passes
 from tests.support.lazy import student_from_vanilla, student_loss
 from tests.support.tiny import ask, tiny_image, tiny_samples
 
 NOTHING = TeacherAssets()
 
 
-def loss_of(model: Any, batch: Any, step: StepPlan | None, **objective: Any) -> Any:
-    return student_loss(model, batch, settings(**objective).objective, NOTHING, step)
+def loss_of(
+    model: Any, batch: Any, step: StepPlan | None, name: ObjectiveName = "epic-tcd", **options: Any
+) -> Any:
+    return student_loss(model, batch, replace(preset(name), **options), NOTHING, step)
 
 
 def assert_close(
