@@ -163,8 +163,7 @@ class EmkdTrainer(Trainer):
         return 0
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        batch: StudentBatch = inputs
-        return StudentBatch(model=batch.model.to(self.args.device), outputs=batch.outputs)
+        return replace(inputs, model=inputs.model.to(self.args.device))
 
     def compute_loss(
         self,
@@ -174,13 +173,12 @@ class EmkdTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """Return the loss of one micro-batch, in float32 whatever the dtype of the forward pass."""
-        batch: StudentBatch = inputs
         step = self.state.global_step + 1
         first, self._last_step = self._last_step != step, step
         check = first and _is_due(step, self.settings.match_check_steps)
         plan, head_of = self._plan(model), self._head_of
         loss = student_loss(
-            model, batch, self.settings.objective, self.assets, plan, check, head_of
+            model, inputs, self.settings.objective, self.assets, plan, check, head_of
         )
         self.window.add({"loss": loss.total, **_named("term", loss.terms)})
         self.window.add(_named("weight", loss.weights))

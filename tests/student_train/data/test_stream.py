@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
@@ -131,6 +131,10 @@ def test_a_foreign_state_is_refused_with_the_field(reader: CacheReader, teacher:
 def test_uneven_micro_batches_and_positions_inside_a_step_are_refused() -> None:
     with pytest.raises(ValueError, match="choose a micro_batch_size that divides 3"):
         BatchPlan(batch_size=6, micro_batch_size=2, world_size=2)
+    for size, ways in product(range(1, 41), range(2, 9)):
+        if size % ways:
+            with pytest.raises(ValueError, match="is not a multiple of"):
+                BatchPlan(batch_size=size, micro_batch_size=1, world_size=ways)
     with pytest.raises(ValueError, match="rank 2 of 2 workers"):
         BatchPlan(batch_size=4, micro_batch_size=2, rank=2, world_size=2)
     plan = BatchPlan(batch_size=4, micro_batch_size=2)

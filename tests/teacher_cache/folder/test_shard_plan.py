@@ -1,4 +1,4 @@
-"""Laws of splitting, of the endless shuffled order, and of sharing batches."""
+"""Laws of splitting, and of the endless shuffled order."""
 
 from itertools import pairwise
 
