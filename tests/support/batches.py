@@ -11,7 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from student_train.config.objective import MatchingConfig, ObjectiveConfig
 from student_train.data.sample_states import SampleStates
+from student_train.head.linear_head import LogitsOf
+from student_train.losses.objective_loss import LossTerms, distillation_loss
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
@@ -22,6 +25,13 @@ from teacher_cache.schema.teacher_output import AffinityRecord, HiddenRecord, Te
 from tests.support.references import ReferenceSample, ReferenceSide
 
 RecordForm = Literal["hidden", "topk", "topk+sketch"]
+EMKD = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=None))
+"""Matches by all of V, as the page of equations does."""
+
+
+def views(*sizes: int) -> list[ViewGrid]:
+    """Views of one image, each one row of `size` tokens."""
+    return [ViewGrid(image=0, view=i, rows=1, cols=size) for i, size in enumerate(sizes)]
 
 
 class View(NamedTuple):
@@ -112,6 +122,24 @@ class RandomBatch:
                 )
             )
         return outputs
+
+    def gradients(self, term: Tensor) -> list[Tensor]:
+        """Of all parameters; zeros where the term does not depend on them."""
+        return list(
+            torch.autograd.grad(
+                term, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    def loss(
+        self,
+        objective: ObjectiveConfig = EMKD,
+        form: RecordForm = "hidden",
+        k: int = 4,
+        head: LogitsOf | None = None,
+    ) -> LossTerms:
+        outputs, assets = self.outputs(form, k), self.assets(form)
+        return distillation_loss(self.states, outputs, head or self.student_head, objective, assets)
 
     def reference(self) -> list[ReferenceSample]:
         samples: list[ReferenceSample] = []

@@ -22,8 +22,9 @@ from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.top_k import top_k_record
 from teacher_cache.schema.teacher_output import TeacherOutput
-from tests.student_train.signals.test_top_k import normal, ragged
+from tests.student_train.signals.test_top_k import ragged
 from tests.support import references
+from tests.support.batches import normal
 from tests.support.strategies import make_spec
 
 VOCAB = 12

@@ -18,9 +18,9 @@ from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.records.top_k import top_k_record
-from tests.student_train.signals.test_top_k import alone, normal
+from tests.student_train.signals.test_top_k import alone
 from tests.support import references
-from tests.support.batches import ONE_IMAGE, random_batch
+from tests.support.batches import ONE_IMAGE, normal, random_batch
 from tests.support.strategies import true_record
 
 VOCAB = 9

@@ -18,15 +18,10 @@ from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import HiddenSignal, Signal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
-from tests.support.batches import ONE_IMAGE, RecordForm, random_batch
+from tests.support.batches import ONE_IMAGE, RecordForm, normal, random_batch
 
 VOCAB, WIDTH = 11, 5
 METRICS: tuple[MatchMetric, ...] = ("raw_l1", "centred_l1", "prob_l1")
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def linear_head(seed: int, softcap: float | None = None) -> LinearHead:

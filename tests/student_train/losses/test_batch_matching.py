@@ -35,20 +35,13 @@ from tests.support.batches import (
     TWO_IMAGES,
     RandomBatch,
     RecordForm,
+    normal,
     random_batch,
+    views,
 )
 
 VOCAB = 11
 METRICS: tuple[MatchMetric, ...] = get_args(MatchMetric)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def views(*sizes: int) -> list[ViewGrid]:
-    return [ViewGrid(image=0, view=i, rows=1, cols=size) for i, size in enumerate(sizes)]
 
 
 def diagnostics(

@@ -2,57 +2,38 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, ObjectiveConfig
 from student_train.head import chunked_pass
 from student_train.losses.logit_terms import SupervisedTerm, divergence_term, head_rows
-from student_train.losses.objective_loss import LossTerms, distillation_loss
 from student_train.signals.teacher_signal import DenseSignal
-from tests.support.batches import RandomBatch, RecordForm, random_batch
+from tests.support.batches import RecordForm, random_batch
 
 OBJECTIVE = ObjectiveConfig(matching=MatchingConfig(metric="prob_l1", num_shared_ids=None))
-
-
-def losses(batch: RandomBatch, form: RecordForm) -> tuple[LossTerms, list[Tensor]]:
-    found = distillation_loss(
-        batch.states, batch.outputs(form), batch.student_head, OBJECTIVE, batch.assets(form)
-    )
-    gradients = torch.autograd.grad(
-        found.total, batch.parameters, allow_unused=True, materialize_grads=True
-    )
-    return found, list(gradients)
 
 
 @pytest.mark.parametrize("form", ["hidden", "topk", "topk+sketch"])
 def test_chunks_change_nothing(form: RecordForm, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(3)
-    whole, expected = losses(batch, form)
+    whole = batch.loss(OBJECTIVE, form)
+    expected = batch.gradients(whole.total)
     monkeypatch.setattr(chunked_pass, "CHUNK_ROWS", 5)
     monkeypatch.setattr(chunked_pass, "STEP_BYTES", 2 * 4 * len(batch.student_head.weight))
-    cut, found = losses(batch, form)
+    cut = batch.loss(OBJECTIVE, form)
     for name, term in whole.terms.items():
         torch.testing.assert_close(cut.terms[name], term, rtol=1e-12, atol=1e-12)
     assert cut.diagnostics == pytest.approx(whole.diagnostics, rel=1e-12)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(batch.gradients(cut.total), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_a_function_for_a_head_gives_what_the_fused_head_gives() -> None:
     batch = random_batch(4)
-    fused, expected = losses(batch, "topk+sketch")
-    called = distillation_loss(
-        batch.states,
-        batch.outputs("topk+sketch"),
-        lambda hidden: batch.student_head(hidden),
-        OBJECTIVE,
-        batch.assets("topk+sketch"),
-    )
+    fused = batch.loss(OBJECTIVE, "topk+sketch")
+    called = batch.loss(OBJECTIVE, "topk+sketch", head=lambda hidden: batch.student_head(hidden))
     torch.testing.assert_close(called.total, fused.total, rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad(
-        called.total, batch.parameters, allow_unused=True, materialize_grads=True
-    )
-    for one, other in zip(found, expected, strict=True):
+    pairs = zip(batch.gradients(called.total), batch.gradients(fused.total), strict=True)
+    for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 

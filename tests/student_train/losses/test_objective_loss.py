@@ -7,15 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.config.objective import MatchingConfig, ObjectiveConfig, VladText, preset
+from student_train.config.objective import MatchingConfig, ObjectiveConfig, preset
 from student_train.losses.objective_loss import LossTerms, distillation_loss
 from student_train.signals.from_cache import vision_signal
-from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support import references
 from tests.support.batches import (
+    EMKD,
     EQUAL_GRIDS,
-    NO_TEXT_AFTER_IMAGE,
     ONE_IMAGE,
     SHAPES,
     TEXT_ONLY,
@@ -28,27 +27,6 @@ from tests.support.batches import (
 
 VOCAB = 11
 ALL_IDS = MatchingConfig(num_shared_ids=None)
-EMKD = ObjectiveConfig(matching=ALL_IDS)
-
-
-def loss(
-    batch: RandomBatch,
-    objective: ObjectiveConfig = EMKD,
-    form: RecordForm = "hidden",
-    k: int = 4,
-) -> LossTerms:
-    assets = batch.assets(form)
-    return distillation_loss(
-        batch.states, batch.outputs(form, k), batch.student_head, objective, assets
-    )
-
-
-def gradients(batch: RandomBatch, term: Tensor) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(
-            term, batch.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    )
 
 
 def values(found: LossTerms) -> dict[str, float]:
@@ -69,7 +47,7 @@ def test_every_term_is_that_of_the_loops_on_ragged_batches(seed: int, temperatur
     )
     forms: tuple[tuple[RecordForm, int], ...] = (("hidden", 4), ("topk", VOCAB))
     for form, k in forms:
-        found = loss(batch, objective, form, k)
+        found = batch.loss(objective, form, k)
         assert values(found) == pytest.approx(expected, abs=1e-6)
         total = 0.5 * expected["supervised"] + 0.5 * expected["rld"]
         total += 0.25 * expected["vsd"] + 25 * expected["vlad"]
@@ -82,7 +60,7 @@ def test_every_term_is_that_of_the_loops_on_each_kind_of_sample_alone(shape: Sha
     batch = random_batch(7, [shape])
     weights = batch.student_head.weight.tolist(), batch.teacher_head.weight.tolist()
     expected = references.emkd(batch.reference(), *weights)
-    assert values(loss(batch)) == pytest.approx(expected, abs=1e-6)
+    assert values(batch.loss()) == pytest.approx(expected, abs=1e-6)
 
 
 def looped_vsd(batch: RandomBatch, found: LossTerms, blend: float) -> float:
@@ -109,10 +87,10 @@ def looped_vsd(batch: RandomBatch, found: LossTerms, blend: float) -> float:
 
 def test_top_k_terms_lump_the_tail_and_a_sketch_shapes_it() -> None:
     batch = random_batch(8, [ONE_IMAGE, TEXT_ONLY, TWO_IMAGES])
-    lumped = loss(batch, replace(EMKD, matching=MatchingConfig(metric="prob_l1")), "topk")
+    lumped = batch.loss(replace(EMKD, matching=MatchingConfig(metric="prob_l1")), "topk")
     assert lumped.tails == {"rld": "bucket", "vsd": "bucket"}
     assert values(lumped)["vsd"] == pytest.approx(looped_vsd(batch, lumped, 0.0), abs=1e-6)
-    sketched = loss(batch, EMKD, "topk+sketch")
+    sketched = batch.loss(EMKD, "topk+sketch")
     assert sketched.tails == {"rld": "bucket", "vsd": "blend"}
     assert values(sketched)["vsd"] == pytest.approx(looped_vsd(batch, sketched, 0.5), abs=1e-6)
     kls: list[float] = []
@@ -160,7 +138,7 @@ def test_permuting_teacher_tokens_changes_the_assignment_and_no_loss() -> None:
     for form in ("hidden", "topk", "topk+sketch"):
         metric = "prob_l1" if form == "topk" else "raw_l1"
         objective = replace(EMKD, matching=replace(ALL_IDS, metric=metric))
-        plain, other = loss(batch, objective, form), loss(moved, objective, form)
+        plain, other = batch.loss(objective, form), moved.loss(objective, form)
         tolerance = 1e-3 if form == "topk+sketch" else 1e-9
         assert values(other) == pytest.approx(values(plain), rel=tolerance)
         before, after = plain.assignments[0], other.assignments[0]
@@ -176,14 +154,14 @@ def test_a_sample_without_vision_tokens_changes_no_vision_term(shape: Shape) -> 
     if shape.views:  # few tokens and a high ratio: none is left of them
         nothing = torch.empty(0, dtype=torch.int64)
         batch.states[1] = replace(batch.states[1], vision=batch.states[1].vision[:0], kept=nothing)
-    whole = loss(batch)
+    whole = batch.loss()
     keep = [0, 2]
     fewer = replace(
         batch,
         states=[batch.states[i] for i in keep],
         hidden_outputs=[batch.hidden_outputs[i] for i in keep],
     )
-    part = loss(fewer)
+    part = fewer.loss()
     assert torch.equal(whole.terms["vsd"], part.terms["vsd"])
     assert torch.equal(whole.terms["vlad"], part.terms["vlad"])
     assert whole.assignments[1] is None
@@ -195,46 +173,18 @@ def test_terms_without_anything_to_average_are_zeros_with_a_gradient(shape: Shap
     batch = random_batch(12, [shape, shape])
     for form in ("hidden", "topk"):
         objective = replace(EMKD, matching=replace(ALL_IDS, metric="prob_l1"))
-        found = loss(batch, objective, form)
+        found = batch.loss(objective, form)
         empty = ["vsd", "vlad"] if shape.response else list(found.terms)
         for name in empty:
             assert found.terms[name].item() == 0.0
             assert found.terms[name].requires_grad
-            assert all(not gradient.any() for gradient in gradients(batch, found.terms[name]))
+            assert all(not gradient.any() for gradient in batch.gradients(found.terms[name]))
         assert bool(torch.isfinite(found.total))
-
-
-def test_vlad_needs_text_after_the_image_but_vsd_does_not() -> None:
-    found = loss(random_batch(13, [NO_TEXT_AFTER_IMAGE]))
-    assert found.terms["vlad"].item() == 0.0
-    assert found.terms["vsd"].item() > 0.0
-
-
-@pytest.mark.parametrize(("choice", "rows"), [("instruction", [0, 1]), ("response", [2, 3])])
-def test_vlad_compares_the_chosen_text_only(choice: VladText, rows: list[int]) -> None:
-    batch = random_batch(14, [ONE_IMAGE])
-    for form in ("hidden", "topk+sketch"):
-        found = loss(batch, replace(EMKD, vlad_text=choice), form)
-        record = batch.hidden_outputs[0].hidden
-        assert record is not None
-        pairs = found.assignments[0]
-        assert pairs is not None
-        state = batch.states[0]
-        entries = [
-            references.smooth_l1(
-                references.cosine(state.text[x].tolist(), state.vision[j].tolist())
-                - references.cosine(record.text[x].tolist(), record.vision[i].tolist()),
-                1.0,
-            )
-            for x in rows
-            for j, i in zip(pairs.student.tolist(), pairs.teacher.tolist(), strict=True)
-        ]
-        assert found.terms["vlad"].item() == pytest.approx(sum(entries) / len(entries))
 
 
 def test_k_equal_to_the_vocabulary_agrees_with_the_states() -> None:
     batch = random_batch(15)
-    live, cached = loss(batch, EMKD, "hidden"), loss(batch, EMKD, "topk", VOCAB)
+    live, cached = batch.loss(EMKD, "hidden"), batch.loss(EMKD, "topk", VOCAB)
     for name in ("supervised", "rld", "vsd"):
         torch.testing.assert_close(live.terms[name], cached.terms[name], rtol=1e-12, atol=1e-12)
     for one, other in zip(live.assignments, cached.assignments, strict=True):
@@ -251,14 +201,14 @@ def test_a_term_of_weight_zero_is_not_computed_and_its_records_are_not_read() ->
     assert found.weights == {"supervised": 1.0}
     assert found.assignments == (None, None)
     assert torch.equal(found.total, found.terms["supervised"])
-    rld = loss(batch, preset("rld"), "topk")
+    rld = batch.loss(preset("rld"), "topk")
     assert list(rld.terms) == ["supervised", "rld"]
     only_vlad = ObjectiveConfig(
         supervised_weight=0.0, rld_weight=0.0, vsd_weight=0.0, matching=ALL_IDS
     )
-    found = loss(batch, only_vlad)
+    found = batch.loss(only_vlad)
     assert list(found.terms) == ["vlad"]
-    assert not gradients(batch, found.total)[-1].any(), "the head has no part in VLAD"
+    assert not batch.gradients(found.total)[-1].any(), "the head has no part in VLAD"
 
 
 def test_hidden_cosine_matches_without_any_vision_logits() -> None:
@@ -287,7 +237,7 @@ def test_mixed_precision_is_the_models_affair_and_not_the_losses() -> None:
 
     forms: tuple[RecordForm, ...] = ("hidden", "topk+sketch")
     for form in forms:
-        expected = loss(batch, EMKD, form)
+        expected = batch.loss(EMKD, form)
         outputs, assets = batch.outputs(form), batch.assets(form)
         with torch.autocast("cpu", torch.bfloat16):
             found = distillation_loss(batch.states, outputs, head, EMKD, assets)
@@ -298,10 +248,10 @@ def test_another_text_or_an_empty_batch_is_refused() -> None:
     batch = random_batch(19, [ONE_IMAGE, TEXT_ONLY])
     changed = replace(batch.states[1], content_ids=batch.states[1].content_ids + 1)
     with pytest.raises(ValueError, match="sample 1 of the batch: the student's 6 text tokens"):
-        loss(replace(batch, states=[batch.states[0], changed]))
+        replace(batch, states=[batch.states[0], changed]).loss()
     flipped = replace(batch.states[0], text_is_response=~batch.states[0].text_is_response)
     with pytest.raises(ValueError, match="sample 0 of the batch: student and teacher disagree"):
-        loss(replace(batch, states=[flipped, batch.states[1]]))
+        replace(batch, states=[flipped, batch.states[1]]).loss()
     with pytest.raises(ValueError, match="at least one sample"):
         distillation_loss([], [], batch.student_head, EMKD)
 
@@ -310,20 +260,12 @@ def test_a_sample_whose_image_only_one_side_saw_is_refused() -> None:
     batch = random_batch(20, [ONE_IMAGE])
     blind = replace(batch.states[0], views=(), vision=batch.states[0].vision[:0])
     with pytest.raises(ValueError, match="needs the same views on both sides"):
-        loss(replace(batch, states=[blind]))
-
-
-def test_a_part_that_an_active_term_needs_is_named() -> None:
-    batch = random_batch(21, [ONE_IMAGE])
-    without = [replace(output, affinity=None) for output in batch.outputs("topk")]
-    objective = replace(EMKD, matching=MatchingConfig(metric="prob_l1"))
-    with pytest.raises(ValueError, match="without its part `affinity`"):
-        distillation_loss(batch.states, without, batch.student_head, objective, TeacherAssets())
+        replace(batch, states=[blind]).loss()
 
 
 def test_the_log_says_what_the_divergences_rest_on() -> None:
     batch = random_batch(22, [ONE_IMAGE, TWO_IMAGES])
-    exact = loss(batch).diagnostics
+    exact = batch.loss().diagnostics
     assert set(exact) == {
         "match_mean_cost",
         "match_separability",
@@ -331,7 +273,7 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
         "match_hubness",
         "student_row_mean_spread",
     }
-    sketched_loss = loss(batch, EMKD, "topk+sketch")
+    sketched_loss = batch.loss(EMKD, "topk+sketch")
     sketched = sketched_loss.diagnostics
     for name in ("rld", "vsd"):
         parts = [sketched[f"{name}_{part}_part"] for part in ("head", "bucket", "tail")]
@@ -343,7 +285,7 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
     assert sketched["vsd_tail_is_blend"] == sketched["rld_tail_is_bucket"] == 1.0
     assert 0 < sketched["vsd_teacher_kept_mass"] < 1
     assert all(isinstance(value, float) for value in sketched.values())
-    both = loss(batch, replace(EMKD, divergence="jsd"), "topk+sketch")
-    true = loss(batch, replace(EMKD, divergence="jsd")).terms["rld"].item()
+    both = batch.loss(replace(EMKD, divergence="jsd"), "topk+sketch")
+    true = batch.loss(replace(EMKD, divergence="jsd")).terms["rld"].item()
     bounds = [both.diagnostics[f"rld_{side}_bound"] for side in ("lower", "upper")]
     assert 0 < bounds[0] <= true <= bounds[1] <= math.log(2)

@@ -6,41 +6,47 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_train.config.objective import MatchingConfig, ObjectiveConfig, preset
+from student_train.config.objective import preset
+from student_train.head.linear_head import LogitsOf
 from student_train.losses.objective_loss import distillation_loss
+from teacher_cache.schema.samples import ViewGrid
 from tests.support import references
-from tests.support.batches import SHAPES, TEXT_ONLY, RandomBatch, RecordForm, Shape, random_batch
+from tests.support.batches import (
+    EMKD,
+    SHAPES,
+    TEXT_ONLY,
+    RandomBatch,
+    RecordForm,
+    Shape,
+    random_batch,
+)
 from tests.support.lazy import ModelOutputs, reference
 
 VOCAB = 11
-EMKD = ObjectiveConfig(matching=MatchingConfig(num_shared_ids=None))
 
 
 def page_inputs(batch: RandomBatch) -> tuple[list[ModelOutputs], list[ModelOutputs], list[Tensor]]:
     """Every logit of both models, and the labels."""
+
+    def outputs(
+        head: LogitsOf, vision: Tensor, views: Sequence[ViewGrid], text: Tensor, predicting: Tensor
+    ) -> ModelOutputs:
+        states = [rows for rows in vision.split([view.num_tokens for view in views]) if len(rows)]
+        return ModelOutputs(
+            response_logits=head(predicting),
+            vision_logits=[head(rows) for rows in states],
+            vision_states=states,
+            text_states=text,
+        )
+
     students: list[ModelOutputs] = []
     teachers: list[ModelOutputs] = []
     for state, output in zip(batch.states, batch.hidden_outputs, strict=True):
-        record = output.hidden
+        record, head, teacher_head = output.hidden, batch.student_head, batch.teacher_head.logits
         assert record is not None
-        vision = state.vision.split([view.num_tokens for view in state.views])
-        seen = record.vision.split([view.num_tokens for view in output.views])
-        head, teacher_head = batch.student_head, batch.teacher_head.logits
-        students.append(
-            ModelOutputs(
-                response_logits=head(state.predicting),
-                vision_logits=[head(rows) for rows in vision if len(rows)],
-                vision_states=[rows for rows in vision if len(rows)],
-                text_states=state.text,
-            )
-        )
+        students.append(outputs(head, state.vision, state.views, state.text, state.predicting))
         teachers.append(
-            ModelOutputs(
-                response_logits=teacher_head(record.predicting),
-                vision_logits=[teacher_head(rows) for rows in seen if len(rows)],
-                vision_states=[rows for rows in seen if len(rows)],
-                text_states=record.text,
-            )
+            outputs(teacher_head, record.vision, output.views, record.text, record.predicting)
         )
     return students, teachers, [state.response_ids for state in batch.states]
 
@@ -71,10 +77,6 @@ def test_the_pages_kd_is_the_loops_forward_kl_and_gives_its_teacher_no_gradient(
     assert torch.autograd.grad(found["total"], theirs, allow_unused=True) == (None,)
 
 
-def gradients(batch: RandomBatch, total: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(total, batch.parameters, materialize_grads=True))
-
-
 @pytest.mark.parametrize("shapes", [SHAPES, [TEXT_ONLY, TEXT_ONLY], SHAPES[::-1][:3]])
 @pytest.mark.parametrize("k", [None, VOCAB])
 def test_the_fast_objective_is_the_page_in_values_and_gradients(
@@ -83,13 +85,11 @@ def test_the_fast_objective_is_the_page_in_values_and_gradients(
     """From states and from records of all V logits; samples of every kind and size."""
     batch = random_batch(5, shapes)
     form: RecordForm = "hidden" if k is None else "topk"
-    found = distillation_loss(
-        batch.states, batch.outputs(form, k or 4), batch.student_head, EMKD, batch.assets(form)
-    )
+    found = batch.loss(EMKD, form, k or 4)
     expected = reference.emkd(*page_inputs(batch))
     for name, term in {**found.terms, "total": found.total}.items():
         torch.testing.assert_close(term, expected[name].to(term.dtype), rtol=1e-6, atol=1e-6)
-    pairs = zip(gradients(batch, found.total), gradients(batch, expected["total"]), strict=True)
+    pairs = zip(batch.gradients(found.total), batch.gradients(expected["total"]), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -105,6 +105,6 @@ def test_the_fast_epic_objective_is_the_page_in_values_and_gradients() -> None:
     expected = reference.epic(head(states), head(more), torch.cat(labels))
     for name, term in {**found.terms, "total": found.total}.items():
         torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-10)
-    pairs = zip(gradients(batch, found.total), gradients(batch, expected["total"]), strict=True)
+    pairs = zip(batch.gradients(found.total), batch.gradients(expected["total"]), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -20,9 +20,8 @@ from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from student_train.signals.top_k import TopKSignal
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.schema.samples import ViewGrid
 from tests.support import references
-from tests.support.batches import ONE_IMAGE, normal, random_batch
+from tests.support.batches import ONE_IMAGE, normal, random_batch, views
 
 VOCAB = 11
 CERTIFY_ALL = MatchingConfig(num_shared_ids=None, certify=True)
@@ -33,10 +32,6 @@ def proven(found: Assignment) -> Tensor:
     pairs = certified_pairs([found])
     assert pairs is not None
     return pairs
-
-
-def views(*sizes: int) -> list[ViewGrid]:
-    return [ViewGrid(image=0, view=i, rows=1, cols=size) for i, size in enumerate(sizes)]
 
 
 def test_it_gives_the_bits_of_waiting_whatever_becomes_of_the_inputs() -> None:
@@ -89,7 +84,12 @@ def test_pairs_certified_from_top_k_records_are_those_of_the_exact_costs(
     exact = vision_signal(batch.hidden_outputs[0], batch.assets("hidden"))
     student = (normal(seed + 1, 2, VOCAB) * sharpness).float()
     found = match_tokens(
-        student[:, :1], student, views(2), signal, views(signal.num_rows), CERTIFY_PROB
+        student[:, :1],
+        student,
+        views(2),
+        signal,
+        views(signal.num_rows),
+        CERTIFY_PROB,
     )
     true_cost = cost_matrix(student[:, :1], student, exact, CERTIFY_PROB)
     bound = cost_error(signal, CERTIFY_PROB, torch.float32).of(found.problems[0].cost)

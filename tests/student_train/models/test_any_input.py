@@ -179,8 +179,7 @@ def objective(form: RecordForm) -> ObjectiveConfig:
 
 
 def loss(batch: RandomBatch, form: RecordForm) -> LossTerms:
-    outputs, assets = batch.outputs(form), batch.assets(form)
-    return distillation_loss(batch.states, outputs, batch.student_head, objective(form), assets)
+    return batch.loss(objective(form), form)
 
 
 @pytest.mark.parametrize("form", FORMS)

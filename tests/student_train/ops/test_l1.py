@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from student_train.config.objective import MatchingConfig, MatchMetric
 from student_train.matching.cost import cost_matrix
@@ -12,11 +11,7 @@ from student_train.ops.l1 import l1_distances, l1_rounding
 from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead
 from tests.support import references
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from tests.support.batches import normal
 
 
 @settings(deadline=None, max_examples=40)

@@ -10,16 +10,12 @@ from torch import Tensor
 
 from student_train.ops import l1, use_kernels
 from student_train.ops.l1 import l1_distances, l1_rounding
+from tests.support.batches import normal
 from tests.support.lazy import l1_triton
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture
