@@ -32,7 +32,7 @@ from teacher_cache.codec.columns import encode_columns, output_columns, output_f
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.lm_head import LmHead
-from teacher_cache.records.sketch import decode_logits, encode_sketch, fit_basis
+from teacher_cache.records.sketch import decode_codes, encode_sketch, fit_basis
 from teacher_cache.records.top_k import top_k_from_hidden, top_k_record
 from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import (
@@ -206,7 +206,7 @@ def sketch_rows(num_images: int, rounds: int) -> Iterator[list[str]]:
 
         def errors(at: int, two: TeacherOutput, basis: Any = basis, exact: Any = exact) -> Tensor:
             assert isinstance(two.sketch, SketchRecord)
-            return decode_logits(basis, two.sketch) - exact[at]
+            return decode_codes(basis, two.sketch.codes, two.sketch.scale) - exact[at]
 
         numbers = measured(outputs, make_spec("topk+sketch"), errors, rounds)
         spread = float(torch.cat(exact).std())

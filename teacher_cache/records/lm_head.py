@@ -5,19 +5,18 @@ teacher logit without the teacher. Only plain affine heads qualify; teacher/plai
 this against the model's own logits.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from teacher_cache.schema.fingerprint import digest_tensors
+from teacher_cache.schema.tensor_record import TensorRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LmHead:
+class LmHead(TensorRecord):
     """Weight [V, D] and optional bias [V], restricted to the shared vocabulary rows."""
 
     weight: Float[Tensor, "V D"]
@@ -36,25 +35,6 @@ class LmHead:
         """Raw logits at the vocabulary rows `ids` only, shape [N, len(ids)]."""
         bias = None if self.bias is None else self.bias[ids]
         return functional.linear(hidden.to(self.weight.dtype), self.weight[ids], bias)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        stored = {"weight": self.weight}
-        return stored if self.bias is None else {**stored, "bias": self.bias}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LmHead":
-        """The inverse of `tensors`."""
-        return cls(weight=tensors["weight"], bias=tensors.get("bias"))
-
-    def to(self, device: torch.device) -> "LmHead":
-        """The same head on another device."""
-        return LmHead.from_tensors({name: each.to(device) for name, each in self.tensors().items()})
-
-    @property
-    def digest(self) -> str:
-        """Content digest of weight and bias."""
-        return digest_tensors(self.tensors().items())
 
 
 MAX_LOGITS = 2**25

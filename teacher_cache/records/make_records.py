@@ -29,6 +29,7 @@ from teacher_cache.schema.teacher_output import (
     TeacherOutput,
     TopKRecord,
 )
+from teacher_cache.schema.tensor_record import moved
 
 DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""
@@ -66,9 +67,11 @@ def make_output(
         if grid is not None:
             hidden_grid = {ratio: at.to("cpu", dtype) for ratio, at in grid.items()}
     if holds(settings.records, "topk"):
-        response = _on_cpu(_top_k(predicting, head, settings))
+        response = moved(_top_k(predicting, head, settings), "cpu")
         if grid is not None:
-            response_grid = {r: _on_cpu(_top_k(at, head, settings)) for r, at in grid.items()}
+            response_grid = {
+                ratio: moved(_top_k(at, head, settings), "cpu") for ratio, at in grid.items()
+            }
         dtype = DTYPES_BY_NAME.get(settings.affinity_dtype, torch.float32)
         affinity = AffinityRecord(cosine=cosine_affinity(text, vision).to("cpu", dtype))
         if shown is not None:
@@ -101,25 +104,10 @@ def _vision_record(
     if holds(settings.records, "sketch"):
         if sketch is None:
             raise ValueError("the topk+sketch tier needs a basis; fit one first")
-        here = encode_sketch(sketch, vision, top)
-        code = SketchRecord(
-            codes=here.codes.cpu(), scale=here.scale.cpu(), tail_shift=here.tail_shift.cpu()
-        )
-    return _on_cpu(top), code
+        code = moved(encode_sketch(sketch, vision, top), "cpu")
+    return moved(top, "cpu"), code
 
 
 def _top_k(states: Float[Tensor, "N D"], head: LmHead, settings: RecordSettings) -> TopKRecord:
     record = top_k_from_hidden(states, head, settings.top_k, settings.top_p, settings.min_k)
     return record if settings.least_logits else dataclasses.replace(record, log_least=None)
-
-
-def _on_cpu(record: TopKRecord) -> TopKRecord:
-    return TopKRecord(
-        ids=record.ids.cpu(),
-        logits=record.logits.cpu(),
-        logsumexp=record.logsumexp.cpu(),
-        log_tail=record.log_tail.cpu(),
-        vocab_size=record.vocab_size,
-        num_kept=None if record.num_kept is None else record.num_kept.cpu(),
-        log_least=None if record.log_least is None else record.log_least.cpu(),
-    )

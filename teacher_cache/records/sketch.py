@@ -9,7 +9,6 @@ At full rank only rounding is lost: of codes to int8, of directions to float16.
 Dimensions as in schema/teacher_output.py. Refuses calibration without states and ranks below 1.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +16,14 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from teacher_cache.records.lm_head import LmHead, row_chunks
-from teacher_cache.schema.fingerprint import digest_tensors
 from teacher_cache.schema.teacher_output import SketchRecord, TopKRecord
+from teacher_cache.schema.tensor_record import TensorRecord
 
 _CODE_LIMIT = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SketchBasis:
+class SketchBasis(TensorRecord):
     """Matrices that turn states into codes and codes into logits; stored once per cache."""
 
     hidden_mean: Float[Tensor, " D"]
@@ -41,35 +40,6 @@ class SketchBasis:
     def vocab_size(self) -> int:
         """Number of vocabulary rows that can be decoded."""
         return self.mean_logits.shape[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        return {
-            "hidden_mean": self.hidden_mean,
-            "projection": self.projection,
-            "mean_logits": self.mean_logits,
-            "directions": self.directions,
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SketchBasis":
-        """The inverse of `tensors`."""
-        return cls(
-            hidden_mean=tensors["hidden_mean"],
-            projection=tensors["projection"],
-            mean_logits=tensors["mean_logits"],
-            directions=tensors["directions"],
-        )
-
-    @property
-    def digest(self) -> str:
-        """Content digest of the basis."""
-        return digest_tensors(self.tensors().items())
-
-    def to(self, device: torch.device) -> "SketchBasis":
-        """The same basis on another device."""
-        moved = {name: values.to(device) for name, values in self.tensors().items()}
-        return SketchBasis.from_tensors(moved)
 
 
 class HiddenMoments:
@@ -170,20 +140,16 @@ def encode_sketch(
     return SketchRecord(codes=codes, scale=scale, tail_shift=shift.where(has_tail, 0.0))
 
 
-def decode_logits(
-    basis: SketchBasis, record: SketchRecord, ids: Int[Tensor, " K"] | None = None
-) -> Float[Tensor, "M columns"]:
-    """Approximate raw logits [M, V], or [M, K] at the vocabulary rows `ids`; float32."""
-    return decode_codes(basis, record.codes, record.scale, ids)
-
-
 def decode_codes(
     basis: SketchBasis,
     codes: Num[Tensor, "M S"],
     scale: Float[Tensor, " M"],
     ids: Int[Tensor, " K"] | None = None,
 ) -> Float[Tensor, "M columns"]:
-    """`decode_logits` from a record's tensors, on any device; no checks, so no device sync."""
+    """Approximate raw logits [M, V], or [M, K] at the vocabulary rows `ids`, of a sketch record.
+
+    Float32, on any device; no checks, so no device sync.
+    """
     directions = basis.directions if ids is None else basis.directions[ids]
     mean = basis.mean_logits if ids is None else basis.mean_logits[ids]
     values = codes.to(torch.float32) * scale[:, None]

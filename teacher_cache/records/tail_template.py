@@ -13,7 +13,6 @@ are float64, chunk by chunk, so equal input gives an equal digest.
 Dimensions as in schema/teacher_output.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,36 +21,16 @@ from torch import Tensor
 
 from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.records.top_k import top_k_record
-from teacher_cache.schema.fingerprint import digest_tensors
 from teacher_cache.schema.teacher_output import TopKRecord
+from teacher_cache.schema.tensor_record import TensorRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailTemplate:
+class TailTemplate(TensorRecord):
     """Log shares of the mean tail; the shares sum to 1. None where no position had a tail."""
 
     vision: Float[Tensor, " V"] | None = None
     response: Float[Tensor, " V"] | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
-        known = {"vision": self.vision, "response": self.response}
-        return {name: values for name, values in known.items() if values is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TailTemplate":
-        """The inverse of `tensors`."""
-        return cls(vision=tensors.get("vision"), response=tensors.get("response"))
-
-    @property
-    def digest(self) -> str:
-        """Content digest of the template."""
-        return digest_tensors(self.tensors().items())
-
-    def to(self, device: torch.device) -> "TailTemplate":
-        """The same template on another device."""
-        moved = {name: values.to(device) for name, values in self.tensors().items()}
-        return TailTemplate.from_tensors(moved)
 
 
 class MeanTail:

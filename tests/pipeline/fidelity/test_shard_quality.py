@@ -22,7 +22,7 @@ from teacher_cache.derive.subset import Selection, subset_cache
 from teacher_cache.models.collate import collate
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import make_output
-from teacher_cache.records.sketch import decode_logits
+from teacher_cache.records.sketch import decode_codes
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import Sample
@@ -121,7 +121,7 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
     sketched = output.sketch is not None
     if output.sketch is not None:
         assert teacher.sketch is not None
-        estimate = decode_logits(teacher.sketch, output.sketch).tolist()
+        estimate = decode_codes(teacher.sketch, output.sketch.codes, output.sketch.scale).tolist()
         for row, logits in zip(estimate, exact, strict=True):
             for v in top_ids(logits, TOP_K):
                 row[v] = logits[v]  # kept entries are known

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import make_output
-from teacher_cache.records.sketch import decode_logits, fit_basis
+from teacher_cache.records.sketch import decode_codes, fit_basis
 from teacher_cache.schema.options import HiddenDtype, RecordKind, RecordSettings
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
@@ -99,7 +99,7 @@ def test_the_sketch_tier_adds_codes_to_the_top_k(
     output = make_output(spans, states, head, settings, basis)
     assert output.sketch is not None
     assert output.hidden is None
-    decoded = decode_logits(basis, output.sketch)
+    decoded = decode_codes(basis, output.sketch.codes, output.sketch.scale)
     torch.testing.assert_close(decoded, head.logits(states[spans.vision]), atol=0.1, rtol=0)
     with pytest.raises(ValueError, match="needs a basis"):
         make_output(spans, states, head, settings)

@@ -9,7 +9,7 @@ from teacher_cache.records.sketch import (
     HiddenMoments,
     SketchBasis,
     basis_from_moments,
-    decode_logits,
+    decode_codes,
     encode_sketch,
     fit_basis,
 )
@@ -34,7 +34,8 @@ def hidden() -> Tensor:
 
 def _errors(basis: SketchBasis, head: LmHead, hidden: Tensor, k: int = 8) -> Tensor:
     top = top_k_from_hidden(hidden, head, k)
-    return decode_logits(basis, encode_sketch(basis, hidden, top)) - head.logits(hidden)
+    code = encode_sketch(basis, hidden, top)
+    return decode_codes(basis, code.codes, code.scale) - head.logits(hidden)
 
 
 def test_full_rank_is_exact_but_for_rounding(head: LmHead, hidden: Tensor) -> None:
@@ -71,7 +72,7 @@ def test_the_tail_has_its_true_mass(head: LmHead, hidden: Tensor, rank: int) -> 
     basis = fit_basis(hidden, head, rank)
     top = top_k_from_hidden(hidden, head, 8)
     record = encode_sketch(basis, hidden, top)
-    log_p = decode_logits(basis, record) + record.tail_shift[:, None]
+    log_p = decode_codes(basis, record.codes, record.scale) + record.tail_shift[:, None]
     for row in range(NUM_STATES):
         outside = sorted(set(range(VOCAB)) - set(top.ids[row].tolist()))
         mass = log_p[row, outside].double().exp().sum()
@@ -102,7 +103,8 @@ def test_chosen_rows_are_decoded_as_all_rows_are(head: LmHead, hidden: Tensor) -
     record = encode_sketch(basis, hidden, top_k_from_hidden(hidden, head, 8))
     ids = torch.tensor([5, 0, 60])
     torch.testing.assert_close(
-        decode_logits(basis, record, ids), decode_logits(basis, record)[:, ids]
+        decode_codes(basis, record.codes, record.scale, ids),
+        decode_codes(basis, record.codes, record.scale)[:, ids],
     )
 
 
