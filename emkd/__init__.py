@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from student_train.losses.objective_loss import distillation_loss
     from student_train.matching.matching import match_tokens
     from student_train.models.student import load_student
-    from student_train.training.trainer import student_loss
+    from student_train.training.student_loss import student_loss
     from teacher_cache.folder.reader import CacheReader
     from teacher_cache.folder.verify import verify_cache as verify
     from teacher_cache.models.sample_encoder import SampleEncoder
@@ -93,7 +93,7 @@ _HOMES = {
     "match_tokens": "student_train.matching.matching:match_tokens",
     "preset": "student_train.config.objective:preset",
     "report": "pipeline.report.report:write_report",
-    "student_loss": "student_train.training.trainer:student_loss",
+    "student_loss": "student_train.training.student_loss:student_loss",
     "train": "pipeline.student.train:train",
     "verify": "teacher_cache.folder.verify:verify_cache",
 }

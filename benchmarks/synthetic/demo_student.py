@@ -20,8 +20,8 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.models.student import student_from_vanilla
+from student_train.training.student_loss import student_loss
 from student_train.training.trainable import set_trainable
-from student_train.training.trainer import student_loss
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordSettings

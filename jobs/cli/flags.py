@@ -62,7 +62,7 @@ _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
 }
 _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
     "match_metric": ("metric", MatchMetric, "Cost of a pair of vision tokens."),
-    "match_scope": ("scope", MatchScope, "One assignment per view or one per sample."),
+    "match_scope": ("scope", MatchScope, "One assignment per view or one per image."),
     "match_shared_ids": (
         "num_shared_ids",
         int | None,

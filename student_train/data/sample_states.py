@@ -29,6 +29,8 @@ class SampleStates:
     predicting: Float[Tensor, "R D"]
     text_is_response: Bool[Tensor, " X"]
     response_ids: Int[Tensor, " R"]
+    images_before_text: Int[Tensor, " X"] | None = None
+    """How many images each text token follows; on the CPU. None: all of them."""
     content_ids: Int[Tensor, " T"]
     """Compared with the teacher's, so that no sample is distilled from another one's record."""
     kept: Int[Tensor, " N"] | None = None
@@ -59,6 +61,7 @@ def gather_states(
                 text=pick(span.vlad_text),
                 predicting=pick(span.predicting),
                 text_is_response=span.is_response[span.after_image].to(device),
+                images_before_text=span.images_before_text if len(span.views) > 1 else None,
                 response_ids=span.content_ids[span.is_response].to(device),
                 content_ids=span.content_ids,
                 kept=None if bool(is_kept.all()) else is_kept.nonzero()[:, 0],

@@ -105,14 +105,13 @@ class PendingBatch:
 
     def _describe(self, matching: Matching, started: _Started) -> None:
         stats = assignment_stats(matching.samples)
-        for name in ("mean_cost", "separability", "arbitrary", "hubness"):
-            self.diagnostics[f"match_{name}"] = getattr(stats, name)
-        if stats.certified is not None:
-            self.diagnostics["match_certified"] = stats.certified
+        for name in ("mean_cost", "separability", "arbitrary", "hubness", "certified"):
+            if (value := getattr(stats, name)) is not None:
+                self.diagnostics[f"match_{name}"] = value
         if matching.mean_logits is not None:
             spread = row_mean_spread(matching.mean_logits[:, None])
             self.diagnostics["student_row_mean_spread"] = spread
-        if stats.arbitrary >= 0.5:
+        if (stats.arbitrary or 0.0) >= 0.5:
             _warn_of_arbitrary(self.metric)
         if started.exact is not None:
             chosen, exact = matching.samples[0], started.exact.result().result().samples[0]
@@ -200,8 +199,11 @@ def _warn_of_arbitrary(metric: MatchMetric) -> None:
     logger.warning(
         "vision tokens are matched almost arbitrarily: by %s, half or more of the matchings of a "
         "micro-batch have a separability below %g, so that most pairings cost nearly the same "
-        "(diagnostic/match_arbitrary, student_row_mean_spread; docs/method.md). Where a constant "
-        "in the student's logits is the reason, match by centred_l1",
+        "(diagnostic/match_arbitrary, student_row_mean_spread; docs/method.md). %s",
         metric,
         LEAST_SEPARABILITY,
+        "Where a constant in the student's logits is the reason, match by centred_l1"
+        if metric == "raw_l1"
+        else "No constant in the student's logits can be the reason; compare with another metric, "
+        f"such as {'prob_l1' if metric == 'centred_l1' else 'centred_l1'}",
     )

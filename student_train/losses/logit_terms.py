@@ -48,6 +48,8 @@ class LogitTerm(RowLosses):
     weight: float
     pairs_per_sample: Sequence[int] | None = None
     """Rows of each sample, whose means are averaged; None averages all rows alike."""
+    count: int | None = None
+    """What the mean is over in the whole step (step_counts.py); None: over what is here."""
     tail: UsedTail | None = None
     """The tail policy that the teacher really gets (`resolve_tail`); None without a teacher."""
 
@@ -58,8 +60,8 @@ class LogitTerm(RowLosses):
     def reduce(self, values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
         """The term, from its rows' values; linear."""
         if self.pairs_per_sample is None:
-            return token_mean(values)
-        return vsd_loss(values, self.pairs_per_sample, values.sum())
+            return token_mean(values, self.count)
+        return vsd_loss(values, self.pairs_per_sample, values.sum(), self.count)
 
     def row_weights(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """Each row's weight in the loss: the gradient of the weighted reduction."""
@@ -269,6 +271,7 @@ def divergence_term(
     divergence: DivergenceName | None = None,
     *,
     pairs_per_sample: Sequence[int] | None = None,
+    count: int | None = None,
 ) -> DivergenceTerm:
     """A term with the objective's settings and, by default, its divergence.
 
@@ -278,6 +281,7 @@ def divergence_term(
         name=name,
         weight=weight,
         pairs_per_sample=pairs_per_sample,
+        count=count,
         teacher=teacher,
         measure=DIVERGENCES[divergence or objective.divergence],
         policy=objective.tail,

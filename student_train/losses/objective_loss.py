@@ -8,8 +8,9 @@ reference.py has the method on one page; the values here equal it where all logi
     VSD         reverse KL on matched vision logits                mean over pairs, then samples
     VLAD        smooth L1 of text-vision cosine affinities         mean over entries, then samples
 
-Means over tokens run over the micro-batch; means over samples run over its samples that still have
-vision tokens (VLAD: and text to compare). `batch_matching.py` finds the pairs, `reductions.py` and
+Means over tokens run over the whole step, means over samples over its samples with an image (VLAD:
+and with text after it to compare): `counts` has these numbers, and the result is this micro-batch's
+share of each mean. `batch_matching.py` finds the pairs, `reductions.py` and
 `logit_terms.py` compare what is paired, and only this file knows both. Refuses states and teacher
 outputs of different texts. Dimensions as in schema.py.
 """
@@ -34,6 +35,7 @@ from student_train.losses.logit_terms import (
     divergence_term,
     head_rows,
 )
+from student_train.losses.step_counts import StepCounts
 from student_train.losses.vlad import batch_vlad
 from student_train.matching.assignment import Assignment
 from student_train.signals.from_cache import teacher_response_at
@@ -44,12 +46,13 @@ from teacher_cache.schema.teacher_output import TeacherOutput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """The loss of a micro-batch, with its terms.
+    """A micro-batch's share of the loss of its step, with its terms.
 
-    `total` is the weighted sum. `terms` are unweighted, by name, with gradients; only those of
-    positive weight. `tails` names the tail policy that each divergence really used, because values
-    under different policies do not compare. `assignments` has one entry per sample, None where no
-    vision token is left or no term needs any. `diagnostics` are plain numbers to log.
+    `total` is the weighted sum. `terms` are unweighted shares of the step's terms, by name, with
+    gradients; only those of positive weight. `tails` names the tail policy that each divergence
+    really used, because values under different policies do not compare. `assignments` has one
+    entry per sample, None where no vision token is left or no term needs any. `diagnostics` are
+    plain numbers to log.
     """
 
     total: Float[Tensor, ""]
@@ -69,6 +72,7 @@ def distillation_loss(
     consistency_teacher_states: Float[Tensor, "R D"] | None = None,
     cached_ratio: float = 0.0,
     *,
+    counts: StepCounts | None = None,
     check_matching: bool = False,
 ) -> LossTerms:
     """The objective of one micro-batch: student states against cached teacher outputs.
@@ -77,6 +81,8 @@ def distillation_loss(
     predict the batch's response tokens in order. They are KD's teacher unless that comes from the
     cache; None where both passes are the same, so that KD is zero. A cached teacher is one that
     drops `cached_ratio` of its vision tokens, or the next smaller share in the cache.
+    `counts` are those of the whole step, over all micro-batches and ranks; None: these samples are
+    the step.
     `check_matching` adds the quality of one sample's matching to the diagnostics.
 
     Terms of weight 0 are not computed, and records that only they need are not read. Logits exist a
@@ -92,8 +98,9 @@ def distillation_loss(
         _require_same_text(position, state, output)
     linear = as_linear(head) or head
     assets = assets or TeacherAssets()
+    counts = counts or StepCounts.of_states(states, objective.vlad_text)
     batch = _Batch(
-        states, outputs, linear, objective, assets, consistency_teacher_states, cached_ratio
+        states, outputs, linear, objective, assets, consistency_teacher_states, cached_ratio, counts
     )
     run, blocks = IncrementalHeadLoss(batch.head), list[list[LogitTerm]]()
 
@@ -144,6 +151,7 @@ class _Batch(NamedTuple):
     assets: TeacherAssets
     consistency_teacher_states: Tensor | None
     cached_ratio: float
+    counts: StepCounts
 
     def weight(self, term: str) -> float:
         return getattr(self.objective, f"{term}_weight")
@@ -159,9 +167,11 @@ def _response_terms(batch: _Batch) -> list[LogitTerm]:
     objective, terms = batch.objective, list[LogitTerm]()
     if objective.supervised_weight > 0:
         labels = torch.cat([state.response_ids for state in batch.states])
-        terms.append(SupervisedTerm(weight=objective.supervised_weight, response_ids=labels))
+        weight, count = objective.supervised_weight, batch.counts.of_term("supervised")
+        terms.append(SupervisedTerm(weight=weight, count=count, response_ids=labels))
     if objective.rld_weight > 0:
-        terms.append(divergence_term("rld", objective.rld_weight, batch.cached(0.0), objective))
+        weight, count = objective.rld_weight, batch.counts.of_term("rld")
+        terms.append(divergence_term("rld", weight, batch.cached(0.0), objective, count=count))
     if objective.kd_weight > 0:
         terms += _kd_terms(batch)
     return terms
@@ -170,14 +180,16 @@ def _response_terms(batch: _Batch) -> list[LogitTerm]:
 def _kd_terms(batch: _Batch) -> list[LogitTerm]:
     """EPIC's term, from the cache or the student itself; none where both passes are the same."""
     objective, weight = batch.objective, batch.objective.kd_weight
+    count = batch.counts.of_term("kd")
     if objective.kd_from_cache:
         teacher = batch.cached(batch.cached_ratio)
-        return [divergence_term("kd", weight, teacher, objective, "forward_kl")]
+        return [divergence_term("kd", weight, teacher, objective, "forward_kl", count=count)]
     states = batch.consistency_teacher_states
     if states is None:
         return []
     term = ConsistencyTerm(
         weight=weight,
+        count=count,
         hidden=states.detach(),
         teacher_logits=without_gradient(batch.head),
         temperature=objective.temperature,
@@ -191,8 +203,10 @@ def _vision_terms(batch: _Batch, found: Sequence[Matched]) -> list[LogitTerm]:
     if weight == 0 or not found:
         return []
     num_pairs = [sample.pairs.num_pairs for sample in found]
-    teacher = found[0].teachers
-    return [divergence_term("vsd", weight, teacher, objective, pairs_per_sample=num_pairs)]
+    teacher, count = found[0].teachers, batch.counts.of_term("vsd")
+    return [
+        divergence_term("vsd", weight, teacher, objective, pairs_per_sample=num_pairs, count=count)
+    ]
 
 
 def _other_terms(
@@ -206,7 +220,8 @@ def _other_terms(
             terms[name] = zero
     if batch.objective.vlad_weight > 0:
         with torch.autocast(zero.device.type, enabled=False):
-            terms["vlad"] = batch_vlad(found, batch.objective) if found else zero
+            count = batch.counts.of_term("vlad")
+            terms["vlad"] = batch_vlad(found, batch.objective, count) if found else zero
     return terms
 
 

@@ -2,8 +2,9 @@
 
 Row i of the student faces row i of the teacher; matching has aligned them. Every reduction is a
 mean, because the paper's weights only make sense with means: a sum over 144 tokens under beta =
-0.25 would drown the supervised loss (docs/method.md). A mean over nothing is a zero that still has
-a gradient (of zero). Dimensions as in schema.py.
+0.25 would drown the supervised loss (docs/method.md). Where `count` is given, the mean is over that
+many in the whole step, and the result is this part's share of it (step_counts.py). A mean over
+nothing is a zero that still has a gradient (of zero). Dimensions as in schema.py.
 """
 
 from collections.abc import Sequence
@@ -23,20 +24,24 @@ def supervised_rows(
     return functional.cross_entropy(at_least_float32(logits), response_ids.long(), reduction="none")
 
 
-def token_mean(values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+def token_mean(values: Float[Tensor, " R"], count: int | None = None) -> Float[Tensor, ""]:
     """Mean over response tokens: of cross-entropies (supervised) or divergences (EM-KD: RLD)."""
-    return values.mean() if len(values) else values.sum()
+    return values.sum() / max(1, len(values) if count is None else count)
 
 
 def vsd_loss(
-    values: Float[Tensor, " P"], pairs_per_sample: Sequence[int], zero: Float[Tensor, ""]
+    values: Float[Tensor, " P"],
+    pairs_per_sample: Sequence[int],
+    zero: Float[Tensor, ""],
+    count: int | None = None,
 ) -> Float[Tensor, ""]:
     """Vision semantic distillation (EM-KD: VSD): mean over a sample's pairs, then over samples.
 
     The rows are the matched pairs, sample by sample; samples without pairs do not count.
     """
     parts = values.split(list(pairs_per_sample))
-    return mean_of([part.mean() for part in parts if len(part)], zero)
+    means = [part.mean() for part in parts if len(part)]
+    return torch.stack(means).sum() / (len(means) if count is None else count) if means else zero
 
 
 def vlad_means(
@@ -54,8 +59,3 @@ def vlad_means(
     )
     sums = entries.where(counted, 0.0).sum(dim=(1, 2))
     return sums / counted.sum(dim=(1, 2)).clamp(min=1)
-
-
-def mean_of(values: Sequence[Float[Tensor, ""]], zero: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The mean of some scalars, or the given (differentiable) zero where there are none."""
-    return torch.stack(list(values)).mean() if values else zero

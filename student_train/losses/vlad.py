@@ -26,14 +26,21 @@ MOST_ENTRIES = 2**22
 """16 MiB in float32, times a few tensors; more than most micro-batches have."""
 
 
-def batch_vlad(matched: Sequence[Matched], objective: ObjectiveConfig) -> Float[Tensor, ""]:
+def batch_vlad(
+    matched: Sequence[Matched], objective: ObjectiveConfig, count: int | None = None
+) -> Float[Tensor, ""]:
     """VLAD of one or more samples with an image; 0, with a gradient, where none has text.
+
+    `count` is the number of samples that the mean is over in the whole step (step_counts.py); by
+    default those here that have text.
 
     ValueError for a sample that was read with neither part `affinity` nor `hidden`.
     """
     means, counts = zip(*(_group_means(each, objective) for each in _groups(matched)), strict=True)
-    num_samples = (torch.cat(counts) > 0).sum()
-    return torch.cat(means).sum() / num_samples.clamp(min=1)
+    total = torch.cat(means).sum()
+    if count is not None:
+        return total / max(1, count)
+    return total / (torch.cat(counts) > 0).sum().clamp(min=1)
 
 
 def padded(pieces: Sequence[Shaped[Tensor, "_ ..."]]) -> Shaped[Tensor, "B _ ..."]:
@@ -74,6 +81,8 @@ def _group_means(
     )
     is_pair_BP = _present([sample.pairs.teacher for sample in group]).to(own_BXP.device)
     counted_BXP = _text_rows(group, objective.vlad_text)[:, :, None] & is_pair_BP[:, None, :]
+    if (sees_BXP := _text_sees(group)) is not None:
+        counted_BXP &= sees_BXP.to(counted_BXP.device)
     theirs_BXP = _teacher_affinity(group, counted_BXP)
     means_B = vlad_means(own_BXP, theirs_BXP, counted_BXP, objective.smooth_l1_beta)
     return means_B, counted_BXP.sum(dim=(1, 2))
@@ -86,6 +95,24 @@ def _text_rows(group: Sequence[Matched], text: VladText) -> Bool[Tensor, "B X"]:
         return is_response
     is_text = _present([sample.state.text for sample in group]).to(is_response.device)
     return is_text & ~is_response if text == "instruction" else is_text
+
+
+def _text_sees(group: Sequence[Matched]) -> Bool[Tensor, "B X P"] | None:
+    """Which pairs' images each text token follows; None where all follow all, as with one image.
+
+    With causal attention the text before an image has not seen it.
+    """
+    if all(sample.state.images_before_text is None for sample in group):
+        return None
+    seen, image = list[Tensor](), list[Tensor]()
+    for sample in group:
+        views, before = sample.state.views, sample.state.images_before_text
+        of_token = torch.tensor([view.image for view in views for _ in range(view.num_tokens)])
+        kept = of_token if sample.state.kept is None else of_token[sample.state.kept]
+        image.append(kept[sample.pairs.student.cpu()])
+        num_text = len(sample.state.text)
+        seen.append(torch.full((num_text,), len(views)) if before is None else before)
+    return padded(seen)[:, :, None] > padded(image)[:, None, :]
 
 
 @torch.no_grad()

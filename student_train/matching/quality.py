@@ -50,16 +50,16 @@ class AssignmentStats:
 
     `separability`: near 0 the cost is row + column, every pairing costs the same and the matching
     is arbitrary; raw logits with a large free constant come near 0 (docs/method.md).
-    `arbitrary`: share of problems with separability below `LEAST_SEPARABILITY`, among those with
-    several tokens on both sides.
+    `arbitrary`: share of problems with separability below `LEAST_SEPARABILITY`.
+    Both are of the problems with several tokens on both sides; None where there are none.
     `hubness`: distinct nearest teacher tokens per student token.
     `certified`: share of pairs that are provably those of the exact costs; None unless
     `MatchingConfig.certify`.
     """
 
     mean_cost: float
-    separability: float
-    arbitrary: float
+    separability: float | None
+    arbitrary: float | None
     hubness: float
     certified: float | None = None
 
@@ -73,8 +73,10 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     proven = certified_pairs(assignments)
     return AssignmentStats(
         mean_cost=sum(problem.total_cost for problem in problems) / max(1, num_pairs),
-        separability=_mean(problem.separability for problem in problems),
-        arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several),
+        separability=_mean(several) if several else None,
+        arbitrary=_mean(float(value < LEAST_SEPARABILITY) for value in several)
+        if several
+        else None,
         hubness=_mean(problem.hubness for problem in problems),
         certified=None if proven is None or not num_pairs else float(proven.double().mean()),
     )

@@ -17,7 +17,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from student_train.config.recipe import TrainerSettings, TrainRecipe
 from student_train.data.stream import StreamState
@@ -53,6 +53,9 @@ class RunIdentity(StrictRecord):
     """Digest of the student's initial weights."""
     num_steps: int
     recipe: TrainRecipe
+    loss_means: Literal["micro_batch", "step"] = "micro_batch"
+    """What a term is a mean over. Runs begun before this field existed took the mean of the means
+    of their micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,12 +29,15 @@ class MeanWindow:
             self._sums[name] = torch.tensor(total, dtype=torch.float64)
             self._counts[name] = count
 
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one value of each name; names may differ from call to call."""
+    def add(self, values: Mapping[str, Tensor | float], count: int = 1) -> None:
+        """Add a value of each name; names may differ from call to call.
+
+        A value that is one of several shares counts 1 once and 0 for the other shares.
+        """
         for name, value in values.items():
             wide = torch.as_tensor(value).detach().to(torch.float64)
             self._sums[name] = self._sums.get(name, torch.zeros(())).to(wide) + wide
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def sums(self) -> dict[str, tuple[float, int]]:
         """Return (sum, count) of each name, as numbers."""

@@ -74,6 +74,7 @@ def train_student(
         student=student,
         num_steps=num_steps,
         recipe=settings.recipe,
+        loss_means="step",
     )
     arguments = training_arguments(settings, run, num_steps)
     plan = BatchPlan(

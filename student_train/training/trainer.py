@@ -1,9 +1,8 @@
 """Runs the optimizer loop: a transformers.Trainer with our data stream and our loss.
 
-A step's loss: each term is a mean inside one micro-batch (objective_loss.py says over what); a step
-takes the mean over its micro-batches and ranks, which have equal numbers of samples. So
-micro_batch_size and world size do not change which samples form a step. They change slightly how
-much a token weighs: more in a micro-batch with few tokens. No B x L x V logits are computed.
+A step's loss: each term is one mean over all micro-batches and ranks of the step (step_counts.py
+says over what). So micro_batch_size and world size change neither which samples form a step nor its
+gradient, rounding aside. No B x L x V logits are computed.
 
 Refuses to skip or re-shard data (the stream decides), a loss that is not finite, and trainable
 weights in half precision.
@@ -31,13 +30,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import StudentBatch, TrainingStream
-from student_train.epic.step_passes import student_pass
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step
 from student_train.head.linear_head import LogitsOf
-from student_train.losses.objective_loss import LossTerms, distillation_loss
+from student_train.losses.step_counts import StepCounts
 from student_train.models.forward import output_head
 from student_train.training.checkpoint import (
     CheckpointRecord,
@@ -48,6 +45,7 @@ from student_train.training.checkpoint import (
 )
 from student_train.training.gradient_norms import term_gradient_norms
 from student_train.training.metrics_log import MeanWindow, MetricsLog, means, merge_sums
+from student_train.training.student_loss import student_loss
 from teacher_cache.models.checkpoint import load_model
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.progress import Progress, no_progress
@@ -103,8 +101,8 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
 class EmkdTrainer(Trainer):
     """Trains `model` on `stream`; `train` runs to the end, `save_student` writes the result."""
 
-    loss_is_scaled_for_ga = False
-    """Our loss is a mean per micro-batch; transformers divides it by the accumulation steps."""
+    loss_is_scaled_for_ga = True
+    """A micro-batch's loss is its share of the step's mean; the shares are added up."""
 
     def __init__(
         self,
@@ -154,9 +152,13 @@ class EmkdTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StudentBatch], num_batches: int, device: torch.device
-    ) -> tuple[list[StudentBatch], None]:
-        """Return the micro-batches of one step; None: no label count normalises the loss."""
-        return list(islice(epoch_iterator, num_batches)), None
+    ) -> tuple[list[StudentBatch], Any]:
+        """Return this rank's micro-batches of one step, and the `StepCounts` of all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        spans = [sample.spans for batch in batches for sample in batch.model.samples]
+        own = StepCounts.of_spans(spans, self.settings.objective.vlad_text)
+        every: Any = self.accelerator.gather(torch.tensor([own], device=device))
+        return batches, StepCounts(*every.sum(dim=0).tolist())
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: transformers' estimate ignores the vision tower."""
@@ -172,20 +174,34 @@ class EmkdTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Return the loss of one micro-batch, in float32 whatever the dtype of the forward pass."""
+        """Return one micro-batch's share of the step's loss, times the number of ranks.
+
+        In float32 whatever the dtype of the forward pass. Gradients are means over ranks, so that
+        the factor makes them sums. `num_items_in_batch` is the step's `StepCounts`.
+        """
         step = self.state.global_step + 1
         first, self._last_step = self._last_step != step, step
         check = first and _is_due(step, self.settings.match_check_steps)
         plan, head_of = self._plan(model), self._head_of
+        objective, counts = self.settings.objective, num_items_in_batch
         loss = student_loss(
-            model, inputs, self.settings.objective, self.assets, plan, check, head_of
+            model, inputs, objective, self.assets, plan, check, head_of, counts=counts
         )
-        self.window.add({"loss": loss.total, **_named("term", loss.terms)})
+        # Shares add up to the step's value, which counts once: on one rank, in one micro-batch.
+        once = int(first and self.is_world_process_zero())
+        shares = {name: term for name, term in loss.terms.items() if counts.of_term(name)}
+        self.window.add({"loss": loss.total, **_named("term", shares)}, once)
         self.window.add(_named("weight", loss.weights))
         self.window.add(_named("diagnostic", loss.diagnostics))
         if first and _is_due(step, self.settings.grad_norm_steps):
-            self.window.add(_named("gradient", self._gradient_norms(model, loss.terms)))
-        return loss.total
+            spans = [sample.spans for sample in inputs.model.samples]
+            own = StepCounts.of_spans(spans, objective.vlad_text)
+            means = {
+                name: share * (counts.of_term(name) / max(1, own.of_term(name)))
+                for name, share in shares.items()
+            }
+            self.window.add(_named("gradient", self._gradient_norms(model, means)))
+        return loss.total * self.args.world_size
 
     def _head_of(self, model: nn.Module) -> LogitsOf:
         return output_head(model)
@@ -309,37 +325,6 @@ class _LogAndSaveCallback(TrainerCallback):
         control.should_save = not last and state.global_step % self._save_steps == 0
         if state.is_world_process_zero:
             self._progress("steps", state.global_step, state.max_steps)
-
-
-def student_loss(
-    model: nn.Module,
-    batch: StudentBatch,
-    objective: ObjectiveConfig,
-    assets: TeacherAssets,
-    plan: StepPlan | None = None,
-    check_matching: bool = False,
-    head_of: Callable[[nn.Module], LogitsOf] = output_head,
-) -> LossTerms:
-    """Run one micro-batch and return its loss terms; the head runs at needed rows only."""
-    teach = objective.kd_weight > 0 and not objective.kd_from_cache
-    found = student_pass(model, batch.model, plan, teach=teach)
-    cached_ratio = 0.0 if plan is None else plan.cached_ratio
-    loss = distillation_loss(
-        found.states,
-        batch.outputs,
-        head_of(model),
-        objective,
-        assets,
-        found.consistency_teacher_states,
-        cached_ratio,
-        check_matching=check_matching,
-    )
-    notes = {**loss.diagnostics, **found.diagnostics}
-    if plan is not None and objective.kd_weight > 0:
-        notes["teacher_ratio"] = plan.difficulty.teacher_ratio
-    if objective.kd_from_cache:
-        notes["cached_ratio"] = cached_ratio
-    return replace(loss, diagnostics=notes)
 
 
 def _is_due(step: int, every: int) -> bool:

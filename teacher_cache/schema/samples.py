@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -143,6 +144,16 @@ class TokenSpans:
     def vlad_text(self) -> Int[Tensor, " X"]:
         """Positions of the text tokens whose affinity to vision tokens is distilled."""
         return self.content[self.after_image]
+
+    @property
+    def images_before_text(self) -> Int[Tensor, " X"]:
+        """How many images stand before each token of `vlad_text`; images lie in their order."""
+        starts: dict[int, int] = {}
+        place = 0
+        for view in self.views:
+            starts.setdefault(view.image, int(self.vision[place]))
+            place += view.num_tokens
+        return (torch.tensor(list(starts.values())) < self.vlad_text[:, None]).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,7 +124,7 @@ if TYPE_CHECKING:
         whole_weights,
     )
     from student_train.training.run import train_student
-    from student_train.training.trainer import student_loss
+    from student_train.training.student_loss import student_loss
     from tests.support.tiny_processors import (
         StillInternVLProcessor,
         StillOnevisionProcessor,

@@ -30,11 +30,14 @@ from student_train.signals.teacher_signal import DenseSignal, HiddenSignal
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.samples import ViewGrid
 from tests.support.batches import (
+    EQUAL_GRIDS,
     ONE_IMAGE,
     TEXT_ONLY,
     TWO_IMAGES,
     RandomBatch,
     RecordForm,
+    Shape,
+    View,
     normal,
     random_batch,
     views,
@@ -140,6 +143,31 @@ def test_a_matching_close_to_arbitrary_is_counted_and_said_once(
     assert "match by centred_l1" in message
     centred = diagnostics(batch, MatchingConfig(metric="centred_l1"), head=moved)
     assert centred["match_arbitrary"] == 0.0
+
+
+@pytest.mark.parametrize("metric", get_args(MatchMetric))
+def test_the_warning_never_recommends_the_metric_in_use(
+    metric: MatchMetric, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch_matching._warn_of_arbitrary.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    batch_matching._warn_of_arbitrary(metric)  # pyright: ignore[reportPrivateUsage]
+    (message,) = caplog.messages
+    _, _, advice = message.partition("docs/method.md). ")
+    assert metric not in advice
+    assert "centred_l1" in advice or "prob_l1" in advice
+
+
+def test_a_problem_of_one_token_says_nothing_of_separability() -> None:
+    single = Shape(views=[View(0, (1, 1), (2, 2))])
+    alone = diagnostics(random_batch(1, [single]), MatchingConfig())
+    assert "match_hubness" in alone
+    assert not {"match_separability", "match_arbitrary"} & alone.keys()
+    batch = random_batch(1, [EQUAL_GRIDS, single])
+    both = diagnostics(batch, MatchingConfig())
+    first = replace(batch, states=batch.states[:1], hidden_outputs=batch.hidden_outputs[:1])
+    several = diagnostics(first, MatchingConfig())
+    assert 0 < several["match_separability"] < 1
+    assert both["match_separability"] == pytest.approx(several["match_separability"], rel=1e-5)
 
 
 def test_the_spread_of_the_constants_is_that_of_the_compared_columns() -> None:

@@ -138,9 +138,12 @@ def online_terms(pair: Pair, batch: ModelBatch, joined: bool) -> dict[str, Tenso
     affinity = cosine_affinity(padded(texts), padded(chosen))
     counted = torch.zeros(affinity.shape, dtype=torch.bool)
     for index, (text, vision, found) in enumerate(zip(texts, visions, pairs, strict=True)):
-        block = index, slice(len(text)), slice(found.num_pairs)
-        counted[block] = True
+        spans = with_image[index][1].spans
+        for x, at in enumerate(spans.vlad_text.tolist()):
+            for pair_number, row in enumerate(found.teacher.tolist()):  # only what stands before
+                counted[index, x, pair_number] = int(spans.vision[row]) < at
         if not joined:
+            block = index, slice(len(text)), slice(found.num_pairs)
             affinity[block] = cosine_affinity(text, vision)[:, found.teacher]
     vlad = vlad_means(own_affinity, affinity, counted)
     return {

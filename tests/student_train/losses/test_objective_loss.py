@@ -149,8 +149,9 @@ def test_permuting_teacher_tokens_changes_the_assignment_and_no_loss() -> None:
 
 
 @pytest.mark.parametrize("shape", [TEXT_ONLY, ONE_IMAGE, TWO_IMAGES])
-def test_a_sample_without_vision_tokens_changes_no_vision_term(shape: Shape) -> None:
+def test_a_sample_without_vision_tokens_adds_nothing_to_a_vision_term(shape: Shape) -> None:
     batch = random_batch(11, [ONE_IMAGE, shape, TWO_IMAGES])
+    counted = 3 if shape.views else 2  # samples with an image, whatever was dropped of it
     if shape.views:  # few tokens and a high ratio: none is left of them
         nothing = torch.empty(0, dtype=torch.int64)
         batch.states[1] = replace(batch.states[1], vision=batch.states[1].vision[:0], kept=nothing)
@@ -162,8 +163,8 @@ def test_a_sample_without_vision_tokens_changes_no_vision_term(shape: Shape) -> 
         hidden_outputs=[batch.hidden_outputs[i] for i in keep],
     )
     part = fewer.loss()
-    assert torch.equal(whole.terms["vsd"], part.terms["vsd"])
-    assert torch.equal(whole.terms["vlad"], part.terms["vlad"])
+    for name in ("vsd", "vlad"):
+        assert whole.terms[name].item() * counted == pytest.approx(part.terms[name].item() * 2)
     assert whole.assignments[1] is None
     assert whole.terms["supervised"].item() != part.terms["supervised"].item()
 

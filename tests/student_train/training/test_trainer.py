@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from student_train.config.objective import ObjectiveConfig, preset
+from student_train.losses.step_counts import StepCounts
 from student_train.training.checkpoint import RunIdentity
 from student_train.training.trainable import set_trainable
 from teacher_cache.folder.reader import CacheReader
@@ -126,7 +127,7 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_a_step_takes_the_mean_over_its_micro_batches(
+def test_a_step_adds_up_the_shares_of_its_micro_batches(
     reader: CacheReader, vanilla: Path, tmp_path: Path, micro: int
 ) -> None:
     settings = replace(SETTINGS, max_steps=1, micro_batch_size=micro, log_steps=1)
@@ -136,14 +137,19 @@ def test_a_step_takes_the_mean_over_its_micro_batches(
     encode = SampleEncoder(processor, model.config).encode
     stream = stream_of(reader, encode, objective=settings.objective, micro_batch_size=micro)
     assets = TeacherAssets(sketch=reader.sketch_basis(), template=reader.tail_template())
-    batches = islice(stream, 4 // micro)
-    totals = [student_loss(model, batch, settings.objective, assets).total for batch in batches]
-    mean = torch.stack(totals).mean()
-    mean.backward()
+    batches = list(islice(stream, 4 // micro))
+    spans = [sample.spans for batch in batches for sample in batch.model.samples]
+    counts = StepCounts.of_spans(spans, settings.objective.vlad_text)
+    shares = [
+        student_loss(model, batch, settings.objective, assets, counts=counts).total
+        for batch in batches
+    ]
+    total = torch.stack(shares).sum()
+    total.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     (line,) = lines(tmp_path / "run")
-    assert line["loss"] == pytest.approx(float(mean.detach()), rel=1e-6)
+    assert line["loss"] == pytest.approx(float(total.detach()), rel=1e-6)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert line["diagnostic/vsd_tail_is_blend"] == 1.0
     assert line["diagnostic/rld_tail_is_blend_template"] == 1.0
@@ -213,7 +219,7 @@ def test_identity_names_everything_that_shapes_the_weights() -> None:
         "match_check_steps",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(RunIdentity)} == {
-        "cache", "teacher", "student", "num_steps", "recipe",
+        "cache", "teacher", "student", "num_steps", "recipe", "loss_means",
     }  # fmt: skip
     assert replace(SETTINGS, max_steps=None, epochs=2.5).num_steps(10) == 7
 
