@@ -60,7 +60,8 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
     settings = config.training
     model, processor = student_from_vanilla(str(teacher), stride=config.stride, dtype=torch.float32)
     set_trainable(model, settings.train_parts)
-    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
+    spec = reader.spec
+    encoder = SampleEncoder(processor, model.config, spec.system_prompt, spec.text)
     stream = TrainingStream(
         reader,
         encoder.encode,

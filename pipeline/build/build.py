@@ -38,10 +38,11 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import write_assets, write_plan, write_shard
+from teacher_cache.models.chat_template import text_rules
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.schema.options import holds
+from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules, holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -85,8 +86,16 @@ class CacheBuilder:
             dtype=config.dtype,
             attention=config.attention,
             system_prompt=config.system_prompt,
+            text=self.text_rules(),
         )
         return with_grid(teacher, config.settings.grid)
+
+    def text_rules(self) -> TextRules:
+        """The settings' rules; those of earlier caches where such a build was begun."""
+        config, begun = self.config, read_plan(self.cache)
+        if begun is not None and begun.spec.text == EARLIER_TEXT_RULES and not config.chat_template:
+            return EARLIER_TEXT_RULES
+        return text_rules(config.append_eos, config.chat_template)
 
     def prepare(self) -> Plan:
         """Write the plan, or check that the existing plan matches the settings.

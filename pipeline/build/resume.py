@@ -49,6 +49,7 @@ def _settings(config: BuildConfig) -> str:
         "config": dataclasses.asdict(dataclasses.replace(config, require_quality=False)),
         "teacher": _files(Path(config.teacher)),
         "source": _files(Path(config.source.path)),
+        "chat_template": config.chat_template and _files(config.chat_template),
     }
     return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
 

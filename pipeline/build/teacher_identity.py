@@ -1,6 +1,6 @@
 """Loads a teacher as a cache's spec says, and checks that it is the cache's own.
 
-Dtype, attention and system prompt are the spec's. Every field that identifies the teacher is
+Dtype, attention, system prompt and text rules are the spec's. Every field that identifies the teacher is
 compared; settings of the stored records are not.
 """
 
@@ -26,18 +26,20 @@ TEACHER_FIELDS = (
     "chat_template",
     "image_processor",
     "system_prompt",
+    "text",
 )
 """Fields of a spec that identify the teacher, whatever is recorded of it."""
 
 
 def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
-    """Load the teacher of a folder or hub id with the cache's dtype, attention and prompt."""
+    """Load the teacher of a folder or hub id as the cache's spec says."""
     teacher = Teacher.load(
         path,
         device=device,
         dtype=spec.compute_dtype,
         attention=spec.attention,
         system_prompt=spec.system_prompt,
+        text=spec.text,
     )
     return with_grid(teacher, spec.grid)
 

@@ -37,6 +37,11 @@ class BuildConfig(StrictRecord):
     format: ShardFormatName = "arrow"
     settings: RecordSettings = RecordSettings()
     system_prompt: str | None = None
+    chat_template: Path | None = None
+    """File with a chat template that replaces the teacher's own; the cache keeps its text."""
+    append_eos: bool = True
+    """Append the tokenizer's end-of-sequence token to every assistant turn that the chat template
+    does not end, so that students learn to stop."""
     samples_per_shard: int = 256
     share_vision: bool = True
     """Store samples of one image next to each other, and share the teacher's vision records

@@ -55,6 +55,10 @@ class PlanConfig(StrictRecord):
     source: str | None = None
     image_root: Path | None = None
     teacher: str | None = None
+    chat_template: Path | None = None
+    """File with a chat template that replaces the teacher's own, for --pilot."""
+    append_eos: bool = True
+    """As in a build: end assistant turns that the chat template does not end, for --pilot."""
     match_metric: Literal["raw_l1", "prob_l1"] = "raw_l1"
     """Matching that the cache is to serve: raw logits (the paper's) or probabilities."""
     batch_size: int = 8
@@ -92,6 +96,7 @@ class PlanConfig(StrictRecord):
         else:
             refuse_changed(self, "pilot is 0", "source", "image_root", "teacher", "match_metric")
             refuse_changed(self, "pilot is 0", "batch_size", "device", "attention")
+            refuse_changed(self, "pilot is 0", "chat_template", "append_eos")
 
     def _require_pilot(self) -> None:
         if self.pilot < 2 or self.source is None or self.teacher is None:

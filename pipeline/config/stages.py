@@ -38,6 +38,12 @@ class TrainConfig(StrictRecord):
     """Vision tokens are pooled by stride x stride."""
     expect_cache: str | None = None
     """Refuse a cache whose fingerprint does not begin with this."""
+    chat_template: Path | None = None
+    """File with the student's chat template, which replaces its own; default: the one given to
+    the build, if any."""
+    append_eos: bool = True
+    """Learn the end-of-sequence token that the build appended to assistant turns; off: refuse a
+    cache with it."""
     training: TrainerSettings = TrainerSettings()
     torch_threads: int | None = None
     """CPU threads of torch; set it where results must repeat to the bit on other machines."""
@@ -64,6 +70,11 @@ class EvaluateConfig(StrictRecord):
     device: str = "auto"
     dtype: Dtype | None = None
     system_prompt: str | None = None
+    chat_template: Path | None = None
+    """File with a chat template that replaces the model's own."""
+    append_eos: bool = True
+    """Append the tokenizer's end-of-sequence token to earlier assistant turns that the chat
+    template does not end, as in training."""
     cache: str | None = None
     """A cache (folder or URL) of the same source: draws for its first samples which teacher token
     each student token is matched to, and the teacher's words at its vision tokens."""

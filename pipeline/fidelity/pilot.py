@@ -24,6 +24,7 @@ from pipeline.fidelity.tier_loss import LossMeter
 from pipeline.sources.source import open_source
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
+from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.collate import EncodedSample, collate
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.make_records import make_output
@@ -52,7 +53,11 @@ class Pilot:
         self.progress = progress
         self.source = open_source(SourceConfig(path=config.source, image_root=config.image_root))
         self.teacher = Teacher.load(
-            config.teacher, device=config.device, dtype=config.dtype, attention=config.attention
+            config.teacher,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            text=text_rules(config.append_eos, config.chat_template),
         )
         self.head = self.teacher.head
         self.vocab_size, self.hidden_size = self.head.weight.shape

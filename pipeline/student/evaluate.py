@@ -38,6 +38,7 @@ from pipeline.student.predictions import (
 from student_train.config.compression import CompressionSettings
 from student_train.models.student import load_student
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.checkpoint import resolve_device
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.digests import (
@@ -75,6 +76,8 @@ class EvaluationIdentity(StrictRecord):
     batch_size: int
     compression: CompressionSettings | None = None
     """Absent in the folders of earlier versions, where nothing was dropped."""
+    append_eos: bool = False
+    """Whether a token was appended to earlier turns; absent in folders of earlier versions."""
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -95,10 +98,11 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    identity = _identity(config, model, processor, [key for key, _ in keys])
+    rules = text_rules(config.append_eos, config.chat_template)
     generator = Generator(
-        model, processor, config.system_prompt, config.max_new_tokens, config.compression
+        model, processor, config.system_prompt, config.max_new_tokens, config.compression, rules
     )
+    identity = _identity(config, generator, [key for key, _ in keys])
     _claim(config.out, identity)
     path = config.out / PREDICTIONS_FILE
     drop_torn_line(path)
@@ -128,7 +132,6 @@ def _answer(
     Once a sample cannot be encoded, the others are only encoded, to list all such samples.
     """
     bad: list[str] = []
-    stop_ids: list[int] | None = None
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
         if all(key in known for key, _ in batch):
@@ -139,12 +142,11 @@ def _answer(
         for sample in samples:
             try:
                 prompts.append(generator.encoder.encode_prompt(sample))
-                stop_ids = stop_ids or generator.stop_ids(sample)
             except SampleError as error:
                 bad.append(f"{error.sample_id}: {error.reason}")
-        if bad or stop_ids is None:
+        if bad:
             continue
-        answers = generator.answers(prompts, stop_ids)
+        answers = generator.answers(prompts)
         seconds = (time.monotonic() - started) / len(batch)
         yield [
             Prediction(
@@ -163,8 +165,9 @@ def _answer(
 
 
 def _identity(
-    config: EvaluateConfig, model: Any, processor: Any, keys: Sequence[str]
+    config: EvaluateConfig, generator: Generator, keys: Sequence[str]
 ) -> EvaluationIdentity:
+    model, processor = generator.model, generator.encoder.processor
     return EvaluationIdentity(
         model_class=type(model).__name__,
         weights=weights_digest(model),
@@ -177,6 +180,7 @@ def _identity(
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         compression=config.compression,
+        append_eos=generator.encoder.rules.append_eos,
     )
 
 

@@ -18,7 +18,7 @@ from student_train.compression.decoder import decoder_of, require_compressible
 from student_train.config.compression import CompressionSettings
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.options import TextRules
 
 
 def model_inputs(model: Any, batch: ModelBatch) -> dict[str, Tensor]:
@@ -53,18 +53,19 @@ class Generator:
         system_prompt: str | None,
         max_new_tokens: int,
         compression: CompressionSettings | None = None,
+        text: TextRules | None = None,
     ) -> None:
         if compression is not None:
             require_compressible(model, compression)
             _require_layers_behind(model, compression)
         self._compression = compression
         self.model = model
-        self.encoder = SampleEncoder(processor, model.config, system_prompt)
+        self.encoder = SampleEncoder(processor, model.config, system_prompt, text)
         self._tokenizer = processor.tokenizer
         self._max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[Answer]:
+    def answers(self, prompts: Sequence[EncodedSample]) -> list[Answer]:
         """The answer to each encoded prompt.
 
         Prompts are padded on the left. Neither a seed nor the checkpoint's sampling settings
@@ -77,7 +78,7 @@ class Generator:
             do_sample=False,
             num_beams=1,
             max_new_tokens=self._max_new_tokens,
-            eos_token_id=list(stop_ids),
+            eos_token_id=self.stop_ids,
             pad_token_id=self.encoder.pad_token_id,
         )
         vision = [prompt.spans.vision for prompt in prompts]
@@ -91,22 +92,21 @@ class Generator:
             kept = compression.layout.kept
             num_kept = [int(kept(row, tokens).sum()) for row, tokens in enumerate(vision)]
         new_BL = output_BL[:, batch.inputs["input_ids"].shape[1] :]
-        texts: list[str] = self._tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        texts: list[str] = self._tokenizer.batch_decode(
+            new_BL, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return [
             Answer(text=text.strip(), num_vision=len(tokens), num_kept=count)
             for text, tokens, count in zip(texts, vision, num_kept, strict=True)
         ]
 
-    def stop_ids(self, sample: Sample) -> list[int]:
+    @property
+    def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the checkpoint's, and the template's own end of turn."""
         known = self.model.generation_config.eos_token_id
-        found = set(known if isinstance(known, list) else [known])
-        found.add(self._tokenizer.eos_token_id)
-        spans = self.encoder.encode(sample).spans
-        last = int(spans.content_ids[spans.is_response][-1])
-        if last in self._tokenizer.all_special_ids:
-            found.add(last)
-        return sorted(found - {None})
+        found: list[int | None] = list(known) if isinstance(known, list) else [known]
+        found += [self._tokenizer.eos_token_id, self.encoder.end_of_turn_id]
+        return sorted({token for token in found if token is not None})
 
 
 def _require_layers_behind(model: Any, compression: CompressionSettings) -> None:

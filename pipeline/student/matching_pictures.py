@@ -8,6 +8,7 @@ whole image evenly: what a processor cropped is not known.
 """
 
 import base64
+import dataclasses
 import io
 import math
 from typing import Any
@@ -50,6 +51,8 @@ def draw_pictures(
     Raises ValueError if the student's tokenizer or views do not fit the cached teacher's.
     """
     reader = CacheReader.open(cache)
+    rules = dataclasses.replace(reader.spec.text, template=None)
+    encoder = SampleEncoder(encoder.processor, encoder.config, encoder.system_prompt, rules)
     tier = tier_to_learn_from(reader.spec.records, None)
     config = MatchingConfig(metric="prob_l1" if tier == "topk" else "raw_l1")
     assets = TeacherAssets(

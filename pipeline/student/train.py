@@ -19,6 +19,7 @@ from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.run import train_student
 from student_train.training.trainer import MetricsCallback
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.digests import vocabulary_digest
 from teacher_cache.schema.errors import CacheMismatchError
@@ -48,6 +49,13 @@ def train(
             f"{config.expect_cache}; give that cache, or omit --expect-cache"
         )
 
+    if reader.spec.text.append_eos and not config.append_eos:
+        raise CacheMismatchError(
+            f"{config.cache} was built with an end-of-sequence token appended to assistant turns, "
+            "but append_eos is off; omit --no-append-eos, or build a cache with it"
+        )
+    template = text_rules(config.append_eos, config.chat_template).template
+
     def load() -> tuple[Any, Any]:
         model, processor = _load(config)
         _require_vocabulary(config, processor, reader)
@@ -61,7 +69,8 @@ def train(
         reader,
         load,
         config.training,
-        student=student_identity(config.student, config.projector, config.stride),
+        student=student_identity(config.student, config.projector, config.stride, template),
+        chat_template=template,
         report=report,
         progress=progress,
     )
@@ -76,7 +85,9 @@ def _load(config: TrainConfig) -> tuple[Any, Any]:
     )
 
 
-def student_identity(path: str, projector: str, stride: int) -> str:
+def student_identity(
+    path: str, projector: str, stride: int, chat_template: str | None = None
+) -> str:
     """A digest of the initial student: its weights and settings on disk, or a hub commit.
 
     The record of an earlier training of the student, which holds wall times, is left out.
@@ -88,7 +99,8 @@ def student_identity(path: str, projector: str, stride: int) -> str:
     else:
         config = load_config(path)
         content = {"hub": path, "commit": config._commit_hash}
-    return digest_json({"begins_as": content, "projector": projector, "stride": stride})
+    given = {} if chat_template is None else {"chat_template": chat_template}
+    return digest_json({"begins_as": content, "projector": projector, "stride": stride, **given})
 
 
 def _require_vocabulary(config: TrainConfig, processor: Any, reader: CacheReader) -> None:

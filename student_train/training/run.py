@@ -6,6 +6,7 @@ continues from its newest complete checkpoint. A folder that holds another run i
 fields that differ, and is not changed.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -55,13 +56,15 @@ def train_student(
     settings: TrainerSettings,
     *,
     student: str,
+    chat_template: str | None = None,
     report: MetricsCallback | None = None,
     progress: Progress = no_progress,
 ) -> FinishedRun:
     """Train the student that `load` returns and write it to `run/final`; every rank calls this.
 
     `student` is a digest of its weights and projector, so that a finished run is recognised without
-    loading it. `report` is called on every rank with each line of the metrics log, `progress` on
+    loading it. `chat_template` is the text of one that replaces the student's own; default: the one
+    that replaced the teacher's when the cache was built, if any. `report` is called on every rank with each line of the metrics log, `progress` on
     rank 0 after each step.
 
     CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
@@ -107,7 +110,10 @@ def train_student(
     _require_vocabulary(model, reader)
     if settings.progression is not None:
         require_progression(model, settings.progression, num_steps)
-    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt)
+    rules = reader.spec.text
+    if chat_template is not None:
+        rules = dataclasses.replace(rules, template=chat_template)
+    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt, rules)
     stream = TrainingStream(
         reader,
         encoder.encode,

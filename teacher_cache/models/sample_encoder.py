@@ -1,11 +1,12 @@
-"""From a sample to model inputs, and to the positions of its vision, content and response tokens.
+"""Encodes a sample as model inputs, and finds its vision, content and response tokens.
 
 Promise: the conversation is rendered with the processor's own chat template and nothing is cut
-off. Characters are followed to tokens through the tokenizer's offsets and the processor's record
-of how it spelled out each image. Content tokens are those of the user's and assistant's texts.
-The response is what the model must generate: all tokens behind the generation prompt, up to and
-including the first control token behind the assistant's text (a template without one, such as
-that of llava-1.5-hf, teaches no end of turn). What does not add up is a `SampleError`.
+off, whatever the tokenizer's files say of truncation and padding. Characters are followed to
+tokens through the tokenizer's offsets and the processor's record of how it spelled out each image.
+Content tokens are those of the user's and assistant's texts. The response is what the model must
+generate: the tokens that begin behind the generation prompt, up to and including the control token
+that ends the turn (chat_rendering.py, chat_template.py). What does not add up is a `SampleError`:
+so is a message that is empty, spells a control token, or has a letter unknown to the tokenizer.
 """
 
 import io
@@ -17,37 +18,72 @@ from jaxtyping import Bool, Int
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from teacher_cache.models.chat_rendering import Rendering, Skeletons, Turn, locate, to_turns
+from teacher_cache.models.chat_rendering import Rendering, Turn, to_turns
+from teacher_cache.models.chat_template import ChatTemplate
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.view_geometry import ImageInputs, layout_images, require_supported
 from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.options import TextRules
 from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
+
+_WHOLE_TEXT: dict[str, Any] = {
+    "padding": False,
+    "truncation": False,
+    "max_length": None,
+    "pad_to_multiple_of": None,
+    "is_split_into_words": False,
+    "return_attention_mask": True,
+    "return_length": False,
+    "return_overflowing_tokens": False,
+    "return_special_tokens_mask": False,
+}
+"""Arguments that win over those of tokenizer.json, tokenizer_config.json and the processor."""
 
 
 class SampleEncoder:
     """Encodes samples for one model: holds its processor and its config.
 
-    `system_prompt` opens every conversation that has no system message of its own. ValueError for
-    models of an unknown family, slow tokenizers and processors without a chat template.
+    `system_prompt` opens every conversation that has no system message of its own. `rules` says
+    how messages become tokens: those of a cache, or today's. ValueError for models of an unknown
+    family, slow tokenizers, processors without a chat template, and templates that hide messages.
     """
 
-    def __init__(self, processor: Any, model_config: Any, system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        model_config: Any,
+        system_prompt: str | None = None,
+        rules: TextRules | None = None,
+    ) -> None:
         require_supported(model_config.model_type)
-        if not processor.tokenizer.is_fast:
+        tokenizer = processor.tokenizer
+        if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(processor.tokenizer).__name__} gives no character offsets; convert it to "
+                f"{type(tokenizer).__name__} gives no character offsets; convert it to "
                 "a fast tokenizer (tokenizer.json)"
-            )
-        if not processor.chat_template:
-            raise ValueError(
-                f"the {type(processor).__name__} has no chat template; add chat_template.jinja "
-                "to the model's folder"
             )
         self.processor = processor
         self.config = model_config
         self.system_prompt = system_prompt
-        self._control_ids = frozenset(processor.tokenizer.all_special_ids)
-        self._skeletons: Skeletons = {}
+        self.template = ChatTemplate(processor, rules or TextRules())
+        self._is_earlier = self.rules.version == 1
+        self._control_ids = frozenset(tokenizer.all_special_ids)
+        if not self._is_earlier:
+            self._control_ids |= self.template.controls.ids
+            tokenizer.split_special_tokens = False
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+
+    @property
+    def rules(self) -> TextRules:
+        """The rules in use; `append_eos` only where the template needs it."""
+        return self.template.rules
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends an assistant turn, appended or the template's own; None: none."""
+        token = self.template.end_of_turn
+        return None if token is None else self.processor.tokenizer.convert_tokens_to_ids(token)
 
     @property
     def pad_token_id(self) -> int:
@@ -70,7 +106,7 @@ class SampleEncoder:
         self, sample: Sample, turns: list[Turn], add_generation_prompt: bool
     ) -> EncodedSample:
         try:
-            rendering = locate(turns, self._render, add_generation_prompt, self._skeletons)
+            rendering = self.template.locate(turns, add_generation_prompt)
             outputs = self._process(sample, rendering.text)
             replaced: list[dict[str, Any]] = outputs.pop("text_replacement_offsets")
             offsets = np.array(outputs.pop("offset_mapping")[0], dtype=np.int64).reshape(-1, 2)
@@ -82,6 +118,7 @@ class SampleEncoder:
             self._require_fits(len(input_ids))
             views, vision = self._vision(inputs, offsets, replaced)
             content, is_response = self._content(rendering, input_ids, offsets, replaced)
+            self._refuse_unknown(input_ids[content])
             spans = TokenSpans(
                 views=views,
                 vision=vision,
@@ -98,14 +135,6 @@ class SampleEncoder:
             raise SampleError(sample.source_id, str(error)) from error
         return EncodedSample(key=sample.key, source_id=sample.source_id, inputs=inputs, spans=spans)
 
-    def _render(self, turns: list[Turn], add_generation_prompt: bool) -> str:
-        try:
-            return self.processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template's own raise_exception, and jinja's errors
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-
     def _process(self, sample: Sample, text: str) -> dict[str, Any]:
         """Run the processor on one sample, with the character maps that `_encode` needs.
 
@@ -119,7 +148,7 @@ class SampleEncoder:
             self.processor(
                 text=[text],
                 images=[images] if images else None,
-                text_kwargs={"return_tensors": None},
+                text_kwargs={"return_tensors": None, **({} if self._is_earlier else _WHOLE_TEXT)},
                 images_kwargs={"return_tensors": "pt"},
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
@@ -130,7 +159,27 @@ class SampleEncoder:
         # One list per text; without images Idefics3 gives nothing and InternVL an empty tensor.
         of_texts = outputs.pop("text_replacement_offsets", None)
         outputs["text_replacement_offsets"] = of_texts[0] if images and of_texts else []
+        if not self._is_earlier:
+            if len(outputs["text_replacement_offsets"]) != len(images):
+                raise ValueError(
+                    f"the chat template writes {len(outputs['text_replacement_offsets'])} of the "
+                    f"{len(images)} images; give another template with --chat-template FILE"
+                )
+            _cut_added(outputs)
         return outputs
+
+    def _refuse_unknown(self, content_ids: Int[np.ndarray, " T"]) -> None:
+        """Refuse messages with letters that the tokenizer has no token for."""
+        tokenizer = self.processor.tokenizer
+        unknown = tokenizer.unk_token_id
+        if self._is_earlier or unknown in (None, tokenizer.eos_token_id, self.end_of_turn_id):
+            return
+        count = int((content_ids == unknown).sum())
+        if count:
+            raise ValueError(
+                f"its text has {count} characters or words that the tokenizer does not know "
+                f"({tokenizer.unk_token}); replace them or leave the sample out"
+            )
 
     def _require_fits(self, num_tokens: int) -> None:
         """Refuse what is longer than the model's context: nothing is cut off, nothing overflows."""
@@ -191,17 +240,35 @@ class SampleEncoder:
 
         is_content = np.zeros(len(input_ids), dtype=np.bool_)
         is_response = np.zeros_like(is_content)
+        first = offsets[:, 0]
         for start, end in rendering.instructions:
             is_content |= tokens(start, end)
         for turn in rendering.responses:
-            is_response |= tokens(turn.start, turn.text_end)
-            behind = np.flatnonzero(tokens(turn.text_end, turn.turn_end) & ~is_response)
+            is_content |= tokens(turn.text_start, turn.text_end)
+            if not turn.is_learnt:
+                continue
+            generated = tokens(turn.start, turn.text_end)
+            if not self._is_earlier:  # a token that begins in the prompt is not generated
+                generated &= first >= _expanded(turn.start, replaced)
+            is_response |= generated
+            tail = tokens(turn.text_end, turn.turn_end) & ~is_response
+            behind = np.flatnonzero(tail & (offsets[:, 1] <= _expanded(turn.turn_end, replaced)))
             ids: list[int] = input_ids[behind].tolist()
             stop = next((i for i, token in enumerate(ids) if token in self._control_ids), None)
             if stop is not None:
                 is_response[behind[: stop + 1]] = True
         content = np.flatnonzero(is_content | is_response)
         return content, is_response[content]
+
+
+def _cut_added(outputs: dict[str, Any]) -> None:
+    """Remove the tokens that the tokenizer adds behind the text: a prompt goes on there."""
+    offsets: list[tuple[int, int]] = outputs["offset_mapping"][0]
+    length = len(offsets)
+    while length and tuple(offsets[length - 1]) == (0, 0):
+        length -= 1
+    for name in outputs.keys() & {*SEQUENCE_KEYS, "offset_mapping"}:
+        outputs[name] = [outputs[name][0][:length]]
 
 
 def _row(values: Any) -> Int[Tensor, " L"]:

@@ -23,12 +23,14 @@ from typing import ClassVar, TypeVar
 from teacher_cache.schema.errors import CacheMismatchError, DecodeError
 from teacher_cache.schema.fingerprint import ABSENT, canonical, digest_json, short
 from teacher_cache.schema.options import (
+    EARLIER_TEXT_RULES,
     SETTING_PIECES,
     GridSettings,
     LogitsCodec,
     RecordKind,
     RecordSettings,
     ShardFormatName,
+    TextRules,
     holds,
 )
 from teacher_cache.schema.samples import RejectedSample
@@ -98,6 +100,8 @@ class CacheSpec(StrictRecord):
     """Whether top-k records have each position's smallest log-probability."""
     template_digest: str | None = field(default=None, metadata=ABSENT)
     """Digest of the tail template; None for hidden, and in caches written before this field."""
+    text: TextRules = field(default=EARLIER_TEXT_RULES, metadata=ABSENT)
+    """How messages became tokens; absent: as in caches written before this field."""
 
     @property
     def ratios(self) -> tuple[float, ...]:

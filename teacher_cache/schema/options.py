@@ -36,6 +36,9 @@ TextSource = Literal["instruction", "released"]
 """Text that may decide which vision tokens a model drops: the user's text in the message with the
 images, or all text after the images, answers included (EPIC's released code)."""
 
+TEXT_VERSION = 2
+"""The version of `TextRules` that new caches are built with."""
+
 MAX_RATIOS = 9
 """Most ratios of a grid: a ratio's columns are named by one digit."""
 
@@ -64,6 +67,26 @@ class GridSettings(StrictRecord):
                 f"the layer is {self.layer}, expected at least 1: the layer before it decides what "
                 "is kept"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules(StrictRecord):
+    """How the messages of a sample become tokens; docs/families.md has the rules.
+
+    Version 1 is that of caches without this record: no end of turn is appended, text may spell
+    control tokens, and a tokenizer may truncate.
+    """
+
+    version: int = TEXT_VERSION
+    append_eos: bool = True
+    """Append the tokenizer's end-of-sequence token to assistant turns that the template does not
+    end. In a cache: whether the template needed it."""
+    template: str | None = None
+    """Text of the chat template that replaced the checkpoint's; None: the checkpoint's own."""
+
+
+EARLIER_TEXT_RULES = TextRules(version=1, append_eos=False)
+"""The rules of caches that were built before caches recorded them."""
 
 
 def require_ratios(ratios: tuple[float, ...]) -> None:

@@ -40,7 +40,7 @@ from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
-from teacher_cache.schema.options import GridSettings, RecordSettings, holds
+from teacher_cache.schema.options import GridSettings, RecordSettings, TextRules, holds
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -72,9 +72,15 @@ class Teacher:
     what drops tokens inside a model belongs to students.
     """
 
-    def __init__(self, model: Any, processor: Any, system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        system_prompt: str | None = None,
+        text: TextRules | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.encoder = SampleEncoder(processor, model.config, system_prompt)
+        self.encoder = SampleEncoder(processor, model.config, system_prompt, text)
         self.device: torch.device = model.device
         self.head = shared_head(model, processor.tokenizer)
         self.grid_passes: GridPasses | None = None
@@ -92,16 +98,18 @@ class Teacher:
         dtype: str | None = None,
         attention: str = "sdpa",
         system_prompt: str | None = None,
+        text: TextRules | None = None,
     ) -> "Teacher":
         """Load an image-text-to-text model and its processor from a folder or a hub id.
 
-        `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available.
+        `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available,
+        `text` None today's rules.
         Code that a checkpoint brings along is not run. ValueError for what cannot be loaded whole.
         """
         place = resolve_device(device)
         loaded: Any = load_model(path, None if dtype is None else DTYPES_BY_NAME[dtype], attention)
         model, processor = loaded
-        teacher = cls(model.to(place), processor, system_prompt)
+        teacher = cls(model.to(place), processor, system_prompt, text)
         logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)
         return teacher
 
@@ -218,6 +226,7 @@ class Teacher:
             batch_size=batch_size,
             share_vision=share_vision,
             template_digest=self.template.digest if has_top_k and self.template else None,
+            text=self.encoder.rules,
         )
 
     @cached_property
