@@ -64,7 +64,9 @@ def train_student(
 
     `student` is a digest of its weights and projector, so that a finished run is recognised without
     loading it. `chat_template` is the text of one that replaces the student's own; default: the one
-    that replaced the teacher's when the cache was built, if any. `report` is called on every rank with each line of the metrics log, `progress` on
+    that replaced the teacher's when the cache was built, if any.
+
+    `report` is called on every rank with each line of the metrics log, `progress` on
     rank 0 after each step.
 
     CacheMismatchError where `run` holds another run, SampleError where a sample's text or images

@@ -15,7 +15,6 @@ precedes the text, or that show other earlier turns in the prompt than in traini
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any
 
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Sample
@@ -260,7 +259,7 @@ def _skeleton(
         found.append(
             AssistantTurn(
                 lead=lead,
-                tail=len(commonprefix([alone, pieces[number + 1]])),
+                tail=_common_length(alone, pieces[number + 1]),
                 is_learnt=find_marks is None or any(a <= at < b for a, b in marks),
             )
         )
@@ -281,6 +280,13 @@ def _lead(header: str, prompt: str) -> int | None:
         return len(behind.lstrip())
     more = bare_prompt.removeprefix(bare_header)
     return 0 if more != bare_prompt and _THINKING.fullmatch(more) else None
+
+
+def _common_length(first: str, second: str) -> int:
+    """Characters with which both begin."""
+    shorter = min(len(first), len(second))
+    differ = (at for at in range(shorter) if first[at] != second[at])
+    return next(differ, shorter)
 
 
 def _refuse_ends_inside(turns: list[Turn], pieces: Sequence[str], end_of_turn: str | None) -> None:

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         LlavaProcessor,
         MistralConfig,
         PreTrainedModel,
+        PreTrainedTokenizerFast,
         ProcessorMixin,
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
