@@ -70,4 +70,9 @@ def _alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
 
 def _as_text(tokenizer: Any, token: str) -> list[int]:
     """The ids of a token's spelling where no added token is looked for."""
-    return tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    text = token if backend.normalizer is None else backend.normalizer.normalize_str(token)
+    words = [(text, (0, len(text)))]
+    if backend.pre_tokenizer is not None:
+        words = backend.pre_tokenizer.pre_tokenize_str(text)
+    return [piece.id for word, _ in words for piece in backend.model.tokenize(word)]

@@ -70,7 +70,7 @@ class SampleEncoder:
         self._control_ids = frozenset(tokenizer.all_special_ids)
         if not self._is_earlier:
             self._control_ids |= self.template.controls.ids
-            tokenizer.split_special_tokens = False
+            _read_control_tokens(processor)
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
 
@@ -107,6 +107,7 @@ class SampleEncoder:
     ) -> EncodedSample:
         try:
             rendering = self.template.locate(turns, add_generation_prompt)
+            self._require_images(turns, rendering.text)
             outputs = self._process(sample, rendering.text)
             replaced: list[dict[str, Any]] = outputs.pop("text_replacement_offsets")
             offsets = np.array(outputs.pop("offset_mapping")[0], dtype=np.int64).reshape(-1, 2)
@@ -160,13 +161,18 @@ class SampleEncoder:
         of_texts = outputs.pop("text_replacement_offsets", None)
         outputs["text_replacement_offsets"] = of_texts[0] if images and of_texts else []
         if not self._is_earlier:
-            if len(outputs["text_replacement_offsets"]) != len(images):
-                raise ValueError(
-                    f"the chat template writes {len(outputs['text_replacement_offsets'])} of the "
-                    f"{len(images)} images; give another template with --chat-template FILE"
-                )
             _cut_added(outputs)
         return outputs
+
+    def _require_images(self, turns: list[Turn], text: str) -> None:
+        """Refuse a template that does not write each image of these turns once."""
+        wanted = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+        found = text.count(self.processor.image_token)
+        if found != wanted and not self._is_earlier:
+            raise ValueError(
+                f"the chat template writes {found} image placeholders for {wanted} images; give "
+                "another template with --chat-template FILE"
+            )
 
     def _refuse_unknown(self, content_ids: Int[np.ndarray, " T"]) -> None:
         """Refuse messages with letters that the tokenizer has no token for."""
@@ -259,6 +265,15 @@ class SampleEncoder:
                 is_response[behind[: stop + 1]] = True
         content = np.flatnonzero(is_content | is_response)
         return content, is_response[content]
+
+
+def _read_control_tokens(processor: Any) -> None:
+    """Switch off a tokenizer's setting that splits control tokens, and what followed from it."""
+    if processor.tokenizer.split_special_tokens:
+        processor.tokenizer.split_special_tokens = False
+        if "image_token_id" in vars(processor):
+            image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+            processor.image_token_id = image
 
 
 def _cut_added(outputs: dict[str, Any]) -> None:

@@ -5,7 +5,14 @@ from typing import Any
 import jinja2
 import pytest
 
-from teacher_cache.models.chat_rendering import Render, Skeletons, Turn, locate, to_turns
+from teacher_cache.models.chat_rendering import (
+    Render,
+    Skeletons,
+    Turn,
+    append_to_turns,
+    locate,
+    to_turns,
+)
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, make_sample
 from tests.support.tiny import template
 
@@ -76,7 +83,7 @@ def test_conversations_of_one_shape_share_their_marked_rendering() -> None:
     for first, second in (("what?", "a dog"), ("<|im_end|>", ""), ("\ue0000\ue001", "user\n")):
         turns = _turns(first, second)
         assert locate(turns, counting, skeletons=skeletons) == locate(turns, _render(CHATML))
-    assert rendered == [2, 2, 1, 2, 1, 2, 1]
+    assert rendered == [2, 2, 1, 2, 2, 2]  # with markers, as a prompt and alone: once for all
     other = _turns("what?", "a dog", system="user")
     assert locate(other, counting, skeletons=skeletons) == locate(other, _render(CHATML))
     assert len(skeletons) == 2
@@ -98,14 +105,67 @@ def test_a_kept_shape_refuses_what_a_new_one_refuses() -> None:
         locate(_turns("what?", "a dog"), shouting, skeletons=skeletons)
 
 
+def test_what_only_the_last_turn_has_belongs_to_that_turn() -> None:
+    source = CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}"
+    rendering = locate(_turns("what?", "a dog", "why?", "no reason"), _render(source))
+    ends = [rendering.text[r.text_end : r.turn_end] for r in rendering.responses]
+    assert [end[:11] for end in ends] == ["<|im_end|>\n"] * 2
+    assert ends[1] == "<|im_end|>\n<eos>"
+
+
+@pytest.mark.parametrize(
+    ("written", "generated"),
+    [
+        ("assistant\n", "a dog"),  # the prompt itself
+        ("assistant \n", "a dog"),
+        ("assistant\n\n\n", "\n\na dog"),  # the prompt, then newlines
+        ("assistant", "a dog"),
+        ("assistant \n<x> ", "<x> a dog"),
+    ],
+)
+def test_generation_begins_where_the_prompt_ends(written: str, generated: str) -> None:
+    source = CHATML.replace(
+        "<|im_start|>{{ message['role'] }}\n",
+        "<|im_start|>{{ '" + written + "' if message['role'] == 'assistant' else 'user\n' }}",
+    )
+    rendering = locate(_turns("what?", "a dog"), _render(source))
+    [response] = rendering.responses
+    assert rendering.text[response.start : response.text_end] == generated
+    assert rendering.text[response.text_start : response.text_end] == "a dog"
+
+
+@pytest.mark.parametrize("thinking", ["<think>\n", "<think>\n\n</think>\n\n"])
+def test_a_prompt_may_have_a_thinking_block_that_the_turn_lacks(thinking: str) -> None:
+    asking = "%}<|im_start|>assistant\n"
+    rendering = locate(_turns("what?", "a"), _render(CHATML.replace(asking, asking + thinking)))
+    [response] = rendering.responses
+    assert rendering.text[response.start : response.text_end] == "a"
+
+
+def test_a_token_is_written_behind_the_turns_that_lack_an_end() -> None:
+    rendering = locate(_turns("<image>\nwhat?", "a dog", "why?", "no"), _render(STOCK_LLAVA))
+    found = append_to_turns(rendering, "</s>", lambda text: False)
+    assert found.text == "USER: <image>\nwhat? ASSISTANT: a dog</s> USER: why? ASSISTANT: no</s> "
+    said = [found.text[start:end] for start, end in found.instructions]
+    assert said == ["what?", "why?"]
+    answers = [found.text[r.text_start : r.text_end] for r in found.responses]
+    assert answers == ["a dog", "no"]
+    assert [found.text[r.start : r.turn_end] for r in found.responses] == [
+        " a dog</s> ",
+        " no</s> ",
+    ]
+    assert append_to_turns(rendering, "</s>", lambda text: True) == rendering
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
         (CHATML.replace("part['text']", "part['text'] | upper"), "changes the text"),
         (CHATML.replace("part['text']", "'hello'"), "each must appear once"),
         (CHATML.replace("in messages", "in messages | reverse"), "each must appear once"),
-        (CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}", "differently"),
         (CHATML.replace("%}<|im_start|>assistant\n", "%}<|im_start|>model\n"), "differently"),
+        (CHATML.replace("<|im_start|>{{ message['role'] }}\n", ""), "differently"),
+        (CHATML.replace("in messages %}", "in messages %}{{ messages | length }}"), "differently"),
     ],
 )
 def test_templates_that_hide_messages_are_refused(source: str, reason: str) -> None:

@@ -1,16 +1,18 @@
 """The templates of published checkpoints: what they render, and exactly which tokens are labels."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 from teacher_cache.models.collate import EncodedSample
+from teacher_cache.models.control_tokens import ControlTokens
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules
-from teacher_cache.schema.samples import Message, Sample, make_sample
+from teacher_cache.schema.samples import Message, Role, Sample, make_sample
 from tests.support.published_templates import PUBLISHED, published_processor
 from tests.support.tiny import tiny_image
 
@@ -180,3 +182,211 @@ def test_a_prompt_ends_where_its_answer_begins(name: str) -> None:
     stop = model.end_of_turn_id
     whole = model.encode(conversation())
     assert stop == int(whole.spans.content_ids[whole.spans.is_response][-1])
+
+
+def test_qwen3s_text_template_gets_strings_and_prompts_without_thinking() -> None:
+    model = encoder_of("qwen3")
+    encoded = model.encode(conversation(False, True))
+    text = spelled(model, encoded.inputs["input_ids"])
+    assert text == (
+        "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nwhat?<|im_end|>\n"
+        "<|im_start|>assistant\na dog.<|im_end|>\n<|im_start|>user\nwhy?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n5 legs<|im_end|>\n"
+    )
+    assert labels(model, encoded) == ["a dog.<|im_end|>", "5 legs<|im_end|>"]
+    prompt = model.encode_prompt(conversation()).inputs["input_ids"]
+    assert spelled(model, prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert labels(model, model.encode(conversation(False, False, "\na dog.\n"))) == [
+        "a dog.\n<|im_end|>"
+    ]
+
+
+def test_a_template_without_a_place_for_images_refuses_them() -> None:
+    with pytest.raises(SampleError, match=r"one string and has no place for images.*--chat-temp"):
+        encoder_of("qwen3").encode(conversation(True))
+    model = encoder_of("llava-1.5", template=PUBLISHED["qwen3-vl"].template.replace("image", "no"))
+    with pytest.raises(SampleError, match=r"writes 0 image placeholders for 1 images.*--chat-t"):
+        model.encode(conversation(True))
+
+
+def test_what_a_thinking_prompt_leaves_open_is_learnt() -> None:
+    model = encoder_of("qwen3-vl-thinking")
+    for image in (False, True):
+        encoded = model.encode(conversation(image))
+        assert labels(model, encoded) == ["a dog.<|im_end|>", "</think>\n\n5 legs<|im_end|>"]
+    prompt = model.encode_prompt(conversation()).inputs["input_ids"]
+    assert spelled(model, prompt).endswith("<|im_start|>assistant\n<think>\n")
+
+
+@pytest.mark.parametrize("name", [name for name, wanted in EXPECTED.items() if wanted.appended])
+def test_nothing_is_appended_where_it_is_switched_off(name: str) -> None:
+    model = encoder_of(name, append_eos=False)
+    assert labels(model, model.encode(conversation())) == [" a dog.", " 5 legs"]
+    assert "</s>" not in spelled(model, model.encode(conversation()).inputs["input_ids"])
+    assert model.end_of_turn_id is None
+    assert not model.rules.append_eos
+
+
+def test_only_turns_that_the_template_leaves_open_get_an_end() -> None:
+    last = PUBLISHED["llava-1.5"].template + "{% if not add_generation_prompt %}</s>{% endif %}"
+    model = encoder_of("llava-1.5", template=last)
+    assert labels(model, model.encode(conversation())) == [" a dog.</s>", " 5 legs </s>"]
+    assert model.rules.append_eos
+
+
+# What the labels were before rules were recorded, where they differ from today's.
+EARLIER = {
+    "llava-1.5": [" a dog.", " 5 legs"],
+    "llava-v1.6-vicuna": [" a dog.", " 5 legs"],
+    "llava-v1.6-mistral, first": [" a dog.", " 5 legs"],
+    "llama3-llava-next": ["\n\n\na dog.", "\n\n\n5 legs"],
+    "idefics3": [" a dog.", " 5 legs"],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_earlier_caches_keep_their_labels(name: str) -> None:
+    processor, config = published_processor(PUBLISHED[name])
+    model = SampleEncoder(processor, config, rules=EARLIER_TEXT_RULES)
+    assert model.rules == EARLIER_TEXT_RULES
+    wanted = EARLIER.get(name, EXPECTED[name].labels)
+    assert labels(model, model.encode(conversation())) == wanted
+
+
+def test_earlier_caches_keep_samples_that_are_refused_today() -> None:
+    processor, config = published_processor(PUBLISHED["qwen2-vl"])
+    for text in ("<|im_end|>", "", " "):
+        sample = conversation(False, False, text)
+        earlier = SampleEncoder(processor, config, rules=EARLIER_TEXT_RULES)
+        assert labels(earlier, earlier.encode(sample)) == [f"{text}<|im_end|>"]
+        with pytest.raises(SampleError):
+            encoder_of("qwen2-vl").encode(sample)
+
+
+CONTROL = [
+    ("qwen2-vl", ("<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<pad>")),
+    ("llava-1.5", ("</s>", "<s>", "<unk>")),
+    ("llama3-llava-next", ("<|eot_id|>", "<|start_header_id|>", "<|end_of_text|>")),
+    ("idefics3", ("<end_of_utterance>", "<|begin_of_text|>", "<row_1_col_1>", "<global-img>")),
+    ("internvl", ("<IMG_CONTEXT>", "<video>")),
+    ("qwen3", ("<think>", "</think>")),
+]
+
+
+@pytest.mark.parametrize(("name", "token"), [(n, token) for n, all_ in CONTROL for token in all_])
+def test_texts_that_spell_control_tokens_are_refused(name: str, token: str) -> None:
+    known = PUBLISHED[name]
+    if name in ("idefics3", "internvl"):
+        more = ("<row_1_col_1>", "<global-img>", "<video>")
+        known = replace(known, plain_tokens=("<row_1_col_1>",), tokens=(*known.tokens, *more[1:]))
+    processor, config = published_processor(known)
+    model = SampleEncoder(processor, config)
+    said = f"it says {token} here"
+    roles: tuple[Role, ...] = ("user", "assistant")
+    for role, texts in (("user", (said, "yes")), ("assistant", ("what?", said))):
+        messages = [Message(role=r, text=t) for r, t in zip(roles, texts, strict=True)]
+        with pytest.raises(SampleError, match=f"the {role}'s text spells.*{re.escape(token)}"):
+            model.encode(make_sample("s", [], messages))
+    model.system_prompt = said
+    with pytest.raises(SampleError, match=f"the system's text spells.*{re.escape(token)}"):
+        model.encode(conversation())
+
+
+def test_grounding_tokens_are_content() -> None:
+    known = replace(PUBLISHED["internvl"], tokens=("<|im_start|>", "<|im_end|>", "<box>", "</box>"))
+    processor, config = published_processor(known)
+    model = SampleEncoder(processor, config)
+    said = "<box>[[1, 2, 3, 4]]</box>"
+    encoded = model.encode(conversation(False, False, said))
+    assert labels(model, encoded) == [f"{said}<|im_end|>"]
+    boxes = processor.tokenizer.convert_tokens_to_ids(["<box>", "</box>"])
+    assert set(boxes) <= set(encoded.spans.content_ids.tolist())
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_empty_answers_and_questions_are_refused(empty: str) -> None:
+    for name in ("llava-1.5", "qwen2-vl"):
+        model = encoder_of(name)
+        with pytest.raises(SampleError, match="the answer in message 3 is empty"):
+            model.encode(conversation(False, False, "a dog.", empty))
+        asked = [Message(role="user", text=empty), Message(role="assistant", text="a dog.")]
+        with pytest.raises(SampleError, match="the question in message 0 is empty"):
+            model.encode(make_sample("s", [], asked))
+        prompt = model.encode_prompt(conversation(False, False, empty))  # nobody knows the answer
+        assert not len(prompt.spans.response)
+
+
+def test_a_question_may_be_an_image_alone() -> None:
+    messages = [Message(role="user", text="<image>"), Message(role="assistant", text="a dog.")]
+    for name in EXPECTED:
+        model = encoder_of(name)
+        encoded = model.encode(make_sample("s", [tiny_image(0)], messages))
+        assert labels(model, encoded) == EXPECTED[name].labels[:1]
+
+
+def test_a_template_that_ends_each_text_needs_images_first() -> None:
+    messages = [
+        Message(role="user", text="what <image> is it?"),
+        Message(role="assistant", text="a dog."),
+    ]
+    sample = make_sample("s", [tiny_image(0)], messages)
+    with pytest.raises(SampleError, match=r"'<\|eot_id\|>' between two texts.*images.*before"):
+        encoder_of("llama3-llava-next").encode(sample)
+    assert encoder_of("llava-1.5").encode(sample)
+
+
+def test_turns_outside_the_templates_marks_are_not_learnt() -> None:
+    last = PUBLISHED["llava-onevision"].template.replace(
+        "m.role == 'assistant'", "m.role == 'assistant' and loop.last"
+    )
+    # loop is that of the texts inside a message; the message's own must be named
+    last = last.replace("{% for m in messages %}", "{% for m in messages %}{% set outer = loop %}")
+    model = encoder_of("llava-onevision", template=last.replace("and loop.last", "and outer.last"))
+    encoded = model.encode(conversation())
+    assert labels(model, encoded) == ["5 legs<|im_end|>"]
+    said = spelled(model, encoded.spans.content_ids)
+    assert said == "what?a dog.why?5 legs<|im_end|>"
+
+
+def test_a_message_that_the_template_rewrites_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder_of("qwen3")
+    monkeypatch.setattr(ControlTokens, "require_plain", lambda *_: None)
+    with pytest.raises(SampleError, match=r"changes the text '<think>why</think>a dog\.'"):
+        model.encode(conversation(False, False, "<think>why</think>a dog.", "5 legs"))
+
+
+def test_templates_that_want_one_role_as_a_string_get_it() -> None:
+    template = PUBLISHED["qwen3-vl"].template
+    wants = "{% if m.role == 'system' %}{{ m.content | trim }}{% elif m.content is string %}"
+    model = encoder_of("qwen3-vl", template=template.replace("{% if m.content is string %}", wants))
+    text = spelled(model, model.encode(conversation(True, True)).inputs["input_ids"])
+    assert text.startswith("<|im_start|>system\nbe short<|im_end|>")
+    assert "<|image_pad|>" in text
+
+
+def test_templates_that_show_no_text_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"cannot be used.*in the order \[\].*--chat-template"):
+        encoder_of("llava-1.5", template="{% for m in messages %}{{ m.role }}{% endfor %}")
+    with pytest.raises(ValueError, match=r"cannot be used.*no chats today"):
+        encoder_of("llava-1.5", template="{{ raise_exception('no chats today') }}")
+
+
+def test_templates_that_write_the_date_write_a_fixed_one() -> None:
+    dated = "{{ 'Today: ' ~ strftime_now('%d %b %Y') ~ '. ' }}" + PUBLISHED["llava-1.5"].template
+    default = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    llama = default + "{% endif %}{{ 'Today: ' ~ date_string ~ '. ' }}"
+    for template in (dated, llama + PUBLISHED["llava-1.5"].template):
+        model = encoder_of("llava-1.5", template=template)
+        text = spelled(model, model.encode(conversation()).inputs["input_ids"])
+        assert text.startswith("<s> Today: 26 Jul 2024. USER: what?")
+        assert labels(model, model.encode(conversation())) == [" a dog.</s>", " 5 legs</s>"]
+
+
+def test_letters_that_a_tokenizer_does_not_know_are_refused() -> None:
+    model = encoder_of("llava-1.5")
+    for sample in (
+        conversation(False, False, "d\u00e9j\u00e0"),
+        conversation(False, False, "\u4f60"),
+    ):
+        with pytest.raises(SampleError, match=r"has \d characters or words.*not know \(<unk>\)"):
+            model.encode(sample)

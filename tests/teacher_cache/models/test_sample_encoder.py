@@ -15,6 +15,7 @@ from teacher_cache.models.chat_rendering import to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.lazy import AutoConfig, AutoProcessor
@@ -138,15 +139,22 @@ def test_the_system_prompt_opens_samples_that_bring_none(encoder: Encoder) -> No
     assert "how many digits" not in _text(model, model.encode(own).inputs["input_ids"])
 
 
-def test_a_template_without_an_end_of_turn_gives_the_text_alone(encoder: Encoder) -> None:
-    model = encoder("llava")
-    model.processor.chat_template = (
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_a_template_without_an_end_of_turn_gets_one_or_gives_the_text_alone(
+    append_eos: bool, encoder: Encoder
+) -> None:
+    known = encoder("llava")
+    template = (
         "{% for m in messages %}{{ m['role'] }}: {% for p in m['content'] %}"
         "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}\n"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
+    rules = TextRules(append_eos=append_eos, template=template)
+    model = SampleEncoder(known.processor, known.config, rules=rules)
     spans = model.encode(tiny_samples(1)[0]).spans
-    assert _text(model, spans.content_ids[spans.is_response]) == " a red square, 0 digits."
+    end = "<|im_end|>" if append_eos else ""
+    assert _text(model, spans.content_ids[spans.is_response]) == f" a red square, 0 digits.{end}"
+    assert model.processor.chat_template == template
 
 
 def test_tokens_of_tokenizers_that_trim_their_offsets_are_not_lost(encoder: Encoder) -> None:
@@ -264,8 +272,9 @@ def test_a_sample_longer_than_the_models_context_is_refused(encoder: Encoder) ->
 
 
 def test_a_sample_without_any_response_token_is_refused(encoder: Encoder) -> None:
-    model = encoder("llava")
-    model.processor.chat_template = model.processor.chat_template.replace("<|im_end|>", "")
+    known = encoder("llava")
+    known.processor.chat_template = known.processor.chat_template.replace("<|im_end|>", "")
+    model = SampleEncoder(known.processor, known.config, rules=EARLIER_TEXT_RULES)
     messages = [Message(role="user", text="what?"), Message(role="assistant", text="")]
     with pytest.raises(SampleError, match="is a response"):
         model.encode(make_sample("s", [], messages))
