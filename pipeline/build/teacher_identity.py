@@ -1,7 +1,7 @@
 """Loads a teacher as a cache's spec says, and checks that it is the cache's own.
 
-Dtype, attention, system prompt and text rules are the spec's. Every field that identifies the teacher is
-compared; settings of the stored records are not.
+Dtype, attention, system prompt and text rules are the spec's. Every field that identifies the
+teacher is compared; settings of the stored records are not.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Nothing is cut or changed: whatever a checkpoint's files say of truncation, padding and spaces."""
+"""Nothing is cut or changed, whatever a checkpoint's files say of truncation and padding."""
 
 import json
 import shutil
