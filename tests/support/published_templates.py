@@ -298,7 +298,7 @@ def published_processor(known: Published) -> tuple[Any, Any]:
         chat_template=known.template,
     )
     vision = SiglipVisionConfig(image_size=16, patch_size=4)
-    index = words.convert_tokens_to_ids(known.image)
+    index: Any = words.convert_tokens_to_ids(known.image)
     config = LlavaConfig(
         vision_config=vision, image_token_index=index, vision_feature_select_strategy="full"
     )

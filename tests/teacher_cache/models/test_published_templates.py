@@ -1,22 +1,17 @@
 """The templates of published checkpoints: what they render, and exactly which tokens are labels."""
 
-import re
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
-import torch
 
-from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.control_tokens import ControlTokens
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
-from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules
-from teacher_cache.schema.samples import Message, Role, Sample, make_sample
+from teacher_cache.schema.options import EARLIER_TEXT_RULES
+from teacher_cache.schema.samples import Message, make_sample
+from tests.support.labels import conversation, encoder_of, labels, spelled
 from tests.support.published_templates import PUBLISHED, published_processor
 from tests.support.tiny import tiny_image
-
-SYSTEM, ASKED = "be short", ("what?", "why?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,42 +118,6 @@ EXPECTED: dict[str, Expected] = {
 VARIANTS = [(image, system) for image in (False, True) for system in (False, True)]
 
 
-def encoder_of(name: str, **rules: Any) -> SampleEncoder:
-    """An encoder with the template and the tokens of a published checkpoint."""
-    processor, config = published_processor(PUBLISHED[name])
-    return SampleEncoder(processor, config, rules=TextRules(**rules))
-
-
-def conversation(with_image: bool = False, with_system: bool = False, *answers: str) -> Sample:
-    """A turn for each answer; the first question is about the image."""
-    messages = [Message(role="system", text=SYSTEM)] if with_system else []
-    for number, answer in enumerate(answers or ("a dog.", "5 legs")):
-        image = "<image>\n" if with_image and number == 0 else ""
-        messages += [Message(role="user", text=f"{image}{ASKED[number]}")]
-        messages += [Message(role="assistant", text=answer)]
-    return make_sample("s", [tiny_image(0)] if with_image else [], messages)
-
-
-def spelled(model: SampleEncoder, ids: torch.Tensor) -> str:
-    """The tokens' own spelling, with plain white space and one placeholder for each image."""
-    text = "".join(model.processor.tokenizer.convert_ids_to_tokens(ids))
-    for written, plain in (("\u2581", " "), ("\u0120", " "), ("\u010a", "\n")):
-        text = text.replace(written, plain)
-    image = model.processor.image_token
-    return text.replace(image * 16, image)
-
-
-def labels(model: SampleEncoder, encoded: EncodedSample) -> list[str]:
-    """The label strings, one for each run of label positions."""
-    runs: list[list[int]] = []
-    for position in encoded.spans.response.tolist():
-        if runs and position == runs[-1][-1] + 1:
-            runs[-1].append(position)
-        else:
-            runs.append([position])
-    return [spelled(model, encoded.inputs["input_ids"][run]) for run in runs]
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_labels_are_what_the_model_must_generate(name: str) -> None:
     model, wanted = encoder_of(name), EXPECTED[name]
@@ -182,6 +141,14 @@ def test_a_prompt_ends_where_its_answer_begins(name: str) -> None:
     stop = model.end_of_turn_id
     whole = model.encode(conversation())
     assert stop == int(whole.spans.content_ids[whole.spans.is_response][-1])
+
+
+def test_a_question_may_be_an_image_alone() -> None:
+    messages = [Message(role="user", text="<image>"), Message(role="assistant", text="a dog.")]
+    for name in EXPECTED:
+        model = encoder_of(name)
+        encoded = model.encode(make_sample("s", [tiny_image(0)], messages))
+        assert labels(model, encoded) == EXPECTED[name].labels[:1]
 
 
 def test_qwen3s_text_template_gets_strings_and_prompts_without_thinking() -> None:
@@ -253,88 +220,6 @@ def test_earlier_caches_keep_their_labels(name: str) -> None:
     assert labels(model, model.encode(conversation())) == wanted
 
 
-def test_earlier_caches_keep_samples_that_are_refused_today() -> None:
-    processor, config = published_processor(PUBLISHED["qwen2-vl"])
-    for text in ("<|im_end|>", "", " "):
-        sample = conversation(False, False, text)
-        earlier = SampleEncoder(processor, config, rules=EARLIER_TEXT_RULES)
-        assert labels(earlier, earlier.encode(sample)) == [f"{text}<|im_end|>"]
-        with pytest.raises(SampleError):
-            encoder_of("qwen2-vl").encode(sample)
-
-
-CONTROL = [
-    ("qwen2-vl", ("<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<pad>")),
-    ("llava-1.5", ("</s>", "<s>", "<unk>")),
-    ("llama3-llava-next", ("<|eot_id|>", "<|start_header_id|>", "<|end_of_text|>")),
-    ("idefics3", ("<end_of_utterance>", "<|begin_of_text|>", "<row_1_col_1>", "<global-img>")),
-    ("internvl", ("<IMG_CONTEXT>", "<video>")),
-    ("qwen3", ("<think>", "</think>")),
-]
-
-
-@pytest.mark.parametrize(("name", "token"), [(n, token) for n, all_ in CONTROL for token in all_])
-def test_texts_that_spell_control_tokens_are_refused(name: str, token: str) -> None:
-    known = PUBLISHED[name]
-    if name in ("idefics3", "internvl"):
-        more = ("<row_1_col_1>", "<global-img>", "<video>")
-        known = replace(known, plain_tokens=("<row_1_col_1>",), tokens=(*known.tokens, *more[1:]))
-    processor, config = published_processor(known)
-    model = SampleEncoder(processor, config)
-    said = f"it says {token} here"
-    roles: tuple[Role, ...] = ("user", "assistant")
-    for role, texts in (("user", (said, "yes")), ("assistant", ("what?", said))):
-        messages = [Message(role=r, text=t) for r, t in zip(roles, texts, strict=True)]
-        with pytest.raises(SampleError, match=f"the {role}'s text spells.*{re.escape(token)}"):
-            model.encode(make_sample("s", [], messages))
-    model.system_prompt = said
-    with pytest.raises(SampleError, match=f"the system's text spells.*{re.escape(token)}"):
-        model.encode(conversation())
-
-
-def test_grounding_tokens_are_content() -> None:
-    known = replace(PUBLISHED["internvl"], tokens=("<|im_start|>", "<|im_end|>", "<box>", "</box>"))
-    processor, config = published_processor(known)
-    model = SampleEncoder(processor, config)
-    said = "<box>[[1, 2, 3, 4]]</box>"
-    encoded = model.encode(conversation(False, False, said))
-    assert labels(model, encoded) == [f"{said}<|im_end|>"]
-    boxes = processor.tokenizer.convert_tokens_to_ids(["<box>", "</box>"])
-    assert set(boxes) <= set(encoded.spans.content_ids.tolist())
-
-
-@pytest.mark.parametrize("empty", ["", " ", "\n"])
-def test_empty_answers_and_questions_are_refused(empty: str) -> None:
-    for name in ("llava-1.5", "qwen2-vl"):
-        model = encoder_of(name)
-        with pytest.raises(SampleError, match="the answer in message 3 is empty"):
-            model.encode(conversation(False, False, "a dog.", empty))
-        asked = [Message(role="user", text=empty), Message(role="assistant", text="a dog.")]
-        with pytest.raises(SampleError, match="the question in message 0 is empty"):
-            model.encode(make_sample("s", [], asked))
-        prompt = model.encode_prompt(conversation(False, False, empty))  # nobody knows the answer
-        assert not len(prompt.spans.response)
-
-
-def test_a_question_may_be_an_image_alone() -> None:
-    messages = [Message(role="user", text="<image>"), Message(role="assistant", text="a dog.")]
-    for name in EXPECTED:
-        model = encoder_of(name)
-        encoded = model.encode(make_sample("s", [tiny_image(0)], messages))
-        assert labels(model, encoded) == EXPECTED[name].labels[:1]
-
-
-def test_a_template_that_ends_each_text_needs_images_first() -> None:
-    messages = [
-        Message(role="user", text="what <image> is it?"),
-        Message(role="assistant", text="a dog."),
-    ]
-    sample = make_sample("s", [tiny_image(0)], messages)
-    with pytest.raises(SampleError, match=r"'<\|eot_id\|>' between two texts.*images.*before"):
-        encoder_of("llama3-llava-next").encode(sample)
-    assert encoder_of("llava-1.5").encode(sample)
-
-
 def test_turns_outside_the_templates_marks_are_not_learnt() -> None:
     last = PUBLISHED["llava-onevision"].template.replace(
         "m.role == 'assistant'", "m.role == 'assistant' and loop.last"
@@ -380,13 +265,3 @@ def test_templates_that_write_the_date_write_a_fixed_one() -> None:
         text = spelled(model, model.encode(conversation()).inputs["input_ids"])
         assert text.startswith("<s> Today: 26 Jul 2024. USER: what?")
         assert labels(model, model.encode(conversation())) == [" a dog.</s>", " 5 legs</s>"]
-
-
-def test_letters_that_a_tokenizer_does_not_know_are_refused() -> None:
-    model = encoder_of("llava-1.5")
-    for sample in (
-        conversation(False, False, "d\u00e9j\u00e0"),
-        conversation(False, False, "\u4f60"),
-    ):
-        with pytest.raises(SampleError, match=r"has \d characters or words.*not know \(<unk>\)"):
-            model.encode(sample)
