@@ -162,7 +162,7 @@ class ChatTemplate:
         if all(ends) or not append_eos or eos is None:
             return None
         self.end_of_turn = self.end_of_turn or eos
-        _say_once(
+        say_once(
             f"the chat template does not end every assistant turn: {eos} is appended to those that "
             "it leaves open, so that a student learns to stop (--no-append-eos leaves it out)"
         )
@@ -216,7 +216,8 @@ def _text(template: Any) -> str:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a message the first time that this process has it."""
     logger.warning(message)
 
 

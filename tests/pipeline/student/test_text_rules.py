@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.extend_samples import extend_samples
 from pipeline.config.build import BuildConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.inspection.verify_teacher import verify_teacher
+from pipeline.student.generation import Generator
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, RecordSettings, TextRules
@@ -175,3 +177,31 @@ def test_earlier_caches_are_built_on_verified_extended_and_trained_on_as_before(
 
     training = _training(str(tmp_path / "longer"), vanilla, tmp_path / "run")
     assert train(training) == tmp_path / "run" / "final"
+
+
+def test_answers_keep_the_spaces_that_a_tokenizer_would_clean_up(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_student(str(tiny_folder("llava")))
+    words = processor.tokenizer
+    words.clean_up_tokenization_spaces = True
+    words.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    said = "a . b , c ?"
+    assert words.decode(words(said)["input_ids"]) != said  # the test can fail
+    generator = Generator(model, processor, None, max_new_tokens=4)
+    prompt = generator.encoder.encode_prompt(tiny_samples(1)[0])
+
+    def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([words(said)["input_ids"]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert generator.answers([prompt])[0].text == said
+
+
+def test_the_checkpoints_and_the_templates_ends_stop_an_answer(tiny_folder: TinyFolder) -> None:
+    model, processor = load_student(str(tiny_folder("llava")))
+    begin = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|im_start|>")
+    model.generation_config.eos_token_id = [5, 7]
+    generator = Generator(model, processor, None, max_new_tokens=4)
+    assert generator.stop_ids == sorted([5, 7, begin, processor.tokenizer.eos_token_id])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from teacher_cache.models import chat_template
 from teacher_cache.models.control_tokens import ControlTokens
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
@@ -192,6 +193,18 @@ def test_nothing_is_appended_where_it_is_switched_off(name: str) -> None:
     assert "</s>" not in spelled(model, model.encode(conversation()).inputs["input_ids"])
     assert model.end_of_turn_id is None
     assert not model.rules.append_eos
+
+
+def test_what_is_appended_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    chat_template.say_once.cache_clear()
+    for _ in range(3):
+        encoder_of("llava-1.5")
+    encoder_of("qwen2-vl")
+    encoder_of("llava-1.5", append_eos=False)
+    said = [record.message for record in caplog.records if "append" in record.message]
+    assert len(said) == 1
+    assert "</s> is appended" in said[0]
+    assert "--no-append-eos" in said[0]
 
 
 def test_only_turns_that_the_template_leaves_open_get_an_end() -> None:
