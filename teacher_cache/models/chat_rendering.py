@@ -64,12 +64,10 @@ Skeletons = dict[TurnShape, Skeleton]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """Characters of one assistant turn: generation begins at `start`, the text is
-    [`text_start`, `text_end`), and the template's suffix (an end-of-turn token) ends at
-    `turn_end`."""
+    """Characters of one assistant turn: generation begins at `start`, the text ends at
+    `text_end`, and the template's suffix (an end-of-turn token) at `turn_end`."""
 
     start: int
-    text_start: int
     text_end: int
     turn_end: int
     is_learnt: bool = True
@@ -151,7 +149,6 @@ def locate(
             (start, end), edges = own[0], next(around)
             response = Response(
                 start=start - edges.lead,
-                text_start=start,
                 text_end=end,
                 turn_end=end + edges.tail,
                 is_learnt=edges.is_learnt,
@@ -176,7 +173,6 @@ def append_to_turns(rendering: Rendering, token: str, ends: Callable[[str], bool
         moved = replace(
             response,
             start=response.start + shift,
-            text_start=response.text_start + shift,
             text_end=at,
             turn_end=turn_end + added,
         )

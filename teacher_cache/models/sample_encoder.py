@@ -3,7 +3,7 @@
 Promise: the conversation is rendered with the processor's own chat template and nothing is cut
 off, whatever the tokenizer's files say of truncation and padding. Characters are followed to
 tokens through the tokenizer's offsets and the processor's record of how it spelled out each image.
-Content tokens are those of the user's and assistant's texts. The response is what the model must
+Content tokens are those of the user's texts and the responses. The response is what the model must
 generate: the tokens that begin behind the generation prompt, up to and including the control token
 that ends the turn (chat_rendering.py, chat_template.py). What does not add up is a `SampleError`:
 so is a message that is empty, spells a control token, or has a letter unknown to the tokenizer.
@@ -250,7 +250,6 @@ class SampleEncoder:
         for start, end in rendering.instructions:
             is_content |= tokens(start, end)
         for turn in rendering.responses:
-            is_content |= tokens(turn.text_start, turn.text_end)
             if not turn.is_learnt:
                 continue
             generated = tokens(turn.start, turn.text_end)

@@ -1,5 +1,6 @@
 """Promises of the pilot: what it measures are facts of the cache that a build would write."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.support.lazy import write_digits
 from tests.support.llava_json import write_llava_json
+from tests.support.published_templates import VICUNA
 from tests.support.tiny import ask, tiny_samples
 
 
@@ -41,6 +43,16 @@ def test_every_logit_kept_loses_nothing(report: PilotReport) -> None:
     assert exact.regret == pytest.approx(0, abs=1e-6)
     assert exact.agreement == 1
     assert exact.gradient_cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_a_pilot_measures_what_a_build_would_write(config: PlanConfig, tmp_path: Path) -> None:
+    template = tmp_path / "vicuna.jinja"
+    template.write_text(VICUNA)
+    given = dataclasses.replace(config, chat_template=template)
+    without = run_pilot(dataclasses.replace(given, append_eos=False))
+    measured = tiny_samples(10)[1::2]  # the others calibrate
+    answers = [m for s in measured for m in s.messages if m.role == "assistant"]
+    assert run_pilot(given).response_tokens == without.response_tokens + len(answers)
 
 
 def test_bare_top_k_cannot_match_by_raw_logits(report: PilotReport) -> None:

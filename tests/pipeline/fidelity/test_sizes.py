@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,8 @@ def test_the_cache_pays_when_runs_of_live_teachers_would_take_longer() -> None:
         ({"response_tokens": 200}, "response_tokens is 200"),
         ({"steps_per_run": 5}, "needs both"),
         ({"teacher": "somewhere"}, "teacher would have no effect"),
+        ({"append_eos": False}, "append_eos would have no effect"),
+        ({"chat_template": Path("a.jinja")}, "chat_template would have no effect"),
         ({"pilot": 8}, "a pilot needs source, teacher"),
         ({"views": 0}, "views must be >= 1"),
         ({"mean_kept": 0.5}, "mean_kept must be >= 1"),

@@ -243,7 +243,15 @@ def test_turns_outside_the_templates_marks_are_not_learnt() -> None:
     encoded = model.encode(conversation())
     assert labels(model, encoded) == ["5 legs<|im_end|>"]
     said = spelled(model, encoded.spans.content_ids)
-    assert said == "what?a dog.why?5 legs<|im_end|>"
+    assert said == "what?why?5 legs<|im_end|>"  # the other is context, as a system message is
+
+
+def test_a_token_that_begins_in_the_prompt_is_neither_label_nor_content() -> None:
+    model = encoder_of("qwen2-vl")
+    encoded = model.encode(conversation(False, False, "\na dog."))
+    assert "assistant\n\na dog." in spelled(model, encoded.inputs["input_ids"])
+    assert labels(model, encoded) == ["a dog.<|im_end|>"]
+    assert spelled(model, encoded.spans.content_ids) == "what?a dog.<|im_end|>"
 
 
 def test_a_message_that_the_template_rewrites_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
