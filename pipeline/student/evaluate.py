@@ -146,7 +146,7 @@ def _answer(
                 bad.append(f"{error.sample_id}: {error.reason}")
         if bad:
             continue
-        answers = generator.answers(prompts)
+        answers = generator.answers(prompts, generator.stop_ids)
         seconds = (time.monotonic() - started) / len(batch)
         yield [
             Prediction(

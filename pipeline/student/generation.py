@@ -65,7 +65,7 @@ class Generator:
         self._max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[EncodedSample]) -> list[Answer]:
+    def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[Answer]:
         """The answer to each encoded prompt.
 
         Prompts are padded on the left. Neither a seed nor the checkpoint's sampling settings
@@ -78,7 +78,7 @@ class Generator:
             do_sample=False,
             num_beams=1,
             max_new_tokens=self._max_new_tokens,
-            eos_token_id=self.stop_ids,
+            eos_token_id=list(stop_ids),
             pad_token_id=self.encoder.pad_token_id,
         )
         vision = [prompt.spans.vision for prompt in prompts]

@@ -223,6 +223,5 @@ def say_once(message: str) -> None:
 
 def _variables(source: str) -> dict[str, Any]:
     """The template, and what it is rendered with besides the conversation."""
-    chosen: dict[str, Any] = {"enable_thinking": False, "date_string": FIXED_DATE}
-    found = {name: value for name, value in chosen.items() if name in source}
-    return {**found, "chat_template": (_DATE if "strftime_now" in source else "") + source}
+    thinking = {"enable_thinking": False} if "enable_thinking" in source else {}
+    return {**thinking, "chat_template": (_DATE if "strftime_now" in source else "") + source}

@@ -21,7 +21,7 @@ from tests.support.extended import extension
 from tests.support.lazy import evaluate, load_student, train
 from tests.support.llava_json import evaluation, small_build, write_llava_json
 from tests.support.published_templates import ONEVISION, VICUNA
-from tests.support.tiny import tiny_samples
+from tests.support.tiny import CHAT_TEMPLATE, tiny_samples
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -195,13 +195,13 @@ def test_answers_keep_the_spaces_that_a_tokenizer_would_clean_up(
         return torch.cat([input_ids, torch.tensor([words(said)["input_ids"]])], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    assert generator.answers([prompt])[0].text == said
+    assert generator.answers([prompt], generator.stop_ids)[0].text == said
 
 
 def test_the_checkpoints_and_the_templates_ends_stop_an_answer(tiny_folder: TinyFolder) -> None:
     model, processor = load_student(str(tiny_folder("llava")))
     begin = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    processor.chat_template = processor.chat_template.replace("<|im_end|>", "<|im_start|>")
+    processor.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|im_start|>")
     model.generation_config.eos_token_id = [5, 7]
     generator = Generator(model, processor, None, max_new_tokens=4)
     assert generator.stop_ids == sorted([5, 7, begin, processor.tokenizer.eos_token_id])

@@ -163,7 +163,7 @@ def test_a_token_is_written_behind_the_turns_that_lack_an_end() -> None:
         (CHATML.replace("in messages", "in messages | reverse"), "each must appear once"),
         (CHATML.replace("%}<|im_start|>assistant\n", "%}<|im_start|>model\n"), "differently"),
         (CHATML.replace("<|im_start|>{{ message['role'] }}\n", ""), "differently"),
-        (CHATML.replace("in messages %}", "in messages %}{{ messages | length }}"), "differently"),
+        ("{{ messages | length }}" + CHATML, "differently"),
     ],
 )
 def test_templates_that_hide_messages_are_refused(source: str, reason: str) -> None:

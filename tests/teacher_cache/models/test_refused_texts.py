@@ -38,9 +38,9 @@ CONTROL = [
 def test_texts_that_spell_control_tokens_are_refused(name: str, token: str) -> None:
     known = PUBLISHED[name]
     if name in ("idefics3", "internvl"):
-        more = ("<row_1_col_1>", "<global-img>", "<video>")
-        known = replace(known, plain_tokens=("<row_1_col_1>",), tokens=(*known.tokens, *more[1:]))
+        known = replace(known, plain_tokens=("<row_1_col_1>", "<global-img>", "<video>"))
     processor, config = published_processor(known)
+    processor.global_image_tag, processor.video_token = "<global-img>", "<video>"
     model = SampleEncoder(processor, config)
     said = f"it says {token} here"
     roles: tuple[Role, ...] = ("user", "assistant")
@@ -62,6 +62,15 @@ def test_grounding_tokens_are_content() -> None:
     assert labels(model, encoded) == [f"{said}<|im_end|>"]
     boxes = processor.tokenizer.convert_tokens_to_ids(["<box>", "</box>"])
     assert set(boxes) <= set(encoded.spans.content_ids.tolist())
+
+
+def test_an_ordinary_token_that_pads_is_content() -> None:
+    processor, config = published_processor(PUBLISHED["qwen2-vl"])
+    processor.tokenizer.pad_token = "!"
+    assert "!" in processor.tokenizer.all_special_tokens
+    model = SampleEncoder(processor, config)
+    encoded = model.encode(conversation(False, False, "a dog!"))
+    assert labels(model, encoded) == ["a dog!<|im_end|>"]
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n"])

@@ -72,6 +72,8 @@ def test_the_files_of_a_checkpoint_cut_and_pad_nothing(
     wanted = [_both(_encoder(tiny_folder(family)), sample) for sample in samples]
     spoil(folder)
     model = _encoder(folder)
+    backend = model.processor.tokenizer.backend_tokenizer
+    assert backend.truncation is backend.padding is None
     assert [_both(model, sample) for sample in samples] == wanted
     said = model.encode(samples[0]).spans
     text = model.processor.tokenizer.decode(said.content_ids[said.is_response])
