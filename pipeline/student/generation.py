@@ -34,7 +34,7 @@ class Answer:
     """A model's answer, and how many of the prompt's vision tokens it used."""
 
     text: str
-    """Without control tokens and outer white space."""
+    """Without control tokens, what the model thought first, and outer white space."""
     num_vision: int
     num_kept: int
     """How many reached the last layer; all of them without compression."""
@@ -96,7 +96,7 @@ class Generator:
             new_BL, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [
-            Answer(text=text.strip(), num_vision=len(tokens), num_kept=count)
+            Answer(text=without_thinking(text), num_vision=len(tokens), num_kept=count)
             for text, tokens, count in zip(texts, vision, num_kept, strict=True)
         ]
 
@@ -107,6 +107,11 @@ class Generator:
         found: list[int | None] = list(known) if isinstance(known, list) else [known]
         found += [self._tokenizer.eos_token_id, self.encoder.end_of_turn_id]
         return sorted({token for token in found if token is not None})
+
+
+def without_thinking(text: str) -> str:
+    """What follows the end of a model's thinking; all of a text in which none ends."""
+    return text.rpartition("</think>")[2].strip()
 
 
 def _require_layers_behind(model: Any, compression: CompressionSettings) -> None:

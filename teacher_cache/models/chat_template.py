@@ -159,7 +159,14 @@ class ChatTemplate:
         ]
         self.end_of_turn = ends[-1] or ends[0]
         eos: str | None = self._processor.tokenizer.eos_token
-        if all(ends) or not append_eos or eos is None:
+        if all(ends) or not append_eos:
+            return None
+        if eos is None:
+            say_once(
+                "the chat template does not end every assistant turn and the tokenizer has no "
+                "end-of-sequence token to append: a student does not learn to stop there; give a "
+                "template that ends turns with --chat-template FILE"
+            )
             return None
         self.end_of_turn = self.end_of_turn or eos
         say_once(

@@ -29,8 +29,6 @@ from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 _WHOLE_TEXT: dict[str, Any] = {
     "padding": False,
     "truncation": False,
-    "max_length": None,
-    "pad_to_multiple_of": None,
     "is_split_into_words": False,
     "return_attention_mask": True,
     "return_length": False,

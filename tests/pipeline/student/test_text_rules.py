@@ -12,7 +12,7 @@ from pipeline.build.extend_samples import extend_samples
 from pipeline.config.build import BuildConfig
 from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.inspection.verify_teacher import verify_teacher
-from pipeline.student.generation import Generator
+from pipeline.student.generation import Generator, without_thinking
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, RecordSettings, TextRules
@@ -196,6 +196,19 @@ def test_answers_keep_the_spaces_that_a_tokenizer_would_clean_up(
 
     monkeypatch.setattr(model, "generate", generate)
     assert generator.answers([prompt], generator.stop_ids)[0].text == said
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("\n</think>\n\n5 legs", "5 legs"),
+        ("<think>it is a dog</think> 5 legs\n", "5 legs"),
+        (" 5 legs", "5 legs"),
+        ("<think>is it a dog", "<think>is it a dog"),
+    ],
+)
+def test_what_a_model_thinks_first_is_no_part_of_its_answer(said: str, answer: str) -> None:
+    assert without_thinking(said) == answer
 
 
 def test_the_checkpoints_and_the_templates_ends_stop_an_answer(tiny_folder: TinyFolder) -> None:

@@ -207,11 +207,29 @@ def test_what_is_appended_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     assert "--no-append-eos" in said[0]
 
 
+def test_turns_without_any_end_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    chat_template.say_once.cache_clear()
+    processor, config = published_processor(PUBLISHED["llava-1.5"])
+    processor.tokenizer.eos_token = None
+    model = SampleEncoder(processor, config)
+    assert labels(model, model.encode(conversation())) == [" a dog.", " 5 legs"]
+    assert not model.rules.append_eos
+    [record] = caplog.records
+    assert "does not learn to stop" in record.message
+
+
 def test_only_turns_that_the_template_leaves_open_get_an_end() -> None:
     last = PUBLISHED["llava-1.5"].template + "{% if not add_generation_prompt %}</s>{% endif %}"
     model = encoder_of("llava-1.5", template=last)
     assert labels(model, model.encode(conversation())) == [" a dog.</s>", " 5 legs </s>"]
     assert model.rules.append_eos
+
+
+def test_the_beginning_of_the_next_turn_ends_no_turn() -> None:
+    open_turns = PUBLISHED["qwen3-vl"].template.replace("<|im_end|>", "")
+    last = open_turns + "{% if not add_generation_prompt %}<|im_end|>{% endif %}"
+    model = encoder_of("qwen3-vl", template=last, append_eos=False)
+    assert labels(model, model.encode(conversation())) == ["a dog.", "5 legs\n<|im_end|>"]
 
 
 # What the labels were before rules were recorded, where they differ from today's.

@@ -97,6 +97,13 @@ def test_a_template_that_ends_each_text_needs_images_first() -> None:
     assert encoder_of("llava-1.5").encode(sample)
 
 
+def test_an_end_of_turn_that_also_stands_for_unknown_letters_is_an_end() -> None:
+    processor, config = published_processor(PUBLISHED["qwen2-vl"])
+    processor.tokenizer.unk_token = "<|im_end|>"  # as GPT-2's tokenizers have it
+    model = SampleEncoder(processor, config)
+    assert labels(model, model.encode(conversation()))[0] == "a dog.<|im_end|>"
+
+
 def test_letters_that_a_tokenizer_does_not_know_are_refused() -> None:
     model = encoder_of("llava-1.5")
     for sample in (

@@ -41,8 +41,9 @@ def _encoder(folder: Path) -> SampleEncoder:
 
 
 def _both(model: SampleEncoder, sample: Sample) -> tuple[list[int], list[int]]:
-    """All tokens of a sample, and those of its prompt."""
+    """All tokens of a sample, and those of its prompt, without further outputs."""
     encoded, prompt = model.encode(sample), model.encode_prompt(sample)
+    assert not encoded.inputs.keys() & {"length", "special_tokens_mask"}
     return encoded.inputs["input_ids"].tolist(), prompt.inputs["input_ids"].tolist()
 
 
@@ -57,6 +58,13 @@ def _both(model: SampleEncoder, sample: Sample) -> tuple[list[int], list[int]]:
         _in_json("tokenizer_config.json", model_max_length=40),
         _in_json("tokenizer_config.json", model_max_length=40, truncation=True, padding=True),
         _in_json("tokenizer_config.json", pad_to_multiple_of=64, padding_side="left", padding=True),
+        _in_json(
+            "tokenizer_config.json",
+            padding="max_length",
+            model_max_length=900,
+            padding_side="left",
+        ),
+        _in_json("tokenizer_config.json", return_special_tokens_mask=True),
         _in_json("tokenizer_config.json", split_special_tokens=True),
         _in_json("tokenizer_config.json", is_split_into_words=True, return_length=True),
         _in_json("tokenizer_config.json", model_input_names=["input_ids"]),
