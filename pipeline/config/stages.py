@@ -19,7 +19,15 @@ from teacher_cache.schema.strict_json import StrictRecord
 CONFIG_FILE = "config.json"
 """A run's resolved settings, beside the run, ready for `--config`."""
 
-ScoreName = Literal["exact_match", "word_accuracy", "vqa_accuracy", "anls", "relaxed_accuracy"]
+ScoreName = Literal[
+    "exact_match",
+    "choice_accuracy",
+    "token_f1",
+    "word_accuracy",
+    "vqa_accuracy",
+    "anls",
+    "relaxed_accuracy",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,22 @@
 
 With several references the best match counts (VQA accuracy counts agreeing annotators instead).
 Runs of white space never matter. An answer equal to its only reference scores 1 everywhere. Refuses
-an empty list of references.
+an empty list of references. Each function names the benchmark whose rule it follows.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pipeline.config.stages import ScoreName
+from pipeline.student.answer_forms import (
+    choice_letter,
+    number_and_unit,
+    plain_words,
+    squeeze,
+    without_articles,
+)
 
 Score = Callable[[str, Sequence[str]], float]
 
@@ -29,8 +37,51 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer equals one of the references, white space aside."""
-    return _best(lambda reference: float(_squeeze(answer) == _squeeze(reference)), references)
+    """1 if the answer has the words of one of the references, case and punctuation aside.
+
+    The rule of GQA, TextVQA's and MME's short answers as lmms-eval runs them (`ignore_case`,
+    `ignore_punctuation`), but punctuation within a word stays: 3.5 is not 35, and -5 is not 5. A
+    text of punctuation alone is compared as it is.
+    """
+
+    def score(reference: str) -> float:
+        found, expected = plain_words(answer), plain_words(reference)
+        if not found or not expected:
+            return float(squeeze(answer) == squeeze(reference))
+        return float(found == expected)
+
+    return _best(score, references)
+
+
+def choice_accuracy(answer: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """1 if the answer names the right choice, by letter or by text (as MMMU parses answers).
+
+    A reference is a letter or the text of a choice. Unlike MMMU's script, an answer that names no
+    choice scores 0; a letter is not drawn for it.
+    """
+    _require_references(references)
+    found = choice_letter(answer, choices)
+    named = {choice_letter(reference, choices) for reference in references} - {None}
+    if not named:
+        raise ValueError(
+            f"the reference {references[0]!r} is no letter and none of the choices "
+            f"{list(choices)}; give a letter, or the choices"
+        )
+    return float(found in named)
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over words, articles aside (SQuAD's F1)."""
+    found = without_articles(plain_words(answer))
+
+    def score(reference: str) -> float:
+        expected = without_articles(plain_words(reference))
+        if not found or not expected:
+            return float(found == expected)
+        common = (Counter(found) & Counter(expected)).total()
+        return 2 * common / (len(found) + len(expected))
+
+    return _best(score, references)
 
 
 def word_accuracy(answer: str, references: Sequence[str]) -> float:
@@ -75,10 +126,10 @@ def anls(answer: str, references: Sequence[str]) -> float:
 
     One minus edit distance over the longer length, ignoring case; below 0.5 it counts as 0.
     """
-    found = _squeeze(answer).lower()
+    found = squeeze(answer).lower()
 
     def score(reference: str) -> float:
-        expected = _squeeze(reference).lower()
+        expected = squeeze(reference).lower()
         longest = max(len(found), len(expected))
         if longest == 0:
             return 1.0
@@ -91,21 +142,25 @@ def anls(answer: str, references: Sequence[str]) -> float:
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
     """ChartQA's accuracy (Masry et al. 2022): a number may be off by 5 % of the reference.
 
-    "12%" is read as 0.12. If either side is no number, or the reference is 0, the texts must be
-    equal, case aside.
+    "12%" is read as 0.12, "1,000" as 1000. A unit or currency sign may be missing on one side; two
+    units must be equal. If either side is no number, the words must be equal (`exact_match`).
     """
 
     def score(reference: str) -> float:
-        found, expected = _number(answer), _number(reference)
-        if found is not None and expected:
-            return float(abs(found - expected) <= RELAXED_TOLERANCE * abs(expected))
-        return float(_squeeze(answer).lower() == _squeeze(reference).lower())
+        found, expected = number_and_unit(answer), number_and_unit(reference)
+        if found is None or expected is None:
+            return exact_match(answer, [reference])
+        units = {found[1], expected[1]} - {""}
+        close = abs(found[0] - expected[0]) <= RELAXED_TOLERANCE * abs(expected[0])
+        return float(close and len(units) <= 1)
 
     return _best(score, references)
 
 
 SCORES: dict[ScoreName, Score] = {
     "exact_match": exact_match,
+    "choice_accuracy": choice_accuracy,
+    "token_f1": token_f1,
     "word_accuracy": word_accuracy,
     "vqa_accuracy": vqa_accuracy,
     "anls": anls,
@@ -119,7 +174,7 @@ def normalise_vqa(text: str) -> str:
     Punctuation beside a space is dropped; elsewhere it becomes a space. In a text that holds a
     number such as 1,000 it is always dropped. Full stops stay only in front of a digit.
     """
-    text = _squeeze(text).replace("'", "").replace("\u2019", "")
+    text = squeeze(text).replace("'", "").replace("\u2019", "")
     has_comma_number = _NUMBER_WITH_COMMA.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
@@ -149,19 +204,3 @@ def _best(score: Callable[[str], float], references: Sequence[str]) -> float:
 def _require_references(references: Sequence[str]) -> None:
     if not references:
         raise ValueError("there is no reference to score the answer against")
-
-
-def _squeeze(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _number(text: str) -> float | None:
-    text = text.strip()
-    percent = text.endswith("%")
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        return None
-    if not math.isfinite(value):
-        return None
-    return value / 100 if percent else value

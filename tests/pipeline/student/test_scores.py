@@ -11,23 +11,26 @@ from pipeline.config.stages import ScoreName
 from pipeline.student.scores import (
     SCORES,
     anls,
+    choice_accuracy,
     edit_distance,
     exact_match,
     normalise_vqa,
     relaxed_accuracy,
+    token_f1,
     vqa_accuracy,
     word_accuracy,
 )
 
-texts = st.text(alphabet="aAbtheone12.,%' !\n", max_size=12)
+texts = st.text(alphabet="aAbtheone12.,%'-$ !\n", max_size=12)
 every_score = pytest.mark.parametrize("name", sorted(SCORES))
+every_score_of_any_text = pytest.mark.parametrize("name", sorted(set(SCORES) - {"choice_accuracy"}))
 
 
 def test_every_score_of_the_configuration_is_there() -> None:
     assert set(SCORES) == set(get_args(ScoreName))
 
 
-@every_score
+@every_score_of_any_text
 @given(answer=texts, references=st.lists(texts, min_size=4, max_size=6))
 @settings(deadline=None)
 def test_scores_lie_in_the_unit_interval_whatever_the_order_of_references(
@@ -38,7 +41,7 @@ def test_scores_lie_in_the_unit_interval_whatever_the_order_of_references(
     assert SCORES[name](answer, references[::-1]) == pytest.approx(value)
 
 
-@every_score
+@every_score_of_any_text
 @given(text=texts)
 @settings(deadline=None)
 def test_an_answer_equal_to_its_only_reference_scores_1(name: ScoreName, text: str) -> None:
@@ -59,10 +62,85 @@ def test_the_best_reference_counts(answer: str, references: list[str]) -> None:
         assert score(answer, references) == max(score(answer, [r]) for r in references)
 
 
-def test_exact_match_ignores_white_space_only() -> None:
-    assert exact_match(" bs5  dq2\n", ["bs5 dq2"]) == 1
-    assert exact_match("Bs5 dq2", ["bs5 dq2"]) == 0
-    assert exact_match("b", ["a", "b"]) == 1
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        (" bs5  dq2\n", "bs5 dq2", 1),
+        ("B.", "B", 1),
+        ("(B)", "B", 1),
+        ("Yes.", "yes", 1),
+        ('"Red", I think', "red i think", 1),
+        ("dq2 bs5", "bs5 dq2", 0),
+        ("3.5", "35", 0),
+        ("-5", "5", 0),
+        (".5", "5", 0),
+        ("don't", "dont", 0),
+        ("$5", "5", 1),
+        ("?!", "?!", 1),
+        ("?", "!", 0),
+        ("", "?", 0),
+    ],
+)
+def test_exact_match_ignores_case_and_outer_punctuation(
+    answer: str, reference: str, expected: int
+) -> None:
+    assert exact_match(answer, [reference]) == expected
+    assert exact_match(answer, ["something else", reference]) == expected
+
+
+CITIES = ("Rome", "Paris", "New York")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("b) because", "B"),
+        ("B. Paris", "B"),
+        ("paris.", "B"),
+        ("The answer is (B).", "B"),
+        ("Answer: **B**", "B"),
+        ("I would say B", "B"),
+        ("It is New York, I think", "C"),
+        ("Rome? No: Paris", "B"),
+        ("A", "A"),
+        ("A street", None),
+        ("E", None),
+        ("neither", None),
+        ("", None),
+    ],
+)
+def test_an_answer_names_a_choice_by_letter_or_by_text(answer: str, expected: str | None) -> None:
+    for letter, city in zip("ABC", CITIES, strict=True):
+        right = float(letter == expected)
+        assert choice_accuracy(answer, [letter], CITIES) == right
+        assert choice_accuracy(answer, [city], CITIES) == right
+
+
+def test_a_reference_that_names_no_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'Oslo' is no letter and none of the choices \['Rome'"):
+        choice_accuracy("B", ["Oslo"], CITIES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("a red car", "The red car.", 1),
+        ("red car", "red bus", 0.5),
+        ("a big red car", "red car", 0.8),
+        ("car car", "car", 2 / 3),
+        ("blue", "red", 0),
+        ("", "red", 0),
+        ("the", "a", 1),
+    ],
+)
+def test_token_f1_counts_common_words_once_each(
+    answer: str, reference: str, expected: float
+) -> None:
+    assert token_f1(answer, [reference]) == pytest.approx(expected)
+    assert token_f1(reference, [answer]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +226,23 @@ def test_edit_distance_equals_its_recursive_definition(first: str, second: str) 
         ("0", "0", 1),
         ("0.01", "0", 0),
         ("Blue", "blue", 1),
+        ("Blue.", "blue", 1),
         ("blue", "100", 0),
         ("nan", "100", 0),
+        ("1,000", "1000", 1),
+        ("1,00", "100", 0),
+        ("$5", "5", 1),
+        ("5 $", "$5", 1),
+        ("\u20ac5", "$5", 0),
+        ("5 km", "5", 1),
+        ("5.1 km", "5 km", 1),
+        ("5 km", "5 kg", 0),
+        ("3 million", "3,000,000", 1),
+        ("$3 million", "3000000", 1),
+        ("3 million", "3", 0),
+        ("\u22124", "-4", 1),
+        ("12 %", "12", 0),
+        ("5.", "5", 1),
     ],
 )
 def test_relaxed_accuracy_allows_five_percent(answer: str, reference: str, expected: int) -> None:
