@@ -256,6 +256,7 @@ def _read_answers(place: Path) -> Evaluation:
             f"{metrics['num_samples']}; remove the folder and evaluate again"
         )
     names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
+    known = [prediction for prediction in predictions if prediction.answer_key]
     pictures = place / "pictures.json"
     # The metrics of earlier versions hold neither.
     settings, tokens = metrics.get("compression"), metrics.get("vision_tokens") or {}
@@ -267,7 +268,7 @@ def _read_answers(place: Path) -> Evaluation:
         by_sample={
             name: {
                 p.key: score
-                for p, score in zip(predictions, score_predictions(predictions, name), strict=True)
+                for p, score in zip(known, score_predictions(known, name), strict=True)
             }
             for name in names
         },

@@ -1,46 +1,64 @@
-"""Makes one sample from what a source stores: turns in one of two forms, and encoded images.
+"""Makes one sample from an entry of a source: its conversation (turns.py), its images (media.py).
 
-Accepts LLaVA's turns ({"from": "human" | "gpt" | "system", "value": text}) and the hub's messages
-({"role": ..., "content": text or a list of text and image parts}). Anything wrong with a sample is
-a `SampleError` that names file, sample and remedy. Nothing is repaired: an image without its
-`<image>` placeholder is refused, not put in front.
+Anything wrong with a sample is a `SampleError` that names file, sample and remedy. Nothing is
+repaired, and nothing that looks like media is passed over in silence: it is counted, and a sample
+that would become text without it is refused.
 """
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.sources.media import IMAGE_FIELDS, listed_images, read_image, unread_media
+from pipeline.sources.turns import TURN_FIELDS, read_conversation
 from teacher_cache.schema.errors import SampleError
-from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Role, Sample, make_sample
-
-TURN_COLUMNS = ("conversations", "messages")
-"""Fields that may hold the turns; the first one present is read."""
-
-_ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+from teacher_cache.schema.samples import Sample, make_sample
 
 
 def build_sample(
-    where: str, source_id: str, images: Sequence[bytes], entry: Mapping[str, Any]
+    where: str,
+    source_id: str,
+    entry: Mapping[str, Any],
+    root: Path | None,
+    unread: Counter[str],
+    members: Sequence[bytes] = (),
+    other_members: Collection[str] = (),
 ) -> Sample:
     """Check and assemble one sample; every error begins with `where` (file and place in it).
 
-    Raises SampleError for unknown roles, malformed turns, images that cannot be decoded, and
-    whatever `Sample` refuses (placeholders, order of turns).
+    `root` is the folder of image paths; None: images are embedded. `members` are images that lie
+    beside the entry, in place of those of its image field, and `other_members` names the files
+    there that nobody reads. `unread` counts what looks like media and is not read.
+
+    Raises SampleError for unknown roles, malformed turns, images that cannot be read or decoded,
+    media that is not read in a sample without images, and whatever `Sample` refuses.
     """
     try:
-        messages = parse_turns(entry)
+        listed = list(members) if members else listed_images(entry)
+        found = read_conversation(entry, listed)
+        passed_over = [*unread_media(entry, {*TURN_FIELDS, *IMAGE_FIELDS, "id"}), *other_members]
+        if passed_over and not found.images:
+            raise ValueError(
+                f"it has no image, but {', '.join(passed_over)}, which is not read: name the field "
+                "of an image `image` and mark its place, or remove what is not an image"
+            )
+        unread.update(passed_over)
+        images = [read_image(stored, root) for stored in found.images]
         for number, data in enumerate(images):
             check_image(data, f"image {number}")
-        return make_sample(source_id, images, messages)
+        return make_sample(
+            source_id,
+            images,
+            found.messages,
+            references=found.references,
+            choices=found.choices,
+            category=found.category,
+        )
     except SampleError as error:
         raise SampleError(source_id, f"{where}: {error.reason}") from error
     except ValueError as error:
@@ -69,19 +87,6 @@ def entry_id(entry: Mapping[str, Any], default: str) -> str:
     return default if found is None else str(found)
 
 
-def parse_turns(entry: Mapping[str, Any]) -> tuple[Message, ...]:
-    """Read the turns of an entry; raises ValueError that names what was found."""
-    column = next((name for name in TURN_COLUMNS if entry.get(name) is not None), None)
-    if column is None:
-        raise ValueError(
-            f"found the fields {sorted(entry)}, expected one of {', '.join(TURN_COLUMNS)}"
-        )
-    turns = entry[column]
-    if not isinstance(turns, list):
-        raise ValueError(f"{column} must be a list of turns, found {type(turns).__name__}")
-    return tuple(_parse_turn(turn, number) for number, turn in enumerate(turns))
-
-
 def check_image(data: bytes, name: str) -> None:
     """Decode an image to check that it is whole (JPEG at an eighth of its size, which is fast).
 
@@ -99,38 +104,3 @@ def check_image(data: bytes, name: str) -> None:
             f"{name} ({len(data)} bytes) cannot be decoded: {why}; replace it or leave the sample "
             "out"
         ) from error
-
-
-def _parse_turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise ValueError(f"turn {number} must be a mapping, found {type(turn).__name__}")
-    name = turn.get("from", turn.get("role"))
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise ValueError(
-            f"turn {number} has the role {name!r}, expected one of {', '.join(_ROLES)}"
-        )
-    return Message(role=role, text=_text(turn.get("value", turn.get("content")), number))
-
-
-def _text(content: Any, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(
-            f"turn {number} must have a text in `value` or `content`, found "
-            f"{type(content).__name__}"
-        )
-    parts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            parts.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        else:
-            raise ValueError(
-                f"turn {number} holds the part {part!r}, expected "
-                '{"type": "text", "text": ...} or {"type": "image"}'
-            )
-    return "".join(parts)

@@ -1,23 +1,24 @@
-"""Reads samples from LLaVA JSON and JSON lines."""
+"""Reads samples from JSON and JSON lines, with images in files beside them."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pipeline.sources.conversations import build_sample, entry_id, parse_json, require_object
-from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 
 
 class LlavaSource:
-    """LLaVA's training files: one JSON list, or one JSON object per line (.jsonl).
+    """A JSON list of entries, or one JSON object per line (.jsonl).
 
-    An entry has `conversations`, optionally `id`, and optionally `image`: a path or a list of
-    paths relative to `image_root`. Other fields are ignored.
+    An entry has turns (turns.py), optionally `id`, and optionally `image` or `images`: paths
+    relative to `image_root`, or data URLs.
     """
 
     def __init__(self, path: Path, image_root: Path | None) -> None:
         self.name = str(path)
+        self.unread = Counter[str]()
         self._path = path
         self._root = path.parent if image_root is None else image_root
         try:
@@ -45,25 +46,7 @@ class LlavaSource:
             entry = parse_json(entry, where, source_id)
         fields = require_object(entry, where, source_id)
         source_id = entry_id(fields, source_id)
-        found = fields.get("image")
-        paths = found if isinstance(found, list) else [] if found is None else [found]
-        images = [self._image(path, where, source_id) for path in paths]
-        return build_sample(where, source_id, images, fields)
-
-    def _image(self, path: Any, where: str, source_id: str) -> bytes:
-        if not isinstance(path, str):
-            raise SampleError(
-                source_id, f"{where}: `image` must be a path or a list of paths, found {path!r}"
-            )
-        file = self._root / path
-        try:
-            return file.read_bytes()
-        except OSError as error:
-            raise SampleError(
-                source_id,
-                f"{where}: image {file} cannot be read ({error.strerror}); `image` is relative "
-                f"to the image root {self._root}: set it if the images are elsewhere",
-            ) from error
+        return build_sample(where, source_id, fields, self._root, self.unread)
 
 
 def _json_list(path: Path, data: bytes) -> list[Any]:

@@ -1,37 +1,39 @@
-"""Reads samples from Parquet in the hub's layout: images as structs, turns as lists of structs.
+"""Reads samples from Parquet: images as structs of bytes, turns in any layout of turns.py.
 
-Reads one row group at a time, and only the columns in use: `image` (one struct of bytes and path)
-or `images` (a list of them), `conversations` or `messages`, and optionally `id`. Refuses files
-without a column of turns, images stored as paths only, and both image columns at once.
+Reads a few rows at a time, whatever the size of a row group, and only the columns in use: those of
+the turns, `image` or `images`, `id`, and others that look like media, to name them. Refuses files
+without turns, images stored as paths only, and both image columns at once.
 """
 
 import bisect
 import itertools
 import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyarrow import ArrowException
+import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from pipeline.sources.conversations import TURN_COLUMNS, build_sample, entry_id
-from teacher_cache.schema.errors import SampleError
+from pipeline.sources.conversations import build_sample, entry_id
+from pipeline.sources.media import IMAGE_FIELDS, is_media_name
+from pipeline.sources.turns import LAYOUTS, TURN_FIELDS
 from teacher_cache.schema.samples import Sample
 
-IMAGE_COLUMNS = ("image", "images")
+ROWS_AT_ONCE = 16
+"""Rows in memory; a row with images of 20 MiB makes that 320 MiB."""
 
 
 class ParquetSource:
-    """A .parquet file, the .parquet files of a folder, or those of a pattern (train-*.parquet).
+    """The rows of some .parquet files: files in the order given, rows as in the file."""
 
-    Files are ordered by name, rows as in the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        self.name = name
+        self.unread = Counter[str]()
         self._groups: list[tuple[Path, int]] = []
         sizes: list[int] = []
-        for file in _files(path):
+        for file in files:
             with _open(file) as table:
                 _check_columns(file, table.schema_arrow.names)
                 for group in range(table.num_row_groups):
@@ -39,7 +41,8 @@ class ParquetSource:
                     sizes.append(table.metadata.row_group(group).num_rows)
         self._starts = [0, *itertools.accumulate(sizes)]
         self._lock = threading.Lock()
-        self._loaded: tuple[int, Any] | None = None
+        self._rows: tuple[int, Iterator[Any]] | None = None
+        self._batch: tuple[int, Any] = (0, None)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -50,65 +53,60 @@ class ParquetSource:
         number = bisect.bisect_right(self._starts, index) - 1
         file, group = self._groups[number]
         row_number = index - self._starts[number]
-        row: dict[str, Any] = self._group(number).slice(row_number, 1).to_pylist()[0]
+        row = self._row(number, row_number)
         where = f"{file}, row {row_number} of row group {group}"
         source_id = entry_id(row, f"{file.name}:{group}:{row_number}")
-        images = [_bytes(image, where, source_id) for image in _images(row)]
-        return build_sample(where, source_id, images, row)
+        return build_sample(where, source_id, row, None, self.unread)
 
-    def _group(self, number: int) -> Any:
-        """The table of one row group; the last one is kept, since most readers go in order."""
+    def _row(self, number: int, row: int) -> dict[str, Any]:
+        """One row of a row group; reading goes on from the last one, since readers go in order."""
         with self._lock:
-            if self._loaded is None or self._loaded[0] != number:
-                file, group = self._groups[number]
-                with _open(file) as table:
-                    wanted = {*TURN_COLUMNS, *IMAGE_COLUMNS, "id"}
-                    names = [name for name in table.schema_arrow.names if name in wanted]
-                    self._loaded = (number, table.read_row_group(group, columns=names))
-            return self._loaded[1]
+            start, batch = self._batch
+            if self._rows is None or self._rows[0] != number or row < start:
+                self._rows = (number, _batches(*self._groups[number]))
+                start, batch = 0, None
+            while batch is None or row >= start + batch.num_rows:
+                start += 0 if batch is None else batch.num_rows
+                batch = next(self._rows[1])
+                self._batch = start, batch
+            return batch.slice(row - start, 1).to_pylist()[0]
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-    elif "*" in path.name:
-        files = sorted(path.parent.glob(path.name))
-    else:
-        files = [path]
-    if not files:
-        raise ValueError(f"{path}: found no .parquet file; check the path")
-    return files
+def _batches(file: Path, group: int) -> Iterator[Any]:
+    """The rows of a row group, a few at a time.
+
+    A whole group cannot be read where its images are more than 2 GiB: Arrow has no nested column of
+    several chunks.
+    """
+    with _open(file) as table:
+        names = [name for name, kind in _columns(table) if _is_read(name, kind)]
+        yield from table.iter_batches(ROWS_AT_ONCE, [group], columns=names)
+
+
+def _columns(table: ParquetFile) -> list[tuple[str, Any]]:
+    return [(field.name, field.type) for field in table.schema_arrow]
+
+
+def _is_read(name: str, kind: Any) -> bool:
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    embedded = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
+    wanted = name in TURN_FIELDS or name in IMAGE_FIELDS or name == "id"
+    return wanted or is_media_name(name) or embedded or pa.types.is_binary(kind)
 
 
 def _open(file: Path) -> ParquetFile:
     try:
         return ParquetFile(file)
-    except (OSError, ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read as Parquet: {error}; check the path") from error
 
 
 def _check_columns(file: Path, names: list[str]) -> None:
-    if not set(TURN_COLUMNS) & set(names):
+    if not set(LAYOUTS) & set(names):
         raise ValueError(
             f"{file}: found the columns {', '.join(names)}, expected one named "
-            f"{' or '.join(TURN_COLUMNS)}; rename the column that holds the turns"
+            f"{', '.join(LAYOUTS)}; rename the column that holds the turns"
         )
-    if set(IMAGE_COLUMNS) <= set(names):
+    if set(IMAGE_FIELDS) <= set(names):
         raise ValueError(f"{file}: found both `image` and `images`, expected one; drop the other")
-
-
-def _images(row: dict[str, Any]) -> list[Any]:
-    if row.get("image") is not None:
-        return [row["image"]]
-    return row.get("images") or []
-
-
-def _bytes(image: Any, where: str, source_id: str) -> bytes:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(data, bytes):
-        return data
-    raise SampleError(
-        source_id,
-        f"{where}: an image must be a struct with `bytes`, found {str(image)[:80]}; embed the "
-        "image files when writing the Parquet file",
-    )

@@ -1,4 +1,4 @@
-"""Opens sample sources: LLaVA JSON or JSON lines, WebDataset tars, Parquet in the hub's layout.
+"""Opens sample sources: JSON or JSON lines, WebDataset tars, Parquet; docs/data.md has each layout.
 
 A source is a sequence of fixed length and order that reads one sample at a time. All kinds give
 the same `Sample`, with any number of images. `scan` reads every sample once and names it by its
@@ -6,12 +6,19 @@ content, so that a build can be planned before the teacher runs. ValueError for 
 file that is not what its name says; `SampleError` for a sample that cannot be used.
 """
 
+import bisect
+import glob
 import hashlib
+import itertools
+import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from webdataset.shardlists import expand_urls
 
 from pipeline.config.build import SourceConfig
 from pipeline.sources.llava_json import LlavaSource
@@ -20,6 +27,8 @@ from pipeline.sources.webdataset import TarSource
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
+
+logger = logging.getLogger(__name__)
 
 NUM_LISTED = 20
 """How many bad samples an error lists."""
@@ -32,6 +41,11 @@ class SampleSource(Protocol):
     @property
     def name(self) -> str:
         """What it was read from, for messages."""
+        ...
+
+    @property
+    def unread(self) -> Counter[str]:
+        """Fields and members that look like media and are not read, counted as samples are read."""
         ...
 
     def __len__(self) -> int: ...
@@ -67,9 +81,12 @@ class ScannedSample:
 
 
 def scan(
-    source: SampleSource, progress: Progress = no_progress
+    source: SampleSource, progress: Progress = no_progress, *, answered: bool = True
 ) -> tuple[list[ScannedSample], list[RejectedSample]]:
     """Read every sample once: the usable ones in order, and the rejected ones.
+
+    With `answered`, a sample whose last question has no answer is rejected. Logs one warning that
+    counts the fields which look like media and are not read.
 
     Samples with equal content stay distinct: the second occurrence of a key gets the suffix "-1",
     the third "-2". A sample that could not be read has the key "index-<its position>".
@@ -77,9 +94,15 @@ def scan(
     found: list[ScannedSample] = []
     rejected: list[RejectedSample] = []
     seen: Counter[str] = Counter()
+    before = Counter(source.unread)
     for index in range(len(source)):
         try:
             sample = source[index]
+            if answered and sample.messages[-1].role != "assistant":
+                raise SampleError(
+                    sample.source_id,
+                    "its last question has no answer; only `emkd evaluate` takes such samples",
+                )
         except SampleError as error:
             rejected.append(
                 RejectedSample(key=f"index-{index}", source_id=error.sample_id, reason=error.reason)
@@ -90,6 +113,9 @@ def scan(
             images = images_digest(sample.images)
             found.append(ScannedSample(key=sample.key + suffix, index=index, images=images))
         progress("scan", index + 1, len(source))
+    if unread := source.unread - before:
+        counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+        logger.warning("%s: not read, though it looks like media: %s", source.name, counts)
     return found, rejected
 
 
@@ -116,6 +142,11 @@ class FirstSamples:
         self._source = source
         self._num_samples = num_samples
 
+    @property
+    def unread(self) -> Counter[str]:
+        """See `SampleSource`."""
+        return self._source.unread
+
     def __len__(self) -> int:
         return self._num_samples
 
@@ -125,21 +156,77 @@ class FirstSamples:
         return self._source[index]
 
 
+class JoinedSources:
+    """The samples of several sources, one after the other."""
+
+    def __init__(self, name: str, sources: Sequence[SampleSource]) -> None:
+        self.name = name
+        self._sources = sources
+        self._starts = [0, *itertools.accumulate(map(len, sources))]
+
+    @property
+    def unread(self) -> Counter[str]:
+        """See `SampleSource`."""
+        return sum((source.unread for source in self._sources), Counter[str]())
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._sources[number][index - self._starts[number]]
+
+
 def _open(config: SourceConfig) -> SampleSource:
-    path = Path(config.path)
-    if path.suffix in (".json", ".jsonl"):
-        return LlavaSource(path, config.image_root)
+    files = source_files(config.path)
+    endings = {file.suffix for file in files}
+    if endings <= {".json", ".jsonl"}:
+        sources = [LlavaSource(file, config.image_root) for file in files]
+        return sources[0] if len(sources) == 1 else JoinedSources(config.path, sources)
     if config.image_root is not None:
         raise ValueError(
             f"{config.path}: image_root was given, but only .json and .jsonl sources name image "
             "files; omit it"
         )
-    if path.suffix == ".tar":
-        return TarSource(config.path)
-    if path.suffix == ".parquet" or path.is_dir():
-        return ParquetSource(path)
-    found = "unknown kind of source" if path.exists() else "no such file or folder"
+    if endings == {".tar"}:
+        return TarSource(config.path, files)
+    if endings == {".parquet"}:
+        return ParquetSource(config.path, files)
+    what = ", ".join(sorted(ending or "no ending" for ending in endings))
     raise ValueError(
-        f"{config.path}: {found}; expected the name to end in .json, .jsonl, .tar or .parquet, or "
-        "a folder of .parquet files"
+        f"{config.path}: unknown kind of source: files that end in {what}; expected .json, .jsonl, "
+        ".tar or .parquet, one kind in a source, or a folder of .parquet or .tar files"
     )
+
+
+def source_files(path: str) -> list[Path]:
+    """The files of a path, which may be a folder, a glob or a brace pattern, in order.
+
+    A folder stands for its .parquet files, for those of its folder `data`, or for its .tar files.
+    ValueError for a URL and where there is no such file.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
+        raise ValueError(
+            f"{path}: sources are read from files, not from URLs; download it or mount the store"
+        )
+    files: list[Path] = []
+    for piece in expand_urls(path):
+        found = sorted(glob.glob(piece)) if glob.has_magic(piece) else [piece]
+        for name in found:
+            files += _folder_files(Path(name)) if Path(name).is_dir() else [Path(name)]
+    missing = [file for file in files if not file.exists()]
+    if missing or not files:
+        found = missing[0] if missing else path
+        raise ValueError(f"{found}: no such file or folder; check the path")
+    return files
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    patterns = ("*.parquet", "data/*.parquet", "*.tar")
+    found = next((files for p in patterns if (files := sorted(folder.glob(p)))), [])
+    if not found:
+        raise ValueError(
+            f"{folder}: found no .parquet and no .tar file in the folder; check the path, or name "
+            "a .json file in it"
+        )
+    return found

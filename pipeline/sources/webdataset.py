@@ -1,25 +1,29 @@
-"""Reads samples from WebDataset tars: one JSON member and any number of images for each sample.
+"""Reads samples from WebDataset tars: a JSON or text member and any number of images for each.
 
 Opening a tar reads an index of member offsets only, so any sample is one seek away. Members never
 touch a path; nothing is unpickled. As in WebDataset, members belong together when their names agree
-up to the first dot of the file name: `key.json` holds the turns; `key.jpg`, or `key.0.jpg`,
-`key.1.png`, ... the images, ordered by the numbers in their names. Refuses a sample without a JSON
-member and a file that is no tar.
+up to the first dot of the file name: `key.json` holds the turns, or `key.txt` a caption; `key.jpg`,
+or `key.0.jpg`, `key.1.png`, ... are the images, ordered by the numbers in their names. Refuses a
+sample without a JSON or text member and a file that is no tar.
 """
 
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.sources.conversations import build_sample, entry_id, parse_json, require_object
+from pipeline.sources.media import IMAGE_FIELDS, is_media_file
+from pipeline.sources.turns import LAYOUTS
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +35,11 @@ class _Entry:
 
 
 class TarSource:
-    """A tar, or the tars of a brace pattern such as data/{000..009}.tar, in that order."""
+    """The samples of some tars, in that order."""
 
-    def __init__(self, pattern: str) -> None:
-        self.name = pattern
-        tars = [Path(url) for url in expand_urls(pattern)]
+    def __init__(self, name: str, tars: Sequence[Path]) -> None:
+        self.name = name
+        self.unread = Counter[str]()
         self._entries = [entry for tar in tars for entry in _index(tar)]
 
     def __len__(self) -> int:
@@ -44,16 +48,29 @@ class TarSource:
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
         where = f"{entry.tar}, member {entry.key}"
-        if "json" not in entry.members:
-            found = ", ".join(sorted(entry.members))
-            raise SampleError(entry.key, f"{where}: found {found}, expected a json member too")
-        turns = parse_json(_read(entry, "json"), f"{where}.json", entry.key)
-        if isinstance(turns, list):  # some sets store the bare list of turns
-            turns = {"conversations": turns}
-        fields = require_object(turns, f"{where}.json", entry.key)
+        fields = self._fields(entry, where)
         names = sorted((n for n in entry.members if _is_image(n)), key=_natural)
         images = [_read(entry, name) for name in names]
-        return build_sample(where, entry_id(fields, entry.key), images, fields)
+        if images:  # the fields say where the members were taken from
+            fields = {name: value for name, value in fields.items() if name not in IMAGE_FIELDS}
+        others = [n for n in entry.members if n not in names and is_media_file(f".{n}")]
+        source_id = entry_id(fields, entry.key)
+        return build_sample(where, source_id, fields, None, self.unread, images, others)
+
+    def _fields(self, entry: _Entry, where: str) -> dict[str, Any]:
+        """What the JSON member says; the text member is a caption if that has no turns."""
+        fields: dict[str, Any] = {}
+        if "json" in entry.members:
+            turns = parse_json(_read(entry, "json"), f"{where}.json", entry.key)
+            if isinstance(turns, list):  # some sets store the bare list of turns
+                turns = {"conversations": turns}
+            fields = require_object(turns, f"{where}.json", entry.key)
+        if "txt" in entry.members and not any(fields.get(name) is not None for name in LAYOUTS):
+            fields = {**fields, "caption": _read(entry, "txt").decode("utf-8", "strict").strip()}
+        if not fields:
+            found = ", ".join(sorted(entry.members))
+            raise SampleError(entry.key, f"{where}: found {found}, expected a json member too")
+        return fields
 
 
 def _index(tar: Path) -> list[_Entry]:

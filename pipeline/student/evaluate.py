@@ -9,21 +9,21 @@ model cannot do, and a folder with the answers of another model, source, prompt 
     evaluation.json    what decides the answers, written first
     predictions.jsonl  one answer per line
     pictures.json      the matching of vision tokens, if a cache was given
-    metrics.json       mean scores, vision tokens, compression, samples, seconds; last
+    metrics.json       mean scores, also by category, vision tokens, compression, seconds; last
 """
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.config.stages import EvaluateConfig
+from pipeline.config.stages import EvaluateConfig, ScoreName
 from pipeline.sources.source import SampleSource, open_source, refuse_samples, scan
 from pipeline.student.generation import Generator
 from pipeline.student.matching_pictures import PICTURES_FILE, draw_pictures
@@ -51,6 +51,7 @@ from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.progress import Progress, no_progress
+from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
@@ -92,7 +93,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     if config.cache is not None:
         CacheReader.open(config.cache)  # fails here, not after all answers
     source = open_source(config.source)
-    scanned, rejected = scan(source)
+    scanned, rejected = scan(source, answered=False)
     keys = [(sample.key, sample.index) for sample in scanned]
     refuse_samples(source.name, [f"{r.source_id}: {r.reason}" for r in rejected], _REMEDY)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
@@ -155,7 +156,10 @@ def _answer(
                 answer=answer.text,
                 num_vision=answer.num_vision,
                 num_kept=answer.num_kept,
-                reference=sample.messages[-1].text.strip(),
+                reference=_reference(sample),
+                references=sample.references,
+                choices=sample.choices,
+                category=sample.category,
                 seconds=seconds,
             )
             for (key, _), sample, answer in zip(batch, samples, answers, strict=True)
@@ -197,21 +201,42 @@ def _claim(out: Path, identity: EvaluationIdentity) -> None:
 def _metrics(
     config: EvaluateConfig, identity: EvaluationIdentity, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
-    scores = {
-        name: math.fsum(score_predictions(predictions, name)) / len(predictions)
-        for name in config.scores
-    }
+    known = [prediction for prediction in predictions if prediction.answer_key]
+    values = {name: score_predictions(known, name) for name in config.scores if known}
+    scores = {name: math.fsum(each) / len(known) for name, each in values.items()}
     return {
         "model": config.model,
         "weights": identity.weights,
         "source": config.source.path,
         "samples_digest": identity.samples,
         "num_samples": len(predictions),
+        "num_scored": len(known),
         "scores": scores,
+        "scores_by_category": _by_category(known, values),
         "compression": identity.compression and dataclasses.asdict(identity.compression),
         "vision_tokens": _vision_tokens(predictions),
         "seconds": math.fsum(prediction.seconds for prediction in predictions),
     }
+
+
+def _reference(sample: Sample) -> str | None:
+    last = sample.messages[-1]
+    return last.text.strip() if last.role == "assistant" else None
+
+
+def _by_category(
+    predictions: Sequence[Prediction], values: Mapping[ScoreName, Sequence[float]]
+) -> dict[str, dict[str, float]] | None:
+    """Mean scores and the number of samples of each category; None where there are none."""
+    places: dict[str, list[int]] = {}
+    for place, prediction in enumerate(predictions):
+        if prediction.category is not None:
+            places.setdefault(prediction.category, []).append(place)
+    return {
+        category: {"num_samples": len(own)}
+        | {name: math.fsum(each[i] for i in own) / len(own) for name, each in values.items()}
+        for category, own in sorted(places.items())
+    } or None
 
 
 def _vision_tokens(predictions: Sequence[Prediction]) -> dict[str, float] | None:

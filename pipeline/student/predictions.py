@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.stages import ScoreName
-from pipeline.student.scores import SCORES
+from pipeline.student.scores import SCORES, choice_accuracy
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import write_atomic
 
@@ -21,18 +21,28 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction(StrictRecord):
-    """A model's answer to one sample, and the assistant's turn it is scored against."""
+    """A model's answer to one sample, and what it is scored against."""
 
     key: str
     source_id: str
     answer: str
-    reference: str
+    reference: str | None
+    """The assistant's turn; None for a question without an answer."""
     seconds: float
     """This sample's share of its batch's wall time."""
     num_vision: int | None = None
     """Vision tokens of the prompt; not in the lines of earlier versions."""
     num_kept: int | None = None
     """How many of them reached the last layer."""
+    references: tuple[str, ...] = ()
+    """Right answers that the source lists apart; they replace the turn."""
+    choices: tuple[str, ...] = ()
+    category: str | None = None
+
+    @property
+    def answer_key(self) -> tuple[str, ...]:
+        """All that counts as right; empty where nothing is known."""
+        return self.references or (() if self.reference is None else (self.reference,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,5 +80,15 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def score_predictions(predictions: Sequence[Prediction], name: ScoreName) -> list[float]:
-    """The score of each prediction, in order."""
-    return [SCORES[name](p.answer, [p.reference]) for p in predictions]
+    """The score of each prediction, in order; ValueError names a sample that cannot be scored."""
+
+    def score(prediction: Prediction) -> float:
+        answer, key = prediction.answer, prediction.answer_key
+        try:
+            if name == "choice_accuracy":
+                return choice_accuracy(answer, key, prediction.choices)
+            return SCORES[name](answer, key)
+        except ValueError as error:
+            raise ValueError(f"sample {prediction.source_id}: {error}") from error
+
+    return [score(prediction) for prediction in predictions]

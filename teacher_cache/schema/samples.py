@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,6 +26,8 @@ class Message:
 
     role: Role
     text: str
+    learn: bool = True
+    """False leaves an assistant's turn out of the response: it is shown, and not learnt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +35,19 @@ class Sample:
     """An image-text conversation as the source gave it.
 
     `key` is a content digest (`sample_key`), `source_id` the source's name for the sample, `images`
-    the encoded bytes (JPEG, PNG, ...) in the order of the placeholders.
+    the encoded bytes (JPEG, PNG, ...) in the order of the placeholders. Only an evaluation reads
+    `references`, `choices` and `category`, which are no part of the key; only there the last
+    message may be a question without an answer.
     """
 
     key: str
     source_id: str
     images: tuple[bytes, ...]
     messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
+    """Right answers to the last question, where the source lists them apart."""
+    choices: tuple[str, ...] = ()
+    category: str | None = None
 
     def __post_init__(self) -> None:
         placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in self.messages)
@@ -50,8 +58,8 @@ class Sample:
                 f"images; write one {IMAGE_PLACEHOLDER} in the text for each image",
             )
         roles = [message.role for message in self.messages if message.role != "system"]
-        expected = ["user", "assistant"] * (len(roles) // 2)
-        if not roles or roles != expected:
+        expected = ["user", "assistant"] * len(roles)
+        if not roles or roles != expected[: len(roles)]:
             raise SampleError(
                 self.source_id,
                 f"found turns {roles}, expected user and assistant in alternation, beginning "
@@ -68,16 +76,21 @@ def sample_key(images: Iterable[bytes], messages: Iterable[Message]) -> str:
     digest = hashlib.sha256()
     for image in images:
         digest.update(hashlib.sha256(image).digest())
-    texts = [[message.role, message.text] for message in messages]
+    texts = [[m.role, m.text] if m.learn else [m.role, m.text, "shown"] for m in messages]
     digest.update(json.dumps(texts, ensure_ascii=False).encode())
     return digest.hexdigest()[:32]
 
 
-def make_sample(source_id: str, images: Iterable[bytes], messages: Iterable[Message]) -> Sample:
-    """Build a `Sample` with its content key; raises `SampleError` as `Sample` does."""
+def make_sample(
+    source_id: str, images: Iterable[bytes], messages: Iterable[Message], **answers: Any
+) -> Sample:
+    """Build a `Sample` with its content key; raises `SampleError` as `Sample` does.
+
+    `answers` are `references`, `choices` and `category`.
+    """
     images, messages = tuple(images), tuple(messages)
     key = sample_key(images, messages)
-    return Sample(key=key, source_id=source_id, images=images, messages=messages)
+    return Sample(key=key, source_id=source_id, images=images, messages=messages, **answers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

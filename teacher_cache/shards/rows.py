@@ -80,7 +80,10 @@ def _encoded(
 ) -> EncodedRow:
     """The row of a sample; `ready` has the frames of columns that were encoded before."""
     sample = cached.sample
-    messages = [{"role": message.role, "text": message.text} for message in sample.messages]
+    messages = [
+        {"role": m.role, "text": m.text} | ({} if m.learn else {"learn": False})
+        for m in sample.messages
+    ]
     return EncodedRow(
         key=sample.key,
         source_id=sample.source_id,
@@ -95,7 +98,9 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
     """Decode a row with the columns it was read with; raises `ShardCorruptError`."""
     try:
         turns = json.loads(row.messages)
-        messages = tuple(Message(role=turn["role"], text=turn["text"]) for turn in turns)
+        messages = tuple(
+            Message(role=t["role"], text=t["text"], learn=t.get("learn", True)) for t in turns
+        )
         if sample_key(row.images, messages) != content_key(row.key):
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)

@@ -178,7 +178,7 @@ BROKEN: list[tuple[str, list[bytes], list[dict[str, str]], str]] = [
     ("no placeholder", [_image(1)], _turns("What?", "x"), "0 <image> placeholders for 1 images"),
     ("no image", [], _turns("<image>", "x"), "1 <image> placeholders for 0 images"),
     ("role", [], [{"from": "robot", "value": "x"}], "role 'robot', expected one of human"),
-    ("order", [], _turns("x"), "ending with assistant"),
+    ("order", [], _turns("x", "y", "z", "a")[1:], "ending with assistant"),
 ]
 
 
@@ -287,8 +287,8 @@ def test_image_root_is_refused_where_it_would_be_ignored(tmp_path: Path) -> None
 
 
 def test_a_parquet_file_without_turns_names_the_missing_column(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [b"x"], "caption": ["y"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="image, caption, expected one named conversations or mes"):
+    pq.write_table(pa.table({"image": [b"x"], "headline": ["y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="image, headline, expected one named conversations, mes"):
         _open(str(tmp_path / "a.parquet"))
 
 

@@ -1,0 +1,101 @@
+"""Finds what an entry stores of images and other media, and what of it nobody reads."""
+
+import base64
+import binascii
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+_ENDINGS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg"),
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".npy"),
+)
+_NAME = re.compile(
+    r"(.*_)?(image|img|picture|photo|video|audio|frame|mask|depth|pixel)s?"
+    r"(_?\d+)?(_(path|file|url|bytes|base64|list|data))?s?",
+    re.IGNORECASE,
+)
+_WEIGHTS = re.compile(r"(loss|sample|token)?_?(weight|mask)s?|loss", re.IGNORECASE)
+IMAGE_FIELDS = ("image", "images")
+"""The fields that images are read from, one of them in an entry."""
+
+
+def listed_images(entry: Mapping[str, Any]) -> list[Any]:
+    """The images of an entry's image field as it stores them; ValueError if both fields are set."""
+    given = [entry[name] for name in IMAGE_FIELDS if entry.get(name) not in (None, [], "")]
+    if len(given) > 1:
+        raise ValueError("found both `image` and `images`, expected one; drop the other")
+    found = given[0] if given else []
+    images = list(found) if isinstance(found, list) else [found]
+    for image in images:
+        if not isinstance(image, (str, bytes, Mapping)):
+            raise ValueError(f"`image` must be a path or a list of paths, found {image!r}"[:200])
+    return images
+
+
+def unread_media(entry: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """The fields outside `read` that look like an image, a video, audio, a mask or a weight."""
+    return [name for name, value in entry.items() if name not in read and _is_media(name, value)]
+
+
+def is_media_name(name: str) -> bool:
+    """Whether a field of this name may hold media: image_0, video, mask, ..."""
+    return bool(_NAME.fullmatch(name) or _WEIGHTS.fullmatch(name))
+
+
+def is_media_file(name: str) -> bool:
+    """Whether a file of this name is an image, a video, audio or an array."""
+    return name.lower().endswith(_ENDINGS)
+
+
+def _is_media(name: str, value: Any) -> bool:
+    if value is None or value in ("", [], {}, b""):
+        return False
+    if _WEIGHTS.fullmatch(name):
+        return True
+    if isinstance(value, bytes) or (isinstance(value, Mapping) and "bytes" in value):
+        return True
+    if isinstance(value, str):
+        return value.startswith("data:") or is_media_file(value) or bool(_NAME.fullmatch(name))
+    if isinstance(value, list):
+        return any(_is_media(name, each) for each in value[:16])
+    return isinstance(value, Mapping) and bool(_NAME.fullmatch(name))
+
+
+def read_image(stored: Any, root: Path | None) -> bytes:
+    """The encoded bytes of an image: bytes, a struct with `bytes` or `path`, a data URL, a path.
+
+    Paths are relative to `root`; without one, only embedded images are read. ValueError names what
+    was found and what to do.
+    """
+    if isinstance(stored, Mapping):
+        stored = stored.get("bytes") or stored.get("path") or stored
+    if isinstance(stored, bytes):
+        return stored
+    if not isinstance(stored, str):
+        raise ValueError(
+            f"an image must be a path, or a struct with `bytes`, found {str(stored)[:80]}"
+        )
+    if stored.startswith("data:"):
+        head, _, text = stored.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError("it is not in base64")
+            return base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"the image {stored[:40]!r} cannot be read: {error}") from error
+    if re.match(r"[a-z][a-z0-9+.-]*://", stored):
+        raise ValueError(f"image {stored!r} is a URL; download it and give a path")
+    if root is None:
+        raise ValueError(
+            f"an image is the path {stored!r}; embed the image files: a struct with `bytes`"
+        )
+    file = root / stored
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"image {file} cannot be read ({error.strerror}); `image` is relative to the image "
+            f"root {root}: set it if the images are elsewhere"
+        ) from error
