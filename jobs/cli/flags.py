@@ -25,6 +25,7 @@ from tyro.constructors import (
 
 from jobs.cli.flag_records import PRESET, GridFlags, NewRecords, Preset, ProgressionFlags
 from pipeline.config.build import SourceConfig
+from pipeline.config.checks import refuse_url_paths
 from pipeline.config.extend import ExtendConfig
 from student_train.config.objective import (
     TERMS,
@@ -263,4 +264,6 @@ def checked(value: Any) -> Any:
     """The record of an `Unchecked`, nested records first; ValueError where one refuses a value."""
     if not isinstance(value, Unchecked):
         return value
-    return value.make(**{name: checked(nested) for name, nested in value.values.items()})
+    record = value.make(**{name: checked(nested) for name, nested in value.values.items()})
+    refuse_url_paths(record)
+    return record

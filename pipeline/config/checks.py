@@ -1,6 +1,8 @@
 """Checks that several records of settings share."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -11,6 +13,21 @@ def at_least_one(record: object, *names: str) -> None:
     for name in names:
         if getattr(record, name) < 1:
             raise ValueError(f"{name} must be >= 1, found {getattr(record, name)}")
+
+
+def refuse_url_paths(record: Any) -> None:
+    """Raise ValueError for a field that holds a path which was written as a URL.
+
+    `Path` drops a slash of it, so that s3://bucket/run would become the local folder `s3:`.
+    """
+    for field in fields(record):
+        value = getattr(record, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+                raise ValueError(
+                    f"{field.name} is {path}, which looks like a URL; give a folder or file on "
+                    "this machine (caches alone may lie in an object store)"
+                )
 
 
 def refuse_changed(record: Any, why: str, *names: str) -> None:

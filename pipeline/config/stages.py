@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.build import SourceConfig
-from pipeline.config.checks import Dtype, at_least_one, refuse_changed, refuse_idle_choice
+from pipeline.config.checks import (
+    Dtype,
+    at_least_one,
+    refuse_changed,
+    refuse_idle_choice,
+    refuse_url_paths,
+)
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.schema.options import TextSource
@@ -57,6 +63,7 @@ class TrainConfig(StrictRecord):
     """CPU threads of torch; set it where results must repeat to the bit on other machines."""
 
     def __post_init__(self) -> None:
+        refuse_url_paths(self)
         if self.projector == "none":
             refuse_changed(self, "projector none does not pool", "stride")
 
@@ -104,6 +111,7 @@ class EvaluateConfig(StrictRecord):
     torch_threads: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_url_paths(self)
         at_least_one(self, "batch_size", "max_new_tokens")
         if not self.scores:
             raise ValueError("scores is empty; name at least one")
@@ -157,3 +165,6 @@ class ReportConfig(StrictRecord):
 
     runs: tuple[Path, ...]
     out: Path = Path("report.html")
+
+    def __post_init__(self) -> None:
+        refuse_url_paths(self)

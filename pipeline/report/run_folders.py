@@ -267,8 +267,7 @@ def _read_answers(place: Path) -> Evaluation:
         scores={name: metrics["scores"][name] for name in names},
         by_sample={
             name: {
-                p.key: score
-                for p, score in zip(known, score_predictions(known, name), strict=True)
+                p.key: score for p, score in zip(known, score_predictions(known, name), strict=True)
             }
             for name in names
         },

@@ -164,9 +164,10 @@ def test_a_path_in_a_tar_without_the_member_is_refused(tmp_path: Path) -> None:
 )
 def test_a_part_that_cannot_be_read_is_refused(part: Json, reason: str, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "x"}]
+    listed = {"images": ["0.png"]} if "index" in part else {}
+    source = json_source(tmp_path, {**listed, "messages": messages})
     with pytest.raises(SampleError, match=reason):
-        listed = {"images": ["0.png"]} if "index" in part else {}
-        json_source(tmp_path, {**listed, "messages": messages})[0]
+        source[0]
 
 
 def test_a_turn_that_is_not_learnt_changes_the_key_and_no_other_does(tmp_path: Path) -> None:
