@@ -265,5 +265,6 @@ def checked(value: Any) -> Any:
     if not isinstance(value, Unchecked):
         return value
     record = value.make(**{name: checked(nested) for name, nested in value.values.items()})
-    refuse_url_paths(record)
+    if dataclasses.is_dataclass(record):
+        refuse_url_paths(record)
     return record

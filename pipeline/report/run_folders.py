@@ -208,7 +208,7 @@ def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluatio
             f"{folder}/final --out {place} writes it"
         )
         return None
-    evaluation = _read_answers(place)
+    evaluation = read_evaluation(place)
     if draws and evaluation.pictures is None:
         missing.append(
             f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
@@ -226,7 +226,7 @@ def _read_compressed(
         if not (place / "metrics.json").exists():
             missing.append(f"{place}: metrics.json is missing, the evaluation has not ended")
             continue
-        evaluation = _read_answers(place)
+        evaluation = read_evaluation(place)
         if evaluation.compression is None:
             continue
         if plain is not None and plain.samples_digest != evaluation.samples_digest:
@@ -247,7 +247,8 @@ def _metrics(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
 
 
-def _read_answers(place: Path) -> Evaluation:
+def read_evaluation(place: Path) -> Evaluation:
+    """What an evaluation found; ValueError where its files do not agree."""
     metrics = _metrics(place / "metrics.json")
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:

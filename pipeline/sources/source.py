@@ -25,6 +25,7 @@ from pipeline.sources.llava_json import LlavaSource
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import TarSource
 from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 
@@ -72,12 +73,14 @@ def open_source(config: SourceConfig) -> SampleSource:
 class ScannedSample:
     """A usable sample as `scan` found it: its key, its index in the source, its images.
 
-    `images` is the digest of its images in order; None without images.
+    `images` is the digest of its images in order; None without images. `answers` is the digest of
+    what the source lists apart of its answers, which is no part of the key; None without any.
     """
 
     key: str
     index: int
     images: str | None
+    answers: str | None = None
 
 
 def scan(
@@ -111,7 +114,10 @@ def scan(
             suffix = f"-{seen[sample.key]}" if seen[sample.key] else ""
             seen[sample.key] += 1
             images = images_digest(sample.images)
-            found.append(ScannedSample(key=sample.key + suffix, index=index, images=images))
+            listed = [sample.references, sample.choices, sample.category]
+            answers = digest_json(listed) if any(listed) else None
+            key = sample.key + suffix
+            found.append(ScannedSample(key=key, index=index, images=images, answers=answers))
         progress("scan", index + 1, len(source))
     if unread := source.unread - before:
         counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))

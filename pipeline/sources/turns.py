@@ -162,7 +162,7 @@ def _letter(answer: Any, choices: Sequence[str], letters: Sequence[str]) -> str:
     if isinstance(answer, int) and 0 <= answer < len(letters):
         return letters[answer]
     if answer in choices:
-        return letters[list(choices).index(answer)]
+        return letters[list[Any](choices).index(answer)]
     if answer in letters:
         return str(answer)
     raise ValueError(

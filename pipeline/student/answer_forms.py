@@ -17,7 +17,7 @@ _NUMBER = re.compile(
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?P<exponent>[eE][-+]?\d+)?"
     r"\s*(?P<unit>%|[" + _CURRENCY + r"]|[^\W\d_][^\d]*)?",
 )
-_OPENING_LETTER = re.compile(r"\(?([A-Za-z])[.):]|\(?([A-Za-z])\s*$")
+_OPENING_LETTER = re.compile(r"\(?([A-Za-z])(?:[.):]|\s*$)")
 _LONE_LETTER = re.compile(r"\b([A-Z])\b(?!['\u2019])")
 _ANSWER_IS = re.compile(
     r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?([A-Z])\)?(?![\w'\u2019])", re.IGNORECASE
@@ -74,7 +74,7 @@ def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
         return letter if not choices or letter in allowed else None
 
     text = squeeze(answer)
-    if (match := _OPENING_LETTER.match(text)) and (letter := known(match[match.lastindex].upper())):
+    if (match := _OPENING_LETTER.match(text)) and (letter := known(match[1].upper())):
         return letter
     words = plain_words(text)
     plain_choices = [plain_words(choice) for choice in choices]
@@ -83,7 +83,8 @@ def choice_letter(answer: str, choices: Sequence[str]) -> str | None:
     if (match := _ANSWER_IS.search(text)) and (letter := known(match[1].upper())):
         return letter
     letters = [letter for letter in _LONE_LETTER.findall(text) if known(letter)]
-    if letters and not (letters[-1] in "AI" and len(words) > 1):  # words of English as well
+    # A and I are words as well, except at the end.
+    if letters and (letters[-1] not in "AI" or words[-1] == letters[-1].lower()):
         return letters[-1]
     places = [
         (_last_place(choice, words), letter)

@@ -71,7 +71,7 @@ class EvaluationIdentity(StrictRecord):
     image_processor: str
     dtype: str
     samples: str
-    """Digest of the ordered sample keys."""
+    """Digest of the ordered sample keys, and of the answers that the source lists apart."""
     system_prompt: str | None
     max_new_tokens: int
     batch_size: int
@@ -103,7 +103,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     generator = Generator(
         model, processor, config.system_prompt, config.max_new_tokens, config.compression, rules
     )
-    identity = _identity(config, generator, [key for key, _ in keys])
+    samples = [s.key if s.answers is None else f"{s.key} {s.answers}" for s in scanned]
+    identity = _identity(config, generator, samples)
     _claim(config.out, identity)
     path = config.out / PREDICTIONS_FILE
     drop_torn_line(path)
@@ -169,7 +170,7 @@ def _answer(
 
 
 def _identity(
-    config: EvaluateConfig, generator: Generator, keys: Sequence[str]
+    config: EvaluateConfig, generator: Generator, samples: Sequence[str]
 ) -> EvaluationIdentity:
     model, processor = generator.model, generator.encoder.processor
     return EvaluationIdentity(
@@ -179,7 +180,7 @@ def _identity(
         chat_template=chat_template_digest(processor),
         image_processor=image_processor_digest(processor),
         dtype=str(model.dtype).removeprefix("torch."),
-        samples=digest_json(list(keys)),
+        samples=digest_json(list(samples)),
         system_prompt=config.system_prompt,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
@@ -202,7 +203,8 @@ def _metrics(
     config: EvaluateConfig, identity: EvaluationIdentity, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     known = [prediction for prediction in predictions if prediction.answer_key]
-    values = {name: score_predictions(known, name) for name in config.scores if known}
+    names = config.scores if known else ()
+    values: dict[ScoreName, list[float]] = {n: score_predictions(known, n) for n in names}
     scores = {name: math.fsum(each) / len(known) for name, each in values.items()}
     return {
         "model": config.model,
@@ -226,7 +228,7 @@ def _reference(sample: Sample) -> str | None:
 
 def _by_category(
     predictions: Sequence[Prediction], values: Mapping[ScoreName, Sequence[float]]
-) -> dict[str, dict[str, float]] | None:
+) -> dict[str, dict[str, float | int]] | None:
     """Mean scores and the number of samples of each category; None where there are none."""
     places: dict[str, list[int]] = {}
     for place, prediction in enumerate(predictions):

@@ -10,6 +10,7 @@ so is a message that is empty, spells a control token, or has a letter unknown t
 """
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,10 @@ class SampleEncoder:
         return encoded
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
-        """The conversation without its last answer, ending with the generation prompt."""
-        return self._encode(sample, to_turns(sample, self.system_prompt)[:-1], True)
+        """The conversation up to its last question, ending with the generation prompt."""
+        turns = to_turns(sample, self.system_prompt)
+        asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        return self._encode(sample, asked, True)
 
     def _encode(
         self, sample: Sample, turns: list[Turn], add_generation_prompt: bool
@@ -116,7 +119,8 @@ class SampleEncoder:
             input_ids = inputs["input_ids"].numpy()
             self._require_fits(len(input_ids))
             views, vision = self._vision(inputs, offsets, replaced)
-            content, is_response = self._content(rendering, input_ids, offsets, replaced)
+            learn = [message.learn for message in sample.messages if message.role == "assistant"]
+            content, is_response = self._content(rendering, learn, input_ids, offsets, replaced)
             self._refuse_unknown(input_ids[content])
             spans = TokenSpans(
                 views=views,
@@ -233,6 +237,7 @@ class SampleEncoder:
     def _content(
         self,
         rendering: Rendering,
+        learn: Sequence[bool],
         input_ids: Int[np.ndarray, " L"],
         offsets: Int[np.ndarray, "L 2"],
         replaced: list[dict[str, Any]],
@@ -247,8 +252,8 @@ class SampleEncoder:
         first = offsets[:, 0]
         for start, end in rendering.instructions:
             is_content |= tokens(start, end)
-        for turn in rendering.responses:
-            if not turn.is_learnt:
+        for turn, wanted in zip(rendering.responses, learn, strict=False):  # a prompt has one less
+            if not (turn.is_learnt and wanted):
                 continue
             generated = tokens(turn.start, turn.text_end)
             if not self._is_earlier:  # a token that begins in the prompt is not generated

@@ -47,7 +47,7 @@ def students(
     return student
 
 
-def _answers(config: EvaluateConfig) -> list[tuple[str, str, str]]:
+def _answers(config: EvaluateConfig) -> list[tuple[str, str, str | None]]:
     found = read_predictions(config.out / "predictions.jsonl")
     return [(p.key, p.answer, p.reference) for p in found]
 

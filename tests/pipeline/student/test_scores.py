@@ -103,6 +103,7 @@ CITIES = ("Rome", "Paris", "New York")
         ("The answer is (B).", "B"),
         ("Answer: **B**", "B"),
         ("I would say B", "B"),
+        ("I would say A.", "A"),
         ("It is New York, I think", "C"),
         ("Rome? No: Paris", "B"),
         ("A", "A"),
