@@ -150,9 +150,13 @@ class ChatTemplate:
     def _find_end(self, append_eos: bool) -> str | None:
         """Find how the template ends an assistant turn; the token to append where it does not."""
         turns = [_ASK, _ANSWER, _ASK, _ANSWER]
+        try:
+            found = locate(turns, self.render)
+        except ValueError:  # a template for conversations of one turn; others it refuses itself
+            turns = [_ASK, _ANSWER]
+            found = locate(turns, self.render)
         pieces = split_at_markers(self.render(marked(turns), False), len(turns))
         self.controls = ControlTokens(self._processor, "\0".join(pieces))
-        found = locate(turns, self.render)
         ends = [
             self.controls.first_in(found.text[turn.text_end : turn.turn_end])
             for turn in found.responses

@@ -288,6 +288,14 @@ def test_templates_that_want_one_role_as_a_string_get_it() -> None:
     assert "<|image_pad|>" in text
 
 
+def test_a_template_for_single_turns_refuses_the_second_only() -> None:
+    single = "{% if messages | length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}"
+    model = encoder_of("llava-1.5", template=single + PUBLISHED["llava-1.5"].template)
+    assert labels(model, model.encode(conversation(True, False, "a dog."))) == [" a dog.</s>"]
+    with pytest.raises(SampleError, match="one turn, please"):
+        model.encode(conversation())
+
+
 def test_templates_that_show_no_text_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"cannot be used.*in the order \[\].*--chat-template"):
         encoder_of("llava-1.5", template="{% for m in messages %}{{ m.role }}{% endfor %}")
