@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help setup setup-dev demo demo-epic test test-ray check format bench clean
+.PHONY: help setup setup-dev demo demo-epic test test-ray test-lowest check format bench clean
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -28,6 +28,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-lowest/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
 demo: $(VENV)/.ready-demo        ## Teacher, cache, six students and a report in miniature: demo/report.html
 	$(BIN)/emkd demo --out demo
 
@@ -40,6 +45,9 @@ test: setup-dev                  ## All tests: the fast ones, two files at a tim
 
 test-ray: setup-dev              ## Only the tests that start Ray
 	$(BIN)/python -m pytest -m ray -o faulthandler_timeout=600
+
+test-lowest: $(VENV)-lowest/.ready  ## The fast tests with the oldest versions of constraints-lowest.txt
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 check: setup-dev                 ## Lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 
 _LIBRARIES = {
-    "demo": ("sklearn", "jinja2", "matplotlib"),
-    "report": ("jinja2", "matplotlib"),
+    "demo": ("sklearn", "matplotlib"),
+    "report": ("matplotlib",),
 }
 """Extra of pyproject.toml -> the modules that it brings."""
 
