@@ -92,7 +92,8 @@ def _is_read(name: str, kind: Any) -> bool:
         kind = kind.value_type
     embedded = pa.types.is_struct(kind) and any(field.name == "bytes" for field in kind)
     wanted = name in TURN_FIELDS or name in IMAGE_FIELDS or name == "id"
-    return wanted or is_media_name(name) or embedded or pa.types.is_binary(kind)
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return wanted or is_media_name(name) or embedded or binary
 
 
 def _open(file: Path) -> ParquetFile:

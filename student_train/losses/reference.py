@@ -99,7 +99,7 @@ def emkd(
     teachers: Sequence[ModelOutputs],
     labels: Sequence[Int[Tensor, " _"]],
 ) -> dict[str, Float[Tensor, ""]]:
-    """The four terms of a micro-batch, unweighted, and their `total`.
+    """The four terms of a step, unweighted, and their `total`.
 
     Response terms are means over all response tokens, vision terms over samples that have both
     sides of the comparison: images for VSD, images and text after them for VLAD.
@@ -124,7 +124,7 @@ def emkd(
 def epic(
     Z_s: Float[Tensor, "R W"], Z_t: Float[Tensor, "R W"], labels: Int[Tensor, " R"]
 ) -> dict[str, Float[Tensor, ""]]:
-    """Both terms of a micro-batch's response tokens, unweighted, and their `total`."""
+    """Both terms of a step's response tokens, unweighted, and their `total`."""
     terms = {"supervised": supervised(Z_s, labels), "kd": kd(Z_s, Z_t)}
     return terms | {"total": (1 - LAMBDA) * terms["supervised"] + LAMBDA * terms["kd"]}
 
