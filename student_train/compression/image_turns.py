@@ -33,11 +33,11 @@ def image_turns(sample: EncodedSample, source: TextSource) -> tuple[ImageTurn, .
     """Return the turns of a sample that show images, in order; none for text alone."""
     spans = sample.spans
     vision = spans.vision.sort().values
-    response = spans.response
+    answers = spans.response if spans.answers is None else spans.answers
     instruction = spans.content[~spans.is_response]
-    # All tokens of one turn have the same number of response tokens before them.
-    number_M = torch.searchsorted(response, vision)
-    number_T = torch.searchsorted(response, instruction)
+    # All tokens of one turn have the same number of answers (or response tokens) before them.
+    number_M = torch.searchsorted(answers, vision)
+    number_T = torch.searchsorted(answers, instruction)
     turns: list[ImageTurn] = []
     for number in number_M.unique().tolist():
         shown = vision[number_M == number]
@@ -47,6 +47,6 @@ def image_turns(sample: EncodedSample, source: TextSource) -> tuple[ImageTurn, .
             end = sample.num_tokens - 1
         else:
             text = instruction[number_T == number]
-            end = int(response[number]) - 1 if number < len(response) else sample.num_tokens - 1
+            end = int(answers[number]) - 1 if number < len(answers) else sample.num_tokens - 1
         turns.append(ImageTurn(vision=shown, text=text, end=end))
     return tuple(turns)

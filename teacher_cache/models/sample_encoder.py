@@ -128,6 +128,7 @@ class SampleEncoder:
                 content=torch.from_numpy(content),
                 content_ids=torch.from_numpy(input_ids[content]),
                 is_response=torch.from_numpy(is_response),
+                answers=torch.from_numpy(self._answers(rendering, offsets, replaced)),
                 after_image=torch.from_numpy(
                     content > int(vision[0]) if len(vision) else np.zeros_like(is_response)
                 ),
@@ -233,6 +234,25 @@ class SampleEncoder:
         ]
         empty = np.zeros(0, dtype=np.int64)
         return views, torch.from_numpy(np.concatenate([empty, *vision]))
+
+    def _answers(
+        self,
+        rendering: Rendering,
+        offsets: Int[np.ndarray, "L 2"],
+        replaced: list[dict[str, Any]],
+    ) -> Int[np.ndarray, " A"]:
+        """The first token of every assistant's text, learnt or not."""
+        spans = [
+            (_expanded(turn.start, replaced), _expanded(turn.turn_end, replaced))
+            for turn in rendering.responses
+        ]
+        firsts = [
+            np.flatnonzero(
+                _overlap(offsets, start, end) & (self._is_earlier | (offsets[:, 0] >= start))
+            )[:1]
+            for start, end in spans
+        ]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *firsts])
 
     def _content(
         self,

@@ -132,6 +132,8 @@ class TokenSpans:
     content_ids: Int[Tensor, " T"]
     is_response: Bool[Tensor, " T"]
     after_image: Bool[Tensor, " T"]
+    answers: Int[Tensor, " A"] | None = None
+    """First position of every assistant's text, learnt or not; None: all of them are learnt."""
 
     def __post_init__(self) -> None:
         num_tokens = sum(view.num_tokens for view in self.views)

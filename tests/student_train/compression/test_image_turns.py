@@ -56,3 +56,20 @@ def test_views_that_are_not_in_order_come_out_ascending() -> None:
         turn.vision.tolist() for turn in image_turns(replace(sample, spans=spans), "instruction")
     ]
     assert vision == VISION
+
+
+def test_an_answer_that_is_not_learnt_ends_its_turn_all_the_same() -> None:
+    """Else the next question would help to choose the tokens of this turn's image."""
+    sample = encoded()
+    whole = image_turns(sample, "instruction")
+    spans = sample.spans
+    second = spans.content > 8  # the first answer is shown only
+    shown = replace(
+        spans,
+        content=spans.content[~spans.is_response | second],
+        content_ids=spans.content_ids[~spans.is_response | second],
+        is_response=spans.is_response[~spans.is_response | second],
+        after_image=spans.after_image[~spans.is_response | second],
+        answers=torch.tensor([6, 14]),
+    )
+    assert as_lists(image_turns(replace(sample, spans=shown), "instruction")) == as_lists(whole)

@@ -59,3 +59,16 @@ def test_a_question_without_an_answer_is_the_prompt_of_the_answered_one(
     asked = replace(whole, messages=whole.messages[:-1])
     prompts = [encoder.encode_prompt(sample).inputs["input_ids"] for sample in (whole, asked)]
     assert prompts[0].tolist() == prompts[1].tolist()
+
+
+@pytest.mark.parametrize("learn", ONE_OR_BOTH)
+def test_every_answer_has_its_first_position_learnt_or_not(
+    encoder: SampleEncoder, learn: tuple[bool, bool]
+) -> None:
+    both = encoder.encode(make_sample("s", [], conversation(True, True))).spans
+    some = encoder.encode(make_sample("s", [], conversation(*learn))).spans
+    assert both.answers is not None
+    assert some.answers is not None
+    assert some.answers.tolist() == both.answers.tolist()
+    starts = [p for p in both.response.tolist() if p - 1 not in both.response.tolist()]
+    assert both.answers.tolist() == starts
