@@ -61,7 +61,7 @@ def make_miniature(root: Path, num_samples: int) -> Miniature:
     model, processor = student_from_vanilla(str(teacher), stride=config.stride, dtype=torch.float32)
     set_trainable(model, settings.train_parts)
     spec = reader.spec
-    encoder = SampleEncoder(processor, model.config, spec.system_prompt, spec.text)
+    encoder = SampleEncoder(processor, model.config, spec.system_prompt, spec.text, spec.pictures)
     stream = TrainingStream(
         reader,
         encoder.encode,

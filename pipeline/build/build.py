@@ -42,7 +42,13 @@ from teacher_cache.models.chat_template import text_rules
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
-from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules, holds
+from teacher_cache.schema.options import (
+    EARLIER_TEXT_RULES,
+    PICTURE_RULE,
+    PictureRule,
+    TextRules,
+    holds,
+)
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -87,6 +93,7 @@ class CacheBuilder:
             attention=config.attention,
             system_prompt=config.system_prompt,
             text=self.text_rules(),
+            pictures=self.picture_rule(),
         )
         return with_grid(teacher, config.settings.grid)
 
@@ -96,6 +103,11 @@ class CacheBuilder:
         if begun is not None and begun.spec.text == EARLIER_TEXT_RULES and not config.chat_template:
             return EARLIER_TEXT_RULES
         return text_rules(config.append_eos, config.chat_template)
+
+    def picture_rule(self) -> PictureRule:
+        """Today's rule; that of the plan where a build was begun."""
+        begun = read_plan(self.cache)
+        return PICTURE_RULE if begun is None else begun.spec.pictures
 
     def prepare(self) -> Plan:
         """Write the plan, or check that the existing plan matches the settings.

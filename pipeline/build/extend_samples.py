@@ -20,7 +20,7 @@ from teacher_cache.derive.derive import begin
 from teacher_cache.derive.merge import adopt_shard
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
-from teacher_cache.schema.options import TextRules
+from teacher_cache.schema.options import PictureRule, TextRules
 from teacher_cache.schema.progress import Progress, no_progress
 
 
@@ -60,6 +60,10 @@ class CacheExtender(CacheBuilder):
     def text_rules(self) -> TextRules:
         """The rules of the base."""
         return self.base.spec.text
+
+    def picture_rule(self) -> PictureRule:
+        """The rule of the base."""
+        return self.base.spec.pictures
 
     def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
         """Adopt shard `index` of the base, or run the teacher over a new one."""

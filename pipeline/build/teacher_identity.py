@@ -1,7 +1,7 @@
 """Loads a teacher as a cache's spec says, and checks that it is the cache's own.
 
-Dtype, attention, system prompt and text rules are the spec's. Every field that identifies the
-teacher is compared; settings of the stored records are not.
+Dtype, attention, system prompt, text rules and picture rule are the spec's. Every field that
+identifies the teacher is compared; settings of the stored records are not.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ TEACHER_FIELDS = (
     "image_processor",
     "system_prompt",
     "text",
+    "pictures",
 )
 """Fields of a spec that identify the teacher, whatever is recorded of it."""
 
@@ -40,6 +41,7 @@ def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
         attention=spec.attention,
         system_prompt=spec.system_prompt,
         text=spec.text,
+        pictures=spec.pictures,
     )
     return with_grid(teacher, spec.grid)
 

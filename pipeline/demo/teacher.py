@@ -10,7 +10,6 @@ B samples of a batch, C patches of a grid, D width of the tower.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -33,6 +31,7 @@ from pipeline.demo.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.demo.model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.sources.source import open_source
 from teacher_cache.models.chat_rendering import to_turns
+from teacher_cache.models.pictures import read_picture
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 
@@ -156,13 +155,11 @@ def _read_grids(path: Path) -> Int[Tensor, "n 16"]:
 
 
 def _encode(processor: LlavaProcessor, samples: Sequence[Sample]) -> _Examples:
-    images: list[Image.Image] = []
-    rendered: list[str] = []
-    for sample in samples:
-        with Image.open(io.BytesIO(sample.images[0])) as image:
-            images.append(image.convert("RGB"))
-        # The prompt that cache and students use, so that the teacher learns it.
-        rendered.append(processor.apply_chat_template(to_turns(sample, None), tokenize=False))
+    images = [read_picture(sample.images[0]) for sample in samples]
+    # The prompt that cache and students use, so that the teacher learns it.
+    rendered: list[str] = [
+        processor.apply_chat_template(to_turns(sample, None), tokenize=False) for sample in samples
+    ]
     batch = processor(
         images=images,
         text=rendered,

@@ -7,7 +7,6 @@ not hold where a tile lies or what a processor cropped. Equal records give equal
 ValueError for a sample without images, and for a file name that is not PNG.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from pipeline.inspection.sample import find_sample
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.pictures import read_picture
 from teacher_cache.records.lm_head import LmHead, row_chunks
+from teacher_cache.schema.options import PictureRule
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 
 MAX_VIEWS = 8
@@ -40,7 +40,7 @@ def draw_sample(reader: CacheReader, key: str, out: Path) -> Path:
         raise ValueError(f"sample {cached.sample.key} has no image to draw; choose another one")
     head = None if "vision" in parts else reader.head()
     what, values = token_values(cached.output, head)
-    figure = _figure(cached, what, values.numpy())
+    figure = _figure(cached, what, values.numpy(), reader.spec.pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
     return out
@@ -60,7 +60,7 @@ def token_values(output: TeacherOutput, head: LmHead | None) -> tuple[str, Float
     return "entropy in nats", entropy
 
 
-def _figure(cached: CachedSample, what: str, values: Any) -> Figure:
+def _figure(cached: CachedSample, what: str, values: Any, rule: PictureRule) -> Figure:
     sample, views = cached.sample, cached.output.views
     starts = np.cumsum([0, *(view.num_tokens for view in views)])
     grids = {
@@ -81,7 +81,7 @@ def _figure(cached: CachedSample, what: str, values: Any) -> Figure:
         for panel in axes.flat:
             panel.set_axis_off()
         for number, drawn in grids.items():
-            picture = _pixels(sample.images[number])
+            picture = np.asarray(read_picture(sample.images[number], rule))
             height, width = picture.shape[:2]
             extent = (0, width, height, 0)
             axes[number, 0].imshow(picture, extent=extent)
@@ -100,8 +100,3 @@ def _figure(cached: CachedSample, what: str, values: Any) -> Figure:
             figure.colorbar(mapped, ax=axes, label=what, shrink=0.8)
         figure.suptitle(f"{sample.source_id} ({sample.key[:12]})")
     return figure
-
-
-def _pixels(data: bytes) -> Any:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))

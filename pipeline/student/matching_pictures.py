@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from pipeline.student.generation import model_inputs
@@ -29,9 +28,10 @@ from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
+from teacher_cache.models.pictures import read_picture
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
-from teacher_cache.schema.options import tier_to_learn_from
+from teacher_cache.schema.options import PictureRule, tier_to_learn_from
 from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.store import Location
@@ -52,7 +52,9 @@ def draw_pictures(
     """
     reader = CacheReader.open(cache)
     rules = dataclasses.replace(reader.spec.text, template=None)
-    encoder = SampleEncoder(encoder.processor, encoder.config, encoder.system_prompt, rules)
+    encoder = SampleEncoder(
+        encoder.processor, encoder.config, encoder.system_prompt, rules, reader.spec.pictures
+    )
     tier = tier_to_learn_from(reader.spec.records, None)
     config = MatchingConfig(metric="prob_l1" if tier == "topk" else "raw_l1")
     assets = TeacherAssets(
@@ -97,7 +99,7 @@ def _draw(
         "key": cached.sample.key,
         "source_id": cached.sample.source_id,
         "messages": [[message.role, message.text] for message in cached.sample.messages],
-        "images": [_png(image) for image in cached.sample.images],
+        "images": [_png(image, encoder.pictures) for image in cached.sample.images],
         "views": _views(cached.output.views, spans.views, teacher, student, found),
     }
 
@@ -148,10 +150,9 @@ def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M
     return _top_words(signal.dense_logits())
 
 
-def _png(data: bytes) -> str:
-    """The image as base64 PNG, no side longer than 512 pixels."""
-    with Image.open(io.BytesIO(data)) as image:
-        picture = image.convert("RGB")
+def _png(data: bytes, rule: PictureRule) -> str:
+    """The picture that models see as base64 PNG, no side longer than 512 pixels."""
+    picture = read_picture(data, rule)
     scale = min(1.0, MAX_PIXELS / max(picture.size))
     if scale < 1:
         width, height = (max(1, math.floor(side * scale)) for side in picture.size)

@@ -115,7 +115,9 @@ def train_student(
     rules = reader.spec.text
     if chat_template is not None:
         rules = dataclasses.replace(rules, template=chat_template)
-    encoder = SampleEncoder(processor, model.config, reader.spec.system_prompt, rules)
+    encoder = SampleEncoder(
+        processor, model.config, reader.spec.system_prompt, rules, reader.spec.pictures
+    )
     stream = TrainingStream(
         reader,
         encoder.encode,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from teacher_cache.models.processors import load_processor
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -31,7 +33,7 @@ def load_model(
 
     `dtype` defaults to the checkpoint's own, `attention` to the library's choice.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+    from transformers import AutoModelForImageTextToText, ProcessorMixin
 
     with _named(path):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -41,8 +43,8 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    model, info = loaded
+        model, info = loaded
+        processor: Any = load_processor(path)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint, "

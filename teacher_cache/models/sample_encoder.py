@@ -9,22 +9,22 @@ that ends the turn (chat_rendering.py, chat_template.py). What does not add up i
 so is a message that is empty, spells a control token, or has a letter unknown to the tokenizer.
 """
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from teacher_cache.models.chat_rendering import Rendering, Turn, to_turns
 from teacher_cache.models.chat_template import ChatTemplate
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.models.pictures import read_picture
 from teacher_cache.models.view_geometry import ImageInputs, layout_images, require_supported
 from teacher_cache.schema.errors import SampleError
-from teacher_cache.schema.options import TextRules
+from teacher_cache.schema.options import PICTURE_RULE, PictureRule, TextRules
 from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 
 _WHOLE_TEXT: dict[str, Any] = {
@@ -43,8 +43,9 @@ class SampleEncoder:
     """Encodes samples for one model: holds its processor and its config.
 
     `system_prompt` opens every conversation that has no system message of its own. `rules` says
-    how messages become tokens: those of a cache, or today's. ValueError for models of an unknown
-    family, slow tokenizers, processors without a chat template, and templates that hide messages.
+    how messages become tokens, `pictures` how images are read: those of a cache, or today's.
+    ValueError for models of an unknown family, slow tokenizers, processors without a chat template,
+    and templates that hide messages.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class SampleEncoder:
         model_config: Any,
         system_prompt: str | None = None,
         rules: TextRules | None = None,
+        pictures: PictureRule = PICTURE_RULE,
     ) -> None:
         require_supported(model_config.model_type)
         tokenizer = processor.tokenizer
@@ -64,6 +66,7 @@ class SampleEncoder:
         self.processor = processor
         self.config = model_config
         self.system_prompt = system_prompt
+        self.pictures: PictureRule = pictures
         self.template = ChatTemplate(processor, rules or TextRules())
         self._is_earlier = self.rules.version == 1
         self._control_ids = frozenset(tokenizer.all_special_ids)
@@ -145,7 +148,7 @@ class SampleEncoder:
         Image inputs come as tensors, what belongs to the text as lists: transformers' conversion
         of nested lists costs more than tokenising them.
         """
-        images = [_decode(sample, index) for index in range(len(sample.images))]
+        images = [_picture(sample, i, self.pictures) for i in range(len(sample.images))]
         tokenizer = self.processor.tokenizer
         opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         outputs = dict(
@@ -313,20 +316,13 @@ def _row(values: Any) -> Int[Tensor, " L"]:
     return torch.from_numpy(np.array(values[0], dtype=np.int64))
 
 
-def _decode(sample: Sample, index: int) -> Image.Image:
+def _picture(sample: Sample, index: int, rule: PictureRule) -> Image.Image:
     data = sample.images[index]
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        # Pillow prints the address of the stream; a reason is stored and must be the same again.
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "its format is unknown" if unknown else str(error)
-        raise SampleError(
-            sample.source_id,
-            f"image {index} ({len(data)} bytes) cannot be decoded: {why}; replace the file",
-        ) from error
+        return read_picture(data, rule)
+    except ValueError as error:
+        what = f"image {index} ({len(data)} bytes) {error}"
+        raise SampleError(sample.source_id, what) from error
 
 
 def _expanded(position: int, replaced: list[dict[str, Any]]) -> int:

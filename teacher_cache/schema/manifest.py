@@ -23,10 +23,12 @@ from typing import ClassVar, TypeVar
 from teacher_cache.schema.errors import CacheMismatchError, DecodeError
 from teacher_cache.schema.fingerprint import ABSENT, canonical, digest_json, short
 from teacher_cache.schema.options import (
+    EARLIER_PICTURE_RULE,
     EARLIER_TEXT_RULES,
     SETTING_PIECES,
     GridSettings,
     LogitsCodec,
+    PictureRule,
     RecordKind,
     RecordSettings,
     ShardFormatName,
@@ -102,6 +104,8 @@ class CacheSpec(StrictRecord):
     """Digest of the tail template; None for hidden, and in caches written before this field."""
     text: TextRules = field(default=EARLIER_TEXT_RULES, metadata=ABSENT)
     """How messages became tokens; absent: as in caches written before this field."""
+    pictures: PictureRule = field(default=EARLIER_PICTURE_RULE, metadata=ABSENT)
+    """How images became pictures; absent: as in caches written before this field."""
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -36,6 +36,15 @@ TextSource = Literal["instruction", "released"]
 """Text that may decide which vision tokens a model drops: the user's text in the message with the
 images, or all text after the images, answers included (EPIC's released code)."""
 
+PictureRule = Literal["convert-rgb", "upright-on-white"]
+"""How image bytes become the picture that models see: teacher_cache/models/pictures.py."""
+
+PICTURE_RULE: PictureRule = "upright-on-white"
+"""The rule that new caches are built with."""
+
+EARLIER_PICTURE_RULE: PictureRule = "convert-rgb"
+"""The rule of caches that were built before caches recorded it."""
+
 TEXT_VERSION = 2
 """The version of `TextRules` that new caches are built with."""
 

@@ -40,7 +40,14 @@ from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
-from teacher_cache.schema.options import GridSettings, RecordSettings, TextRules, holds
+from teacher_cache.schema.options import (
+    PICTURE_RULE,
+    GridSettings,
+    PictureRule,
+    RecordSettings,
+    TextRules,
+    holds,
+)
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
@@ -78,9 +85,10 @@ class Teacher:
         processor: Any,
         system_prompt: str | None = None,
         text: TextRules | None = None,
+        pictures: PictureRule = PICTURE_RULE,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.encoder = SampleEncoder(processor, model.config, system_prompt, text)
+        self.encoder = SampleEncoder(processor, model.config, system_prompt, text, pictures)
         self.device: torch.device = model.device
         self.head = shared_head(model, processor.tokenizer)
         self.grid_passes: GridPasses | None = None
@@ -99,6 +107,7 @@ class Teacher:
         attention: str = "sdpa",
         system_prompt: str | None = None,
         text: TextRules | None = None,
+        pictures: PictureRule = PICTURE_RULE,
     ) -> "Teacher":
         """Load an image-text-to-text model and its processor from a folder or a hub id.
 
@@ -109,7 +118,7 @@ class Teacher:
         place = resolve_device(device)
         loaded: Any = load_model(path, None if dtype is None else DTYPES_BY_NAME[dtype], attention)
         model, processor = loaded
-        teacher = cls(model.to(place), processor, system_prompt, text)
+        teacher = cls(model.to(place), processor, system_prompt, text, pictures)
         logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)
         return teacher
 
@@ -227,6 +236,7 @@ class Teacher:
             share_vision=share_vision,
             template_digest=self.template.digest if has_top_k and self.template else None,
             text=self.encoder.rules,
+            pictures=self.encoder.pictures,
         )
 
     @cached_property

@@ -17,7 +17,6 @@ PRELOADED = [
     "student_train.models.student",
     "student_train.training.run",
     "tests.support.runs",
-    "tests.support.tiny_processors",  # registers them, so that children can load the tiny models
 ]
 
 

@@ -127,9 +127,7 @@ if TYPE_CHECKING:
     from student_train.training.run import train_student
     from student_train.training.student_loss import student_loss
     from tests.support.tiny_processors import (
-        StillInternVLProcessor,
-        StillOnevisionProcessor,
-        StillQwenProcessor,
+        publish,
         token_id,
         tokenizer,
     )

@@ -1,6 +1,7 @@
 """Real models of six families, random and small, saved with real processors; and tiny samples.
 
-Each builder writes a folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
+Each builder writes a folder that `load_model` loads. Processors of families with videos are written
+as their published checkpoints are (tiny_processors.py).
 """
 
 import io
@@ -16,7 +17,6 @@ from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, mak
 from tests.support.lazy import (
     CLIPImageProcessor,
     CLIPVisionConfig,
-    GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
@@ -33,17 +33,13 @@ from tests.support.lazy import (
     LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
     LlavaProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
-    Qwen2VLImageProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
-    StillInternVLProcessor,
-    StillOnevisionProcessor,
-    StillQwenProcessor,
+    publish,
     token_id,
     tokenizer,
 )
@@ -171,13 +167,27 @@ def tiny_onevision(folder: Path, seed: int = 0) -> Path:
         vision_aspect_ratio="anyres_max_2",
         tie_word_embeddings=True,
     )
-    processor = StillOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=_SIZE, image_grid_pinpoints=_PINPOINTS),
-        tokenizer=words,
-        vision_aspect_ratio="anyres_max_2",
-        chat_template=template("<image>"),
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    publish(
+        folder,
+        words,
+        "LlavaOnevisionProcessor",
+        template("<image>"),
+        {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "do_pad": True,
+            "image_grid_pinpoints": _PINPOINTS,
+            "size": _SIZE,
+        },
+        processor={
+            "image_token": "<image>",
+            "num_image_tokens": 16,
+            "video_token": "<video>",
+            "vision_aspect_ratio": "anyres_max_2",
+            "vision_feature_select_strategy": "full",
+        },
     )
-    return _save(folder, LlavaOnevisionForConditionalGeneration(config), processor)
+    return folder
 
 
 def tiny_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
@@ -212,14 +222,22 @@ def tiny_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
         vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=False,
     )
-    processor = StillQwenProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            size={"shortest_edge": 64, "longest_edge": 2048}, patch_size=4, merge_size=2
-        ),
-        tokenizer=words,
-        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    publish(
+        folder,
+        words,
+        "Qwen2_5_VLProcessor",
+        template("<|vision_start|><|image_pad|><|vision_end|>"),
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "merge_size": 2,
+            "min_pixels": 64,
+            "max_pixels": 2048,
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+        },
     )
-    return _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+    return folder
 
 
 def tiny_internvl(folder: Path, seed: int = 0) -> Path:
@@ -247,12 +265,24 @@ def tiny_internvl(folder: Path, seed: int = 0) -> Path:
         image_seq_length=4,
         tie_word_embeddings=True,
     )
-    processor = StillInternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(size=_SIZE, crop_to_patches=True, max_patches=4),
-        tokenizer=words,
-        chat_template=template("<IMG_CONTEXT>"),
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    publish(
+        folder,
+        words,
+        "InternVLProcessor",
+        template("<IMG_CONTEXT>"),
+        {
+            "crop_to_patches": True,
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "max_patches": 4,
+            "min_patches": 1,
+            "size": _SIZE,
+        },
+        processor={"image_seq_length": 4},
+        videos={"size": _SIZE, "video_processor_type": "InternVLVideoProcessor"},
+        jinja=True,
     )
-    return _save(folder, InternVLForConditionalGeneration(config), processor)
+    return folder
 
 
 def tiny_idefics3(folder: Path, seed: int = 0) -> Path:

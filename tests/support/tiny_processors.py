@@ -1,26 +1,15 @@
-"""Real tokenizers and processors for the tiny models, built without any file or network.
+"""Writes tokenizers and processor files for the tiny models, laid out as published checkpoints are.
 
-The processors of LLaVA-OneVision, Qwen2.5-VL and InternVL need a video processor, and that needs
-torchvision. A subclass leaves it out and is registered under its own name, so that
-`AutoProcessor` finds it; its text and image paths are the library's.
+The files are written as text, so that a processor with videos needs no torchvision to be written.
 """
 
-import re
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoProcessor,
-    InternVLConfig,
-    InternVLProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionProcessor,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLProcessor,
-)
+from transformers import PreTrainedTokenizerFast
 
 _CORPUS = (
     "what is in the picture? a red square and a blue circle. user assistant system "
@@ -60,58 +49,49 @@ def token_id(words: PreTrainedTokenizerFast, text: str) -> int:
     return found
 
 
-class StillOnevisionProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor without videos."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        num_image_tokens: int = 16,
-        vision_aspect_ratio: str = "anyres_max_9",
-        chat_template: str | None = None,
-    ) -> None:
-        self.num_image_tokens = num_image_tokens
-        self.vision_feature_select_strategy = "full"
-        self.vision_aspect_ratio = vision_aspect_ratio
-        self.image_token, self.video_token = "<image>", "<video>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        self.video_token_id = tokenizer.convert_tokens_to_ids("<video>")
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+_RGB: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+}
 
 
-class StillQwenProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without videos."""
+def publish(
+    folder: Path,
+    words: PreTrainedTokenizerFast,
+    name: str,
+    template: str,
+    images: dict[str, Any],
+    *,
+    processor: dict[str, Any] | None = None,
+    videos: dict[str, Any] | None = None,
+    jinja: bool = False,
+) -> None:
+    """Write the files of a processor of class `name`.
 
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-    ) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+    `images` is preprocessor_config.json; `processor` processor_config.json and `videos`
+    video_preprocessor_config.json, where the family's checkpoints have one. The template is
+    chat_template.json, or with `jinja` chat_template.jinja.
+    """
+    words.save_pretrained(folder)
+    of_class = {"processor_class": name}
+    _update(folder / "tokenizer_config.json", of_class)
+    _update(folder / "preprocessor_config.json", {**_RGB, **images, **of_class})
+    if processor is not None:
+        _update(folder / "processor_config.json", {**processor, **of_class})
+    if videos is not None:
+        _update(folder / "video_preprocessor_config.json", {**videos, **of_class})
+    if jinja:
+        (folder / "chat_template.jinja").write_text(template)
+    else:
+        _update(folder / "chat_template.json", {"chat_template": template})
 
 
-class StillInternVLProcessor(InternVLProcessor):
-    """InternVL's processor without videos."""
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        image_seq_length: int = 4,
-        chat_template: str | None = None,
-    ) -> None:
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-        self.image_seq_length = image_seq_length
-        self.start_image_token, self.end_image_token = "<img>", "</img>"
-        self.start_image_token_id = tokenizer.convert_tokens_to_ids("<img>")
-        self.end_image_token_id = tokenizer.convert_tokens_to_ids("</img>")
-        self.image_token, self.video_token = "<IMG_CONTEXT>", "<video>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.multimodal_pattern = re.compile("(?P<image><IMG_CONTEXT>)")
-
-
-AutoProcessor.register(LlavaOnevisionConfig, StillOnevisionProcessor, exist_ok=True)
-AutoProcessor.register(Qwen2_5_VLConfig, StillQwenProcessor, exist_ok=True)
-AutoProcessor.register(InternVLConfig, StillInternVLProcessor, exist_ok=True)
+def _update(file: Path, entries: dict[str, Any]) -> None:
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | entries, indent=2) + "\n")
