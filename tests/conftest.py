@@ -42,13 +42,13 @@ def modules_after_collection(pytestconfig: pytest.Config) -> set[str]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
     """Folder of the tiny model of a family, by model type."""
-    from tests.support.tiny import FAMILIES
+    from tests.support.tiny import LISTED
 
     built: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
         if family not in built:
-            built[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
+            built[family] = LISTED[family](tmp_path_factory.mktemp(family))
         return built[family]
 
     return folder

@@ -1,10 +1,10 @@
-"""Describes a cache for `emkd inspect`: its seal, where its bytes are, its tail masses.
+"""Describes a cache for `emkd inspect`: its seal, where its bytes are, its images, tail masses.
 
-Counts and settings are the seal's; bytes of each part are those of the shards' frames. Tail masses
-come from a bounded, seeded sample of rows that have passed the reader's checks, so that memory is
-bounded for a cache of any size. Beside them is what the build measured (cache_quality.py).
-Everything is plain data (numbers, strings, lists), ready for JSON; `render` lays it out for a
-terminal.
+Counts and settings are the seal's; bytes of each part are those of the shards' frames. Counts of
+images that need a conversion, and tail masses, come from a bounded, seeded sample of rows that have
+passed the reader's checks, so that memory is bounded for a cache of any size. Beside them is what
+the build measured (cache_quality.py). Everything is plain data (numbers, strings, lists), ready for
+JSON; `render` lays it out for a terminal.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from pipeline.inspection.compare_outputs import top_k_by_name
 from teacher_cache.codec.columns import PART_COLUMNS, Part
 from teacher_cache.folder.layout import open_shard, require_plan
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.pictures import PictureTraits, picture_traits
 from teacher_cache.schema.shard_quality import quantile
 
 MAX_WORD = 20
@@ -36,13 +37,14 @@ def describe_cache(
 ) -> dict[str, Any]:
     """A cache's counts, bytes, settings and rejected samples.
 
-    `num_rows` bounds the rows whose tail masses are read; `num_shards` the shards that are fetched
-    of a cache in an object store.
+    `num_rows` bounds the rows whose tail masses and images are read; `num_shards` the shards that
+    are fetched of a cache in an object store.
     """
     seal = reader.seal
     indices = list(range(len(seal.shards)))
     if not reader.cache.in_place:
         indices = sorted(random.Random(0).sample(indices, min(num_shards, len(indices))))
+    rows = _sampled_rows(reader, indices, num_rows)
     num_vision = sum(shard.num_vision_tokens for shard in seal.shards)
     quality = summarise(seal)
     return {
@@ -61,7 +63,8 @@ def describe_cache(
         "bytes_per_vision_token": round(seal.num_bytes / num_vision, 1) if num_vision else None,
         "build_seconds": round(sum(shard.seconds for shard in seal.shards), 1),
         "bytes_of_parts": _bytes_of_parts(reader, indices),
-        "tail_mass": _tail_mass(reader, indices, num_rows),
+        "pictures": _pictures(reader, rows),
+        "tail_mass": _tail_mass(reader, rows),
         "quality": None if quality is None else dataclasses.asdict(quality),
         "spec": dataclasses.asdict(seal.spec),
         "rejected": [dataclasses.asdict(rejected) for rejected in seal.rejected],
@@ -86,19 +89,43 @@ def _bytes_of_parts(reader: CacheReader, indices: Sequence[int]) -> dict[str, in
     }
 
 
-def _tail_mass(reader: CacheReader, indices: Sequence[int], num_rows: int) -> dict[str, Any] | None:
-    """Quantiles of the probability outside the top-k, over rows of some shards; None without k."""
+def _sampled_rows(reader: CacheReader, indices: Sequence[int], num_rows: int) -> list[int]:
+    """Rows of some shards, ascending: all of them, or a seeded sample of `num_rows`."""
+    starts = [0, *accumulate(reader.shard_sizes)]
+    rows = [row for index in indices for row in range(starts[index], starts[index + 1])]
+    return sorted(random.Random(0).sample(rows, min(num_rows, len(rows))))
+
+
+def _pictures(reader: CacheReader, rows: Sequence[int]) -> dict[str, Any]:
+    """The rule that images were read by, and how many images of these rows need a conversion."""
+    found = Counter[str]()
+    for row in rows:
+        for data in reader.read(row, frozenset()).sample.images:
+            found["images"] += 1
+            try:
+                traits = dataclasses.asdict(picture_traits(data))
+            except ValueError:
+                traits = {"unreadable": True}
+            found.update(name for name, has in traits.items() if has)
+    names = ["images", *(each.name for each in dataclasses.fields(PictureTraits)), "unreadable"]
+    return {
+        "rule": reader.spec.pictures,
+        "rows": len(rows),
+        **{name: found[name] for name in names},
+    }
+
+
+def _tail_mass(reader: CacheReader, rows: Sequence[int]) -> dict[str, Any] | None:
+    """Quantiles of the probability outside the top-k, over some rows; None without k."""
     parts = _TAILED & reader.parts
     if not parts:
         return None
-    starts = [0, *accumulate(reader.shard_sizes)]
-    rows = [row for index in indices for row in range(starts[index], starts[index + 1])]
-    count = min(num_rows, len(rows))
     tails: dict[str, list[Tensor]] = {}
-    for row in sorted(random.Random(0).sample(rows, count)):
+    for row in rows:
         for name, record in top_k_by_name(reader.read(row, parts).output).items():
             tails.setdefault(name, []).append(record.log_tail.double().exp())
-    return {"rows": count, **{name: _quantiles(torch.cat(each)) for name, each in tails.items()}}
+    quantiles = {name: _quantiles(torch.cat(each)) for name, each in tails.items()}
+    return {"rows": len(rows), **quantiles}
 
 
 def _quantiles(values: Tensor) -> dict[str, float] | None:

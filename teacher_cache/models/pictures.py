@@ -55,17 +55,18 @@ def read_picture(data: bytes, rule: PictureRule = PICTURE_RULE) -> Image.Image:
     """The picture of a file's bytes, in mode RGB; ValueError where there is none."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if rule == "convert-rgb":
-                image.load()
+            refused = None if rule == "convert-rgb" else _why_unfaithful(image, data)
+            if refused is None:
+                image.load()  # turns a TIFF upright
+                if rule == "upright-on-white":
+                    return _upright_on_white(image, data)
                 return image if image.mode == "RGB" else image.convert("RGB")
-            return _upright_on_white(image, data)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        if isinstance(error, _UnfaithfulError):
-            raise
         # Pillow prints the address of the stream; a reason is stored and must be the same again.
         unknown = isinstance(error, UnidentifiedImageError)
         why = "its format is unknown" if unknown else str(error)
         raise ValueError(f"cannot be decoded: {why}; replace the file") from error
+    raise ValueError(f"has no faithful 8-bit picture: {refused}")
 
 
 def picture_traits(data: bytes) -> PictureTraits:
@@ -88,43 +89,35 @@ def picture_traits(data: bytes) -> PictureTraits:
         raise ValueError(f"cannot be read: {type(error).__name__}; replace the file") from error
 
 
-class _UnfaithfulError(ValueError):
-    """The file was read, but has no faithful 8-bit picture."""
-
-
-def _upright_on_white(image: Image.Image, data: bytes) -> Image.Image:
-    _refuse_frames(image)
-    _refuse_high_range(image, data)
-    image.load()  # turns a TIFF upright
-    picture = _eight_bits(image) if image.mode in _DEEP else image
-    if picture.has_transparency_data:
-        picture = _on_white(picture, _bits(image, data))
-    elif picture.mode not in _CONVERTIBLE:
-        raise _UnfaithfulError(
-            f"has mode {image.mode}, which has no known range or no conversion to RGB; save it as "
-            "8-bit RGB"
-        )
-    picture = picture.convert("RGB")
-    picture.info.clear()
-    turn = _TURNS.get(_orientation(image))
-    return picture if turn is None else picture.transpose(turn)
-
-
-def _refuse_frames(image: Image.Image) -> None:
-    """Refuse several frames or pages; those of MPO and PSD belong to one picture."""
+def _why_unfaithful(image: Image.Image, data: bytes) -> str | None:
+    """What keeps a file from an 8-bit picture, and the remedy; None where nothing does."""
     count: int = getattr(image, "n_frames", 1)
-    if count > 1 and image.format not in ("MPO", "PSD"):
-        raise _UnfaithfulError(f"has {count} frames or pages; save the one that is meant")
-
-
-def _refuse_high_range(image: Image.Image, data: bytes) -> None:
+    if count > 1 and image.format not in ("MPO", "PSD"):  # theirs belong to one picture
+        return f"it has {count} frames or pages; save the one that is meant"
     transfer = None
     if image.format == "PNG" and (at := data.find(b"cICP", 0, data.find(b"IDAT"))) > 0:
         transfer = data[at + 5]
     elif image.format == "AVIF" and (at := data.find(b"nclx", 0, _AVIF_HEADER)) > 0:
         transfer = int.from_bytes(data[at + 6 : at + 8], "big")
     if transfer in (_PQ, _HLG):
-        raise _UnfaithfulError("has a high dynamic range (PQ or HLG); save it in standard range")
+        return "it has a high dynamic range (PQ or HLG); save it in standard range"
+    if image.mode == "I" and image.format != "PPM":
+        return "it has signed or 32-bit samples without a range; save it as 8-bit RGB"
+    if image.mode == "RGB" and "transparency" in image.info and _bits(image, data) > 8:
+        return "it has a transparent colour of 16 bits; save it with an alpha channel"
+    if image.mode not in (*_DEEP, *_CONVERTIBLE) and not image.has_transparency_data:
+        return f"its mode {image.mode} has no range or no conversion; save it as 8-bit RGB"
+    return None
+
+
+def _upright_on_white(image: Image.Image, data: bytes) -> Image.Image:
+    picture = _eight_bits(image) if image.mode in _DEEP else image
+    if picture.has_transparency_data:
+        picture = _on_white(picture, _bits(image, data))
+    picture = picture.convert("RGB")
+    picture.info.clear()
+    turn = _TURNS.get(_orientation(image))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -145,8 +138,6 @@ def _bits(image: Image.Image, data: bytes) -> int:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Map 0 ... the greatest sample of the file's depth to 0 ... 255, rounded to the nearest."""
-    if image.mode == "I" and image.format != "PPM":
-        raise _UnfaithfulError("has signed or 32-bit samples without a range; save it as 8-bit RGB")
     tags: Any = getattr(image, "tag_v2", None) or {}
     # PNG has 16 bits; Pillow scales the samples of PPM and JPEG 2000 to 16.
     greatest = 2 ** max(tags.get(_TIFF_BITS, (16,))) - 1
@@ -163,8 +154,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image, bits: int) -> Image.Image:
     """Composite a picture of any mode with transparency on white."""
     clear = image.info.get("transparency")
-    if image.mode == "RGB" and bits > 8:
-        raise _UnfaithfulError("has a transparent colour of 16 bits; save it with an alpha channel")
     if image.mode == "L" and bits < 8 and clear is not None:
         # PNG names the sample of the file; Pillow has scaled samples to 8 bits.
         image = image.copy()

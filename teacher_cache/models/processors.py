@@ -26,7 +26,7 @@ def load_processor(path: str) -> "ProcessorMixin | Any":
     Not a `ProcessorMixin` where the checkpoint has only a part of one, such as a tokenizer.
     """
     from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     known: Any = PROCESSOR_MAPPING
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -61,6 +61,8 @@ def _still_class(kind: Any, videos: dict[str, Any] | None) -> Any:
     """`kind` under its own name, with `videos` in what it saves and no video processor."""
 
     class Still(kind):
+        video_processor = _NoVideos()
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in kind.get_attributes() if name != _VIDEO]
@@ -73,9 +75,18 @@ def _still_class(kind: Any, videos: dict[str, Any] | None) -> Any:
     return Still
 
 
+class _NoVideos:
+    """Stands for a video processor where a processor reads its settings; refuses videos."""
+
+    num_frames = fps = None
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("videos need torchvision; install it, or leave the videos out")
+
+
 def _settings_of_videos(path: str) -> dict[str, Any] | None:
     """Settings of the video processor from the first file that the library would take."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in _SETTINGS_OF_VIDEOS:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)

@@ -1,7 +1,7 @@
 """Real models of six families, random and small, saved with real processors; and tiny samples.
 
-Each builder writes a folder that `load_model` loads. Processors of families with videos are written
-as their published checkpoints are (tiny_processors.py).
+Each builder writes a folder that `load_model` loads; those of families with videos are in
+tiny_videos.py.
 """
 
 import io
@@ -21,9 +21,6 @@ from tests.support.lazy import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -31,66 +28,28 @@ from tests.support.lazy import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
-    publish,
     token_id,
     tokenizer,
 )
-
-WIDTH = 32
-HEAD_ROWS = 384
-"""Rows of every LM head: more than the tokenizers have entries, as in released models."""
-
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.support.tiny_parts import (
+    PINPOINTS,
+    SIZE,
+    VISION,
+    template,
+    text_model,
+    text_settings,
 )
-
-
-def template(image: str) -> str:
-    return CHAT_TEMPLATE.replace("IMAGE", image)
-
-
-def _text_settings() -> dict[str, Any]:
-    return {
-        "vocab_size": HEAD_ROWS,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-
-def _text(tied: bool = True) -> Qwen2Config:
-    return Qwen2Config(**_text_settings(), tie_word_embeddings=tied)
-
-
-_VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-_SIZE = {"height": 16, "width": 16}
+from tests.support.tiny_videos import (
+    tiny_internvl,
+    tiny_onevision,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    tiny_qwen3_vl,
+    tiny_smolvlm,
+)
 
 
 def _save(folder: Path, model: Any, processor: Any) -> Path:
@@ -105,16 +64,16 @@ def tiny_llava(folder: Path, vision: str = "siglip", seed: int = 0) -> Path:
     words = tokenizer({"image_token": "<image>"})
     clip = vision == "clip"
     config = LlavaConfig(
-        vision_config=(CLIPVisionConfig if clip else SiglipVisionConfig)(**_VISION),
-        text_config=_text(),
+        vision_config=(CLIPVisionConfig if clip else SiglipVisionConfig)(**VISION),
+        text_config=text_model(),
         image_token_index=token_id(words, "<image>"),
         vision_feature_select_strategy="default" if clip else "full",
         vision_feature_layer=-2 if clip else -1,
         tie_word_embeddings=True,
     )
-    pixels = CLIPImageProcessor(size=_SIZE, do_center_crop=False)
+    pixels = CLIPImageProcessor(size=SIZE, do_center_crop=False)
     processor = LlavaProcessor(
-        image_processor=pixels if clip else SiglipImageProcessor(size=_SIZE),
+        image_processor=pixels if clip else SiglipImageProcessor(size=SIZE),
         tokenizer=words,
         patch_size=4,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -124,26 +83,23 @@ def tiny_llava(folder: Path, vision: str = "siglip", seed: int = 0) -> Path:
     return _save(folder, LlavaForConditionalGeneration(config), processor)
 
 
-_PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
-
-
 def tiny_llava_next(folder: Path, vision: str = "siglip", seed: int = 0) -> Path:
     """LLaVA-NeXT: a 4x4 base view, an unpadded mosaic of tiles, a newline after each row."""
     torch.manual_seed(seed)
     words = tokenizer({"image_token": "<image>"})
     clip = vision == "clip"
     config = LlavaNextConfig(
-        vision_config=(CLIPVisionConfig if clip else SiglipVisionConfig)(**_VISION),
-        text_config=_text(),
+        vision_config=(CLIPVisionConfig if clip else SiglipVisionConfig)(**VISION),
+        text_config=text_model(),
         image_token_index=token_id(words, "<image>"),
         vision_feature_select_strategy="default" if clip else "full",
         vision_feature_layer=-2,
-        image_grid_pinpoints=_PINPOINTS,
+        image_grid_pinpoints=PINPOINTS,
         tie_word_embeddings=True,
     )
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": 16}, crop_size=_SIZE, image_grid_pinpoints=_PINPOINTS
+            size={"shortest_edge": 16}, crop_size=SIZE, image_grid_pinpoints=PINPOINTS
         ),
         tokenizer=words,
         patch_size=4,
@@ -152,137 +108,6 @@ def tiny_llava_next(folder: Path, vision: str = "siglip", seed: int = 0) -> Path
         chat_template=template("<image>"),
     )
     return _save(folder, LlavaNextForConditionalGeneration(config), processor)
-
-
-def tiny_onevision(folder: Path, seed: int = 0) -> Path:
-    """LLaVA-OneVision with at most 2 tiles' worth of mosaic tokens, so that the cap is met."""
-    torch.manual_seed(seed)
-    words = tokenizer({"image_token": "<image>", "video_token": "<video>"})
-    config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**_VISION),
-        text_config=_text(),
-        image_token_index=token_id(words, "<image>"),
-        video_token_index=token_id(words, "<video>"),
-        image_grid_pinpoints=_PINPOINTS,
-        vision_aspect_ratio="anyres_max_2",
-        tie_word_embeddings=True,
-    )
-    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
-    publish(
-        folder,
-        words,
-        "LlavaOnevisionProcessor",
-        template("<image>"),
-        {
-            "image_processor_type": "LlavaOnevisionImageProcessor",
-            "do_pad": True,
-            "image_grid_pinpoints": _PINPOINTS,
-            "size": _SIZE,
-        },
-        processor={
-            "image_token": "<image>",
-            "num_image_tokens": 16,
-            "video_token": "<video>",
-            "vision_aspect_ratio": "anyres_max_2",
-            "vision_feature_select_strategy": "full",
-        },
-    )
-    return folder
-
-
-def tiny_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
-    """Qwen2.5-VL: as many merged patches as the image's size asks for; untied head."""
-    torch.manual_seed(seed)
-    names = ("vision_start", "vision_end", "image_pad", "video_pad")
-    words = tokenizer({f"{name}_mark": f"<|{name}|>" for name in names})
-    ids = {name: token_id(words, f"<|{name}|>") for name in names}
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
-        text_config={
-            **_text_settings(),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
-            },
-        },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=False,
-    )
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    publish(
-        folder,
-        words,
-        "Qwen2_5_VLProcessor",
-        template("<|vision_start|><|image_pad|><|vision_end|>"),
-        {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "merge_size": 2,
-            "min_pixels": 64,
-            "max_pixels": 2048,
-            "patch_size": 4,
-            "temporal_patch_size": 2,
-        },
-    )
-    return folder
-
-
-def tiny_internvl(folder: Path, seed: int = 0) -> Path:
-    """InternVL: tiles of 2x2 tokens and, where there are several, the whole image last."""
-    torch.manual_seed(seed)
-    words = tokenizer(
-        {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        }
-    )
-    config = InternVLConfig(
-        vision_config=InternVLVisionConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=[16, 16],
-            patch_size=[4, 4],
-        ),
-        text_config=_text(),
-        image_token_id=token_id(words, "<IMG_CONTEXT>"),
-        image_seq_length=4,
-        tie_word_embeddings=True,
-    )
-    InternVLForConditionalGeneration(config).save_pretrained(folder)
-    publish(
-        folder,
-        words,
-        "InternVLProcessor",
-        template("<IMG_CONTEXT>"),
-        {
-            "crop_to_patches": True,
-            "image_processor_type": "GotOcr2ImageProcessorFast",
-            "max_patches": 4,
-            "min_patches": 1,
-            "size": _SIZE,
-        },
-        processor={"image_seq_length": 4},
-        videos={"size": _SIZE, "video_processor_type": "InternVLVideoProcessor"},
-        jinja=True,
-    )
-    return folder
 
 
 def tiny_idefics3(folder: Path, seed: int = 0) -> Path:
@@ -299,8 +124,8 @@ def tiny_idefics3(folder: Path, seed: int = 0) -> Path:
         }
     )
     config = Idefics3Config(
-        vision_config=_VISION,
-        text_config=LlamaConfig(**_text_settings()),
+        vision_config=VISION,
+        text_config=LlamaConfig(**text_settings()),
         image_token_id=token_id(words, "<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
@@ -324,6 +149,14 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "internvl": tiny_internvl,
     "idefics3": tiny_idefics3,
 }
+"""The families that most tests go through."""
+
+LISTED: dict[str, Callable[[Path], Path]] = FAMILIES | {
+    "qwen2_vl": tiny_qwen2_vl,
+    "qwen3_vl": tiny_qwen3_vl,
+    "smolvlm": tiny_smolvlm,
+}
+"""Every family that is listed as supported."""
 
 
 def tiny_image(seed: int, width: int = 24, height: int = 16) -> bytes:

@@ -21,7 +21,8 @@ from tests.support.extended import extension
 from tests.support.lazy import evaluate, load_student, train
 from tests.support.llava_json import evaluation, small_build, write_llava_json
 from tests.support.published_templates import ONEVISION, VICUNA
-from tests.support.tiny import CHAT_TEMPLATE, tiny_samples
+from tests.support.tiny import tiny_samples
+from tests.support.tiny_parts import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 

@@ -14,8 +14,9 @@ from teacher_cache.models.digests import (
     tokenizer_digest,
     weights_digest,
 )
+from teacher_cache.models.processors import load_processor
 from tests.conftest import TinyFolder
-from tests.support.lazy import AutoModelForImageTextToText, AutoProcessor
+from tests.support.lazy import AutoModelForImageTextToText
 from tests.support.tiny import tiny_llava
 
 Loaded = tuple[Any, Any]
@@ -23,7 +24,7 @@ Loaded = tuple[Any, Any]
 
 def _load(folder: Path) -> Loaded:
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    return model, AutoProcessor.from_pretrained(folder)
+    return model, load_processor(str(folder))
 
 
 def _digests(loaded: Loaded) -> dict[str, str]:

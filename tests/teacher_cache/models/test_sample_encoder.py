@@ -13,12 +13,13 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from teacher_cache.models.chat_rendering import to_turns
 from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.models.processors import load_processor
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
-from tests.support.lazy import AutoConfig, AutoProcessor
+from tests.support.lazy import AutoConfig
 from tests.support.tiny import FAMILIES, tiny_image, tiny_samples
 
 Encoder = Callable[[str], SampleEncoder]
@@ -31,7 +32,7 @@ def encoder(tiny_folder: TinyFolder) -> Encoder:
     def load(family: str) -> SampleEncoder:
         folder = tiny_folder(family)
         config = AutoConfig.from_pretrained(folder)
-        return SampleEncoder(AutoProcessor.from_pretrained(folder), config)
+        return SampleEncoder(load_processor(str(folder)), config)
 
     return load
 

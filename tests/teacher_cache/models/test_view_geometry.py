@@ -10,13 +10,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from teacher_cache.models.processors import load_processor
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.view_geometry import Block, ImageInputs, layout_images, register_geometry
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.lazy import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     get_anyres_image_grid_shape,
     unpad_image,
 )
@@ -35,7 +35,7 @@ def _sample(*sizes: Size) -> Sample:
 def _grids(folder: Path, sample: Sample) -> tuple[list[tuple[int, int, int, int]], Any, Any]:
     """(image, view, rows, cols) of every view; the model; the encoded sample."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    encoder = SampleEncoder(AutoProcessor.from_pretrained(folder), model.config)
+    encoder = SampleEncoder(load_processor(str(folder)), model.config)
     encoded = encoder.encode(sample)
     views = encoded.spans.views
     return [(v.image, v.view, v.rows, v.cols) for v in views], model, encoded

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, normalizers, processors
 
+from teacher_cache.models.processors import load_processor
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Sample
 from tests.conftest import TinyFolder
-from tests.support.lazy import AutoConfig, AutoProcessor
+from tests.support.lazy import AutoConfig
 from tests.support.tiny import ask, tiny_samples
 
 LONG = "a red square and a blue circle. " * 10
@@ -31,13 +32,14 @@ Spoil = Callable[[Path], None]
 def _in_json(name: str, **entries: Any) -> Spoil:
     def write(folder: Path) -> None:
         path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | entries))
 
     return write
 
 
 def _encoder(folder: Path) -> SampleEncoder:
-    return SampleEncoder(AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder))
+    return SampleEncoder(load_processor(str(folder)), AutoConfig.from_pretrained(folder))
 
 
 def _both(model: SampleEncoder, sample: Sample) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.models.processors import load_processor
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import CacheSpec, to_json
 from teacher_cache.schema.options import RecordKind, RecordSettings
@@ -26,9 +27,9 @@ from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.lazy import (
     AutoModelForImageTextToText,
-    AutoProcessor,
 )
-from tests.support.tiny import FAMILIES, HEAD_ROWS, tiny_image, tiny_llava, tiny_samples
+from tests.support.tiny import FAMILIES, tiny_image, tiny_llava, tiny_samples
+from tests.support.tiny_parts import HEAD_ROWS
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
 TOP_K = 8
@@ -191,13 +192,13 @@ def test_heads_that_are_scaled_or_capped_are_refused(
 
     model.forward = changed
     with pytest.raises(ValueError, match="scaled or soft-capped head"):
-        Teacher(model, AutoProcessor.from_pretrained(folder))
+        Teacher(model, load_processor(str(folder)))
 
 
 def test_heads_that_are_not_one_linear_layer_are_refused(tiny_folder: TinyFolder) -> None:
     folder = tiny_folder("llava")
     model: Any = AutoModelForImageTextToText.from_pretrained(folder)
-    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    tokenizer = load_processor(str(folder)).tokenizer
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
     with pytest.raises(ValueError, match="has Sequential for an LM head"):
         shared_head(model, tokenizer)
