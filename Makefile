@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: help setup setup-dev demo demo-epic test test-ray test-lowest check format bench clean
+.PHONY: help setup setup-dev demo demo-epic test test-ray test-lowest test-torchvision check format bench clean
 
 help:            ## List the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:[^#]*##/\t/'
@@ -48,6 +48,18 @@ test-ray: setup-dev              ## Only the tests that start Ray
 
 test-lowest: $(VENV)-lowest/.ready  ## The fast tests with the oldest versions of constraints-lowest.txt
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+# torchvision in an environment of its own that sees the packages of the other. Its wheel is built for
+# CUDA: without its dependencies it is small, and a plugin of pytest lets the CPU build of torch load it.
+$(VENV)-torchvision/.ready: $(VENV)/.ready-dev
+	$(PYTHON) -m venv $(VENV)-torchvision
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+		$$($(VENV)-torchvision/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth
+	$(VENV)-torchvision/bin/pip install --no-deps torchvision==0.28.0
+	touch $@
+
+test-torchvision: $(VENV)-torchvision/.ready  ## Every family with the library's own processors beside torchvision
+	$(VENV)-torchvision/bin/python -m pytest -p tests.support.torchvision_shim -m torchvision
 
 check: setup-dev                 ## Lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -92,7 +92,7 @@ def test_an_alpha_channel_is_composited_on_white(mode: str) -> None:
 
 
 def test_a_palette_with_alpha_values_or_a_transparent_index_is_composited_on_white() -> None:
-    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette([200, 0, 0, 0, 100, 0, 5, 6, 7])
     wanted = on_white([[[200, 0, 0], [0, 100, 0], [5, 6, 7]]], [[0, 255, 128]])
     found = seen(saved(image, transparency=b"\x00\xff\x80"))
@@ -183,7 +183,7 @@ def test_every_orientation_is_applied_once(form: str, orientation: int) -> None:
 
 
 def test_a_palette_is_turned_too() -> None:
-    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette([200, 0, 0, 0, 100, 0, 5, 6, 7])
     exif = Image.Exif()
     exif[0x0112] = 6
