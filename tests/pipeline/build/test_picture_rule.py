@@ -1,4 +1,4 @@
-"""The rule by which images are read belongs to a cache: build, verify, train and evaluate keep it."""
+"""The rule by which images are read belongs to a cache: build, verify and train keep it."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ from teacher_cache.models.processors import load_processor
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.manifest import to_json
 from teacher_cache.schema.options import PictureRule
-from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.samples import Sample, make_sample
 from teacher_cache.teacher.teacher import Teacher
 from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
@@ -42,7 +42,7 @@ def turned_and_clear() -> bytes:
 
 
 def sample_of(data: bytes) -> Sample:
-    return dataclasses.replace(ask("<image>what is in the picture?"), images=(data,))
+    return make_sample("clear", [data], list(ask("<image>what is in the picture?").messages))
 
 
 @pytest.mark.parametrize("family", sorted(LISTED))
