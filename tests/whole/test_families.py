@@ -96,12 +96,12 @@ def test_a_folder_that_was_saved_without_torchvision_has_videos_with_it(
     with monkeypatch.context() as patch:
         patch.setattr("transformers.utils.import_utils.is_torchvision_available", lambda: False)
         load_processor(str(tiny_folder(family))).save_pretrained(tmp_path)
-    for file in ("config.json",):
-        (tmp_path / file).write_bytes((tiny_folder(family) / file).read_bytes())
+    (tmp_path / "config.json").write_bytes((tiny_folder(family) / "config.json").read_bytes())
     again = load_processor(str(tmp_path))
     assert type(again) is type(whole)
     for part in ("image_processor", "video_processor"):
-        mine, wanted = getattr(again, part, None), getattr(whole, part, None)
+        mine: Any = getattr(again, part, None)
+        wanted: Any = getattr(whole, part, None)
         assert type(mine) is type(wanted)
         assert mine is None or mine.size == wanted.size
 
