@@ -6,12 +6,14 @@ as well.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from jobs.cli.removed_flags import RENAMED_FIELDS
+from pipeline.config.checks import URL
 from teacher_cache.schema.strict_json import decode_mapping
 
 _ONCE_FLAT = ("training", "settings")
@@ -27,6 +29,8 @@ def read_config(config_class: type, text: str) -> object:
         where = "--config"
     else:
         file = Path(text)
+        if re.match(URL, text):
+            raise ValueError(f"--config {text} is a URL; download it and give the file")
         if not file.exists():
             raise ValueError(f"--config {file}: no such file")
         where, text = str(file), file.read_text()

@@ -1,10 +1,11 @@
 """Declares the settings of build, and of the source of its samples."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.checks import Dtype, at_least_one, refuse_idle_choice
+from pipeline.config.checks import URL, Dtype, at_least_one, refuse_idle_choice, refuse_url_paths
 from teacher_cache.schema.options import RecordSettings, ShardFormatName
 from teacher_cache.schema.strict_json import StrictRecord
 
@@ -23,6 +24,14 @@ class SourceConfig(StrictRecord):
     """Folder that the image paths of a LLaVA JSON are relative to; default: the file's folder."""
     limit: int | None = None
     """Read only this many samples, from the first on."""
+
+    def __post_init__(self) -> None:
+        refuse_url_paths(self)
+        if re.match(URL, self.path):
+            raise ValueError(
+                f"{self.path}: sources are read from files, not from URLs; download it or mount "
+                "the store"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
+"""Begins a URL, also one that lost a slash as a `Path`; a drive letter does not match."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -23,7 +26,7 @@ def refuse_url_paths(record: Any) -> None:
     for field in fields(record):
         value = getattr(record, field.name)
         for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+            if isinstance(path, Path) and re.match(URL, str(path)):
                 raise ValueError(
                     f"{field.name} is {path}, which looks like a URL; give a folder or file on "
                     "this machine (caches alone may lie in an object store)"

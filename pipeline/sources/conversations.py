@@ -38,10 +38,11 @@ def build_sample(
     Raises SampleError for unknown roles, malformed turns, images that cannot be read or decoded,
     media that is not read in a sample without images, and whatever `Sample` refuses.
     """
+    passed_over = [*unread_media(entry, {*TURN_FIELDS, *IMAGE_FIELDS, "id"}), *other_members]
     try:
         listed = list(members) if members else listed_images(entry)
         found = read_conversation(entry, listed)
-        passed_over = [*unread_media(entry, {*TURN_FIELDS, *IMAGE_FIELDS, "id"}), *other_members]
+        passed_over += dict.fromkeys(found.unread)
         if passed_over and not found.images:
             raise ValueError(
                 f"it has no image, but {', '.join(passed_over)}, which is not read: name the field "
@@ -62,7 +63,15 @@ def build_sample(
     except SampleError as error:
         raise SampleError(source_id, f"{where}: {error.reason}") from error
     except ValueError as error:
-        raise SampleError(source_id, f"{where}: {error}") from error
+        more = "" if "not read" in str(error) or not passed_over else _also(passed_over)
+        raise SampleError(source_id, f"{where}: {error}{more}") from error
+
+
+def _also(passed_over: Sequence[str]) -> str:
+    return (
+        f" (not read: {', '.join(passed_over)}; if an image is there, name its field `image` or "
+        "`images`)"
+    )
 
 
 def parse_json(data: bytes, where: str, source_id: str) -> Any:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 _ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg"),
@@ -16,6 +17,8 @@ _NAME = re.compile(
     r"(_?\d+)?(_(path|file|url|bytes|base64|list|data))?s?",
     re.IGNORECASE,
 )
+_ARRAY = re.compile(r"(.*_)?(pixels?|pixel_values|depth|depth_map)", re.IGNORECASE)
+_OTHER = re.compile(r"(.*[._-])?(mask|depth|seg|segmentation)s?", re.IGNORECASE)
 _WEIGHTS = re.compile(r"(loss|sample|token)?_?(weight|mask)s?|loss", re.IGNORECASE)
 IMAGE_FIELDS = ("image", "images")
 """The fields that images are read from, one of them in an entry."""
@@ -49,6 +52,11 @@ def is_media_file(name: str) -> bool:
     return name.lower().endswith(_ENDINGS)
 
 
+def is_other_member(stem: str) -> bool:
+    """Whether a member beside a sample's images is a mask or a depth map, by its name."""
+    return bool(_OTHER.fullmatch(stem))
+
+
 def _is_media(name: str, value: Any) -> bool:
     if value is None or value in ("", [], {}, b""):
         return False
@@ -59,8 +67,11 @@ def _is_media(name: str, value: Any) -> bool:
     if isinstance(value, str):
         return value.startswith("data:") or is_media_file(value) or bool(_NAME.fullmatch(name))
     if isinstance(value, list):
-        return any(_is_media(name, each) for each in value[:16])
-    return isinstance(value, Mapping) and bool(_NAME.fullmatch(name))
+        return bool(_ARRAY.fullmatch(name)) or any(_is_media(name, each) for each in value[:16])
+    if isinstance(value, Mapping):
+        named = bool(_NAME.fullmatch(name))
+        return named or any(_is_media(str(inner), each) for inner, each in value.items())
+    return False
 
 
 def read_image(stored: Any, root: Path | None) -> bytes:
@@ -77,6 +88,8 @@ def read_image(stored: Any, root: Path | None) -> bytes:
         raise ValueError(
             f"an image must be a path, or a struct with `bytes`, found {str(stored)[:80]}"
         )
+    if stored.startswith("file://"):
+        stored = unquote(stored.removeprefix("file://"))
     if stored.startswith("data:"):
         head, _, text = stored.partition(",")
         try:
@@ -86,7 +99,12 @@ def read_image(stored: Any, root: Path | None) -> bytes:
         except (binascii.Error, ValueError) as error:
             raise ValueError(f"the image {stored[:40]!r} cannot be read: {error}") from error
     if re.match(r"[a-z][a-z0-9+.-]*://", stored):
-        raise ValueError(f"image {stored!r} is a URL; download it and give a path")
+        raise ValueError(f"image {stored[:200]!r} is a URL; download it and give a path")
+    if len(stored) > 1000:
+        raise ValueError(
+            f"an image is the text {stored[:40]!r} of {len(stored)} characters, expected a path; "
+            "write `data:image/png;base64,` in front of base64"
+        )
     if root is None:
         raise ValueError(
             f"an image is the path {stored!r}; embed the image files: a struct with `bytes`"

@@ -22,7 +22,7 @@ from pipeline.sources.turns import LAYOUTS, TURN_FIELDS
 from teacher_cache.schema.samples import Sample
 
 ROWS_AT_ONCE = 16
-"""Rows in memory; a row with images of 20 MiB makes that 320 MiB."""
+"""Rows decoded at once. Arrow itself may hold the bytes of a row group while it reads one."""
 
 
 class ParquetSource:

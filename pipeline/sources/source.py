@@ -11,7 +11,6 @@ import glob
 import hashlib
 import itertools
 import logging
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -209,15 +208,12 @@ def source_files(path: str) -> list[Path]:
     """The files of a path, which may be a folder, a glob or a brace pattern, in order.
 
     A folder stands for its .parquet files, for those of its folder `data`, or for its .tar files.
-    ValueError for a URL and where there is no such file.
+    ValueError where there is no such file.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
-        raise ValueError(
-            f"{path}: sources are read from files, not from URLs; download it or mount the store"
-        )
     files: list[Path] = []
     for piece in expand_urls(path):
-        found = sorted(glob.glob(piece)) if glob.has_magic(piece) else [piece]
+        is_pattern = glob.has_magic(piece) and not Path(piece).exists()
+        found = sorted(glob.glob(piece)) if is_pattern else [piece]
         for name in found:
             files += _folder_files(Path(name)) if Path(name).is_dir() else [Path(name)]
     missing = [file for file in files if not file.exists()]
@@ -229,10 +225,14 @@ def source_files(path: str) -> list[Path]:
 
 def _folder_files(folder: Path) -> list[Path]:
     patterns = ("*.parquet", "data/*.parquet", "*.tar")
-    found = next((files for p in patterns if (files := sorted(folder.glob(p)))), [])
-    if not found:
+    held = {p: files for p in patterns if (files := sorted(folder.glob(p)))}
+    if len(held) > 1:
+        raise ValueError(
+            f"{folder}: holds {' and '.join(held)}; name one of them with the folder in front"
+        )
+    if not held:
         raise ValueError(
             f"{folder}: found no .parquet and no .tar file in the folder; check the path, or name "
             "a .json file in it"
         )
-    return found
+    return next(iter(held.values()))

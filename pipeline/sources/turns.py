@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.sources.media import unread_media
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -27,12 +28,18 @@ _ROLES: dict[str, Role] = {
 }
 _CATEGORY_FIELDS = ("category", "question_type", "answer_type", "subject", "subfield")
 _REQUEST = "Answer with the option's letter from the given choices directly."
+_PREFERENCES = ("chosen", "rejected")
+_CALLS = ("tool_calls", "function_call")
+_LOSS = ("loss", "weight", "loss_weight")
+_TURN_READ = {"from", "role", "value", "content", *_LOSS}
 TURN_FIELDS = frozenset(
     {"conversations", "messages", "texts", "prompt", "completion", "question", "answer", "answers"}
-    | {"choices", "options", "caption", "text", "system", *_CATEGORY_FIELDS}
+    | {"choices", "options", "caption", "text", "system", *_CATEGORY_FIELDS, *_PREFERENCES}
 )
 """Every field that `read_conversation` may read."""
-LAYOUTS = ("conversations", "messages", "texts", "prompt", "question", "caption", "text")
+MARKED_LAYOUTS = ("conversations", "messages")
+"""The layouts whose texts mark the place of each image."""
+LAYOUTS = (*MARKED_LAYOUTS, "texts", "prompt", "question", "caption", "text")
 """The field that tells each layout, in the order in which they are looked for."""
 
 
@@ -46,6 +53,8 @@ class Conversation:
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     category: str | None = None
+    unread: list[str] = field(default_factory=list[str])
+    """Fields of turns and parts that look like media and are not read."""
 
 
 def read_conversation(entry: Mapping[str, Any], listed: Sequence[Any]) -> Conversation:
@@ -58,6 +67,11 @@ def read_conversation(entry: Mapping[str, Any], listed: Sequence[Any]) -> Conver
         raise ValueError(
             f"found the fields {', '.join(sorted(entry))}; expected one of {', '.join(LAYOUTS)}"
         )
+    if pairs := [name for name in _PREFERENCES if entry.get(name) is not None]:
+        raise ValueError(
+            f"found {' and '.join(pairs)}; preference pairs are not read: write the answer to "
+            "learn as the last turn and drop them"
+        )
     found = Conversation(category=_category(entry))
     turns = _turns(layout, entry, found, bool(listed))
     if isinstance(entry.get("system"), str) and not any(_role(t) == "system" for t in turns):
@@ -66,7 +80,8 @@ def read_conversation(entry: Mapping[str, Any], listed: Sequence[Any]) -> Conver
     for number, turn in enumerate(turns):
         found.messages.append(reader.message(turn, number))
     found.images = reader.images
-    if listed and not found.images and layout not in ("conversations", "messages"):
+    found.unread = reader.unread
+    if listed and not found.images and layout not in MARKED_LAYOUTS:
         _put_first(found, listed)
     elif reader.taken != len(listed) and not reader.by_index:
         raise ValueError(
@@ -87,7 +102,9 @@ def _turns(
         return _question(entry, found)
     if layout in ("caption", "text"):
         if not has_images:
-            raise ValueError(f"found {layout} without an image; a caption needs one")
+            raise ValueError(
+                f"found {layout} without an image in `image` or `images`; a caption needs one"
+            )
         return [*_said("user", ""), *_said("assistant", entry[layout])]
     turns = entry[layout]
     if not isinstance(turns, list):
@@ -98,7 +115,10 @@ def _turns(
     if len(pairs) != len(turns):
         raise ValueError(f"texts must hold objects with user and assistant, found {turns!r}"[:200])
     return [
-        turn for each in pairs for role in ("user", "assistant") for turn in _said(role, each[role])
+        turn
+        for each in pairs
+        for role in ("user", "assistant")
+        for turn in _said(role, each.get(role))
     ]
 
 
@@ -197,6 +217,7 @@ class _Reader:
 
     def __init__(self, listed: Sequence[Any]) -> None:
         self.images: list[Any] = []
+        self.unread: list[str] = []
         self.taken = 0
         """Marks that took the next listed image, or found none left."""
         self.by_index = False
@@ -211,6 +232,12 @@ class _Reader:
             raise ValueError(
                 f"turn {number} has the role {name!r}, expected one of {', '.join(_ROLES)}"
             )
+        if calls := [name for name in _CALLS if turn.get(name)]:
+            raise ValueError(
+                f"turn {number} holds {', '.join(calls)}; tool calls are not read: write them into "
+                "the turn's text or remove the sample"
+            )
+        self.unread += [f"{name} of a turn" for name in unread_media(turn, _TURN_READ)]
         text = self._text(turn.get("value", turn.get("content")), number)
         return Message(role=role, text=text, learn=_learn(turn, number))
 
@@ -229,6 +256,7 @@ class _Reader:
     def _part(self, part: Any, number: int) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            self.unread += [f"{name} of a text part" for name in unread_media(part, {"text"})]
             return self._text(part["text"], number)
         if kind not in ("image", "image_url"):
             raise ValueError(
@@ -263,7 +291,7 @@ class _Reader:
 
 def _learn(turn: Mapping[str, Any], number: int) -> bool:
     """Whether a turn is learnt: `loss` or `weight` 0 leaves it out of the loss."""
-    name = next((n for n in ("loss", "weight", "loss_weight") if turn.get(n) is not None), None)
+    name = next((n for n in _LOSS if turn.get(n) is not None), None)
     if name is None or turn[name] in (0, 1):
         return name is None or bool(turn[name])
     raise ValueError(f"turn {number} has {name} {turn[name]!r}, expected 0, 1, true or false")

@@ -3,8 +3,9 @@
 Opening a tar reads an index of member offsets only, so any sample is one seek away. Members never
 touch a path; nothing is unpickled. As in WebDataset, members belong together when their names agree
 up to the first dot of the file name: `key.json` holds the turns, or `key.txt` a caption; `key.jpg`,
-or `key.0.jpg`, `key.1.png`, ... are the images, ordered by the numbers in their names. Refuses a
-sample without a JSON or text member and a file that is no tar.
+or `key.0.jpg`, `key.1.png`, ... are the images, ordered by the numbers in their names. Where the
+text has no image marks, `key.mask.png` is no image; it is counted as not read. Refuses a sample
+without a JSON or text member and a file that is no tar.
 """
 
 import re
@@ -18,8 +19,8 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext
 
 from pipeline.sources.conversations import build_sample, entry_id, parse_json, require_object
-from pipeline.sources.media import IMAGE_FIELDS, is_media_file
-from pipeline.sources.turns import LAYOUTS
+from pipeline.sources.media import IMAGE_FIELDS, is_media_file, is_other_member
+from pipeline.sources.turns import LAYOUTS, MARKED_LAYOUTS
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 
@@ -49,7 +50,8 @@ class TarSource:
         entry = self._entries[index]
         where = f"{entry.tar}, member {entry.key}"
         fields = self._fields(entry, where)
-        names = sorted((n for n in entry.members if _is_image(n)), key=_natural)
+        has_marks = any(fields.get(name) is not None for name in MARKED_LAYOUTS)
+        names = sorted((n for n in entry.members if _is_image(n, has_marks)), key=_natural)
         images = [_read(entry, name) for name in names]
         if images:  # the fields say where the members were taken from
             fields = {name: value for name, value in fields.items() if name not in IMAGE_FIELDS}
@@ -66,7 +68,7 @@ class TarSource:
                 turns = {"conversations": turns}
             fields = require_object(turns, f"{where}.json", entry.key)
         if "txt" in entry.members and not any(fields.get(name) is not None for name in LAYOUTS):
-            fields = {**fields, "caption": _read(entry, "txt").decode("utf-8", "strict").strip()}
+            fields = {**fields, "caption": _text(entry, where)}
         if not fields:
             found = ", ".join(sorted(entry.members))
             raise SampleError(entry.key, f"{where}: found {found}, expected a json member too")
@@ -105,8 +107,19 @@ def _read(entry: _Entry, name: str) -> bytes:
     return data
 
 
-def _is_image(extension: str) -> bool:
-    return f".{extension}".endswith(IMAGE_ENDINGS)
+def _text(entry: _Entry, where: str) -> str:
+    try:
+        return _read(entry, "txt").decode().strip()
+    except UnicodeDecodeError as error:
+        raise SampleError(
+            entry.key, f"{where}.txt: not UTF-8: {error.reason}; convert the text"
+        ) from error
+
+
+def _is_image(extension: str, has_marks: bool) -> bool:
+    """Where the text marks its images, their number shows a mask that is none of them."""
+    is_other = not has_marks and is_other_member(extension.rpartition(".")[0])
+    return f".{extension}".endswith(IMAGE_ENDINGS) and not is_other
 
 
 def _natural(extension: str) -> list[tuple[int, str]]:
