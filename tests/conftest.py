@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 
 # jaxtyping looks its type checker up among the loaded modules.
 import tests.support.first_call  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from tests.support.paths import TinyFolder
 
 if TYPE_CHECKING:
     from tests.support.s3_server import S3Server
@@ -23,7 +24,6 @@ if not torch.cuda.is_available():
 # What is imported stays: looking for garbage in it, again and again, took a tenth of collection.
 gc.disable()
 
-TinyFolder = Callable[[str], Path]
 COLLECTED = pytest.StashKey[set[str]]()
 
 
@@ -52,6 +52,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
         return built[family]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def llava(tiny_folder: TinyFolder) -> Path:
+    """Folder of the tiny LLaVA."""
+    return tiny_folder("llava")
 
 
 @pytest.fixture(scope="module")

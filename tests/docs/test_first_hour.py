@@ -8,7 +8,6 @@ import pytest
 
 from jobs.cli.__main__ import main
 from teacher_cache.folder.reader import CacheReader
-from tests.conftest import TinyFolder
 from tests.support.paths import DOCS
 from tests.support.tiny import tiny_image
 
@@ -26,11 +25,11 @@ def _arguments(line: str) -> list[str]:
 
 @pytest.mark.timeout(300)  # ten commands, each of which is a stage
 def test_every_command_works_in_the_order_of_the_page(
-    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo" / "teacher").mkdir(parents=True)
-    (tmp_path / "demo" / "teacher" / "final").symlink_to(tiny_folder("llava"))
+    (tmp_path / "demo" / "teacher" / "final").symlink_to(llava)
     (tmp_path / "mine").mkdir()
     for number in range(10):
         (tmp_path / "mine" / f"{number}.png").write_bytes(tiny_image(number))

@@ -8,7 +8,6 @@ import torch
 
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.lazy import student_from_vanilla
 from tests.support.paths import DOCS, ROOT
@@ -20,17 +19,16 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 
 
 def test_the_example_runs_on_what_the_demo_leaves(
-    tiny_folder: TinyFolder,
+    llava: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (example,) = (text for language, text in BLOCKS if language == "python")
-    vanilla = tiny_folder("llava")
-    teacher = Teacher.load(str(vanilla), device="cpu", dtype="float32")
+    teacher = Teacher.load(str(llava), device="cpu", dtype="float32")
     records = RecordSettings(records="topk+sketch", top_k=16, sketch_rank=8)
     build_cache(tmp_path / "demo" / "cache", teacher, tiny_samples(4), records)
-    for part in student_from_vanilla(str(vanilla), stride=2, dtype=torch.float32):
+    for part in student_from_vanilla(str(llava), stride=2, dtype=torch.float32):
         part.save_pretrained(tmp_path / "demo" / "runs" / "emkd-0" / "final")
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from teacher_cache.folder.reader import CacheReader
-from tests.conftest import TinyFolder
 from tests.support.runs import tiny_cache, train
 
 
 @pytest.fixture(scope="module")
-def vanilla(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("llava")
+def vanilla(llava: Path) -> Path:
+    return llava
 
 
 @pytest.fixture(scope="module")

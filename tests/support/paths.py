@@ -1,8 +1,11 @@
-"""Where the files of the repository are, for tests that read them."""
+"""Where files are: those of the repository, and those of the tiny models."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 DOCS = ROOT / "docs"
 GOLDEN = TESTS / "golden"
+TinyFolder = Callable[[str], Path]
+"""The folder of the tiny model of a family, by model type."""

@@ -18,9 +18,9 @@ from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import RecordKind, RecordSettings, ShardFormatName
-from tests.conftest import TinyFolder
 from tests.support.lazy import AutoModelForImageTextToText, evaluate, train, write_report
 from tests.support.llava_json import evaluation, settings_of, small_build
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 NUM_SAMPLES = 5
@@ -109,15 +109,14 @@ def test_a_source_becomes_a_student_and_a_report(
 
 
 def test_the_same_settings_give_the_same_student_from_either_format(
-    tiny_folder: TinyFolder, tmp_path: Path
+    llava: Path, tmp_path: Path
 ) -> None:
-    model = tiny_folder("llava")
     weights: list[bytes] = []
-    config = small_build(tmp_path, tiny_samples(NUM_SAMPLES), model, RecordSettings(top_k=8), 256)
+    config = small_build(tmp_path, tiny_samples(NUM_SAMPLES), llava, RecordSettings(top_k=8), 256)
     forms: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
     for form in forms:
         cache = tmp_path / form
         build(dataclasses.replace(config, out=str(cache), format=form))
-        final = _train(cache, model, tmp_path / f"run-{form}", "emkd")
-        weights.append((final / "model.safetensors").read_bytes())
+        final = _train(cache, llava, tmp_path / f"run-{form}", "emkd")
+        weights.append((final / "llava.safetensors").read_bytes())
     assert weights[0] == weights[1]

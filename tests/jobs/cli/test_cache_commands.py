@@ -11,7 +11,6 @@ from PIL import Image
 from jobs.cli.__main__ import main
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.tiny import tiny_llava, tiny_samples
 
@@ -31,12 +30,9 @@ def _json(arguments: Sequence[str], captured: Run, code: int = 0) -> Any:
     return json.loads(captured.readouterr().out)
 
 
-def test_a_cache_is_verified_against_its_teacher(
-    tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
-) -> None:
-    model = tiny_folder("llava")
-    cache = _cache(tmp_path / "cache", model)
-    again = ["verify", cache, "--teacher", str(model), "--samples", "2", "--device", "cpu"]
+def test_a_cache_is_verified_against_its_teacher(tmp_path: Path, llava: Path, capsys: Run) -> None:
+    cache = _cache(tmp_path / "cache", llava)
+    again = ["verify", cache, "--teacher", str(llava), "--samples", "2", "--device", "cpu"]
     assert main(again) == 0
     said = capsys.readouterr().out
     assert "no problem found" in said
@@ -51,14 +47,11 @@ def test_a_cache_is_verified_against_its_teacher(
     assert "PROBLEM" in capsys.readouterr().out
 
 
-def test_a_sample_is_shown_in_words_and_drawn(
-    tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
-) -> None:
-    model = tiny_folder("llava")
-    cache = _cache(tmp_path / "cache", model)
+def test_a_sample_is_shown_in_words_and_drawn(tmp_path: Path, llava: Path, capsys: Run) -> None:
+    cache = _cache(tmp_path / "cache", llava)
     key = tiny_samples(1)[0].key
     picture = tmp_path / "sample.png"
-    words = ["--tokenizer", str(model), "--picture", str(picture)]
+    words = ["--tokenizer", str(llava), "--picture", str(picture)]
     shown = _json(["inspect", cache, "--sample", key, *words], capsys)
     assert all(isinstance(token, str) for token in shown["response"])
     assert shown["picture"] == str(picture)
@@ -70,9 +63,8 @@ def test_a_sample_is_shown_in_words_and_drawn(
 
 @pytest.mark.parametrize("count", ["0", "-1"])
 def test_a_comparison_of_nothing_does_not_pass(
-    count: str, tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
+    count: str, tmp_path: Path, llava: Path, capsys: Run
 ) -> None:
-    model = tiny_folder("llava")
-    cache = _cache(tmp_path / "cache", model)
-    assert main(["verify", cache, "--teacher", str(model), "--samples", count]) == 2
+    cache = _cache(tmp_path / "cache", llava)
+    assert main(["verify", cache, "--teacher", str(llava), "--samples", count]) == 2
     assert f"samples is {count}, expected at least 1" in capsys.readouterr().err

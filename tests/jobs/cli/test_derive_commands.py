@@ -9,7 +9,6 @@ import pytest
 
 from jobs.cli.__main__ import main
 from teacher_cache.folder.reader import CacheReader
-from tests.conftest import TinyFolder
 from tests.support.builders import published
 from tests.support.derived import base_cache
 from tests.support.extended import build_config, built
@@ -65,12 +64,11 @@ def test_there_and_back(tmp_path: Path, capsys: Run) -> None:
 
 
 def test_a_cache_is_extended_by_samples_and_by_records(
-    tmp_path: Path, tiny_folder: TinyFolder, capsys: Run
+    tmp_path: Path, llava: Path, capsys: Run
 ) -> None:
-    model = tiny_folder("llava")
-    base = str(built(tmp_path, model, "topk"))
-    source = build_config(tmp_path, model, "topk", 9).source.path
-    teacher = ["--teacher", str(model), "--device", "cpu"]
+    base = str(built(tmp_path, llava, "topk"))
+    source = build_config(tmp_path, llava, "topk", 9).source.path
+    teacher = ["--teacher", str(llava), "--device", "cpu"]
     here = [*teacher, "--no-ray"]
     more, both = str(tmp_path / "more"), str(tmp_path / "both")
     told = _json(["extend", "--cache", base, "--out", more, "--source", source, *here], capsys)

@@ -17,7 +17,6 @@ from jobs.cluster.paths import absolute, config_json
 from pipeline.config.stages import TrainConfig
 from student_train.config.objective import preset
 from teacher_cache.schema.options import RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.lazy import entrypoint, run_flags
 from tests.support.llava_json import write_llava_json
 from tests.support.paths import ROOT
@@ -195,11 +194,11 @@ def test_submit_checks_the_flags_of_the_stage_before_sending() -> None:
 
 
 def test_build_verify_inspect_as_commands(
-    tmp_path: Path, tiny_folder: TinyFolder, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llava: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_llava_json(tmp_path, tiny_samples(5))
     cache = tmp_path / "cache"
-    build = ["build", "--source", str(source), "--teacher", str(tiny_folder("llava"))]
+    build = ["build", "--source", str(source), "--teacher", str(llava)]
     assert main([*build, "--out", str(cache), "--no-ray", "--top-k", "4"]) == 0
     assert main(["verify", str(cache)]) == 0
     assert "no problem found" in capsys.readouterr().out

@@ -16,7 +16,6 @@ import pytest
 from pipeline.build.build import build
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.schema.options import RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_samples
@@ -87,11 +86,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster
         process.wait(timeout=60)
 
 
-def test_the_stages_as_jobs(
-    cluster: RunningCluster, tmp_path: Path, tiny_folder: TinyFolder
-) -> None:
+def test_the_stages_as_jobs(cluster: RunningCluster, tmp_path: Path, llava: Path) -> None:
     source = write_llava_json(tmp_path, tiny_samples(6))
-    teacher, cache = str(tiny_folder("llava")), tmp_path / "cache"
+    teacher, cache = str(llava), tmp_path / "cache"
     flags = ["--source", str(source), "--teacher", teacher, "--out", str(cache), "--top-k", "8"]
     flags += ["--samples-per-shard", "2", "--batch-size", "2"]
     job = cluster.submit("build", *flags)

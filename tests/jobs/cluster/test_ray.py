@@ -16,7 +16,6 @@ from pipeline.config.stages import EvaluateConfig, TrainConfig
 from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.lazy import ray_session, run_build, run_evaluate, run_extend, run_train, train
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
@@ -37,11 +36,11 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> BuildConfig:
+def built(tmp_path_factory: pytest.TempPathFactory, llava: Path) -> BuildConfig:
     folder = tmp_path_factory.mktemp("ray")
     config = BuildConfig(
         source=SourceConfig(path=str(write_llava_json(folder, tiny_samples(10)))),
-        teacher=str(tiny_folder("llava")),
+        teacher=str(llava),
         out=str(folder / "local"),
         samples_per_shard=3,
         batch_size=2,

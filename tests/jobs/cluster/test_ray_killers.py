@@ -15,7 +15,6 @@ from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.lazy import actor_pool, ray_session, run_build
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
@@ -50,11 +49,11 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
+def config(tmp_path: Path, llava: Path, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
     monkeypatch.setattr("jobs.stages.build.CacheBuilder", Fragile)
     return BuildConfig(
         source=SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(NUM_SAMPLES)))),
-        teacher=str(tiny_folder("llava")),
+        teacher=str(llava),
         out=str(tmp_path / "cache"),
         samples_per_shard=3,
         batch_size=2,

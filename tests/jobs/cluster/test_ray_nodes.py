@@ -13,7 +13,6 @@ from pipeline.build.build import CacheBuilder, build
 from pipeline.config.build import BuildConfig, SourceConfig
 from teacher_cache.schema.manifest import ShardCommit
 from teacher_cache.schema.options import RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.lazy import Cluster, ray, run_build
 from tests.support.llava_json import shard_bytes, write_llava_json
 from tests.support.tiny import tiny_samples
@@ -49,7 +48,7 @@ class Doomed(CacheBuilder):
 
 
 def test_a_machine_that_is_lost_costs_only_its_own_work(
-    cluster: Cluster, tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, tmp_path: Path, llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.stages.build.CacheBuilder", Doomed)
     before = {node["NodeID"] for node in ray.nodes()}
@@ -66,7 +65,7 @@ def test_a_machine_that_is_lost_costs_only_its_own_work(
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
     source = SourceConfig(path=str(write_llava_json(tmp_path, tiny_samples(6))))
-    teacher, out = str(tiny_folder("llava")), str(tmp_path / "cache")
+    teacher, out = str(llava), str(tmp_path / "cache")
     config = BuildConfig(
         source=source,
         teacher=teacher,

@@ -20,16 +20,16 @@ from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import Sample
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.children import start
 from tests.support.llava_json import shard_bytes, small_build, write_llava_json
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    return small_build(tmp_path, tiny_samples(10), tiny_folder("llava"), RecordSettings(top_k=8))
+def config(tmp_path: Path, llava: Path) -> BuildConfig:
+    return small_build(tmp_path, tiny_samples(10), llava, RecordSettings(top_k=8))
 
 
 def _into(config: BuildConfig, folder: str, **changes: object) -> BuildConfig:

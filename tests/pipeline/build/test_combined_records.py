@@ -18,7 +18,6 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_samples
@@ -32,8 +31,8 @@ def _cache(folder: Path, teacher: Teacher, records: RecordKind) -> CacheReader:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_folder: TinyFolder) -> Teacher:
-    return Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
+def teacher(llava: Path) -> Teacher:
+    return Teacher.load(str(llava), device="cpu", dtype="float32")
 
 
 def test_every_column_is_that_of_the_tier_alone(tmp_path: Path, teacher: Teacher) -> None:

@@ -23,7 +23,6 @@ from teacher_cache.folder.verify import verify_cache
 from teacher_cache.records.calibration import Calibration
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.options import RecordKind, RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.builders import published
 from tests.support.changed import changed
 from tests.support.extended import (
@@ -46,14 +45,13 @@ def _sound(out: Path, model: Path) -> CacheReader:
     return reader
 
 
-def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk+hidden")
+def test_extended_by_samples_is_built_from_all(tmp_path: Path, llava: Path) -> None:
+    base = built(tmp_path, llava, "topk+hidden")
     before = published(base)
-    more_samples(tmp_path, model, tmp_path / "more", "topk+hidden")
+    more_samples(tmp_path, llava, tmp_path / "more", "topk+hidden")
     # Shards are batches here, so that each sample has the neighbours that it has in a build of all.
-    everything = CacheReader.open(built(tmp_path, model, "topk+hidden", 12))
-    more = _sound(tmp_path / "more", model)
+    everything = CacheReader.open(built(tmp_path, llava, "topk+hidden", 12))
+    more = _sound(tmp_path / "more", llava)
     assert more.spec == CacheReader.open(base).spec, "its template, too"
     same = dataclasses.replace(everything.spec, template_digest=more.spec.template_digest)
     assert more.spec == same
@@ -65,39 +63,35 @@ def test_extended_by_samples_is_built_from_all(tmp_path: Path, tiny_folder: Tiny
         assert (tmp_path / "more" / commit.files[0].file).samefile(base / old.files[0].file)
 
 
-def test_new_samples_are_coded_by_the_sketch_of_the_old(
-    tmp_path: Path, tiny_folder: TinyFolder
-) -> None:
-    model = tiny_folder("llava")
-    base = CacheReader.open(built(tmp_path, model, "topk+sketch"))
-    more_samples(tmp_path, model, tmp_path / "more")
-    more = _sound(tmp_path / "more", model)  # of the codes, too
+def test_new_samples_are_coded_by_the_sketch_of_the_old(tmp_path: Path, llava: Path) -> None:
+    base = CacheReader.open(built(tmp_path, llava, "topk+sketch"))
+    more_samples(tmp_path, llava, tmp_path / "more")
+    more = _sound(tmp_path / "more", llava)  # of the codes, too
     assert (len(more), more.spec) == (12, base.spec)
-    at_once = CacheReader.open(built(tmp_path, model, "topk+sketch", 12))
+    at_once = CacheReader.open(built(tmp_path, llava, "topk+sketch", 12))
     assert at_once.spec.sketch_digest != base.spec.sketch_digest  # it is fitted to all of a source
 
 
-def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
-    tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+def test_caches_without_template_and_least_probabilities_stay_without_them(
+    tmp_path: Path, llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_folder("llava")
-    config = changed(build_config(tmp_path, model, "topk", 6), least_logits=False)
+    config = changed(build_config(tmp_path, llava, "topk", 6), least_logits=False)
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "template", lambda _: None)
         build(config)
     base = CacheReader.open(config.out)
     assert (base.spec.template_digest, base.spec.least_logits) == (None, False)
-    more_samples(tmp_path, model, tmp_path / "more", "topk")
-    more = _sound(tmp_path / "more", model)
+    more_samples(tmp_path, llava, tmp_path / "more", "topk")
+    more = _sound(tmp_path / "more", llava)
     assert (len(more), more.spec) == (12, base.spec)
     sketch = extension(
         config.out,
         tmp_path / "sketch",
-        model,
+        llava,
         settings=RecordSettings(records="topk+sketch", sketch_rank=4),
     )
     extend_records(sketch)
-    spec = _sound(tmp_path / "sketch", model).spec
+    spec = _sound(tmp_path / "sketch", llava).spec
     assert spec.sketch_digest is not None
     assert (spec.template_digest, spec.least_logits) == (None, False)
 
@@ -113,12 +107,11 @@ def test_caches_of_an_earlier_day_stay_without_template_and_least_probabilities(
     ],
 )
 def test_extended_by_records_is_built_with_all_of_them(
-    tmp_path: Path, tiny_folder: TinyFolder, held: RecordKind, added: RecordKind, both: RecordKind
+    tmp_path: Path, llava: Path, held: RecordKind, added: RecordKind, both: RecordKind
 ) -> None:
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, held)
+    base = built(tmp_path, llava, held)
     before = published(base)
-    config = extension(base, tmp_path / "more", model, settings=RecordSettings(records=added))
+    config = extension(base, tmp_path / "more", llava, settings=RecordSettings(records=added))
     new = set(both.split("+")) - set(held.split("+"))
     if "hidden" in new:
         config = changed(config, hidden_dtype="float32")
@@ -127,8 +120,8 @@ def test_extended_by_records_is_built_with_all_of_them(
     if "topk" in new:
         config = changed(config, top_k=6)
     extend_records(config)
-    more = _sound(tmp_path / "more", model)
-    at_once = CacheReader.open(built(tmp_path / "once", model, both))
+    more = _sound(tmp_path / "more", llava)
+    at_once = CacheReader.open(built(tmp_path / "once", llava, both))
     assert more.spec == at_once.spec
     assert_same_rows(more, at_once)
     assert published(base) == before
@@ -137,7 +130,7 @@ def test_extended_by_records_is_built_with_all_of_them(
         assert len(commit.files) == 2
     # Layered shards are ordinary ones to the other tools.
     subset_cache(tmp_path / "more", tmp_path / "part", Selection(keys=more.keys[1:4]))
-    part = _sound(tmp_path / "part", model)
+    part = _sound(tmp_path / "part", llava)
     for index, key in enumerate(part.keys):
         ours = output_columns(part.read(index, part.parts).output)
         theirs = output_columns(more.read(more.find(key), more.parts).output)
@@ -155,8 +148,8 @@ def test_an_extension_that_is_killed_and_run_again_leaves_the_same_bytes(
     assert done.returncode == 0, done.stderr
 
 
-def test_another_teacher_is_refused_with_a_table(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    built(tmp_path, tiny_folder("llava"), "topk+sketch")
+def test_another_teacher_is_refused_with_a_table(tmp_path: Path, llava: Path) -> None:
+    built(tmp_path, llava, "topk+sketch")
     other = tiny_llava(tmp_path / "other", seed=1)
     for extend in (more_samples, more_records):
         with pytest.raises(CacheMismatchError, match=r"not the teacher of the cache:\n *teacher_w"):
@@ -164,21 +157,19 @@ def test_another_teacher_is_refused_with_a_table(tmp_path: Path, tiny_folder: Ti
     assert not (tmp_path / "more").exists()
 
 
-def test_a_source_without_anything_new_is_refused(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk")
+def test_a_source_without_anything_new_is_refused(tmp_path: Path, llava: Path) -> None:
+    base = built(tmp_path, llava, "topk")
     source = write_llava_json(tmp_path / "known", samples_to_cache()[2:5])
-    config = extension(base, tmp_path / "x", model, source=str(source))
+    config = extension(base, tmp_path / "x", llava, source=str(source))
     with pytest.raises(ValueError, match="all of its 3 usable samples are in"):
         extend_samples(config)
 
 
-def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk")
-    source = Path(build_config(tmp_path, model, "topk", 12).source.path)
+def test_bad_samples_are_refused_or_recorded(tmp_path: Path, llava: Path) -> None:
+    base = built(tmp_path, llava, "topk")
+    source = Path(build_config(tmp_path, llava, "topk", 12).source.path)
     next(source.parent.glob("tiny-711-*.png")).unlink()
-    config = extension(base, tmp_path / "x", model, source=str(source))
+    config = extension(base, tmp_path / "x", llava, source=str(source))
     with pytest.raises(ValueError, match="--on-bad-sample record"):
         extend_samples(config)
     seal = extend_samples(dataclasses.replace(config, on_bad_sample="record", device="cpu"))
@@ -187,12 +178,10 @@ def test_bad_samples_are_refused_or_recorded(tmp_path: Path, tiny_folder: TinyFo
 
 
 def test_samples_that_kill_the_worker_that_extends_them_are_named(
-    tmp_path: Path, tiny_folder: TinyFolder
+    tmp_path: Path, llava: Path
 ) -> None:
-    base = built(tmp_path, tiny_folder("llava"), "topk")
-    config = extension(
-        base, tmp_path / "more", tiny_folder("llava"), settings=RecordSettings(records="hidden")
-    )
+    base = built(tmp_path, llava, "topk")
+    config = extension(base, tmp_path / "more", llava, settings=RecordSettings(records="hidden"))
     extender = RecordExtender(config)
     extender.prepare()
     extender.probe(1, 0, 2)
@@ -211,9 +200,7 @@ def test_what_records_are_joined_and_computed() -> None:
             joined(held, "topk")
 
 
-def test_settings_that_would_have_no_effect_are_refused(
-    tmp_path: Path, tiny_folder: TinyFolder
-) -> None:
+def test_settings_that_would_have_no_effect_are_refused(tmp_path: Path, llava: Path) -> None:
     config: dict[str, Any] = {"cache": "a", "out": "b", "teacher": "c"}
     with pytest.raises(ValueError, match="give either source"):
         ExtendConfig(**config)
@@ -229,10 +216,9 @@ def test_settings_that_would_have_no_effect_are_refused(
             limit=4,
             settings=RecordSettings(records="hidden"),
         )
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk")
+    base = built(tmp_path, llava, "topk")
     idle = extension(
-        base, tmp_path / "x", model, settings=RecordSettings(records="hidden", top_k=4)
+        base, tmp_path / "x", llava, settings=RecordSettings(records="hidden", top_k=4)
     )
     with pytest.raises(ValueError, match="top_k is given, but topk records are not new"):
         extend_records(idle)
@@ -241,17 +227,16 @@ def test_settings_that_would_have_no_effect_are_refused(
         extend_records(idle)
 
 
-def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk")
+def test_new_records_may_be_lossy(tmp_path: Path, llava: Path) -> None:
+    base = built(tmp_path, llava, "topk")
     config = extension(
         base,
         tmp_path / "more",
-        model,
+        llava,
         settings=RecordSettings(records="hidden", hidden_dtype="int8", hidden_group=8),
     )
     extend_records(config)
-    more = _sound(tmp_path / "more", model)
+    more = _sound(tmp_path / "more", llava)
     assert (more.spec.hidden_dtype, more.spec.hidden_group) == ("int8", 8)
     assert more.spec.logits_codec == "exact"
     scales = {name for file in more.seal.shards[0].files[1:] for name in file.columns}
@@ -259,25 +244,24 @@ def test_new_records_may_be_lossy(tmp_path: Path, tiny_folder: TinyFolder) -> No
 
 
 def test_caches_in_object_stores_are_extended(
-    tmp_path: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMKD_DOWNLOADS", str(tmp_path / "downloads"))
-    model = tiny_folder("llava")
-    base = built(tmp_path, model, "topk")
+    base = built(tmp_path, llava, "topk")
     place = f"memory://{uuid.uuid4().hex}"
     config = extension(
         base,
         f"{place}/both",
-        model,
+        llava,
         settings=RecordSettings(records="hidden", hidden_dtype="float32"),
     )
     extend_records(config)
-    source = build_config(tmp_path, model, "topk", 12).source.path
-    more = extension(f"{place}/both", f"{place}/more", model, source=source)
+    source = build_config(tmp_path, llava, "topk", 12).source.path
+    more = extension(f"{place}/both", f"{place}/more", llava, source=source)
     extend_samples(more)
     assert verify_cache(f"{place}/more").problems == ()
     reader = CacheReader.open(f"{place}/more")
     assert (len(reader), reader.spec.records) == (12, "topk+hidden")
     assert [len(commit.files) for commit in reader.seal.shards][:2] == [2, 2]
-    at_once = CacheReader.open(built(tmp_path / "once", model, "topk+hidden", 12))
+    at_once = CacheReader.open(built(tmp_path / "once", llava, "topk+hidden", 12))
     assert_same_rows(reader, at_once)

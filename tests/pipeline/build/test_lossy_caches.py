@@ -14,14 +14,13 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.tiny import tiny_samples
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_folder: TinyFolder) -> Teacher:
-    return Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
+def teacher(llava: Path) -> Teacher:
+    return Teacher.load(str(llava), device="cpu", dtype="float32")
 
 
 def _cache(folder: Path, teacher: Teacher, records: RecordKind, **changes: Any) -> CacheReader:

@@ -17,7 +17,6 @@ from student_train.config.recipe import TrainerSettings
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.storage.open_store import open_store
-from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.children import finish, start
 from tests.support.lazy import train
@@ -31,10 +30,10 @@ NUM_SAMPLES = 6
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder, s3: S3Server) -> BuildConfig:
+def config(tmp_path: Path, llava: Path, s3: S3Server) -> BuildConfig:
     samples, settings = tiny_samples(NUM_SAMPLES), RecordSettings(top_k=8)
     out = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    return small_build(tmp_path, samples, tiny_folder("llava"), settings, out=out)
+    return small_build(tmp_path, samples, llava, settings, out=out)
 
 
 def shards(location: str) -> dict[str, bytes]:

@@ -24,11 +24,12 @@ from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.changed import changed
 from tests.support.deep import deep_model
 from tests.support.llava_json import shard_bytes, small_build
+from tests.support.paths import TinyFolder
+from tests.support.present import present
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_samples
 
@@ -82,14 +83,13 @@ def test_each_record_is_the_teacher_under_compression_to_the_bit(
             *live(teacher, samples[3:], ratio, how),
         ]
         for output, expected in zip(stored, states, strict=True):
-            assert output.hidden_grid is not None
-            assert output.response_grid is not None
-            assert_same_bits(output.hidden_grid[ratio], expected)
+            assert_same_bits(present(output.hidden_grid)[ratio], expected)
             record = top_k_from_hidden(expected, teacher.head, teacher.head.vocab_size)
             for name in ("ids", "logits", "logsumexp", "log_tail"):
-                assert_same_bits(getattr(output.response_grid[ratio], name), getattr(record, name))
-            assert output.hidden is not None
-            differs += not torch.equal(output.hidden.predicting, expected)
+                assert_same_bits(
+                    getattr(present(output.response_grid)[ratio], name), getattr(record, name)
+                )
+            differs += not torch.equal(present(output.hidden).predicting, expected)
     assert differs >= 4 * len(RATIOS)  # all but the text-only sample, which nothing is dropped of
 
 
@@ -106,24 +106,20 @@ def test_what_is_kept_of_a_sample_does_not_depend_on_its_batch(
         assert isinstance(alone, TeacherOutput)
         assert isinstance(found, TeacherOutput)
         for ratio in RATIOS:
-            assert alone.hidden_grid is not None
-            assert found.hidden_grid is not None
-            torch.testing.assert_close(alone.hidden_grid[ratio], found.hidden_grid[ratio])
+            torch.testing.assert_close(
+                present(alone.hidden_grid)[ratio], present(found.hidden_grid)[ratio]
+            )
 
 
-def test_top_k_records_are_those_of_the_whole_vocabulary_cut(
-    tmp_path: Path, tiny_folder: TinyFolder
-) -> None:
-    teacher, samples = deep_teacher(tiny_folder("llava"), grid()), tiny_samples(4)
+def test_top_k_records_are_those_of_the_whole_vocabulary_cut(tmp_path: Path, llava: Path) -> None:
+    teacher, samples = deep_teacher(llava, grid()), tiny_samples(4)
     kept = {}
     for top_k in (7, teacher.head.vocab_size):
         settings = RecordSettings(records="topk", top_k=top_k, grid=grid())
         kept[top_k] = outputs(build_cache(tmp_path / str(top_k), teacher, samples, settings))
     for short, long in zip(*kept.values(), strict=True):
         for ratio in RATIOS:
-            assert short.response_grid is not None
-            assert long.response_grid is not None
-            cut, whole = short.response_grid[ratio], long.response_grid[ratio]
+            cut, whole = present(short.response_grid)[ratio], present(long.response_grid)[ratio]
             assert_same_bits(cut.ids, whole.ids[:, :7])
             assert_same_bits(cut.logits, whole.logits[:, :7])
             assert_same_bits(cut.logsumexp, whole.logsumexp)
@@ -140,20 +136,18 @@ def test_where_nothing_is_dropped_the_grid_is_the_ordinary_record(
     teacher = deep_teacher(tiny_folder("llava_next"), grid("all"))
     settings = RecordSettings(records="topk+hidden", top_k=9, grid=grid("all"))
     for output in outputs(build_cache(tmp_path, teacher, tiny_samples(5), settings)):
-        assert output.response is not None
-        assert output.hidden is not None
         for ratio in RATIOS:
-            assert output.response_grid is not None
-            assert output.hidden_grid is not None
-            assert_same_bits(output.response_grid[ratio].logits, output.response.logits)
-            assert_same_bits(output.hidden_grid[ratio], output.hidden.predicting)
+            assert_same_bits(
+                present(output.response_grid)[ratio].logits, present(output.response).logits
+            )
+            assert_same_bits(present(output.hidden_grid)[ratio], present(output.hidden).predicting)
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
+def config(tmp_path: Path, llava: Path) -> BuildConfig:
     grid = GridSettings(compressor="random", ratios=RATIOS, layer=1)
     settings = RecordSettings(records="topk", top_k=8, grid=grid)
-    return small_build(tmp_path, tiny_samples(8), tiny_folder("llava"), settings)
+    return small_build(tmp_path, tiny_samples(8), llava, settings)
 
 
 @pytest.mark.parametrize("records", ["topk", "hidden"])
@@ -174,8 +168,7 @@ def test_shards_that_are_built_later_by_another_process_have_the_same_bytes(
 
 
 def _gridded(config: BuildConfig, **changes: Any) -> BuildConfig:
-    assert config.settings.grid is not None
-    return config.with_settings(grid=dataclasses.replace(config.settings.grid, **changes))
+    return config.with_settings(grid=dataclasses.replace(present(config.settings.grid), **changes))
 
 
 def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: BuildConfig) -> None:
@@ -186,9 +179,7 @@ def test_a_grid_is_part_of_what_a_cache_is_and_none_changes_nothing(config: Buil
     one, two = CacheReader.open(config.out), CacheReader.open(plain.out)
     assert one.parts - two.parts == {"response_grid"}
     for left, right in zip(outputs(one), outputs(two), strict=True):
-        assert left.response is not None
-        assert right.response is not None
-        assert_same_bits(left.response.logits, right.response.logits)
+        assert_same_bits(present(left.response).logits, present(right.response).logits)
     with pytest.raises(ValueError, match=r"grid\.seed"):
         build(_gridded(config, seed=1))
     with pytest.raises(ValueError, match="grid: stored None"):
@@ -243,7 +234,7 @@ def test_a_decoder_that_cannot_drop_tokens_is_refused(
     assert not Path(config.out).exists() or not list(Path(config.out).rglob("*.json"))
 
 
-def test_a_teacher_without_passes_says_so(tiny_folder: TinyFolder) -> None:
-    teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
+def test_a_teacher_without_passes_says_so(llava: Path) -> None:
+    teacher = Teacher.load(str(llava), device="cpu")
     with pytest.raises(ValueError, match="set grid_passes first"):
         teacher.outputs(tiny_samples(1), RecordSettings(records="topk", grid=grid()))

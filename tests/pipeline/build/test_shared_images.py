@@ -19,7 +19,6 @@ from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.open_store import open_store
-from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.llava_json import shard_bytes, small_build, write_llava_json
 from tests.support.strategies import assert_same_bits
@@ -45,9 +44,9 @@ OWNERS = {"a1": "a0", "a4": "a0", "b1": "b0", "ab1": "ab0"}
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
+def config(tmp_path: Path, llava: Path) -> BuildConfig:
     settings = RecordSettings(records="topk+sketch", top_k=8, sketch_rank=8)
-    return small_build(tmp_path, QUESTIONS, tiny_folder("llava"), settings, samples_per_shard=6)
+    return small_build(tmp_path, QUESTIONS, llava, settings, samples_per_shard=6)
 
 
 def into(config: BuildConfig, **changes: object) -> BuildConfig:

@@ -15,9 +15,9 @@ from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.shard_quality import SampledLoss, ShardQuality, TailMass
 from teacher_cache.storage.open_store import open_store
-from tests.conftest import TinyFolder
 from tests.support.builders import build, make_shards
 from tests.support.llava_json import small_build
+from tests.support.present import present
 from tests.support.strategies import make_cached, make_spec
 from tests.support.tiny import tiny_samples
 from tests.whole.test_golden import GOLDEN
@@ -60,8 +60,7 @@ def test_a_cache_is_the_mean_of_its_shards(tmp_path: Path) -> None:
     wide = dataclasses.replace(TAIL, num_positions=3000, median=0.005, max=0.9)
     text = ShardQuality(vision_tail=None, response_tail=TAIL, sampled=None)
     seal = _seal(tmp_path, [_quality(), _quality(wide, num_pairs=300, regret=0.006), text])
-    found = summarise(seal)
-    assert found is not None
+    found = present(summarise(seal))
     assert found.mean.sampled is not None
     assert (found.mean.sampled.regret, found.mean.sampled.num_pairs) == (0.005, 400)
     assert found.mean.vision_tail is not None
@@ -83,27 +82,23 @@ def test_what_misses_is_said_with_the_worst_shard_and_another_tier(
     tmp_path: Path, records: RecordKind, changes: dict[str, object], p90: float, fault: str
 ) -> None:
     tail = dataclasses.replace(TAIL, p90=p90)
-    found = summarise(_seal(tmp_path, [_quality(), _quality(tail, **changes)], records))
-    assert found is not None
+    found = present(summarise(_seal(tmp_path, [_quality(), _quality(tail, **changes)], records)))
     assert [line[: len(fault)] for line in found.faults] == [fault]
     assert (found.worst, found.num_missing) == (1, 1)
-    said = warning_text(found, "here")
-    assert said is not None
+    said = present(warning_text(found, "here"))
     assert "1 of 2 shards miss it individually; the worst is shard 1" in said
     assert "Build into a new folder, with --records hidden --hidden-dtype " in said
     assert "here" in said
 
 
 def test_tails_of_records_with_a_sketch_are_shown_and_not_judged(tmp_path: Path) -> None:
-    found = summarise(_seal(tmp_path, [_quality(dataclasses.replace(TAIL, p90=0.9))]))
-    assert found is not None
+    found = present(summarise(_seal(tmp_path, [_quality(dataclasses.replace(TAIL, p90=0.9))])))
     assert found.faults == ()
 
 
 def test_hidden_states_are_never_judged_by_what_lies_beside_them(tmp_path: Path) -> None:
     bad = _quality(regret=0.5)
-    found = summarise(_seal(tmp_path / "both", [bad], "topk+sketch+hidden"))
-    assert found is not None
+    found = present(summarise(_seal(tmp_path / "both", [bad], "topk+sketch+hidden")))
     assert (found.faults, found.num_missing, found.instead) == ((), 0, None)
     alone = _seal(tmp_path / "hidden", [None], "hidden")
     assert summarise(alone) is None
@@ -112,17 +107,15 @@ def test_hidden_states_are_never_judged_by_what_lies_beside_them(tmp_path: Path)
 
 def test_shards_that_nobody_has_measured_are_counted(tmp_path: Path) -> None:
     some = _seal(tmp_path / "some", [_quality(), None])
-    found = summarise(some)
-    assert found is not None
+    found = present(summarise(some))
     assert "1 shards were not measured" in render_quality(found)
     assert not is_unknown(some)
     assert is_unknown(_seal(tmp_path / "none", [None, None]))
 
 
-def test_caches_of_an_earlier_day_say_nothing_of_their_quality() -> None:
+def test_caches_written_before_quality_was_recorded_have_none() -> None:
     for place in sorted(GOLDEN.rglob("SEALED.json")):
-        seal = read_seal(open_store(place.parent))
-        assert seal is not None
+        seal = present(read_seal(open_store(place.parent)))
         assert summarise(seal) is None
 
 
@@ -133,8 +126,8 @@ def test_records_keep_their_text_where_nothing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
-    return small_build(tmp_path, tiny_samples(6), tiny_folder("llava"), RecordSettings())
+def config(tmp_path: Path, llava: Path) -> BuildConfig:
+    return small_build(tmp_path, tiny_samples(6), llava, RecordSettings())
 
 
 def _build(config: BuildConfig, *flags: str) -> int:
@@ -179,8 +172,7 @@ def test_inspect_shows_the_table_and_all_shards_as_json(
     assert "!!!!" in said.err
     assert main(["inspect", config.out, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["quality"]
-    seal = read_seal(open_store(config.out))
-    assert seal is not None
+    seal = present(read_seal(open_store(config.out)))
     wanted = [dataclasses.asdict(c.quality) for c in seal.shards if c.quality is not None]
     assert shown["shards"] == wanted
     assert shown["instead"]["flags"].startswith("--records hidden")

@@ -15,7 +15,6 @@ from pipeline.fidelity.pilot import run_pilot
 from pipeline.fidelity.recommend import PilotReport, TierMeasure, recommend, render_pilot
 from pipeline.fidelity.sizes import Tier, TierSize
 from teacher_cache.folder.reader import CacheReader
-from tests.conftest import TinyFolder
 from tests.support.lazy import write_digits
 from tests.support.llava_json import write_llava_json
 from tests.support.published_templates import VICUNA
@@ -23,9 +22,9 @@ from tests.support.tiny import ask, tiny_samples
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> PlanConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, llava: Path) -> PlanConfig:
     source = write_llava_json(tmp_path_factory.mktemp("pilot"), tiny_samples(10))
-    teacher = str(tiny_folder("llava"))
+    teacher = str(llava)
     return PlanConfig(pilot=10, source=str(source), teacher=teacher, device="cpu")
 
 
@@ -89,10 +88,10 @@ def test_the_recommended_tier_can_be_built(
 
 
 def test_bytes_are_those_of_a_build_that_follows(
-    tiny_folder: TinyFolder, tmp_path: Path, record_property: Callable[[str, object], None]
+    llava: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     data = write_digits(DigitsConfig(out=tmp_path / "digits", num_train=80, num_heldout=1))
-    source, teacher = str(data / "train.json"), str(tiny_folder("llava"))
+    source, teacher = str(data / "train.json"), str(llava)
     report = run_pilot(PlanConfig(pilot=40, source=source, teacher=teacher, device="cpu"))
     names = ("topk k=64", "topk+sketch k=64 r=32", "hidden bfloat16")
     for measured in (item for item in report.tiers if item.tier.name in names):

@@ -31,9 +31,9 @@ from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
-from tests.conftest import TinyFolder
 from tests.support.changed import changed
 from tests.support.llava_json import shard_bytes, small_build
+from tests.support.present import present
 from tests.support.references import (
     Matrix,
     Row,
@@ -53,8 +53,8 @@ TOP_K, RANK, BLEND = 8, 6, 0.5
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_folder: TinyFolder) -> Teacher:
-    teacher = Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
+def teacher(llava: Path) -> Teacher:
+    teacher = Teacher.load(str(llava), device="cpu", dtype="float32")
     teacher.calibrate([tiny_samples(10)], _settings("topk+sketch"))
     return teacher
 
@@ -79,9 +79,7 @@ def _measured(
     teacher: Teacher, samples: Sequence[Sample], settings: RecordSettings, num_samples: int
 ) -> ShardQuality:
     spec = teacher.spec(settings, batch_size=1)
-    found = measure_shard(teacher, _rows(teacher, samples, settings), spec, num_samples)
-    assert found is not None
-    return found
+    return present(measure_shard(teacher, _rows(teacher, samples, settings), spec, num_samples))
 
 
 def _gradient(student: Row, log_p: Row, log_tail: float | None, kept: Sequence[int]) -> list[float]:
@@ -129,8 +127,7 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
         guess = [[l1(s, t) for t in estimate] for s in student]
     else:
         assert teacher.template is not None
-        assert teacher.template.vision is not None
-        estimate = [teacher.template.vision.tolist()] * len(exact)
+        estimate = [present(teacher.template.vision).tolist()] * len(exact)
         ours = [probabilities(s) for s in student]
         true_cost = [[l1(q, probabilities(t)) for t in exact] for q in ours]
         tails = [probabilities_with_uniform_tail(t, TOP_K) for t in exact]
@@ -173,9 +170,8 @@ def _expected(teacher: Teacher, sample: Sample, settings: RecordSettings) -> Sam
 @pytest.mark.parametrize("seed", [1, 2])
 def test_plain_loops_find_the_same(teacher: Teacher, records: RecordKind, seed: int) -> None:
     sample, settings = ask("<image>\nwhat?", seeds=[seed]), _settings(records)
-    found = _measured(teacher, [sample], settings, 1).sampled
+    found = present(_measured(teacher, [sample], settings, 1).sampled)
     expected = _expected(teacher, sample, settings)
-    assert found is not None
     for field in dataclasses.fields(SampledLoss):
         value, wanted = getattr(found, field.name), getattr(expected, field.name)
         if isinstance(wanted, float):
@@ -226,16 +222,14 @@ def test_where_there_is_nothing_to_measure_nothing_is_said(teacher: Teacher) -> 
         assert measure_shard(teacher, _rows(teacher, samples, settings), spec, count) is None
 
 
-def test_every_logit_kept_loses_nothing_and_a_codec_something(tiny_folder: TinyFolder) -> None:
-    teacher = Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
+def test_every_logit_kept_loses_nothing_and_a_codec_something(llava: Path) -> None:
+    teacher = Teacher.load(str(llava), device="cpu", dtype="float32")
     teacher.head = LmHead(weight=20 * teacher.head.weight)  # logits far apart: codes are coarse
     everything = RecordSettings(records="topk", top_k=teacher.head.vocab_size)
-    found = _measured(teacher, tiny_samples(4), everything, 2).sampled
-    assert found is not None
+    found = present(_measured(teacher, tiny_samples(4), everything, 2).sampled)
     assert (found.regret, found.agreement, found.gradient_cosine) == (0, 1, 1)
     coarse = dataclasses.replace(everything, logits_codec="affine8", logits_max_error=9.0)
-    lossy = _measured(teacher, tiny_samples(4), coarse, 2).sampled
-    assert lossy is not None
+    lossy = present(_measured(teacher, tiny_samples(4), coarse, 2).sampled)
     assert lossy.gradient_cosine < 1  # what is stored is what is measured
 
 
@@ -246,9 +240,9 @@ def test_of_combined_records_the_top_k_is_measured(teacher: Teacher) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_folder: TinyFolder) -> BuildConfig:
+def config(tmp_path: Path, llava: Path) -> BuildConfig:
     settings = RecordSettings(top_k=TOP_K, sketch_rank=RANK)
-    return small_build(tmp_path, tiny_samples(10), tiny_folder("llava"), settings, 4)
+    return small_build(tmp_path, tiny_samples(10), llava, settings, 4)
 
 
 def _qualities(seal: Seal) -> list[ShardQuality | None]:

@@ -15,7 +15,6 @@ from teacher_cache.codec.columns import output_columns
 from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.paths import ROOT
 from tests.support.tiny import tiny_samples
 
@@ -43,10 +42,10 @@ GRID = GridSettings(compressor="random", layer=1, ratios=(0.3, 0.6))
 )
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_columns_have_the_bytes_that_are_planned(
-    tier: Tier, changes: dict[str, Any], number: int, tiny_folder: TinyFolder
+    tier: Tier, changes: dict[str, Any], number: int, llava: Path
 ) -> None:
     """Samples 0..3: one image; several turns; text alone; two images."""
-    teacher = Teacher.load(str(tiny_folder("llava")), device="cpu")
+    teacher = Teacher.load(str(llava), device="cpu")
     with_grid(teacher, changes.get("grid"))
     samples = tiny_samples(4)
     settings = RecordSettings(

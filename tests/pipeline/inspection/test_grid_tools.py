@@ -17,7 +17,6 @@ from pipeline.inspection.verify_teacher import render_teacher, verify_teacher
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
-from tests.conftest import TinyFolder
 from tests.support.builders import build as build_of
 from tests.support.extended import assert_same_rows, build_config, extension
 from tests.support.llava_json import shard_bytes
@@ -44,9 +43,9 @@ class Killed(BaseException):
 
 
 def test_a_build_that_is_cut_off_and_run_again_has_the_same_bytes(
-    tmp_path: Path, tiny_folder: TinyFolder
+    tmp_path: Path, llava: Path
 ) -> None:
-    whole = config(tmp_path, tiny_folder("llava"), "topk+hidden", 12)
+    whole = config(tmp_path, llava, "topk+hidden", 12)
     build(whole)
     for steps in (1, 2, 3):
         cut = dataclasses.replace(whole, out=str(tmp_path / f"cut-{steps}"))
@@ -64,14 +63,13 @@ def test_a_build_that_is_cut_off_and_run_again_has_the_same_bytes(
         assert shard_bytes(cut.out) == shard_bytes(whole.out)
 
 
-def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    base, everything = (config(tmp_path, model, "topk+hidden", count) for count in (6, 12))
+def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, llava: Path) -> None:
+    base, everything = (config(tmp_path, llava, "topk+hidden", count) for count in (6, 12))
     build(base)
     build(everything)
-    more = extension(base.out, tmp_path / "more", model, source=everything.source.path)
+    more = extension(base.out, tmp_path / "more", llava, source=everything.source.path)
     extend_samples(more)
-    found, expected = sound(more.out, model), CacheReader.open(everything.out)
+    found, expected = sound(more.out, llava), CacheReader.open(everything.out)
     same = {"template_digest": found.spec.template_digest}  # that of the six old samples
     assert found.spec == dataclasses.replace(expected.spec, **same)
     assert_same_rows(found, expected)
@@ -79,18 +77,17 @@ def test_new_samples_get_the_grid_of_the_old(tmp_path: Path, tiny_folder: TinyFo
 
 @pytest.mark.parametrize(("held", "added"), [("topk", "hidden"), ("hidden", "topk")])
 def test_new_records_get_a_grid_too(
-    tmp_path: Path, tiny_folder: TinyFolder, held: RecordKind, added: RecordKind
+    tmp_path: Path, llava: Path, held: RecordKind, added: RecordKind
 ) -> None:
-    model = tiny_folder("llava")
-    base, both = (config(tmp_path, model, records) for records in (held, "topk+hidden"))
+    base, both = (config(tmp_path, llava, records) for records in (held, "topk+hidden"))
     build(base)
     build(both)
     settings: dict[str, Any] = {"top_k": 6} if added == "topk" else {"hidden_dtype": "float32"}
     more = extension(
-        base.out, tmp_path / "more", model, settings=RecordSettings(records=added, **settings)
+        base.out, tmp_path / "more", llava, settings=RecordSettings(records=added, **settings)
     )
     extend_records(more)
-    found, expected = sound(more.out, model), CacheReader.open(both.out)
+    found, expected = sound(more.out, llava), CacheReader.open(both.out)
     assert found.spec == expected.spec
     assert found.parts >= {"response_grid", "hidden_grid"}
     assert_same_rows(found, expected)
@@ -98,10 +95,9 @@ def test_new_records_get_a_grid_too(
 
 @pytest.mark.parametrize("records", ["topk", "hidden"])
 def test_a_grid_of_another_teacher_is_found(
-    tmp_path: Path, tiny_folder: TinyFolder, records: RecordKind
+    tmp_path: Path, llava: Path, records: RecordKind
 ) -> None:
-    model = tiny_folder("llava")
-    ours = config(tmp_path / "own", model, records)
+    ours = config(tmp_path / "own", llava, records)
     theirs = config(tmp_path / "other", tiny_llava(tmp_path / "model", seed=1), records)
     build(ours)
     build(theirs)
@@ -115,15 +111,15 @@ def test_a_grid_of_another_teacher_is_found(
     head = own.head() if records == "hidden" else None
     forged, template = tmp_path / "forged", own.tail_template()
     build_of(forged, [rows[:3], rows[3:]], spec=own.spec, head=head, template=template)
-    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
+    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(llava), device="cpu")
     failed = {quantity.name for quantity in report.quantities if quantity.failed}
     assert failed
     assert all(" at 0.3" in name or " at 0.6" in name for name in failed)
     assert any("at 0.6" in line for line in render_teacher(report))
 
 
-def test_a_grid_is_shown(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    settings = config(tmp_path, tiny_folder("llava"), "topk+hidden")
+def test_a_grid_is_shown(tmp_path: Path, llava: Path) -> None:
+    settings = config(tmp_path, llava, "topk+hidden")
     build(settings)
     reader = CacheReader.open(settings.out)
     shown = describe_cache(reader)

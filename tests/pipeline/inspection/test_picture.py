@@ -10,9 +10,9 @@ from PIL import Image
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.lazy import draw_sample, token_values
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 
@@ -34,10 +34,9 @@ def test_a_sample_becomes_a_picture(
     assert drawn[0].read_bytes() == drawn[1].read_bytes()
 
 
-def test_cells_are_tail_masses_or_entropies(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+def test_cells_are_tail_masses_or_entropies(tmp_path: Path, llava: Path) -> None:
     readers = {
-        records: _reader(tmp_path / records, tiny_folder("llava"), records)
-        for records in ("topk", "hidden")
+        records: _reader(tmp_path / records, llava, records) for records in ("topk", "hidden")
     }
     top = readers["topk"].read(0, ("vision",)).output
     states = readers["hidden"].read(0, ("hidden",)).output
@@ -59,9 +58,9 @@ def test_cells_are_tail_masses_or_entropies(tmp_path: Path, tiny_folder: TinyFol
 
 
 def test_samples_without_images_and_other_kinds_of_files_are_refused(
-    tmp_path: Path, tiny_folder: TinyFolder
+    tmp_path: Path, llava: Path
 ) -> None:
-    reader = _reader(tmp_path, tiny_folder("llava"), "topk")
+    reader = _reader(tmp_path, llava, "topk")
     with pytest.raises(ValueError, match="no image to draw"):
         draw_sample(reader, reader.keys[2], tmp_path / "picture.png")
     with pytest.raises(ValueError, match=r"ends in \.png"):

@@ -14,9 +14,9 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.builders import build
 from tests.support.caches import build_cache
+from tests.support.present import present
 from tests.support.strategies import (
     VOCAB_SIZE,
     WIDTH,
@@ -69,11 +69,9 @@ def test_least_probabilities_are_shown_where_there_are_any(tmp_path: Path) -> No
     least = replace(cached, output=with_least(cached.output, 0))
     build(tmp_path, [[least]], spec=make_spec("topk", least_logits=True))
     shown = describe_sample(CacheReader.open(tmp_path), cached.sample.key)["vision_top_k"]
-    record = least.output.vision
-    assert record is not None
-    assert record.log_least is not None
+    record = present(least.output.vision)
     assert shown["least_log_probability"]["smallest"] == -math.inf
-    assert shown["least_log_probability"]["median"] in record.log_least.tolist()
+    assert shown["least_log_probability"]["median"] in present(record.log_least).tolist()
     build(tmp_path / "without", [[cached]])
     without = describe_sample(CacheReader.open(tmp_path / "without"), cached.sample.key)
     assert "least_log_probability" not in without["vision_top_k"]
@@ -103,8 +101,7 @@ def test_entries_are_those_that_each_position_keeps(tmp_path: Path) -> None:
     cached = replace(make_cached(3), output=output)
     build(tmp_path, [[cached]], spec=make_spec(top_p=0.5, min_k=1))
     shown = describe_sample(CacheReader.open(tmp_path), cached.sample.key)
-    record = output.vision
-    assert record is not None
+    record = present(output.vision)
     assert record.num_kept is not None
     counts = sorted(record.num_kept.tolist())
     found: dict[str, Any] = shown["vision_top_k"]
@@ -147,8 +144,7 @@ def test_what_the_teacher_says_is_told_of_some_vision_tokens(
             ids = output.vision.ids[at]
             log_probs = output.vision.logits[at].float() - output.vision.logsumexp[at]
         else:
-            assert output.hidden is not None
-            every = reader.head().logits(output.hidden.vision[[at]])[0].log_softmax(0)
+            every = reader.head().logits(present(output.hidden).vision[[at]])[0].log_softmax(0)
             log_probs, ids = every.sort(descending=True)
         assert [said[0] for said in told["says"]] == ids[:5].tolist()
         expected = [math.exp(value) for value in log_probs[:5].tolist()]
@@ -156,9 +152,9 @@ def test_what_the_teacher_says_is_told_of_some_vision_tokens(
 
 
 def test_tokens_are_texts_where_the_teachers_tokenizer_is_given(
-    tmp_path: Path, tiny_folder: TinyFolder
+    tmp_path: Path, llava: Path
 ) -> None:
-    folder = str(tiny_folder("llava"))
+    folder = str(llava)
     settings = RecordSettings(records="topk", top_k=8)
     samples = tiny_samples(2)
     reader = build_cache(tmp_path, Teacher.load(folder, device="cpu"), samples, settings)
@@ -173,9 +169,9 @@ def test_tokens_are_texts_where_the_teachers_tokenizer_is_given(
     assert all(isinstance(word, str) for said in shown["vision_says"] for word, _ in said["says"])
 
 
-def test_another_models_tokenizer_is_refused(tmp_path: Path, tiny_folder: TinyFolder) -> None:
+def test_another_models_tokenizer_is_refused(tmp_path: Path, llava: Path) -> None:
     spec = make_spec()
     with pytest.raises(ValueError, match=r"stand for other tokens .*the\s+teacher's folder"):
-        load_tokenizer(str(tiny_folder("llava")), spec)
+        load_tokenizer(str(llava), spec)
     with pytest.raises(ValueError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path), spec)

@@ -9,9 +9,9 @@ from pipeline.inspection.verify_teacher import TeacherReport, render_teacher, ve
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.builders import build
 from tests.support.caches import build_cache
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_llava, tiny_llava_next, tiny_samples
 
 TIERS: tuple[RecordKind, ...] = ("topk", "topk+sketch", "hidden")
@@ -46,10 +46,9 @@ def test_the_caches_own_teacher_passes(
     assert all(name in text for name in names)
 
 
-def test_samples_are_drawn_in_the_builds_batches(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    reader = _reader(tmp_path, model, "topk")
-    reports = [verify_teacher(reader, str(model), num_samples=2, device="cpu") for _ in range(2)]
+def test_samples_are_drawn_in_the_builds_batches(tmp_path: Path, llava: Path) -> None:
+    reader = _reader(tmp_path, llava, "topk")
+    reports = [verify_teacher(reader, str(llava), num_samples=2, device="cpu") for _ in range(2)]
     assert reports[0] == reports[1]
     assert reports[0].samples == 3
 
@@ -146,9 +145,9 @@ def _forged(tmp_path: Path, model: Path, records: RecordKind) -> TeacherReport:
 
 @pytest.mark.parametrize("records", TIERS)
 def test_numbers_of_another_teacher_are_found_whatever_the_spec_says(
-    tmp_path: Path, tiny_folder: TinyFolder, records: RecordKind
+    tmp_path: Path, llava: Path, records: RecordKind
 ) -> None:
-    report = _forged(tmp_path, tiny_folder("llava"), records)
+    report = _forged(tmp_path, llava, records)
     assert report.other_teacher == ()
     for quantity in report.quantities:  # text without an image has no vision records
         assert quantity.failed >= 4 or "tail" in quantity.name
@@ -156,9 +155,8 @@ def test_numbers_of_another_teacher_are_found_whatever_the_spec_says(
     assert all(any(key in problem for problem in report.problems) for key in keys)
 
 
-def test_one_sample_with_anothers_records_is_named(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    model = tiny_folder("llava")
-    own = _reader(tmp_path / "own", model, "topk")
+def test_one_sample_with_anothers_records_is_named(tmp_path: Path, llava: Path) -> None:
+    own = _reader(tmp_path / "own", llava, "topk")
     rows = [own.read(index, own.parts) for index in range(len(own))]
     wrong = rows[0].output.response
     assert wrong is not None
@@ -169,15 +167,15 @@ def test_one_sample_with_anothers_records_is_named(tmp_path: Path, tiny_folder: 
     rows[0] = dataclasses.replace(rows[0], output=output)
     template = own.tail_template()
     build(tmp_path / "forged", [rows[:3], rows[3:]], spec=own.spec, template=template)
-    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(model), device="cpu")
+    report = verify_teacher(CacheReader.open(tmp_path / "forged"), str(llava), device="cpu")
     assert len(report.problems) == 1
     assert rows[0].sample.key in report.problems[0]
     assert "response logits" in report.problems[0]
     assert report.ids_replaced[0] > 0
 
 
-def test_settings_follow_from_the_spec(tmp_path: Path, tiny_folder: TinyFolder) -> None:
-    reader = _reader(tmp_path / "hidden", tiny_folder("llava"), "hidden")
+def test_settings_follow_from_the_spec(tmp_path: Path, llava: Path) -> None:
+    reader = _reader(tmp_path / "hidden", llava, "hidden")
     assert reader.spec.settings.records == "hidden"
     assert reader.spec.settings.hidden_dtype == reader.spec.hidden_dtype
-    assert _reader(tmp_path / "top", tiny_folder("llava")).spec.settings.top_k == 12
+    assert _reader(tmp_path / "top", llava).spec.settings.top_k == 12

@@ -1,6 +1,7 @@
 """Dropping tokens is running the remaining layers on what is left, with original positions."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -12,8 +13,8 @@ from student_train.compression.decoder import decoder_of
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden
 from teacher_cache.models.collate import EncodedSample
-from tests.conftest import TinyFolder
 from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
+from tests.support.paths import TinyFolder
 
 COMPRESSORS = ("dart", "fastv", "random")
 FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "idefics3")
@@ -85,10 +86,8 @@ def test_in_double_precision_the_difference_is_rounding(tiny_folder: TinyFolder)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_pyramid_drops_at_each_stage_a_share_of_what_is_left(
-    attention: str, tiny_folder: TinyFolder
-) -> None:
-    model, batch = deep_batch(tiny_folder("llava"), "left", attention=attention)
+def test_a_pyramid_drops_at_each_stage_a_share_of_what_is_left(attention: str, llava: Path) -> None:
+    model, batch = deep_batch(llava, "left", attention=attention)
     both = CompressionSettings(compressor="fastv", stages=PYRAMID)
     _, first = compressed(model, replace(both, stages=PYRAMID[:1]), batch)
     hidden, last = compressed(model, both, batch)
@@ -116,8 +115,8 @@ def test_at_ratio_0_and_behind_the_last_layer_not_a_bit_changes(
             assert bool((layout.is_token == batch.inputs["attention_mask"].bool()).all())
 
 
-def test_text_alone_is_untouched_to_the_bit(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_text_alone_is_untouched_to_the_bit(llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = batch_of([encode(model, processor)[2]])
     with torch.no_grad():
         untouched = final_hidden(model, batch.inputs)
@@ -125,9 +124,9 @@ def test_text_alone_is_untouched_to_the_bit(tiny_folder: TinyFolder) -> None:
 
 
 def test_afterwards_the_model_is_as_before_also_when_the_pass_failed(
-    tiny_folder: TinyFolder,
+    llava: Path,
 ) -> None:
-    model, batch = deep_batch(tiny_folder("llava"))
+    model, batch = deep_batch(llava)
     names = list(model.state_dict())
     with torch.no_grad():
         untouched = final_hidden(model, batch.inputs)  # puts transformers' own hooks in place

@@ -1,5 +1,6 @@
 """Generating with compression: a short cache behind the stage, the same answers as without one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
 from teacher_cache.models.collate import ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
-from tests.conftest import TinyFolder
 from tests.support.deep import at, batch_of, deep_model, encode
 from tests.support.lazy import DynamicCache, StaticCache
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 NUM_NEW = 6
@@ -112,8 +113,8 @@ def decode(model: Any, batch: ModelBatch, cache: Any, tokens: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def test_a_static_cache_gives_what_a_growing_one_gives(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_a_static_cache_gives_what_a_growing_one_gives(llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = prompts(model, processor)
     settings = CompressionSettings(compressor="dart", stages=PYRAMID)
     tokens = torch.randint(3, 60, (5, 3), generator=torch.Generator().manual_seed(0))
@@ -124,8 +125,8 @@ def test_a_static_cache_gives_what_a_growing_one_gives(tiny_folder: TinyFolder) 
     torch.testing.assert_close(static, growing, rtol=0, atol=1e-5)
 
 
-def test_passes_that_are_not_of_the_batch_are_refused(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_passes_that_are_not_of_the_batch_are_refused(llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = prompts(model, processor)
     settings = at(0.5)
     with torch.no_grad():

@@ -12,7 +12,6 @@ from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden, output_head
 from teacher_cache.models.collate import ModelBatch
-from tests.conftest import TinyFolder
 from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
 from tests.support.lazy import (
     AttentionInterface,
@@ -21,6 +20,7 @@ from tests.support.lazy import (
     flash_attention_mask,
     student_from_vanilla,
 )
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 PYRAMID = (DropStage(layer=1, ratio=0.25), DropStage(layer=3, ratio=0.5))
@@ -65,9 +65,9 @@ def test_checkpointing_changes_no_gradient(
             assert bool(torch.isfinite(gradient).all()), name
 
 
-def test_dropped_tokens_have_no_gradient_behind_the_stage(tiny_folder: TinyFolder) -> None:
+def test_dropped_tokens_have_no_gradient_behind_the_stage(llava: Path) -> None:
     """Only through the layers below, as keys and values of tokens that stay."""
-    model, processor = deep_model(tiny_folder("llava"))
+    model, processor = deep_model(llava)
     batch = batch_of(encode(model, processor, tiny_samples(1)))
     seen: list[Tensor] = []
 

@@ -1,20 +1,20 @@
 """What cannot be compressed is refused before any forward pass, with the remedy."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
 from student_train.compression.decoder import decoder_of, require_compressible
-from tests.conftest import TinyFolder
 from tests.support.deep import at, deep_model
 from tests.support.lazy import GPT2Config, GPT2LMHeadModel
 
 
 def test_a_stage_beyond_the_model_is_refused_and_one_behind_the_last_layer_is_not(
-    tiny_folder: TinyFolder,
+    llava: Path,
 ) -> None:
-    model, _ = deep_model(tiny_folder("llava"))
+    model, _ = deep_model(llava)
     require_compressible(model, at(0.5, layer=4))
     with pytest.raises(ValueError, match=r"layer 5, but the decoder of LlavaFor.* has 4 layers"):
         require_compressible(model, at(0.5, layer=5))
@@ -27,7 +27,7 @@ def test_other_decoders_are_refused() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["mistral", None])
-def test_sliding_windows_are_refused(decoder: str | None, tiny_folder: TinyFolder) -> None:
+def test_sliding_windows_are_refused(decoder: str | None, llava: Path) -> None:
     window: dict[str, Any] = {"sliding_window": 8}
     if decoder is None:
         window |= {
@@ -36,15 +36,15 @@ def test_sliding_windows_are_refused(decoder: str | None, tiny_folder: TinyFolde
         }
     else:
         window |= {"layer_types": None}
-    model, _ = deep_model(tiny_folder("llava"), decoder, **window)
+    model, _ = deep_model(llava, decoder, **window)
     with pytest.raises(ValueError, match="windows would count dropped tokens"):
         require_compressible(model, at(0.5))
 
 
 def test_an_attention_that_shows_no_weights_is_refused_to_all_but_random(
-    tiny_folder: TinyFolder,
+    llava: Path,
 ) -> None:
-    model, _ = deep_model(tiny_folder("llava"))
+    model, _ = deep_model(llava)
     attention: Any = decoder_of(model).layers[1].self_attn
     attention.qkv_proj = nn.Identity()
     del attention.q_proj
@@ -56,7 +56,7 @@ def test_an_attention_that_shows_no_weights_is_refused_to_all_but_random(
     require_compressible(model, at(0.5, "fastv", layer=3))
 
 
-def test_an_unknown_compressor_is_refused(tiny_folder: TinyFolder) -> None:
-    model, _ = deep_model(tiny_folder("llava"))
+def test_an_unknown_compressor_is_refused(llava: Path) -> None:
+    model, _ = deep_model(llava)
     with pytest.raises(ValueError, match="compressor is 'darts', expected one of dart, "):
         require_compressible(model, at(0.5, "darts"))

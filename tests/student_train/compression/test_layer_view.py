@@ -8,9 +8,9 @@ import torch
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
 from student_train.compression.decoder import decoder_of
 from student_train.compression.image_turns import image_turns
-from tests.conftest import TinyFolder
 from tests.support.deep import at, batch_of, compressed, deep_batch
 from tests.support.lazy import DynamicCache
+from tests.support.paths import TinyFolder
 
 LAYER = 2
 MODELS = [

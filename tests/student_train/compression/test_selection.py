@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from student_train.data.token_layout import layout_of
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Message, Sample, make_sample
-from tests.conftest import TinyFolder
 from tests.support.deep import at, batch_of, compressed, deep_model, encode, made_up_sample
 from tests.support.epic_references import (
     attention_by_loops,
@@ -30,6 +30,7 @@ from tests.support.epic_references import (
     rotated,
 )
 from tests.support.lazy import LlamaAttention, LlamaConfig
+from tests.support.paths import TinyFolder
 from tests.support.tiny import tiny_samples
 
 WIDTH, HEADS, GROUPS = 8, 4, 2
@@ -161,8 +162,8 @@ def test_the_answer_decides_nothing_unless_the_released_way_is_asked_for(
     assert len({tuple(kept) for kept in leaking}) > 1
 
 
-def test_the_draw_and_the_sample_decide_what_random_keeps(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_the_draw_and_the_sample_decide_what_random_keeps(llava: Path) -> None:
+    model, processor = deep_model(llava)
     samples = encode(model, processor)
     chosen = at(0.75, "random")
     kept = kept_vision(model, samples, chosen)

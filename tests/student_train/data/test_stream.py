@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,6 @@ from teacher_cache.schema.samples import Sample, ViewGrid
 from teacher_cache.schema.teacher_output import TeacherOutput
 from teacher_cache.shards import rows
 from teacher_cache.teacher.teacher import Teacher
-from tests.conftest import TinyFolder
 from tests.support.caches import build_cache
 from tests.support.deep import made_up_sample
 from tests.support.epic import text_output
@@ -41,8 +41,8 @@ PAIRS = RecordSettings(records="topk+sketch", top_k=8, sketch_rank=4)
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_folder: TinyFolder) -> Teacher:
-    return Teacher.load(str(tiny_folder("llava")), device="cpu", dtype="float32")
+def teacher(llava: Path) -> Teacher:
+    return Teacher.load(str(llava), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

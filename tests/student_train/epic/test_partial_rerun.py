@@ -1,13 +1,15 @@
 """Running the upper layers once more is a second whole pass, without the layers below."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from student_train.compression.compression import compress
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.models.forward import final_hidden
-from tests.conftest import TinyFolder
 from tests.support.deep import at, compressed, deep_batch
+from tests.support.paths import TinyFolder
 
 LAYER = 2
 
@@ -49,8 +51,8 @@ def test_it_is_a_second_pass_to_the_bit_and_leaves_the_first_alone(
     student.sum().backward()
 
 
-def test_the_second_pass_has_the_precision_of_the_first(tiny_folder: TinyFolder) -> None:
-    model, batch = deep_batch(tiny_folder("llava"))
+def test_the_second_pass_has_the_precision_of_the_first(llava: Path) -> None:
+    model, batch = deep_batch(llava)
     with record_entry(model, LAYER) as entry, torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             final_hidden(model, batch.inputs)
@@ -58,8 +60,8 @@ def test_the_second_pass_has_the_precision_of_the_first(tiny_folder: TinyFolder)
         assert torch.equal(rerun_from_layer(model, entry, at(0.5), batch)[0], wanted)
 
 
-def test_what_cannot_be_run_again_is_refused(tiny_folder: TinyFolder) -> None:
-    model, batch = deep_batch(tiny_folder("llava"))
+def test_what_cannot_be_run_again_is_refused(llava: Path) -> None:
+    model, batch = deep_batch(llava)
     with record_entry(model, LAYER) as entry, torch.no_grad():
         with pytest.raises(ValueError, match="no pass was recorded"):
             rerun_from_layer(model, entry, at(0.5), batch)

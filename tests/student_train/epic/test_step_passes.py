@@ -3,6 +3,7 @@
 import copy
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ from student_train.losses.objective_loss import distillation_loss
 from student_train.models.forward import output_head
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.samples import Message, Sample, make_sample
-from tests.conftest import TinyFolder
 from tests.support.deep import deep_model, encode
 from tests.support.epic import fixed, gradients, plan, student_batch, two_passes
 from tests.support.lazy import student_from_vanilla, student_loss
+from tests.support.paths import TinyFolder
 from tests.support.tiny import ask, tiny_image, tiny_samples
 
 NOTHING = TeacherAssets()
@@ -68,8 +69,8 @@ def test_values_and_gradients_are_those_of_two_whole_passes(
 
 
 @pytest.mark.parametrize("compressor", ["dart", "fastv", "random"])
-def test_checkpointing_changes_no_gradient(compressor: str, tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_checkpointing_changes_no_gradient(compressor: str, llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = student_batch(encode(model, processor))
     step = plan(fixed(compressor))
     plain = gradients(model.train(), loss_of(model, batch, step).total)
@@ -130,7 +131,7 @@ def test_where_nothing_is_dropped_kd_is_zero_and_all_else_supervised(
 
 
 def test_one_set_of_weights_serves_both_passes(
-    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+    llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is copied, the teacher has no graph, and what was recorded is not kept."""
     entries: list[weakref.ref[LayerEntry]] = []
@@ -140,7 +141,7 @@ def test_one_set_of_weights_serves_both_passes(
         return rerun_from_layer(model, entry, *rest)
 
     monkeypatch.setattr("student_train.epic.step_passes.rerun_from_layer", watched)
-    model, processor = deep_model(tiny_folder("llava"))
+    model, processor = deep_model(llava)
     batch = student_batch(encode(model, processor))
     hooks = [len(layer._forward_pre_hooks) for layer in model.get_decoder().layers]
     found = student_pass(model, batch.model, plan(fixed()), teach=True)
@@ -155,8 +156,8 @@ def test_one_set_of_weights_serves_both_passes(
     assert not torch.equal(moved.consistency_teacher_states, found.consistency_teacher_states)
 
 
-def test_mixed_precision_gives_both_passes_one_precision(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_mixed_precision_gives_both_passes_one_precision(llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = student_batch(encode(model, processor))
     step = plan(fixed(ratio=0.8))
     exact = loss_of(model, batch, step)
@@ -213,8 +214,8 @@ def test_a_student_that_pools_is_trained_so_too(family: str, tiny_folder: TinyFo
     assert float(found.terms["kd"].detach()) > 0
 
 
-def test_the_log_says_how_hard_the_step_was(tiny_folder: TinyFolder) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+def test_the_log_says_how_hard_the_step_was(llava: Path) -> None:
+    model, processor = deep_model(llava)
     batch = student_batch(encode(model, processor, tiny_samples(4)))  # 16, 16, 0 and 32 tokens
     found = loss_of(model, batch, plan(fixed("random"))).diagnostics
     assert found == {
@@ -229,9 +230,9 @@ def test_the_log_says_how_hard_the_step_was(tiny_folder: TinyFolder) -> None:
 
 
 def test_the_loss_of_other_objectives_has_no_second_pass(
-    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+    llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor = deep_model(tiny_folder("llava"))
+    model, processor = deep_model(llava)
     batch = student_batch(encode(model, processor))
     monkeypatch.setattr("student_train.epic.step_passes.rerun_from_layer", None)
     step = plan(fixed())

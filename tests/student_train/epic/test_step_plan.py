@@ -1,6 +1,7 @@
 """What a step drops follows from its number alone; what no step could carry out is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from student_train.config.schedules import PAPER_NOTES
 from student_train.data.seeded_random import random_uniform
 from student_train.epic.step_plan import StepPlan, num_layers_of, plan_step, require_progression
 from teacher_cache.schema.options import GridSettings
-from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
 from tests.support.epic import fixed
+from tests.support.paths import TinyFolder
 
 
 def at(progression: ProgressionConfig, step: int, **changes: Any) -> StepPlan:
@@ -101,22 +102,22 @@ def test_a_cached_teacher_has_seen_as_much_as_the_students_own_would() -> None:
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_any_pass(
-    progression: ProgressionConfig, message: str, tiny_folder: TinyFolder
+    progression: ProgressionConfig, message: str, llava: Path
 ) -> None:
-    model, _ = deep_model(tiny_folder("llava"))
+    model, _ = deep_model(llava)
     model.forward = None  # whoever runs it fails
     require_progression(model, ProgressionConfig(), num_steps=10)
     with pytest.raises(ValueError, match=message):
         require_progression(model, progression, num_steps=10)
 
 
-def test_every_layer_of_the_schedule_is_asked(tiny_folder: TinyFolder) -> None:
+def test_every_layer_of_the_schedule_is_asked(llava: Path) -> None:
     """Attention that shows no keys at the layer where LCD is in the middle of its way."""
 
     class Opaque(nn.Module):
         pass
 
-    model, _ = deep_model(tiny_folder("llava"))
+    model, _ = deep_model(llava)
     model.get_decoder().layers[2].self_attn = Opaque()
     lcd = ProgressionConfig(schedule="lcd", compressor="fastv", layer=1)
     for num_steps in (10, 3):

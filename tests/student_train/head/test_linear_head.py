@@ -13,10 +13,10 @@ from student_train.head.chunked_pass import HeadRows
 from student_train.head.fused_loss import head_loss
 from student_train.head.linear_head import LinearHead, as_linear, without_gradient
 from student_train.models.forward import output_head
-from tests.conftest import TinyFolder
 from tests.support import children
 from tests.support.head_rows import FirstLogProb
 from tests.support.lazy import DTensor, fully_shard, student_from_vanilla
+from tests.support.paths import TinyFolder
 
 
 def linear() -> nn.Linear:

@@ -31,6 +31,7 @@ from tests.support.batches import (
     View,
     random_batch,
 )
+from tests.support.present import present
 
 ONLY_VLAD = ObjectiveConfig(
     supervised_weight=0.0, rld_weight=0.0, vsd_weight=0.0, smooth_l1_beta=0.3
@@ -63,8 +64,7 @@ def looped(samples: Sequence[Matched], batch: RandomBatch, text: VladText) -> fl
     means: list[float] = []
     for sample in samples:
         index = next(i for i, state in enumerate(batch.states) if state is sample.state)
-        record = batch.hidden_outputs[index].hidden
-        assert record is not None
+        record = present(batch.hidden_outputs[index].hidden)
         entries: list[float] = []
         for x, is_response in enumerate(sample.state.text_is_response.tolist()):
             if text != "all" and is_response != (text == "response"):
@@ -175,10 +175,8 @@ def test_a_filled_up_place_never_reaches_a_value_or_a_gradient() -> None:
     assert filled.shape == (3, 3, 2)
     assert filled.sum().item() == 8
     torch.autograd.backward((filled * torch.arange(1.0, 19.0).view(3, 3, 2)).sum())
-    assert pieces[1].grad is not None
-    assert pieces[1].grad.tolist() == [[7, 8], [9, 10], [11, 12]]
-    assert pieces[2].grad is not None
-    assert pieces[2].grad.tolist() == [[13, 14]]
+    assert present(pieces[1].grad).tolist() == [[7, 8], [9, 10], [11, 12]]
+    assert present(pieces[2].grad).tolist() == [[13, 14]]
     assert padded([torch.zeros(0, 2), torch.zeros(0, 2)]).shape == (2, 0, 2)
 
 
@@ -228,8 +226,7 @@ def test_int8_affinities_move_the_states_gradient_by_one_and_a_half_percent_at_a
     batch = random_batch(9, LARGE, student_width=896, teacher_width=896, dtype=torch.float32)
     states, stored, gaps = list[Matched](), list[Matched](), list[Tensor]()
     for sample in matched(batch, "hidden"):
-        hidden = sample.output.hidden
-        assert hidden is not None
+        hidden = present(sample.output.hidden)
         assert isinstance(sample.teacher, HiddenSignal)
         hidden.text.add_(hidden.vision[: len(hidden.text)], alpha=0.3)
         state = replace(

@@ -16,10 +16,10 @@ from student_train.config.recipe import TrainPart
 from student_train.models.forward import final_hidden
 from student_train.training.trainable import PART_PREFIXES, set_trainable
 from teacher_cache.models.checkpoint import load_model
-from tests.conftest import TinyFolder
 from tests.support.deep import batch_of, encode
 from tests.support.epic import fixed, save_deep, train_vanilla
 from tests.support.lazy import load_student, student_from_vanilla, vanilla_student
+from tests.support.paths import TinyFolder
 from tests.support.runs import SETTINGS, tiny_cache
 from tests.support.tiny import FAMILIES
 
@@ -131,16 +131,16 @@ def test_it_compresses_at_any_ratio(family: str, trained: dict[str, Trained]) ->
     assert lengths == sorted(set(lengths), reverse=True)
 
 
-def test_a_pooling_student_is_no_vanilla_model(tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    model, processor = student_from_vanilla(str(tiny_folder("llava")), stride=2)
+def test_a_pooling_student_is_no_vanilla_model(llava: Path, tmp_path: Path) -> None:
+    model, processor = student_from_vanilla(str(llava), stride=2)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a student that pools its vision tokens"):
         vanilla_student(str(tmp_path))
 
 
-def test_a_model_with_parameters_of_no_part_is_refused(tiny_folder: TinyFolder) -> None:
-    model, _ = vanilla_student(str(tiny_folder("llava")))
+def test_a_model_with_parameters_of_no_part_is_refused(llava: Path) -> None:
+    model, _ = vanilla_student(str(llava))
     model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match=r"parameter extra of .* belongs to none of the parts"):
         set_trainable(model, ("projector",))

@@ -10,7 +10,6 @@ from torch import nn
 
 from student_train.compression.decoder import decoder_of
 from student_train.models.forward import output_head
-from tests.conftest import TinyFolder
 from tests.support.lazy import (
     DTensor,
     average_gradients,
@@ -22,6 +21,7 @@ from tests.support.lazy import (
     vanilla_student,
     whole_weights,
 )
+from tests.support.paths import TinyFolder
 from tests.support.runs import on_ranks
 
 NUM_RANKS = 3  # which divides no number of rows here: parts differ in length
@@ -95,5 +95,5 @@ def mean_of_ranks(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_gradients_are_means_also_where_some_ranks_have_none(tiny_folder: TinyFolder) -> None:
-    on_ranks(NUM_RANKS, mean_of_ranks, tiny_folder("llava"))
+def test_gradients_are_means_also_where_some_ranks_have_none(llava: Path) -> None:
+    on_ranks(NUM_RANKS, mean_of_ranks, llava)

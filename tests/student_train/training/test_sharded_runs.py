@@ -24,11 +24,11 @@ from student_train.training.trainable import set_trainable
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
-from tests.conftest import TinyFolder
 from tests.support.caches import student_loader
 from tests.support.children import finish, kill_once_logged, start_ranks
 from tests.support.epic import save_deep, train_vanilla
 from tests.support.lazy import AutoModelForImageTextToText, student_loss
+from tests.support.paths import TinyFolder
 from tests.support.runs import (
     SETTINGS,
     assert_nearly_same_run,

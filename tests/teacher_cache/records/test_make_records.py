@@ -11,6 +11,7 @@ from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import decode_codes, fit_basis
 from teacher_cache.schema.options import HiddenDtype, RecordKind, RecordSettings
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
+from tests.support.present import present
 
 LENGTH, WIDTH, VOCAB, KEPT = 14, 6, 19, 4
 
@@ -42,10 +43,9 @@ def head() -> LmHead:
 
 
 def _logits(states: Tensor, head: LmHead, position: int) -> list[float]:
-    assert head.bias is not None
     return [
         float(b) + sum(float(w) * float(h) for w, h in zip(row, states[position], strict=True))
-        for row, b in zip(head.weight.tolist(), head.bias.tolist(), strict=True)
+        for row, b in zip(head.weight.tolist(), present(head.bias).tolist(), strict=True)
     ]
 
 
@@ -54,11 +54,9 @@ def test_top_k_rows_sit_at_vision_and_at_predicting_positions(
 ) -> None:
     settings = RecordSettings(records="topk", top_k=KEPT, affinity_dtype="float32")
     output = make_output(spans, states, head, settings)
-    assert output.vision is not None
-    assert output.response is not None
     for record, positions in (
-        (output.vision, [1, 2, 3, 5, 6, 7]),
-        (output.response, [10, 11, 12]),
+        (present(output.vision), [1, 2, 3, 5, 6, 7]),
+        (present(output.response), [10, 11, 12]),
     ):
         assert len(record.ids) == len(positions)
         for row, position in enumerate(positions):
@@ -77,8 +75,7 @@ def test_affinity_rows_are_the_text_behind_the_image(
     spans: TokenSpans, states: Tensor, head: LmHead
 ) -> None:
     settings = RecordSettings(records="topk", top_k=KEPT, affinity_dtype="float32")
-    affinity = make_output(spans, states, head, settings).affinity
-    assert affinity is not None
+    affinity = present(make_output(spans, states, head, settings).affinity)
     assert affinity.cosine.shape == (5, 6)
     for x, text in enumerate([8, 9, 11, 12, 13]):
         for m, vision in enumerate([1, 2, 3, 5, 6, 7]):
@@ -86,8 +83,7 @@ def test_affinity_rows_are_the_text_behind_the_image(
             cosine = float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
             assert float(affinity.cosine[x, m]) == pytest.approx(cosine, abs=1e-6)
     half = RecordSettings(records="topk", top_k=KEPT, affinity_dtype="float16")
-    stored = make_output(spans, states, head, half).affinity
-    assert stored is not None
+    stored = present(make_output(spans, states, head, half).affinity)
     assert stored.cosine.dtype == torch.float16
 
 
@@ -137,10 +133,8 @@ def test_text_alone_has_records_without_rows(
         assert output.hidden.vision.shape == (0, WIDTH)
         assert output.hidden.predicting.shape == (1, WIDTH)
     else:
-        assert output.vision is not None
-        assert output.affinity is not None
-        assert output.vision.ids.shape == (0, KEPT)
-        assert output.affinity.cosine.shape == (0, 0)
+        assert present(output.vision).ids.shape == (0, KEPT)
+        assert present(output.affinity).cosine.shape == (0, 0)
 
 
 def test_states_that_are_not_finite_are_refused(

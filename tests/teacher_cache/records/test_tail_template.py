@@ -16,6 +16,7 @@ from teacher_cache.records.tail_template import MeanTail, TailTemplate
 from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from tests.support import references
 from tests.support.builders import build
+from tests.support.present import present
 from tests.support.strategies import make_cached, make_spec
 
 VOCAB, WIDTH = 12, 5
@@ -45,8 +46,7 @@ def test_shares_are_those_of_the_loops(k: int, mass: float | None) -> None:
         smallest = min(p[v] for v in kept)
         for v in range(VOCAB):
             total[v] += min(p[v], smallest, tau) / tau
-    found = mean_tail(hidden, head, k, mass).log_shares
-    assert found is not None
+    found = present(mean_tail(hidden, head, k, mass).log_shares)
     expected = [math.log(share / sum(total)) for share in total]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -59,9 +59,7 @@ def test_pieces_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     for part in (hidden[:1], hidden[1:1], hidden[1:23], hidden[23:]):
         pieces.update(part, head, 3)
     assert (whole.count, pieces.count) == (30, 30)
-    assert whole.log_shares is not None
-    assert pieces.log_shares is not None
-    torch.testing.assert_close(pieces.log_shares, whole.log_shares)
+    torch.testing.assert_close(present(pieces.log_shares), present(whole.log_shares))
 
 
 def test_entries_that_no_tail_has_held_keep_a_share_and_half_precision_will_do() -> None:
@@ -69,8 +67,7 @@ def test_entries_that_no_tail_has_held_keep_a_share_and_half_precision_will_do()
     weight[0] = 100.0  # always kept, all but certain
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         head = LmHead(weight=weight.to(dtype))
-        found = mean_tail(torch.ones(3, WIDTH).to(dtype), head, 1).log_shares
-        assert found is not None
+        found = present(mean_tail(torch.ones(3, WIDTH).to(dtype), head, 1).log_shares)
         assert bool(found.isfinite().all())
         assert found.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
@@ -86,8 +83,7 @@ def test_the_template_comes_back_and_damage_is_found(tmp_path: Path) -> None:
     template = TailTemplate(response=normal(7, 30).log_softmax(0))
     spec = make_spec("topk", template_digest=template.digest)
     build(tmp_path / "cache", rows, spec=spec, template=template)
-    read = CacheReader.open(tmp_path / "cache").tail_template()
-    assert read is not None
+    read = present(CacheReader.open(tmp_path / "cache").tail_template())
     assert read.digest == template.digest
     assert read.vision is None
     assert not verify_cache(tmp_path / "cache").problems
