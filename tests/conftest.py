@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 
 # jaxtyping looks its type checker up among the loaded modules.
 import tests.support.first_call  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from tests.support.paths import TinyFolder
+from tests.support.paths import IN_MEMORY, TinyFolder
 
 if TYPE_CHECKING:
     from tests.support.s3_server import S3Server
@@ -58,6 +59,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
 def llava(tiny_folder: TinyFolder) -> Path:
     """Folder of the tiny LLaVA."""
     return tiny_folder("llava")
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Generator[Path]:
+    """A folder in memory where there is one: thousands of fsyncs of a disk take minutes."""
+    if not os.access(IN_MEMORY, os.W_OK):
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
+            yield Path(name)
 
 
 @pytest.fixture(scope="module")

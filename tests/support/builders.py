@@ -1,19 +1,10 @@
-"""Builds small caches, in this process or in processes that are killed or race one another.
-
-As a script (`python -m tests.support.builders kill|race FOLDER FORMAT`) it forks builders from one
-loaded process, so a kill costs milliseconds, and fails by an assertion.
-"""
+"""Builds small caches, and reads and damages their files."""
 
 import hashlib
 import os
-import random
-import signal
-import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from teacher_cache.folder.writer import committed, seal_cache, write_assets, write_plan, write_shard
 from teacher_cache.records.assets import TeacherAssets
@@ -86,12 +77,12 @@ def flip(file: Path, piece: bytes | None = None) -> None:
     file.write_bytes(data)
 
 
-def forked(work: Callable[[], object]) -> int:
-    """Run `work` in a child process and return the child's id."""
+def forked(work: Callable[..., object], *arguments: object) -> int:
+    """Run `work(*arguments)` in a child process and return the child's id."""
     child = os.fork()
     if not child:
         try:
-            work()
+            work(*arguments)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -101,60 +92,3 @@ def forked(work: Callable[[], object]) -> int:
 
 def exit_status(child: int) -> int:
     return os.waitpid(child, 0)[1]
-
-
-def _kill_at_event(number: int) -> None:
-    """Make this process kill itself just before its `number`th step in the file system."""
-    events = {"open", "os.link", "os.rename", "os.remove", "os.mkdir"}
-    left = number
-
-    def hook(event: str, _arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event in events:
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
-
-def _kill_everywhere(folder: Path, form: ShardFormatName) -> None:
-    shards = make_shards(2)
-    build(folder / "undisturbed", shards, form)
-    wanted = published(folder / "undisturbed")
-    # One kill before each step of a build, every time from the beginning.
-    step, killed = 0, True
-    while killed:
-        cache = folder / f"step-{step}"
-
-        def interrupted(cache: Path = cache, step: int = step) -> None:
-            _kill_at_event(step)
-            build(cache, shards, form)
-
-        killed = exit_status(forked(interrupted)) == signal.SIGKILL
-        build(cache, shards, form)
-        assert published(cache) == wanted, f"killed before step {step}"
-        step += 1
-    assert step > 10 * len(shards)
-    # Kills at random times, one after the other, in one cache.
-    draws = random.Random(0)
-    for _ in range(12):
-        child = forked(lambda: build(folder / "random", shards, form))
-        time.sleep(draws.random() * 0.03)
-        os.kill(child, signal.SIGKILL)
-        exit_status(child)
-    build(folder / "random", shards, form)
-    assert published(folder / "random") == wanted
-
-
-def _race(folder: Path, form: ShardFormatName) -> None:
-    shards = make_shards()
-    build(folder / "alone", shards, form)
-    children = [forked(lambda: build(folder / "raced", shards, form)) for _ in range(4)]
-    assert [exit_status(child) for child in children] == [0] * 4
-    assert published(folder / "raced") == published(folder / "alone")
-
-
-if __name__ == "__main__":
-    scenario = {"kill": _kill_everywhere, "race": _race}[sys.argv[1]]
-    scenario(Path(sys.argv[2]), "arrow" if sys.argv[3] == "arrow" else "webdataset")

@@ -7,6 +7,8 @@ that once, and, other than pytest itself, it has a single thread when it forks.
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -57,6 +59,14 @@ def finish(*children: BaseProcess) -> list[int | None]:
             child.kill()
             child.join()
     return codes
+
+
+def run_script(module: str, *arguments: object) -> str:
+    """What a module of `tests/support` prints when it runs as a script, without an error."""
+    command = [sys.executable, "-m", f"tests.support.{module}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def kill_in_mid_run(log: Path, lines: int, work: Callable[..., object], *arguments: object) -> None:

@@ -5,8 +5,6 @@ halfway through each of its steps, runs it again, and compares the result with a
 It prints the number of tries and fails by an assertion.
 """
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +20,8 @@ from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.storage.store import Location
-from tests.support.builders import build, exit_status, forked, published
-from tests.support.faults import HEAD, Watch, points_of
+from tests.support.builders import build, published
+from tests.support.faults import HEAD, kill_at, points_of
 from tests.support.strategies import asked_again, make_cached, make_spec
 
 
@@ -80,22 +78,11 @@ TOOLS: dict[str, Callable[[Path, Path], Seal]] = {
 
 def kill_everywhere(folder: Path, tool: Callable[[Path, Path], Seal]) -> int:
     """Kill `tool` at each of its steps; returns how many tries there were."""
-    watch = Watch()
-    with watch():
-        tool(folder, folder / "undisturbed")
+    points = points_of(tool, folder, folder / "undisturbed")
     wanted = published(folder / "undisturbed")
-    points = points_of(watch.steps)
     for point in points:
         out = folder / f"{point[0]}-{point[1]}"
-
-        def die() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(point: tuple[int, str] = point, out: Path = out) -> None:
-            with Watch(point, die)():
-                tool(folder, out)
-
-        assert exit_status(forked(work)) == signal.SIGKILL, point
+        kill_at(point, tool, folder, out)
         assert not (out / "SEALED.json").exists() or published(out) == wanted, point
         tool(folder, out)
         assert published(out) == wanted, point

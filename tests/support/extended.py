@@ -1,12 +1,9 @@
 """Small caches of a tiny teacher to extend, and sources with what they have and what is new.
 
-Run as a script (`python -m tests.extended samples|records FOLDER`) it kills `emkd extend` at some
-of its steps, from one warm process, and compares what running it again leaves with an undisturbed
-run.
+As a script (`python -m tests.support.extended samples|records FOLDER`) it kills `emkd extend` at
+some of its steps, runs it again, and compares the result with an undisturbed run.
 """
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +21,7 @@ from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.schema.options import RecordKind, RecordSettings, holds
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
-from tests.support.builders import exit_status, forked
-from tests.support.faults import Watch, points_of
+from tests.support.faults import kill_at, points_of
 from tests.support.llava_json import write_llava_json
 from tests.support.strategies import assert_same_bits
 from tests.support.tiny import tiny_llava, tiny_samples
@@ -114,21 +110,10 @@ def kill_sometimes(
     folder: Path, model: Path, extend: Callable[[Path, Path, Path], Seal], num_kills: int
 ) -> None:
     """Kill an extension at steps that are spread over it, and run it again each time."""
-    watch = Watch()
-    with watch():
-        extend(folder, model, folder / "undisturbed")
-    points = points_of(watch.steps)
+    points = points_of(extend, folder, model, folder / "undisturbed")
     for point in points[:: -(-len(points) // num_kills)]:
         out = folder / f"{point[0]}-{point[1]}"
-
-        def die() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(point: tuple[int, str] = point, out: Path = out) -> None:
-            with Watch(point, die)():
-                extend(folder, model, out)
-
-        assert exit_status(forked(work)) == signal.SIGKILL, point
+        kill_at(point, extend, folder, model, out)
         extend(folder, model, out)
         assert content(out) == content(folder / "undisturbed"), point
 

@@ -6,11 +6,11 @@ an *error* is raised there instead. Each try begins with an empty folder: the bu
 reader is refused or reads everything, nothing that has a public name is half there, and the same
 build, run again, publishes byte for byte what an undisturbed one does.
 
-Run as a script (`python -m tests.faults kills|errors|races FOLDER FORMAT`) it forks builders from
-one warm process; it prints how many tries there were, and fails by an assertion.
+Run as a script (`python -m tests.support.faults KIND FOLDER FORMAT`, KIND a key of `KINDS`) it
+forks builders from one process that has loaded everything. It prints the number of tries, and fails
+by an assertion.
 """
 
-import functools
 import os
 import random
 import signal
@@ -116,10 +116,31 @@ class Watch:
                 form.write = write
 
 
-def points_of(steps: list[str]) -> list[Point]:
-    """Before, after and, where bytes are written, half-way through every step."""
-    whens = [("before", "half-way", "after") if s in WRITES else ("before", "after") for s in steps]
-    return [(number, when) for number, moments in enumerate(whens) for when in moments]
+def points_of(work: Callable[..., object], *arguments: object) -> list[Point]:
+    """Before, after and, where bytes are written, half-way through every step of the work."""
+    watch = Watch()
+    with watch():
+        work(*arguments)
+    return [
+        (number, when)
+        for number, step in enumerate(watch.steps)
+        for when in ("before", *(["half-way"] if step in WRITES else []), "after")
+    ]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def doomed(point: Point, work: Callable[..., object], *arguments: object) -> None:
+    """`work(*arguments)`; the process dies at this point."""
+    with Watch(point, die)():
+        work(*arguments)
+
+
+def kill_at(point: Point, work: Callable[..., object], *arguments: object) -> None:
+    """Run `work(*arguments)` in a child that dies at this point."""
+    assert exit_status(forked(doomed, point, work, *arguments)) == signal.SIGKILL, point
 
 
 def require_refused_or_whole(cache: Location) -> None:
@@ -138,11 +159,8 @@ def try_every_point(
 ) -> int:
     """Strike at each point of a build of its own; returns how many there were."""
     folder.mkdir(parents=True, exist_ok=True)  # so that every build makes the same folders
-    watch = Watch()
-    with watch():
-        small_build(folder / "undisturbed", form)
+    points = points_of(small_build, folder / "undisturbed", form)
     wanted = published(folder / "undisturbed")
-    points = points_of(watch.steps)
     for point in points:
         cache = folder / f"{point[0]}-{point[1]}"
         struck(cache, point)
@@ -154,19 +172,36 @@ def try_every_point(
     return len(points)
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _kills(folder: Path, form: ShardFormatName) -> int:
-    def struck(cache: Path, point: Point) -> None:
-        def work() -> None:
-            with Watch(point, _die)():
-                small_build(cache, form)
+    return try_every_point(folder, form, lambda cache, at: kill_at(at, small_build, cache, form))
 
-        assert exit_status(forked(work)) == signal.SIGKILL, point
 
-    return try_every_point(folder, form, struck)
+def _doomed_call(number: int, cache: Path, form: ShardFormatName) -> None:
+    """A build that dies just before its `number`th call of the file system."""
+    left = number
+
+    def hook(event: str, _arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in ("open", "os.link", "os.rename", "os.remove", "os.mkdir"):
+            left -= 1
+            if left < 0:
+                die()
+
+    sys.addaudithook(hook)
+    small_build(cache, form)
+
+
+def _calls(folder: Path, form: ShardFormatName) -> int:
+    """Kill a build before each call of the file system, whether or not it is one of `STEPS`."""
+    small_build(folder / "undisturbed", form)
+    wanted, number, killed = published(folder / "undisturbed"), 0, True
+    while killed:
+        cache = folder / f"{number}"
+        killed = exit_status(forked(_doomed_call, number, cache, form)) == signal.SIGKILL
+        small_build(cache, form)
+        assert published(cache) == wanted, f"killed before call {number}"
+        number += 1
+    return number
 
 
 def _errors(folder: Path, form: ShardFormatName) -> int:
@@ -186,25 +221,19 @@ def _errors(folder: Path, form: ShardFormatName) -> int:
 
 
 def _races(folder: Path, form: ShardFormatName) -> int:
-    """Three builders at once in one folder, all doomed to die somewhere, until one gets through."""
-    folder.mkdir(parents=True, exist_ok=True)
-    watch = Watch()
-    with watch():
-        small_build(folder / "undisturbed", form)
+    """Four builders at once in one folder; and three that die somewhere, until one ends."""
+    points = points_of(small_build, folder / "undisturbed", form)
     wanted = published(folder / "undisturbed")
-    points = points_of(watch.steps)
+    children = [forked(small_build, folder / "crowd", form) for _ in range(4)]
+    assert [exit_status(child) for child in children] == [0] * 4
+    assert published(folder / "crowd") == wanted
     num_kills = 0
     for seed in range(NUM_RACES):
         draws, cache = random.Random(seed), folder / f"race-{seed}"
         finished = False
         while not finished:
-
-            def work(point: Point, cache: Path = cache) -> None:
-                with Watch(point, _die)():
-                    small_build(cache, form)
-
-            doomed = [draws.choice(points) for _ in range(3)]
-            children = [forked(functools.partial(work, point)) for point in doomed]
+            ends = [draws.choice(points) for _ in range(3)]
+            children = [forked(doomed, point, small_build, cache, form) for point in ends]
             statuses = [exit_status(child) for child in children]
             assert set(statuses) <= {0, signal.SIGKILL}
             require_refused_or_whole(cache)
@@ -215,8 +244,8 @@ def _races(folder: Path, form: ShardFormatName) -> int:
     return num_kills
 
 
+KINDS = {"kills": _kills, "calls": _calls, "errors": _errors, "races": _races}
+
 if __name__ == "__main__":
-    tried = {"kills": _kills, "errors": _errors, "races": _races}[sys.argv[1]](
-        Path(sys.argv[2]), "arrow" if sys.argv[3] == "arrow" else "webdataset"
-    )
-    sys.stdout.write(f"{tried}\n")
+    form: ShardFormatName = "arrow" if sys.argv[3] == "arrow" else "webdataset"
+    sys.stdout.write(f"{KINDS[sys.argv[1]](Path(sys.argv[2]), form)}\n")

@@ -1,10 +1,6 @@
 """Promises of emkd extend: what is added is what a build would have made, what was there stays."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from tests.support.builders import published
 from tests.support.changed import changed
+from tests.support.children import run_script
 from tests.support.extended import (
     assert_same_rows,
     build_config,
@@ -139,13 +136,9 @@ def test_extended_by_records_is_built_with_all_of_them(
 
 @pytest.mark.parametrize("what", ["samples", "records"])
 def test_an_extension_that_is_killed_and_run_again_leaves_the_same_bytes(
-    tmp_path: Path, what: str
+    memory_folder: Path, what: str
 ) -> None:
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        command = [sys.executable, "-m", "tests.support.extended", what, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_script("extended", what, memory_folder)
 
 
 def test_another_teacher_is_refused_with_a_table(tmp_path: Path, llava: Path) -> None:

@@ -1,8 +1,5 @@
 """Laws of caches that are made from caches, on disks and in object stores."""
 
-import os
-import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage.local_store import LocalStore
 from tests.support.builders import build, flip, published
+from tests.support.children import run_script
 from tests.support.derived import HEAD, TOOLS, base_cache, content_of, rows_of, shards_from
 from tests.support.s3_server import BUCKET, S3Server
 from tests.support.strategies import make_cached, make_spec
@@ -200,16 +198,11 @@ def test_inputs_must_be_sealed_and_intact_and_another_out_is_refused(tmp_path: P
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_that_is_killed_anywhere_and_run_again_leaves_the_same_bytes(
-    tmp_path: Path, tool: str, record_property: Callable[[str, object], None]
+    memory_folder: Path, tool: str, record_property: Callable[[str, object], None]
 ) -> None:
-    # Thousands of fsyncs of a disk take their time: in memory, where there is a folder in memory.
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        command = [sys.executable, "-m", "tests.support.derived", tool, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 60
-    record_property("tried", f"{int(done.stdout)} kills in emkd {tool}")
+    num_kills = int(run_script("derived", tool, memory_folder))
+    assert num_kills > 60
+    record_property("tried", f"{num_kills} kills in emkd {tool}")
 
 
 def test_an_exchanged_shard_is_not_translated(tmp_path: Path) -> None:

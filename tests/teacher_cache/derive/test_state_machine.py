@@ -34,8 +34,9 @@ from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage.open_store import open_store
 from tests.support.builders import build
 from tests.support.faults import Watch
+from tests.support.paths import IN_MEMORY
 from tests.support.strategies import assert_same, make_cached, make_spec
-from tests.teacher_cache.folder.test_fault_matrix import FORMATS, IN_MEMORY
+from tests.teacher_cache.folder.test_fault_matrix import FORMATS
 
 NUM_EXAMPLES = int(os.environ.get("EMKD_MACHINE_EXAMPLES", "20"))
 STEPS_OF_EXAMPLE = 15

@@ -5,10 +5,6 @@ the same build again publishes the bytes of an undisturbed one. The counts are p
 at the end of the tests (tests/conftest.py).
 """
 
-import os
-import subprocess
-import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,36 +16,30 @@ import pytest
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.storage import object_store
 from teacher_cache.storage.object_store import ObjectStore
+from tests.support.children import run_script
 from tests.support.faults import require_refused_or_whole, small_build
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
-NAMES = {"kills": "kills", "errors": "errors", "races": "kills of three racing builders"}
-IN_MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of fsyncs of a disk take their time."""
-    if not os.access(IN_MEMORY, os.W_OK):
-        yield tmp_path
-    else:
-        with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:
-            yield Path(name)
+NAMES = {
+    "kills": "kills",
+    "calls": "kills before calls of the file system",
+    "errors": "errors",
+    "races": "kills of three racing builders",
+}
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(("kind", "at_least"), [("kills", 80), ("errors", 240), ("races", 20)])
+@pytest.mark.parametrize(
+    ("kind", "at_least"), [("kills", 80), ("calls", 40), ("errors", 240), ("races", 20)]
+)
 def test_every_point_of_a_build_on_a_disk(
-    folder: Path,
+    memory_folder: Path,
     form: ShardFormatName,
     kind: str,
     at_least: int,
     record_property: Callable[[str, object], None],
 ) -> None:
-    command = [sys.executable, "-m", "tests.support.faults", kind, str(folder), form]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    num_tries = int(done.stdout)
+    num_tries = int(run_script("faults", kind, memory_folder, form))
     record_property("tried", f"{num_tries} {NAMES[kind]} in a build of {form} shards")
     assert num_tries >= at_least
 

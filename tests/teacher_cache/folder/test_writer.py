@@ -1,8 +1,6 @@
-"""A cache is whole or refused: kills, races, zombies, other plans, rows that were not planned."""
+"""A cache is whole or refused: zombies, other plans, rows that were not planned."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,15 +23,6 @@ FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path)
-
-
-@pytest.mark.parametrize(("scenario", "form"), [("kill", "arrow"), ("race", "webdataset")])
-def test_killed_and_racing_builds_end_in_the_undisturbed_bytes(
-    tmp_path: Path, scenario: str, form: str
-) -> None:
-    command = [sys.executable, "-m", "tests.support.builders", scenario, str(tmp_path), form]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("form", FORMATS)
