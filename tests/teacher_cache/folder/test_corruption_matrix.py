@@ -18,8 +18,9 @@ from teacher_cache.folder.verify import verify_cache
 from teacher_cache.schema.options import ShardFormatName
 from teacher_cache.schema.teacher_output import CachedSample
 from tests.support.faults import small_build
+from tests.support.paths import IN_MEMORY
 from tests.support.strategies import assert_same
-from tests.teacher_cache.folder.test_fault_matrix import FORMATS, IN_MEMORY
+from tests.teacher_cache.folder.test_fault_matrix import FORMATS
 
 Damage = tuple[str, bytes | None]
 """What was done to a file, and its bytes then; None where it is gone."""
