@@ -25,7 +25,7 @@ from teacher_cache.schema.manifest import (
     ShardFile,
     record_bytes,
 )
-from teacher_cache.schema.options import TextRules
+from teacher_cache.schema.options import PICTURE_RULE, TextRules
 from teacher_cache.schema.shard_quality import ShardQuality
 
 CACHE = "c0ffee" * 10 + "abcd"
@@ -158,7 +158,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
     fields |= {"logits_codec": None, "affinity_dtype": None, "grid": None}
     fields |= {"least_logits": False, "template_digest": None}
     fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
-    fields |= {"share_vision": True, "text": TextRules()}
+    fields |= {"share_vision": True, "text": TextRules(), "pictures": PICTURE_RULE}
     if quality is not None:
         fields |= {
             "records": "topk",
