@@ -118,5 +118,5 @@ def test_the_same_settings_give_the_same_student_from_either_format(
         cache = tmp_path / form
         build(dataclasses.replace(config, out=str(cache), format=form))
         final = _train(cache, llava, tmp_path / f"run-{form}", "emkd")
-        weights.append((final / "llava.safetensors").read_bytes())
+        weights.append((final / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from pipeline.build.build import build
 from pipeline.config.stages import TrainConfig
@@ -116,6 +115,8 @@ def test_both_backends_agree_but_for_rounding_of_the_resize(
     smooth = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)).resize((90, 70))
     found: list[Any] = []
     for backend in ("pil", "torchvision"):
+        from transformers import AutoImageProcessor
+
         processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
         found.append(processor(images=[smooth], return_tensors="pt"))
     scale = 255 * processor.image_std[0]

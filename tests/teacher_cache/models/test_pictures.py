@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import load_image
 
 from teacher_cache.models.pictures import PictureTraits, picture_traits, read_picture
 
@@ -88,6 +86,8 @@ def test_an_alpha_channel_is_composited_on_white(mode: str) -> None:
     found = seen(saved(image))
     assert np.abs(found - on_white(colour, ALPHA)).max() <= 1
     assert (found[0, 0] == 255).all()
+    from transformers.image_transforms import convert_to_rgb
+
     assert (found == convert_to_rgb(image, return_numpy=True)).all()
 
 
@@ -174,6 +174,8 @@ def test_every_orientation_is_applied_once(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(image, form, exif=exif)
+    from transformers.image_utils import load_image
+
     wanted = np.asarray(load_image(Image.open(io.BytesIO(data))))
     assert (seen(data) == wanted).all()
     assert wanted.shape[:2] == ((24, 16) if orientation > 4 else (16, 24))
