@@ -8,6 +8,7 @@ Refuses malformed files.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,10 @@ def read_evaluation(place: Path) -> Evaluation:
         )
     names: list[ScoreName] = [name for name in SCORES if name in metrics["scores"]]
     known = [prediction for prediction in predictions if prediction.answer_key]
+    by_sample = {
+        name: dict(zip((p.key for p in known), score_predictions(known, name), strict=True))
+        for name in names
+    }
     pictures = place / "pictures.json"
     # The metrics of earlier versions hold neither.
     settings, tokens = metrics.get("compression"), metrics.get("vision_tokens") or {}
@@ -265,13 +270,9 @@ def read_evaluation(place: Path) -> Evaluation:
         samples_digest=metrics["samples_digest"],
         num_samples=metrics["num_samples"],
         seconds=metrics["seconds"],
-        scores={name: metrics["scores"][name] for name in names},
-        by_sample={
-            name: {
-                p.key: score for p, score in zip(known, score_predictions(known, name), strict=True)
-            }
-            for name in names
-        },
+        # Not those of the file: the rule of a score may have changed since.
+        scores={name: math.fsum(each.values()) / len(each) for name, each in by_sample.items()},
+        by_sample=by_sample,
         predictions={prediction.key: prediction for prediction in predictions},
         pictures=json.loads(pictures.read_text()) if pictures.exists() else None,
         compression=settings and decode_mapping(CompressionSettings, settings, str(place)),

@@ -19,6 +19,7 @@ from pyarrow.parquet import ParquetFile
 from pipeline.sources.conversations import build_sample, entry_id
 from pipeline.sources.media import IMAGE_FIELDS, is_media_name
 from pipeline.sources.turns import LAYOUTS, TURN_FIELDS
+from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 
 ROWS_AT_ONCE = 16
@@ -53,9 +54,14 @@ class ParquetSource:
         number = bisect.bisect_right(self._starts, index) - 1
         file, group = self._groups[number]
         row_number = index - self._starts[number]
-        row = self._row(number, row_number)
         where = f"{file}, row {row_number} of row group {group}"
-        source_id = entry_id(row, f"{file.name}:{group}:{row_number}")
+        source_id = f"{file.name}:{group}:{row_number}"
+        try:
+            row = self._row(number, row_number)
+        except (OSError, StopIteration, pa.ArrowException) as error:
+            why = f"{where}: cannot be read as Parquet: {error}; copy the file again"
+            raise SampleError(source_id, why) from error
+        source_id = entry_id(row, source_id)
         return build_sample(where, source_id, row, None, self.unread)
 
     def _row(self, number: int, row: int) -> dict[str, Any]:
@@ -65,10 +71,11 @@ class ParquetSource:
             if self._rows is None or self._rows[0] != number or row < start:
                 self._rows = (number, _batches(*self._groups[number]))
                 start, batch = 0, None
+            rows, self._rows = self._rows, None  # a read that fails leaves nothing behind
             while batch is None or row >= start + batch.num_rows:
                 start += 0 if batch is None else batch.num_rows
-                batch = next(self._rows[1])
-                self._batch = start, batch
+                batch = next(rows[1])
+            self._rows, self._batch = rows, (start, batch)
             return batch.slice(row - start, 1).to_pylist()[0]
 
 

@@ -88,6 +88,9 @@ def read_conversation(entry: Mapping[str, Any], listed: Sequence[Any]) -> Conver
             f"found {reader.taken} {IMAGE_PLACEHOLDER} placeholders for {len(listed)} images; "
             f"write one {IMAGE_PLACEHOLDER} in the text for each image"
         )
+    if reader.by_index:
+        num_hidden = len(set(range(reader.taken, len(listed))) - reader.by_index)
+        found.unread += ["an image that no part shows"] * num_hidden
     return found
 
 
@@ -220,7 +223,8 @@ class _Reader:
         self.unread: list[str] = []
         self.taken = 0
         """Marks that took the next listed image, or found none left."""
-        self.by_index = False
+        self.by_index: set[int] = set()
+        """The listed images that parts name."""
         self._listed = listed
 
     def message(self, turn: Any, number: int) -> Message:
@@ -272,12 +276,12 @@ class _Reader:
             is_link = kind == "image_url" and isinstance(own, Mapping)
             self.images.append(own.get("url") if is_link else own)
         elif index is not None:
-            self.by_index = True
             if not isinstance(index, int) or not 0 <= index < len(self._listed):
                 raise ValueError(
                     f"turn {number} shows image {index!r} of {len(self._listed)} images; indices "
                     "count from 0"
                 )
+            self.by_index.add(index)
             self.images.append(self._listed[index])
         else:
             self._take_next()

@@ -50,6 +50,7 @@ from teacher_cache.models.digests import (
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
+from teacher_cache.schema.options import EARLIER_PICTURE_RULE, EARLIER_TEXT_RULES, PictureRule
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
@@ -79,6 +80,9 @@ class EvaluationIdentity(StrictRecord):
     """Absent in the folders of earlier versions, where nothing was dropped."""
     append_eos: bool = False
     """Whether a token was appended to earlier turns; absent in folders of earlier versions."""
+    text_version: int = EARLIER_TEXT_RULES.version
+    pictures: PictureRule = EARLIER_PICTURE_RULE
+    """By which rules messages and images were read; absent in folders of earlier versions."""
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -186,6 +190,8 @@ def _identity(
         batch_size=config.batch_size,
         compression=config.compression,
         append_eos=generator.encoder.rules.append_eos,
+        text_version=generator.encoder.rules.version,
+        pictures=generator.encoder.pictures,
     )
 
 

@@ -14,7 +14,7 @@ in the tail, which a sketch or a template estimates and a bare top-k record does
 of which it is not.
 
 Promise: gradients reach the student's logits and nothing else; sums run in float32 or wider.
-Dimensions as in schema.py.
+Dimensions as in teacher_output.py.
 """
 
 import math

@@ -5,7 +5,7 @@ z at the label and at the kept entries, log sum exp over the other columns and, 
 of the teacher's tail, the tail's mean of z - e. `KernelRows` has these numbers as autograd leaves.
 Divergences compute from them with the functions that serve dense rows. A second pass over the
 logits spreads the leaves' gradients over the columns. `logit_terms.py` decides which terms can be
-read this way. Needs triton (logit_rows_triton.py). Dimensions as in schema.py.
+read this way. Needs triton (logit_rows_triton.py). Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ teacher, and what bounds need: the tail's largest entries, the smallest entry, t
 `DenseRows` computes every log-probability with torch. `KernelRows` (kernel_rows.py) has what
 kernels found in one pass over the logits.
 Promise: kept entries, mass and sums carry gradients; what bounds need does not. Dimensions as in
-schema.py.
+teacher_output.py.
 """
 
 from abc import ABC, abstractmethod

@@ -11,7 +11,7 @@ convex:
 The lower bound is above that of one bucket (p_v = a q_v) wherever the student puts more on one
 entry of the tail than the teacher can. Entries that are not capped share one ratio, so they count
 as one bucket. Promise: both hold whenever the record's own numbers do; no gradient; one pass over
-the vocabulary. Dimensions as in schema.py.
+the vocabulary. Dimensions as in teacher_output.py.
 """
 
 import math

@@ -10,7 +10,7 @@ Flat tails (tau spread evenly, or the sketch's mean logit everywhere) are not of
 reverse KL they push a peaked student towards uniform, and a flat one away from its teacher.
 `benchmarks/training/tails.py` measures them and docs/method.md has the figures. A run logs which
 policy its values rest on (`LossTerms.tails`), because values under different policies do not
-compare. Dimensions as in schema.py.
+compare. Dimensions as in teacher_output.py.
 """
 
 from typing import NamedTuple

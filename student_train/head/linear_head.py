@@ -6,7 +6,7 @@ A plain linear layer becomes its whole weight and bias. If FSDP2 has sharded it,
 and their gradients are averaged over the ranks as FSDP2 would. Anything else (LoRA, quantised,
 hooked, any other function) stays a function, which `head_loss` calls chunk by chunk. Refuses a
 weight that another sharding (FSDP1, DeepSpeed ZeRO-3) has left incomplete. Dimensions as in
-schema.py, W >= V the student's own vocabulary rows.
+teacher_output.py, W >= V the student's own vocabulary rows.
 """
 
 from collections.abc import Callable

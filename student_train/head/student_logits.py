@@ -6,7 +6,7 @@ of tokens, and only the requested columns are kept. Given logits are indexed.
 
 Promise: no gradient; no result is kept between calls, because training changes the head; the head
 runs under the autocast that was set when the object was made. Refuses a head with fewer vocabulary
-rows than the teacher. Dimensions as in schema.py, W >= V the student's rows.
+rows than the teacher. Dimensions as in teacher_output.py, W >= V the student's rows.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ Means over tokens run over the whole step, means over samples over its samples w
 and with text after it to compare): `counts` has these numbers, and the result is this micro-batch's
 share of each mean. `batch_matching.py` finds the pairs, `reductions.py` and
 `logit_terms.py` compare what is paired, and only this file knows both. Refuses states and teacher
-outputs of different texts. Dimensions as in schema.py.
+outputs of different texts. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Collection, Sequence

@@ -7,7 +7,7 @@ Numbers of text tokens X and pairs P differ: the samples of a group are padded w
 no weight. Promise: the mean over a sample's entries, then over the samples that have any, however
 they are grouped. A group has at most `MOST_ENTRIES` affinities, padding included, or one sample. No
 gradient reaches the teacher. Refuses a record with neither affinities nor states. Dimensions as in
-schema.py, B samples.
+teacher_output.py, B samples.
 """
 
 from collections.abc import Iterator, Sequence

@@ -5,7 +5,7 @@
 (benchmarks/matching), and closer to the true sum, because partial sums are added in two levels. On
 GPUs a kernel can do the same by tiles (l1_triton.py). Promise: no tensor of N x M x C entries, no
 gradient, inputs unchanged; a pair's distance depends on no other pair.
-Dimensions as in schema.py, C any number of columns.
+Dimensions as in teacher_output.py, C any number of columns.
 """
 
 import torch

@@ -7,7 +7,7 @@ once, or, on a CPU and over a large vocabulary, count and sum them in narrow bin
 fast (docs/method.md). Bins below that of c are exact; the bin of c itself gives bounds. A row for
 which these leave F uncertain by more than one rounding of 1 is sorted after all. So F is exact to
 float32's rounding (float64's for float64), and no row depends on another. Dimensions as in
-schema.py, n rows, M constants, B bins.
+teacher_output.py, n rows, M constants, B bins.
 """
 
 import math

@@ -4,7 +4,7 @@ Promise: what is kept is exact. The log mass of everything else is known; its sh
 sketch or a template estimates it. Any other question is refused. Positions may keep different
 numbers of entries, from one to all V: then K is the largest number, and the rest of a row repeats
 its first entry (TopKRecord). Scattering by ids is safe; sums over entries need `kept_mask`.
-Dimensions as in schema.py, N any number of positions.
+Dimensions as in teacher_output.py, N any number of positions.
 """
 
 import copy

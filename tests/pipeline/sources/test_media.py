@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.build import SourceConfig
+from pipeline.sources import parquet
 from pipeline.sources.source import SampleSource, open_source, scan
 from teacher_cache.schema.errors import SampleError
 
@@ -221,3 +222,38 @@ def test_folders_globs_and_braces_stand_for_files_of_one_kind(tmp_path: Path) ->
 def test_a_url_is_refused_with_the_remedy(path: str) -> None:
     with pytest.raises(ValueError, match="read from files, not from URLs; download it or mount"):
         open_source(SourceConfig(path=path))
+
+
+def test_an_image_that_no_part_names_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [{"type": "image", "index": 2}, {"type": "image", "index": 2}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+    listed = ["0.png", "1.png", "2.png"]
+    source = json_source(tmp_path, {"images": listed, "messages": messages})
+    assert source[0].images == (picture(2), picture(2))
+    caplog.clear()
+    scan(source)
+    assert "an image that no part shows (2)" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), pa.ArrowInvalid("damaged page")])
+def test_a_row_group_that_cannot_be_read_leaves_no_row_of_another_behind(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": str(n), "conversations": TURNS} for n in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    source = open_source(SourceConfig(path=str(tmp_path / "a.parquet")))
+    assert source[3].source_id == "3"
+    read = parquet._batches  # pyright: ignore[reportPrivateUsage]
+    failures = iter([error])
+
+    def fails_once(*place: Any) -> Any:
+        if (found := next(failures, None)) is not None:
+            raise found
+        return read(*place)
+
+    monkeypatch.setattr(parquet, "_batches", lambda *place: (r for r in fails_once(*place)))
+    with pytest.raises(SampleError, match=r"row 0 of row group 1: cannot be read as Parquet"):
+        source[4]
+    assert [source[index].source_id for index in (7, 4, 3)] == ["7", "4", "3"]

@@ -126,3 +126,36 @@ def test_other_references_are_another_evaluation(tiny_folder: TinyFolder, tmp_pa
     (tmp_path / "a" / "set.json").write_text(json.dumps([{**entry, "answers": ["red", "red"]}]))
     with pytest.raises(CacheMismatchError, match="samples"):
         evaluate(config)
+
+
+def test_the_report_scores_the_predictions_not_the_file(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    place = answered(tmp_path / "set", tiny_folder("llava"), [{"question": "?", "answer": "x"}])
+    found = metrics(place)
+    found["scores"]["exact_match"] = 0.7  # as by an earlier rule
+    (place / "metrics.json").write_text(json.dumps(found))
+    evaluation = read_evaluation(place)
+    (value,) = evaluation.by_sample["exact_match"].values()
+    assert evaluation.scores["exact_match"] == value != 0.7
+
+
+@pytest.mark.parametrize("field", ["text_version", "pictures"])
+def test_answers_by_earlier_rules_are_not_continued(
+    field: str, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    """Folders of earlier versions lack the field; their prompts and pictures were others."""
+    entry = [{"question": "?", "answer": "x"}]
+    place = answered(tmp_path / "set", tiny_folder("llava"), entry)
+    stored = json.loads((place / "evaluation.json").read_text())
+    del stored[field]
+    (place / "evaluation.json").write_text(json.dumps(stored))
+    config = EvaluateConfig(
+        model=str(tiny_folder("llava")),
+        source=SourceConfig(path=str(tmp_path / "set" / "set.json")),
+        out=place,
+        max_new_tokens=3,
+        device="cpu",
+    )
+    with pytest.raises(CacheMismatchError, match=field):
+        evaluate(config)
