@@ -1,10 +1,9 @@
 """Builds a sealed cache from a source and a teacher. Knows nothing of Ray.
 
-A plan, written before the teacher runs, cuts the samples into shards. `build_shard` is
-deterministic and idempotent: any process may run it any number of times, in any order, and the
-shards hold the same bytes. To resume, run the same command again; committed shards are skipped.
-Refuses a cache begun with other settings, another teacher or other samples, and names the fields
-that differ. A bad sample is named, never silently dropped.
+A plan, written before the teacher runs, cuts the samples into shards. Any process may run
+`build_shard` any number of times, in any order: the shards hold the same bytes. To resume, run the
+same command again (resume.py). Refuses a cache begun with other settings, another teacher or other
+samples, and names the fields that differ. A bad sample is named, never silently dropped.
 """
 
 import dataclasses
@@ -21,13 +20,7 @@ from pipeline.build.resume import is_unchanged, keep_settings, require_same_qual
 from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
 from pipeline.fidelity.shard_quality import measure_shard
-from pipeline.sources.source import (
-    SampleSource,
-    ScannedSample,
-    open_source,
-    refuse_samples,
-    scan,
-)
+from pipeline.sources.source import SampleSource, ScannedSample, open_source, refuse_samples, scan
 from teacher_cache.folder.layout import (
     read_commit,
     read_plan,

@@ -1,11 +1,10 @@
 """Adds new kinds of records to the samples of a sealed cache, as a new cache of layered shards.
 
-The teacher runs over the images and messages in the cache itself, in the batches of its build. So
-no source is needed, and the new columns are those that a build of all records would have written.
-They lie in a second file beside each old one, which is linked or copied unopened. Records that the
-cache has are not stored again; the old cache stays valid. Refuses another teacher, records that the
-cache has, samples that the teacher rejects, and settings of records that are not new. Running it
-again resumes it.
+The teacher runs over the images and messages in the cache, in the batches of its build, so the new
+columns are those that a build of all records would have written. They lie in a second file beside
+each old one, which is linked or copied unopened; the old cache stays valid. Refuses another
+teacher, samples that it rejects, records that the cache has, and settings of records that are not
+new. Running it again resumes it.
 """
 
 import dataclasses
@@ -121,7 +120,8 @@ class RecordExtender:
 
     @property
     def _new_columns(self) -> frozenset[str]:
-        return _columns(self.plan.spec) - _columns(self.base.spec)
+        new, held = (columns_of(tier_parts(s), s) for s in (self.plan.spec, self.base.spec))
+        return new - held
 
     @property
     def _new_settings(self) -> RecordSettings:
@@ -250,7 +250,3 @@ def _settings(wanted: RecordSettings, base: CacheSpec, records: RecordKind) -> R
     settings = dataclasses.replace(base.settings, **chosen)
     settings.refuse_unused()
     return settings
-
-
-def _columns(spec: CacheSpec) -> frozenset[str]:
-    return columns_of(tier_parts(spec), spec)

@@ -1,10 +1,9 @@
 """Adds samples to a sealed cache, by the same teacher and settings, as a new cache.
 
-Old shards are linked or copied unopened; the old cache does not change. New samples are computed
-exactly as a build would have computed them: settings of the cache's spec, the cache's own sketch
-basis and template, which are not fitted again. Samples whose keys the cache has are left out.
-Refuses another teacher, with a table of the fields that differ, and a source without new samples.
-Running it again resumes it.
+Old shards are linked or copied unopened; the old cache does not change. New samples are computed as
+by a build, with the settings, sketch basis and template of the cache; samples that it has are left
+out. Refuses another teacher, with a table of the fields that differ, and a source without new
+samples. Running it again resumes it.
 """
 
 from collections.abc import Sequence

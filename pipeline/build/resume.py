@@ -1,8 +1,9 @@
 """Recognises a build that was begun with the same settings and files, so that it may resume.
 
-An unchanged build is recognised without reading its source or loading its teacher. If anything
-differs, the build makes its plan again and compares plans (manifest.py). Refuses the one change
-that no plan shows but written shards cannot follow: another number of quality samples.
+A resumed build reads plan, sketch and template from the cache, skips every committed shard, and
+goes on with the first sample of each other shard. If a setting or a file differs, it first reads
+all samples again, to make a plan that must equal the stored one (manifest.py). Refuses the one
+change that no plan shows: another number of quality samples.
 """
 
 import dataclasses

@@ -67,7 +67,7 @@ class BuildConfig(StrictRecord):
     and lists them in plan, commit records and seal."""
     quality_samples: int = QUALITY_SAMPLES
     """Samples of each shard on which the loss of the records is measured against every logit; 0
-    measures nothing, not even the mass outside the kept entries."""
+    disables all measurement, that of the mass outside the kept entries too."""
     require_quality: bool = False
     """Exit with code 4 where the records miss their stated quality, or where it is unknown."""
     torch_threads: int | None = None

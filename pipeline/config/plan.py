@@ -1,7 +1,6 @@
-"""The settings of `emkd plan`: counts to reckon with, or a pilot that measures them.
+"""The settings of `emkd plan`: counts to compute with, or a pilot that measures them.
 
-Which of them are looked at depends on whether a pilot is run; one that would not be is refused.
-Imports nothing heavy.
+Refuses a setting that would have no effect with, or without, a pilot. Imports nothing heavy.
 """
 
 from dataclasses import dataclass, fields
@@ -15,15 +14,15 @@ from teacher_cache.schema.strict_json import StrictRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig(StrictRecord):
-    """What a cache would take: arithmetic from counts, or, with `pilot`, measured on samples."""
+    """Bytes and time of a cache: arithmetic from counts, or, with `pilot`, measured on samples."""
 
     samples: int | None = None
     """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
     source."""
     images_per_sample: float = 1.0
     samples_per_image: float | None = None
-    """Samples, on average, that ask about the same images behind the same prompt: they share what
-    is stored of the images. Default: 1, or with --pilot what is found among its samples."""
+    """Mean number of samples with the same images and the same prompt before them: they share one
+    vision record. Default: 1, or with --pilot as found among its samples."""
     vision_tokens: int = 576
     """Vision tokens of one view of an image."""
     views: int = 1
@@ -31,7 +30,7 @@ class PlanConfig(StrictRecord):
     text_tokens: int = 128
     """Tokens of a sample's own text, instructions and responses."""
     response_tokens: int = 64
-    """Those of them that are responses."""
+    """How many of `text_tokens` are responses."""
     vocab_size: int = 32000
     hidden_size: int = 4096
     logits_codec: LogitsCodec = "exact"
@@ -39,7 +38,7 @@ class PlanConfig(StrictRecord):
     mean_kept: float | None = None
     """Entries that a position keeps on average, for a cache with --top-p."""
     ratios: tuple[float, ...] = ()
-    """Those of a cache with a grid: each response token has a record more for every one."""
+    """Ratios of a response grid; each adds one record to every response token."""
     image_bytes: int = 100_000
     """Bytes of one encoded image; caches hold the images too."""
     teacher_seconds_per_sample: float | None = None
@@ -60,7 +59,7 @@ class PlanConfig(StrictRecord):
     append_eos: bool = True
     """As in a build: end assistant turns that the chat template does not end, for --pilot."""
     match_metric: Literal["raw_l1", "prob_l1"] = "raw_l1"
-    """Matching that the cache is to serve: raw logits (the paper's) or probabilities."""
+    """Matching that the cache must serve: by raw logits (the paper's) or probabilities."""
     batch_size: int = 8
     device: str = "auto"
     dtype: Dtype | None = None

@@ -1,8 +1,6 @@
-"""The settings of every stage, as frozen dataclasses; flags, help and `--config` files follow.
+"""Settings of training, evaluation and report; flags, help and `--config` files follow from them.
 
-Some settings change the stored numbers (they are part of the cache's `CacheSpec` or of the run's
-objective); others say how the work is done (batch sizes, devices, threads). Imports nothing heavy,
-so that `emkd --help` answers at once.
+Imports nothing heavy, so that `emkd --help` answers at once.
 """
 
 from dataclasses import dataclass, replace
@@ -91,12 +89,12 @@ class EvaluateConfig(StrictRecord):
     """Append the tokenizer's end-of-sequence token to earlier assistant turns that the chat
     template does not end, as in training."""
     cache: str | None = None
-    """A cache (folder or URL) of the same source: draws for its first samples which teacher token
-    each student token is matched to, and the teacher's words at its vision tokens."""
+    """A cache (folder or URL) of the same source, for whose first samples the matching of vision
+    tokens is drawn, with the words of both models."""
     num_pictures: int = 4
     compressor: str | None = None
-    """Drop vision tokens inside the language model: dart, fastv, random, or one that was
-    registered; none: all of them go through every layer."""
+    """Drop vision tokens inside the language model, by dart, fastv, random, or a registered
+    compressor; default: drop none."""
     compress_layer: int = 2
     """Decoder layer, counted from 0, at whose input tokens are dropped."""
     ratio: float | None = None
@@ -105,7 +103,8 @@ class EvaluateConfig(StrictRecord):
     """Instead of layer and ratio, a pyramid: 8:0.5 16:0.5 drops half at the input of layer 8 and
     half of what is left at that of layer 16."""
     compress_text: TextSource = "instruction"
-    """Text that decides: the turn's instruction; or `released`: all text after the images."""
+    """Text that decides what is kept: the turn's `instruction`, or `released`: all text after the
+    images."""
     compress_seed: int = 0
     """Seed of the compressor random."""
     torch_threads: int | None = None

@@ -1,18 +1,13 @@
-"""Writes the demo's images: grids of the handwritten digits that scikit-learn ships (UCI).
+"""Writes the demo's data: 48 x 48 images of 4 x 4 handwritten digits (UCI's, from scikit-learn).
 
-The same settings give the same bytes. A digit image of the held-out grids appears in no training
-grid. Running again repeats an interrupted run and leaves a finished one as it is. Refuses a folder
-that holds a set with other settings.
+`cells`: a prompt names eight cells ("Fill in bs? dq? ..."), the response gives their digits (" bs5
+dq2 ..."). Digits straddle patches (8 pixels) and pooling windows (16), so that a student with
+pooled vision tokens sees less than its teacher. `rows`: a prompt names one row before the image
+("Read d\n<image>"), the response reads it (" q7 s2 v9 x1"). A cell is read in the first decoder
+layer; a row must be looked up first, so the next layer needs vision tokens too.
 
-One image is 48 x 48: 4 x 4 cells of 12 x 12 pixels, each one digit enlarged from 8 x 8. A prompt
-names eight random cells ("Fill in bs? dq? ..."); the response repeats them with their digits
-(" bs5 dq2 ..."). Digits straddle patches (8 pixels) and pooling windows (16), so that a student
-with pooled vision tokens sees somewhat less than its teacher.
-With `rows` a prompt names one row, then shows the image ("Read d\n<image>"); the response reads the
-row (" q7 s2 v9 x1"). A cell's name tells directly where to look, so it is read in the first decoder
-layer; a row must be looked up first, so vision tokens are needed in the next layer too.
-Written: train.json, heldout.json (LLaVA JSON; `digits` holds the 16 digits of a grid for
-pretraining a vision tower), images/*.png, and last digits.json, the settings.
+The same settings give the same bytes; no digit image is in both splits. Written: train.json,
+heldout.json (LLaVA JSON, with the 16 digits of each grid), images/*.png, and last digits.json.
 """
 
 import dataclasses
@@ -57,7 +52,8 @@ class PatchLabels:
 def write_digits(config: DigitsConfig, progress: Progress = no_progress) -> Path:
     """Write both splits under `config.out` and return that folder.
 
-    Raises ValueError if the folder holds a set that was made with other settings.
+    Repeats an interrupted run; leaves a finished one as it is. ValueError if the folder holds a set
+    that was made with other settings.
     """
     from sklearn.datasets import load_digits  # an extra, needed by this function only
 
@@ -148,10 +144,7 @@ def _entry(
     return {
         "id": name,
         "image": f"images/{name}.png",
-        "conversations": [
-            {"from": "human", "value": question},
-            {"from": "gpt", "value": answer},
-        ],
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
         "digits": digits,
     }
 

@@ -1,11 +1,8 @@
 """Makes the demo's untrained vanilla teacher: tokenizer, processor, a LLaVA of 36 vision tokens.
 
-Ordinary transformers classes that `AutoProcessor` and `AutoModelForImageTextToText` load from disk.
-Each cell name and each digit is one token, so that naming a cell's digit takes one look at the
-image. The chat template renders a prompt (with the generation prompt) as a prefix of the whole
-conversation and ends every turn with the end-of-turn token.
-Sizes are the smallest at which a student with pooled vision tokens is clearly worse: SigLIP and
-Qwen3 of two layers and width 64.
+Ordinary transformers classes, which the auto classes load from disk: SigLIP and Qwen3 of two layers
+and width 64, the smallest at which a student with pooled vision tokens is clearly worse. The chat
+template ends every turn with the end-of-turn token.
 """
 
 from collections.abc import Iterable

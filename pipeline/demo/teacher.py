@@ -1,11 +1,9 @@
 """Trains the demo's vanilla teacher: a LLaVA that reads named cells of a grid of digits.
 
-The same data, settings and number of threads give the same weights. `<out>/final` is renamed into
-place last, so it exists only if the teacher is trained; running again after a kill starts over and
-ends in the same bytes. Refuses data without the digits of each grid, and a folder that holds a
-teacher of other settings or data.
 Two phases, as in LLaVA: the vision tower learns to name what each of its patches shows, then is
-frozen; projector and language model learn the conversations from the tower's stored features.
+frozen; projector and language model learn the conversations from the tower's features. The same
+data, settings and number of threads give the same weights. `<out>/final` is renamed into place
+last; after a kill, training starts over.
 B samples of a batch, C patches of a grid, D width of the tower.
 """
 

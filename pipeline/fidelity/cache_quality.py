@@ -1,16 +1,16 @@
 """Reports what a cache keeps of its teacher, from its commit records: table, verdict, warning.
 
-Everything comes from the seal. The numbers of a whole cache are means over its shards, weighted by
-the number of positions or pairs (the largest tail is the maximum). The mean is judged by the rule
-that recommends a tier (recommend.py); the worst shard is named. A cache that also holds hidden
-states is shown but not judged: students learn from those. The alternative offered is hidden states,
-which always pass; a pilot measures the tiers between.
+Everything comes from the seal. The mean over the shards is judged by the rule that recommends a
+tier (recommend.py); the worst shard is named. A cache that also holds hidden states is shown but
+not judged: students learn from those. The alternative offered is hidden states, which always pass;
+a pilot measures the tiers between.
 """
 
 import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pipeline.fidelity.recommend import (
     MAX_REGRET,
@@ -184,44 +184,34 @@ def _worst(tier: Tier, shards: Sequence[ShardQuality | None]) -> int | None:
 
 def _mean(found: Sequence[ShardQuality]) -> ShardQuality:
     return ShardQuality(
-        vision_tail=_mean_tail([q.vision_tail for q in found if q.vision_tail is not None]),
-        response_tail=_mean_tail([q.response_tail for q in found if q.response_tail is not None]),
-        sampled=_mean_loss([q.sampled for q in found if q.sampled is not None]),
+        vision_tail=_pooled([each.vision_tail for each in found]),
+        response_tail=_pooled([each.response_tail for each in found]),
+        sampled=_pooled([each.sampled for each in found]),
     )
 
 
-def _mean_tail(tails: Sequence[TailMass]) -> TailMass | None:
-    if not tails:
+Measured = TypeVar("Measured", TailMass, SampledLoss)
+
+
+def _pooled(records: Sequence[Measured | None]) -> Measured | None:
+    """Sums of counts, the largest `max`, and means weighted by positions or pairs.
+
+    A mean is None where a record lacks the value; the whole is None without a record.
+    """
+    known = [record for record in records if record is not None]
+    if not known:
         return None
-    weights = [tail.num_positions for tail in tails]
-    return TailMass(
-        num_positions=sum(weights),
-        median=_weighted([tail.median for tail in tails], weights),
-        p90=_weighted([tail.p90 for tail in tails], weights),
-        p99=_weighted([tail.p99 for tail in tails], weights),
-        max=max(tail.max for tail in tails),
-    )
-
-
-def _mean_loss(losses: Sequence[SampledLoss]) -> SampledLoss | None:
-    if not losses:
-        return None
-    weights = [loss.num_pairs for loss in losses]
-    energies = [loss.energy for loss in losses if loss.energy is not None]
-    return dataclasses.replace(
-        losses[0],
-        num_samples=sum(loss.num_samples for loss in losses),
-        num_pairs=sum(weights),
-        regret=_weighted([loss.regret for loss in losses], weights),
-        agreement=_weighted([loss.agreement for loss in losses], weights),
-        gradient_cosine=_weighted([loss.gradient_cosine for loss in losses], weights),
-        energy=_weighted(energies, weights) if len(energies) == len(losses) else None,
-        row_mean_spread=_weighted([loss.row_mean_spread for loss in losses], weights),
-    )
-
-
-def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
-    return rounded(statistics.fmean(values, weights))
+    pooled: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(known[0])):
+        values = [getattr(record, name) for record in known]
+        if name.startswith("num_"):
+            pooled[name] = sum(values)
+        elif name == "max":
+            pooled[name] = max(values)
+        elif name != "metric":  # one for all shards
+            weights = [r.num_positions if isinstance(r, TailMass) else r.num_pairs for r in known]
+            pooled[name] = None if None in values else rounded(statistics.fmean(values, weights))
+    return dataclasses.replace(known[0], **pooled)
 
 
 def _instead(tier: Tier, mean: ShardQuality, seal: Seal) -> Recommendation:

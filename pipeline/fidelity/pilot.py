@@ -1,11 +1,11 @@
-"""`emkd plan --pilot`: measures what each tier of a cache would lose on *this* teacher.
+"""Measures what each tier of a cache would lose on *this* teacher: `emkd plan --pilot`.
 
 Every second sample fits the sketch's basis and the others are measured, so no number is flattered
 by its own calibration. Records are made, encoded and turned into signals by the functions that
 build and training use.
 
-Memory: the states of one batch and the records of one sample, whatever the number of samples.
-Refuses a source with fewer than two usable samples, or without images.
+Holds the states of one batch and the records of one sample, whatever the number of samples. Refuses
+a source with fewer than two usable samples, or without images.
 """
 
 import time
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.plan import PlanConfig
-from pipeline.fidelity.recommend import PROXY_STUDENT, PilotReport, TierMeasure, TierTail, recommend
+from pipeline.fidelity.recommend import PilotReport, TierMeasure, TierTail, recommend
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
 from pipeline.fidelity.tier_loss import LossMeter
@@ -192,7 +192,6 @@ class Pilot:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             match_metric=self.config.match_metric,
-            proxy_student=PROXY_STUDENT,
             teacher_seconds_per_sample=seconds,
             tails=tuple(self._tail(k) for k in sorted({k for k, _ in self.tails})),
             energy={rank: self.meter.energy(rank) for rank in ranks},

@@ -87,7 +87,6 @@ class PilotReport:
     vocab_size: int
     hidden_size: int
     match_metric: str
-    proxy_student: str
     teacher_seconds_per_sample: float
     tails: tuple[TierTail, ...]
     energy: dict[int, float]
@@ -192,7 +191,7 @@ def render_pilot(report: PilotReport) -> str:
         "B / token, packed: bytes of a vision token's records before and after compression.",
         f"regret, agree: matching by {report.match_metric}; gradient: cosine of the reverse KL's;",
         "all against every logit. Proxy for the student:",
-        f"{report.proxy_student}.",
+        f"{PROXY_STUDENT}.",
         *cost_lines(report.cost),
         "",
         f"Recommended: {report.recommendation.flags}",

@@ -95,12 +95,7 @@ def _sampled_loss(
     )
 
 
-def _as_read(
-    teacher: Teacher,
-    encoded: EncodedSample,
-    states: Tensor,
-    spec: CacheSpec,
-) -> Signal:
+def _as_read(teacher: Teacher, encoded: EncodedSample, states: Tensor, spec: CacheSpec) -> Signal:
     """What a student learns of the vision tokens: their records, stored and read back."""
     output = make_output(encoded.spans, states, teacher.head, spec.settings, teacher.sketch)
     columns = output_columns(output, spec)

@@ -74,10 +74,7 @@ class LossMeter:
         self._total = 0.0
 
     def add(
-        self,
-        states: Float[Tensor, "M D"],
-        views: Sequence[ViewGrid],
-        signals: Mapping[str, Signal],
+        self, states: Float[Tensor, "M D"], views: Sequence[ViewGrid], signals: Mapping[str, Signal]
     ) -> None:
         """Add one sample: the teacher's vision states, and the same tokens as each signal."""
         start = 0

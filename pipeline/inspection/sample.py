@@ -135,10 +135,7 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
         "positions": rows,
         "k": kept,
         **({} if record.num_kept is None else uneven),
-        "tail_mass": {
-            "median": round(tails[len(tails) // 2], 5),
-            "largest": round(tails[-1], 5),
-        },
+        "tail_mass": {"median": round(tails[len(tails) // 2], 5), "largest": round(tails[-1], 5)},
         **_least(record),
         "first_position_ids": record.ids[0, : record.counts[0]][:8].tolist(),
     }

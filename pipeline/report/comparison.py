@@ -184,10 +184,7 @@ def _differences(group: Group, baseline: Group) -> list[Difference]:
 
 
 def _difference(
-    group: Group,
-    baseline: Group,
-    pairs: Sequence[tuple[RunFolder, RunFolder]],
-    score: str,
+    group: Group, baseline: Group, pairs: Sequence[tuple[RunFolder, RunFolder]], score: str
 ) -> Difference:
     keys = sorted(_scores(pairs[0][0])[score])
     by_run = np.array(

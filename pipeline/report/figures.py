@@ -45,9 +45,7 @@ class Budget:
 
 
 def draw_curves(
-    name: str,
-    panels: Mapping[str, Mapping[str, Sequence[Curve]]],
-    colours: Mapping[str, str],
+    name: str, panels: Mapping[str, Mapping[str, Sequence[Curve]]], colours: Mapping[str, str]
 ) -> str:
     """One SVG with a panel for each term: panel title -> label -> curves of its seeds.
 
@@ -58,9 +56,7 @@ def draw_curves(
 
 
 def draw_budgets(
-    name: str,
-    panels: Mapping[str, Mapping[str, Sequence[Budget]]],
-    colours: Mapping[str, str],
+    name: str, panels: Mapping[str, Mapping[str, Sequence[Budget]]], colours: Mapping[str, str]
 ) -> str:
     """One SVG with a panel for each compressor: title -> label -> budgets.
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.config.stages import ReportConfig
 from pipeline.fidelity.cache_quality import summarise
+from pipeline.fidelity.tables import human_bytes
 from pipeline.report.comparison import (
     TERM_NAMES,
     Difference,
@@ -242,7 +243,7 @@ def _environment() -> Environment:
         "percent": lambda value: f"{100 * value:.1f}",
         "points": lambda value: f"{100 * value:+.1f}",
         "count": lambda value: f"{value:,}",
-        "bytes": _bytes,
+        "bytes": human_bytes,
         "seconds": _seconds,
         "words": lambda value: value.replace("_", " "),
         "short": lambda value: value[:12],
@@ -252,14 +253,6 @@ def _environment() -> Environment:
     }
     environment.filters.update(filters)
     return environment
-
-
-def _bytes(value: int | float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _seconds(value: int | float) -> str:

@@ -88,10 +88,7 @@ def budgets_of(groups: Sequence[Group]) -> Budgets | None:
 
 
 def _panel(
-    title: str,
-    score: str,
-    chosen: Sequence[CompressionSettings | None],
-    groups: Sequence[Group],
+    title: str, score: str, chosen: Sequence[CompressionSettings | None], groups: Sequence[Group]
 ) -> Panel:
     rows = [_row(score, settings, groups) for settings in chosen]
     known = [row for row in rows if row is not None]

@@ -15,7 +15,7 @@ _SCALES = {"%": 0.01, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion
 _NUMBER = re.compile(
     r"(?P<sign>[-+\u2212]?)\s*(?P<currency>[" + _CURRENCY + r"]?)\s*"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?P<exponent>[eE][-+]?\d+)?"
-    r"\s*(?P<unit>%|[" + _CURRENCY + r"]|[^\W\d_][^\d]*)?",
+    r"\s*(?P<unit>%|[" + _CURRENCY + r"]|[^\W\d_][^\d]*)?"
 )
 _OPENING_LETTER = re.compile(r"\(?([A-Za-z])(?:[.):]|\s*$)")
 _LONE_LETTER = re.compile(r"\b([A-Z])\b(?!['\u2019])")

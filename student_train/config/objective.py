@@ -21,12 +21,7 @@ average tail, where there is no sketch of the position's own."""
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 VladText = Literal["all", "instruction", "response"]
 EpicName = Literal[
-    "epic-tcd",
-    "epic-lcd",
-    "epic-icd",
-    "epic-cached-tcd",
-    "epic-cached-lcd",
-    "epic-cached-icd",
+    "epic-tcd", "epic-lcd", "epic-icd", "epic-cached-tcd", "epic-cached-lcd", "epic-cached-icd"
 ]
 ObjectiveName = Literal["supervised", "rld", "emkd"] | EpicName
 

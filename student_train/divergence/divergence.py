@@ -137,12 +137,7 @@ class Measure:
         )
 
     def _with_tail(
-        self,
-        student: Tensor,
-        teacher: TopKSignal,
-        tail: UsedTail,
-        temperature: float,
-        blend: float,
+        self, student: Tensor, teacher: TopKSignal, tail: UsedTail, temperature: float, blend: float
     ) -> Divergence:
         if tail == "renormalise":
             with torch.no_grad():  # only bounds and the student's mass need them

@@ -28,10 +28,7 @@ from teacher_cache.schema.teacher_output import (
 
 
 def require_served(
-    objective: ObjectiveConfig,
-    spec: CacheSpec,
-    assets: TeacherAssets,
-    tier: TierName,
+    objective: ObjectiveConfig, spec: CacheSpec, assets: TeacherAssets, tier: TierName
 ) -> None:
     """Raises ValueError, with the remedy, where the tier to learn from cannot serve the objective.
 

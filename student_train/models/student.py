@@ -14,12 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import (
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedModel, ProcessorMixin
 
 from student_train.models.avgpool_llava import (
     AvgPoolLlavaConfig,

@@ -168,10 +168,7 @@ def load_optimizer(
         if number_of[p] in stored["state"]
     }
     param_groups = [
-        {
-            **settings[group["params"][0]],
-            "params": list(islice(numbers, len(group["params"]))),
-        }
+        {**settings[group["params"][0]], "params": list(islice(numbers, len(group["params"])))}
         for group in optimizer.param_groups
     ]
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})

@@ -12,7 +12,13 @@ from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.plan import PlanConfig
 from pipeline.demo.config import DigitsConfig
 from pipeline.fidelity.pilot import run_pilot
-from pipeline.fidelity.recommend import PilotReport, TierMeasure, recommend, render_pilot
+from pipeline.fidelity.recommend import (
+    PROXY_STUDENT,
+    PilotReport,
+    TierMeasure,
+    recommend,
+    render_pilot,
+)
 from pipeline.fidelity.sizes import Tier, TierSize
 from teacher_cache.folder.reader import CacheReader
 from tests.support.lazy import write_digits
@@ -110,7 +116,7 @@ def test_bytes_are_those_of_a_build_that_follows(
 def test_the_report_says_what_was_measured_on_what(report: PilotReport) -> None:
     text = render_pilot(report)
     assert report.recommendation.flags in text
-    assert report.proxy_student in text
+    assert PROXY_STUDENT in text
     assert report.samples == 5  # the other half fitted the sketch
 
 
