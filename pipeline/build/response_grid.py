@@ -1,9 +1,8 @@
 """Runs a teacher that drops its own vision tokens, at each ratio of a cache's grid.
 
 One whole pass over a batch, then for each ratio the layers from the grid's on once more
-(`rerun_from_layer`; bit-equal to a whole pass under `compress`). Which tokens are kept depends on
-the sample, the teacher and the settings; random draws depend on the sample's key. So the same batch
-gives the same bits. Refuses teachers that cannot drop tokens there, before a sample is read.
+(`rerun_from_layer`; bit-equal to a whole pass under `compress`). The same batch gives the same
+bits. Refuses teachers that cannot drop tokens there, before a sample is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from student_train.compression.compressors import find_compressor
-from student_train.compression.decoder import decoder_of, require_compressible
+from student_train.compression.decoder import require_compressible, require_effect
 from student_train.config.compression import CompressionSettings
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from teacher_cache.models.collate import ModelBatch
@@ -35,13 +34,9 @@ def require_compressor(grid: GridSettings | None) -> None:
 def with_grid(teacher: Teacher, grid: GridSettings | None) -> Teacher:
     """The teacher, ready to compute the records of this grid; ValueError if it cannot."""
     if grid is not None:
-        require_compressible(teacher.model, compression_at(grid, grid.ratios[-1]))
-        num_layers = len(decoder_of(teacher.model).layers)
-        if grid.layer == num_layers:
-            raise ValueError(
-                f"the grid's layer is {grid.layer}, but the teacher has {num_layers} layers and "
-                f"no layer after the last would see the drop; choose 1 to {num_layers - 1}"
-            )
+        compression = compression_at(grid, grid.ratios[-1])
+        require_compressible(teacher.model, compression)
+        require_effect(teacher.model, compression)
         teacher.grid_passes = Passes(teacher.model)
     return teacher
 

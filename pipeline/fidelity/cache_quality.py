@@ -66,11 +66,12 @@ def summarise(seal: Seal) -> CacheQuality | None:
     mean = _mean(found)
     judged = not holds(spec.records, "hidden")
     missed = tuple(_faults(tier, mean)) if judged else ()
+    measured = [i for i, each in enumerate(shards) if each is not None and each.sampled is not None]
     return CacheQuality(
         tier=tier,
         mean=mean,
         shards=shards,
-        worst=_worst(tier, shards),
+        worst=max(measured, key=lambda index: _severity(tier, shards[index]), default=None),
         faults=missed,
         num_missing=sum(bool(_faults(tier, quality)) for quality in found) if judged else 0,
         instead=_instead(tier, mean, seal) if missed else None,
@@ -175,11 +176,6 @@ def _severity(tier: Tier, quality: ShardQuality | None) -> float:
         (1 - loss.gradient_cosine) / (1 - MIN_GRADIENT_COSINE),
         _tail_p90(tier, quality) / MAX_TAIL,
     )
-
-
-def _worst(tier: Tier, shards: Sequence[ShardQuality | None]) -> int | None:
-    measured = [i for i, each in enumerate(shards) if each is not None and each.sampled is not None]
-    return max(measured, key=lambda index: _severity(tier, shards[index]), default=None)
 
 
 def _mean(found: Sequence[ShardQuality]) -> ShardQuality:

@@ -1,8 +1,4 @@
-"""Recommends a tier from what a pilot found, and prints both.
-
-Plain numbers, no tensors, so that the rule can be read and tested by itself. A recommendation names
-what ruled out the cheaper tiers.
-"""
+"""Recommends a tier from what a pilot found, and lays both out as text; no tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,17 +151,15 @@ def faults(tier: Tier, regret: float | None, gradient_cosine: float, tail_p90: f
 def render_pilot(report: PilotReport) -> str:
     """The report for a terminal."""
     planned = f"{report.cost.num_samples:,} samples"
+    shares = [
+        (tail.vision_median, tail.vision_p90, tail.response_median, tail.response_p90)
+        for tail in report.tails
+    ]
     tails = table(
         ("tail mass outside top k", "vision median", "90 %", "response median", "90 %"),
         [
-            (
-                f"k={tail.top_k}",
-                f"{tail.vision_median:.4f}",
-                f"{tail.vision_p90:.4f}",
-                f"{tail.response_median:.4f}",
-                f"{tail.response_p90:.4f}",
-            )
-            for tail in report.tails
+            (f"k={tail.top_k}", *(f"{share:.4f}" for share in own))
+            for tail, own in zip(report.tails, shares, strict=True)
         ],
     )
     tiers = table(

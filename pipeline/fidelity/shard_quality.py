@@ -2,9 +2,8 @@
 
 Tail masses are those of the shard's own records. A few samples, evenly spread over those with
 images, go through the teacher once more, alone; what readers will decode of them is compared with
-every logit (tier_loss.py). The result depends on the shard's rows only, not on who builds it or in
-which order, up to the last bits that the number of threads changes. Records without a top k keep
-everything and are not measured; where records hold both, the top k is.
+every logit (tier_loss.py). The result depends on the shard's rows only (the last bits also on the
+number of threads). Where records hold hidden states beside the top k, the top k is measured.
 """
 
 import dataclasses

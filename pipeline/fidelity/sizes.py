@@ -1,9 +1,8 @@
-"""`emkd plan` without a model: computes the size of each tier of a cache by arithmetic alone.
+"""Computes the size of each tier of a cache by arithmetic alone: `emkd plan` without a model.
 
-`column_bytes` gives, column by column, exactly the bytes of a sample before compression; tests
-compare it with the codec. Nothing is assumed of zstd (a pilot measures it); texts, frame headers
-and checksums are small and left out. Imports nothing heavy, so that the answer comes at once. Units
-are decimal.
+`column_bytes` gives, column by column, exactly the bytes of a sample before compression; a pilot
+measures zstd. Texts, frame headers and checksums are small and left out. Imports nothing heavy.
+Units are decimal.
 """
 
 from dataclasses import dataclass, replace
@@ -117,7 +116,8 @@ def column_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
             columns |= _top_k_bytes(shape, prefix, shape.num_response, tier.top_k, kept)
         num_cosines = shape.num_text * shape.num_vision
         if shape.affinity_dtype == "int8":
-            columns |= {"a_codes": num_cosines} | dict.fromkeys(_ENDS, 4 * shape.num_text)
+            ends = dict.fromkeys(("a_low", "a_high"), 4 * shape.num_text)
+            columns |= {"a_codes": num_cosines, **ends}
         else:
             columns["a_cosine"] = _ITEM_BYTES[shape.affinity_dtype] * num_cosines
     if tier.sketch_rank is not None:
@@ -125,9 +125,6 @@ def column_bytes(shape: SampleShape, tier: Tier) -> dict[str, int]:
         columns["s_scale"] = 4 * shape.num_vision
         columns["s_shift"] = 4 * shape.num_vision
     return columns
-
-
-_ENDS = ("a_low", "a_high")
 
 
 def _top_k_bytes(
@@ -241,9 +238,8 @@ def _with_mean_kept(shape: SampleShape, tier: Tier, mean: float | None) -> Sampl
 def cost(config: PlanConfig, num_samples: int, seconds_per_sample: float | None) -> Cost:
     """The build's time against live teachers: the cache pays off when runs x online > build."""
     build = None if seconds_per_sample is None else num_samples * seconds_per_sample
-    online = None
-    if config.online_teacher_seconds_per_step is not None and config.steps_per_run is not None:
-        online = config.online_teacher_seconds_per_step * config.steps_per_run
+    per_step, steps = config.online_teacher_seconds_per_step, config.steps_per_run
+    online = None if per_step is None or steps is None else per_step * steps
     runs = int(build // online) + 1 if build is not None and online else None
     return Cost(
         num_samples=num_samples,
@@ -263,28 +259,24 @@ class PlanReport:
 
 def plan(config: PlanConfig) -> PlanReport:
     """The size of every tier and, if the settings give it, the teacher's time."""
-    seconds = config.teacher_seconds_per_sample
-    spent = cost(config, config.samples or PAPER_SAMPLES, seconds)
-    return PlanReport(tiers=tier_sizes(config), cost=spent)
+    num_samples, seconds = config.samples or PAPER_SAMPLES, config.teacher_seconds_per_sample
+    return PlanReport(tiers=tier_sizes(config), cost=cost(config, num_samples, seconds))
 
 
 def render_plan(report: PlanReport) -> str:
     """The plan as text for a terminal."""
     spent = report.cost
     header = ("records", "B / vision token", "per sample", "once", f"{spent.num_samples:,} samples")
-    rows = [(size.tier.name, *size_cells(size)) for size in report.tiers]
+    rows = [
+        (
+            size.tier.name,
+            f"{size.per_vision_token:,.0f}",
+            *map(human_bytes, (size.per_sample, size.once, size.in_all)),
+        )
+        for size in report.tiers
+    ]
     note = "Bytes before zstd, images included; --pilot N measures the rest on your teacher."
     return "\n".join([table(header, rows), note, *cost_lines(spent)])
-
-
-def size_cells(size: TierSize) -> tuple[str, str, str, str]:
-    """The four sizes of a tier as texts."""
-    return (
-        f"{size.per_vision_token:,.0f}",
-        human_bytes(size.per_sample),
-        human_bytes(size.once),
-        human_bytes(size.in_all),
-    )
 
 
 def cost_lines(spent: Cost) -> list[str]:

@@ -1,10 +1,9 @@
 """Measures what stored signals lose of the teacher: their matchings and gradients, view by view.
 
-`LossMeter` takes samples one after the other and gives the means; pilot and build both use it.
-Costs, assignments and divergences are those of training. The reference is always the head's logits
-at every vocabulary row. No student exists yet: `proxy_student` makes one that is close to its
-teacher. So the numbers compare tiers; they do not predict a run. At most `lm_head.MAX_LOGITS`
-student logits are held at a time. Dimensions: see teacher_output.py.
+Pilot and build both use it. Costs, assignments and divergences are those of training; the reference
+is the head's logits at every vocabulary row. No student exists yet: `proxy_student` makes one that
+is close to its teacher. So the numbers compare tiers; they do not predict a run. At most
+`lm_head.MAX_LOGITS` student logits are held at a time. Dimensions: see teacher_output.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,8 +1,7 @@
 """Describes one cached sample for `emkd inspect --sample`: conversation, tokens, teacher outputs.
 
-Reads through `CacheReader`, so what is shown has passed the reader's checks. Tokens are shown as
-texts if the teacher's tokenizer is given (its vocabulary is compared with the cache's), else as
-ids. Everything is plain data, ready for JSON.
+Tokens are shown as texts if the teacher's tokenizer is given (its vocabulary is compared with the
+cache's), else as ids. Everything is plain data, ready for JSON.
 """
 
 import math
@@ -18,7 +17,6 @@ from teacher_cache.models.digests import vocabulary_digest
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.samples import ViewGrid
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput, TopKRecord
 
 NUM_VISION_SHOWN = 6
@@ -129,12 +127,14 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
     if rows == 0:
         return {"positions": 0, "k": kept}
     tails = sorted(math.exp(value) for value in record.log_tail.tolist())
-    counts = sorted(record.counts.tolist())
-    uneven = {"k_fewest": counts[0], "k_median": counts[rows // 2]}
+    more: dict[str, Any] = {}
+    if record.num_kept is not None:
+        counts = sorted(record.num_kept.tolist())
+        more = {"k_fewest": counts[0], "k_median": counts[rows // 2]}
     return {
         "positions": rows,
         "k": kept,
-        **({} if record.num_kept is None else uneven),
+        **more,
         "tail_mass": {"median": round(tails[len(tails) // 2], 5), "largest": round(tails[-1], 5)},
         **_least(record),
         "first_position_ids": record.ids[0, : record.counts[0]][:8].tolist(),
@@ -151,7 +151,12 @@ def _least(record: TopKRecord) -> dict[str, Any]:
 
 def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
     """The first words of vision tokens that are spread over all views."""
-    names = [name for view in output.views for name in _names(view)]
+    names = [
+        f"image {view.image} view {view.view} row {row} column {column}"
+        for view in output.views
+        for row in range(view.rows)
+        for column in range(view.cols)
+    ]
     count = min(NUM_VISION_SHOWN, len(names))
     rows = torch.arange(count) * len(names) // max(count, 1)
     if output.vision is not None:
@@ -194,11 +199,3 @@ def _from_states(output: TeacherOutput, name: str, head: LmHead | None, rows: Te
     states: Tensor = getattr(output.hidden, name)[rows]
     record = top_k_from_hidden(states, head, min(NUM_WORDS, head.vocab_size))
     return _top(record, torch.arange(len(rows)))
-
-
-def _names(view: ViewGrid) -> list[str]:
-    return [
-        f"image {view.image} view {view.view} row {row} column {column}"
-        for row in range(view.rows)
-        for column in range(view.cols)
-    ]

@@ -1,16 +1,15 @@
 """Runs the teacher again over samples of a sealed cache and compares with what is stored.
 
-Samples, images included, come from the shards themselves. Each is computed twice: in its batch of
-the build (A), and in another one (B): alone, or in a pair if the build had it alone. The difference
-between A and B is the control: rounding that depends on the batch's shape. A sample passes if, for
-every quantity (compare_outputs.py), neither the root mean square nor the largest difference between
-the stored numbers and A exceeds
+Samples come from the shards. Each is computed twice: in its batch of the build (A), and in another
+one (B): alone, or in a pair if the build had it alone. The difference between A and B is the
+control: rounding that depends on the batch's shape. A sample passes if, for every quantity
+(compare_outputs.py), neither the root mean square nor the largest difference between the stored
+numbers and A exceeds
 
     max(4 x the control's over all samples, 4 x eps x the size of the numbers + the codec's error),
 
 with the eps of the coarser of compute and storage dtype. Both runs pass through the cache's codec
-before they are compared, so that a lossy cache is compared with what it would store. A teacher
-whose identity differs from the spec is not run; the report lists the fields that differ.
+first. A teacher whose identity differs from the spec is not run; the report lists the fields.
 """
 
 import random
@@ -110,9 +109,10 @@ def verify_teacher(
     for batch in _batches(reader, num_samples, seed):
         stored = [reader.read(index, reader.parts) for index in batch]
         samples = [cached.sample for cached in stored]
-        beside = reader.read((batch[-1] + 1) % len(reader), ()).sample
         again = _run(teacher, samples, settings)
-        control = [_alone(teacher, sample, samples, beside, settings) for sample in samples]
+        # Alone, or beside another sample if the build had it alone.
+        others = [] if len(batch) > 1 else [reader.read((batch[0] + 1) % len(reader), ()).sample]
+        control = [_run(teacher, [sample, *others], settings)[0] for sample in samples]
         for cached, first, second in zip(stored, again, control, strict=True):
             _compare(cached, first, second, spec, sums)
         done += len(batch)
@@ -146,16 +146,6 @@ def _run(
     """Outputs of one batch; the reason in place of a rejected sample's output."""
     outputs = teacher.outputs(samples, settings)
     return [item if isinstance(item, TeacherOutput) else item.reason for item in outputs]
-
-
-def _alone(
-    teacher: Teacher,
-    sample: Sample,
-    samples: Sequence[Sample],
-    beside: Sample,
-    settings: RecordSettings,
-) -> TeacherOutput | str:
-    return _run(teacher, [sample] if len(samples) > 1 else [sample, beside], settings)[0]
 
 
 def _compare(

@@ -1,11 +1,10 @@
 """Compares objectives: paired differences of their scores, with two uncertainties.
 
 Runs are pooled over seeds only if all other settings agree. A difference is always paired, sample
-by sample and seed by seed, and comes with its number of seeds. The baseline of a group is the
-supervised group that differs in the objective alone; a group with a growing ratio is also compared
-with the one that differs in not having it. The two uncertainties are the standard deviation over
-seeds (training noise, from few values) and a bootstrap interval over samples (the choice of
-held-out samples).
+by sample and seed by seed. The baseline of a group is the supervised group that differs in the
+objective alone; a group with a growing ratio is also compared with the one that differs in not
+having it. The uncertainties are the standard deviation over seeds (training noise) and a bootstrap
+interval over samples (the choice of held-out samples).
 """
 
 import dataclasses

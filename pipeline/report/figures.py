@@ -1,8 +1,7 @@
 """Draws curves and lays out matching pictures for the report, as self-contained SVG.
 
-The same numbers give the same bytes (no dates, no random ids). Ids of one figure do not clash with
-those of another. matplotlib draws curves; a matching picture is laid out here as plain cells, which
-the page's template writes and escapes.
+The same numbers give the same bytes; ids of one figure do not clash with those of another. The
+page's template writes and escapes the cells of a matching picture.
 """
 
 import colorsys
@@ -172,24 +171,28 @@ def lay_out_matching(view: Mapping[str, Any], image: str, aspect: float) -> Matc
     height = PANEL_PIXELS * min(1.0, 1 / aspect)
     edges = (0.0, width + PANEL_GAP, 2 * (width + PANEL_GAP))
     teacher, student = view["teacher"], view["student"]
-    partner = {j: i for i, j in view["pairs"]}
-    teacher_of = dict(view["pairs"])
     colours = _grid_colours(student["rows"], student["cols"])
-    size = (width, height)
 
-    def title(side: str, index: int, word: str, share: float, other: str, match: int | None) -> str:
-        fate = "not matched" if match is None else f"matched to {other} token {match}"
-        return f"{side} token {index}: {word!r} ({share:.0%}), {fate}"
-
-    def teacher_cell(index: int, word: str, share: float) -> Cell:
-        match = partner.get(index)
-        colour = None if match is None else colours[match]
-        text = title("teacher", index, word, share, "student", match)
-        return _cell(teacher, index, edges[1], size, colour, word, text)
-
-    def student_cell(index: int, word: str, share: float) -> Cell:
-        text = title("student", index, word, share, "teacher", teacher_of.get(index))
-        return _cell(student, index, edges[2], size, colours[index], word, text)
+    def cells(side: str, other: str, left: float, matches: Mapping[int, int]) -> tuple[Cell, ...]:
+        grid, found = view[side], list[Cell]()
+        cell_width, cell_height = width / grid["cols"], height / grid["rows"]
+        roomy = min(cell_width, cell_height) >= MIN_LABEL_PIXELS
+        for index, (word, share) in enumerate(grid["tokens"]):
+            row, column = divmod(index, grid["cols"])
+            match = matches.get(index)
+            fate = "not matched" if match is None else f"matched to {other} token {match}"
+            coloured = index if side == "student" else match
+            cell = Cell(
+                x=left + column * cell_width,
+                y=row * cell_height,
+                width=cell_width,
+                height=cell_height,
+                colour=None if coloured is None else colours[coloured],
+                label=_shorten(word) if roomy else None,
+                title=f"{side} token {index}: {word!r} ({share:.0%}), {fate}",
+            )
+            found.append(cell)
+        return tuple(found)
 
     return MatchingPicture(
         width=edges[2] + width,
@@ -198,36 +201,13 @@ def lay_out_matching(view: Mapping[str, Any], image: str, aspect: float) -> Matc
         panel_width=width,
         panel_height=height,
         image=image,
-        teacher=tuple(teacher_cell(i, *token) for i, token in enumerate(teacher["tokens"])),
-        student=tuple(student_cell(i, *token) for i, token in enumerate(student["tokens"])),
+        teacher=cells("teacher", "student", edges[1], {j: i for i, j in view["pairs"]}),
+        student=cells("student", "teacher", edges[2], dict(view["pairs"])),
         caption=(
             f"{len(teacher['tokens'])} teacher tokens ({teacher['rows']} x {teacher['cols']}), "
             f"{len(student['tokens'])} student tokens ({student['rows']} x {student['cols']}), "
             f"{len(view['pairs'])} pairs"
         ),
-    )
-
-
-def _cell(
-    grid: Mapping[str, Any],
-    index: int,
-    left: float,
-    size: tuple[float, float],
-    colour: str | None,
-    word: str,
-    title: str,
-) -> Cell:
-    row, column = divmod(index, grid["cols"])
-    width, height = size[0] / grid["cols"], size[1] / grid["rows"]
-    roomy = min(width, height) >= MIN_LABEL_PIXELS
-    return Cell(
-        x=left + column * width,
-        y=row * height,
-        width=width,
-        height=height,
-        colour=colour,
-        label=_shorten(word) if roomy else None,
-        title=title,
     )
 
 

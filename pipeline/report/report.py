@@ -1,8 +1,7 @@
 """Writes one self-contained HTML page that compares runs: the report stage.
 
-The page loads nothing from outside and runs no script; all text from data is escaped. It states the
-results of every objective, also where EM-KD does not win. What a run lacks is named on the page and
-returned. The page is written atomically. Refuses to write a page without a run.
+The page loads nothing from outside and runs no script; all text from data is escaped. It shows the
+results of every objective, also where EM-KD does not win, and names what each run lacks.
 """
 
 import base64
@@ -67,11 +66,8 @@ def write_report(config: ReportConfig) -> list[str]:
     groups = group_runs(found.runs)
     differences, incomparable = compare(groups)
     missing = [*found.missing, *incomparable]
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(**_context(found, groups, differences, missing))
-    )
+    template = _environment().get_template("report.html.j2")
+    page = template.render(**_context(found, groups, differences, missing))
     write_atomic(config.out, page.encode())
     return missing
 

@@ -1,10 +1,9 @@
 """Reads run folders for comparison: settings, loss terms, answers, pictures, cost.
 
-Nothing is guessed or silently skipped: everything that a folder lacks is named in `missing`, with
-the command that makes it. Files tell three kinds of folders apart: a trained student
-(emkd_run.json), a sealed cache (SEALED.json), any other model (eval/metrics.json). Evaluations of
-the same model under compression are beside `eval`, in folders whose names begin with `eval-`.
-Refuses malformed files.
+Everything that a folder lacks is named in `missing`, with the command that makes it. Files tell
+three kinds of folders apart: a trained student (emkd_run.json), a sealed cache (SEALED.json), any
+other model (eval/metrics.json). Evaluations under compression are beside `eval`, in folders whose
+names begin with `eval-`. Refuses malformed files.
 """
 
 import json
@@ -31,6 +30,7 @@ from teacher_cache.schema.strict_json import decode_json, decode_mapping
 from teacher_cache.storage.open_store import open_store
 
 EVALUATION_FOLDER = "eval"
+_METRICS_FILE = f"{EVALUATION_FOLDER}/metrics.json"
 COMPRESSED_FOLDERS = "eval-*"
 """Evaluations of the same samples under compression; others are ignored."""
 
@@ -105,7 +105,7 @@ def collect(folders: Iterable[Path]) -> Collection:
     for folder in folders:
         if (folder / SEAL_FILE).exists():
             _add_cache(caches, folder)
-        elif _is_run(folder):
+        elif any((folder / file).exists() for file in (RUN_FILE, _METRICS_FILE)):
             run = _read_run(folder, caches, missing)
             known = next((other for other in runs if _same(run, other)), None)
             if known is None:
@@ -118,7 +118,7 @@ def collect(folders: Iterable[Path]) -> Collection:
         else:
             missing.append(
                 f"{folder}: is left out; found neither {RUN_FILE} nor {SEAL_FILE} nor "
-                f"{EVALUATION_FOLDER}/metrics.json in it"
+                f"{_METRICS_FILE} in it"
             )
     if not runs:
         raise ValueError(
@@ -140,10 +140,6 @@ def _same(run: RunFolder, other: RunFolder) -> bool:
     if run.identity is None or other.identity is None:
         return run.path.resolve() == other.path.resolve()
     return run.identity == other.identity
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / RUN_FILE).exists() or (folder / EVALUATION_FOLDER / "metrics.json").exists()
 
 
 def _add_cache(caches: dict[str, CacheFolder], location: str | Path) -> None:
@@ -205,8 +201,8 @@ def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluatio
     place = folder / EVALUATION_FOLDER
     if not (place / "metrics.json").exists():
         missing.append(
-            f"{folder}: {EVALUATION_FOLDER}/metrics.json is missing; emkd evaluate --model "
-            f"{folder}/final --out {place} writes it"
+            f"{folder}: {_METRICS_FILE} is missing; emkd evaluate --model {folder}/final --out "
+            f"{place} writes it"
         )
         return None
     evaluation = read_evaluation(place)

@@ -1,9 +1,8 @@
 """Compares accuracy against vision tokens kept, from evaluations under compression.
 
 A point is one setting of compression: its height is the mean over seeds, its bar their range. The
-evaluation without compression is the point where all tokens are kept. Differences at a budget are
-paired like all others (`comparison.py`), so runs are compared at equal settings, never at merely
-similar counts. Runs without such evaluations are not shown.
+evaluation without compression is the point where all tokens are kept. Differences are paired
+(`comparison.py`): runs are compared at equal settings, never at merely similar counts.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.report.comparison import Difference, Group, compare, compare_progressions
 from pipeline.report.figures import Budget, draw_budgets
-from pipeline.report.run_folders import Evaluation, RunFolder
+from pipeline.report.run_folders import RunFolder
 from student_train.config.compression import CompressionSettings
 
 
@@ -127,10 +126,8 @@ def _row(
 
 def _at(run: RunFolder, settings: CompressionSettings | None) -> RunFolder:
     """The run with its evaluation at this setting only."""
-    evaluation: Evaluation | None = run.evaluation
-    if settings is not None:
-        same = (e for e in run.compressed if e.compression == settings)
-        evaluation = next(same, None)
+    there = (e for e in run.compressed if e.compression == settings)
+    evaluation = run.evaluation if settings is None else next(there, None)
     return dataclasses.replace(run, evaluation=evaluation, compressed=())
 
 

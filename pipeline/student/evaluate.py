@@ -1,15 +1,16 @@
 """Generates answers for a source and scores them: the evaluation stage.
 
 Answers are greedy and do not depend on where an evaluation was killed: batches are fixed by the
-source's order, and one with a missing answer is generated again as a whole. metrics.json, written
-last, means that every sample was answered. Vision tokens may be dropped inside the language model
-(`--compressor`). Refuses bad samples (lists all of them, scores nothing), compression that the
-model cannot do, and a folder with the answers of another model, source, prompt or compression.
+source's order, and one with a missing answer is generated again as a whole. Vision tokens may be
+dropped inside the language model. Refuses bad samples (lists all of them, scores nothing),
+compression that the model cannot do, and a folder with the answers of another model, source, prompt
+or compression.
 
     evaluation.json    what decides the answers, written first
     predictions.jsonl  one answer per line
     pictures.json      the matching of vision tokens, if a cache was given
-    metrics.json       mean scores, also by category, vision tokens, compression, seconds; last
+    metrics.json       mean scores, also by category, vision tokens, compression, seconds; written
+                       last, once every sample is answered
 """
 
 import dataclasses

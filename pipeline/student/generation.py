@@ -1,9 +1,7 @@
 """Generates greedy answers, several prompts at a time.
 
-An answer is what the model gives to that prompt alone, up to the last bits of its logits, without
-control tokens. It ends at the checkpoint's end tokens or at the chat template's own end of turn,
-whichever comes first. With compression settings, vision tokens are dropped inside the language
-model. Dimensions: see teacher_output.py.
+An answer is what the model gives to that prompt alone, up to the last bits of its logits. It ends
+at the checkpoint's end tokens or at the chat template's own end of turn, whichever comes first.
 """
 
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from student_train.compression.compression import compress
-from student_train.compression.decoder import decoder_of, require_compressible
+from student_train.compression.decoder import require_compressible, require_effect
 from student_train.config.compression import CompressionSettings
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.sample_encoder import SampleEncoder
@@ -57,7 +55,7 @@ class Generator:
     ) -> None:
         if compression is not None:
             require_compressible(model, compression)
-            _require_layers_behind(model, compression)
+            require_effect(model, compression)
         self._compression = compression
         self.model = model
         self.encoder = SampleEncoder(processor, model.config, system_prompt, text)
@@ -66,11 +64,7 @@ class Generator:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[EncodedSample], stop_ids: Sequence[int]) -> list[Answer]:
-        """The answer to each encoded prompt.
-
-        Prompts are padded on the left. Neither a seed nor the checkpoint's sampling settings
-        matter.
-        """
+        """The answer to each prompt; seeds and the checkpoint's sampling settings do not matter."""
         from transformers import GenerationConfig
 
         batch = collate(prompts, self.encoder.pad_token_id, side="left")
@@ -112,13 +106,3 @@ class Generator:
 def without_thinking(text: str) -> str:
     """What follows the end of a model's thinking; all of a text in which none ends."""
     return text.rpartition("</think>")[2].strip()
-
-
-def _require_layers_behind(model: Any, compression: CompressionSettings) -> None:
-    """Refuse a drop after the last layer, which would change no answer."""
-    num_layers = len(decoder_of(model).layers)
-    if any(stage.ratio and stage.layer == num_layers for stage in compression.stages):
-        raise ValueError(
-            f"dropping at layer {num_layers} would have no effect: it is after the last of the "
-            f"model's {num_layers} layers; choose 1 to {num_layers - 1}"
-        )

@@ -1,8 +1,7 @@
 """Trains a student from a sealed cache: the train stage. Knows nothing of Ray.
 
 The same function runs in a plain process, under torchrun and in a Ray Train worker. No teacher is
-loaded: the cache holds what the losses need of it. The resolved settings are written beside the
-run as config.json; `--config` reads them back.
+loaded. The resolved settings are written beside the run as config.json; `--config` reads them back.
 """
 
 import dataclasses
@@ -57,7 +56,12 @@ def train(
     template = text_rules(config.append_eos, config.chat_template).template
 
     def load() -> tuple[Any, Any]:
-        model, processor = _load(config)
+        if config.projector == "none":
+            model, processor = vanilla_student(config.student, dtype=torch.float32)
+        else:
+            model, processor = student_from_vanilla(
+                config.student, config.projector, config.stride, dtype=torch.float32
+            )
         _require_vocabulary(config, processor, reader)
         if os.environ.get("RANK", "0") == "0":
             text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True, default=str)
@@ -75,14 +79,6 @@ def train(
         progress=progress,
     )
     return config.out / FINAL_FOLDER
-
-
-def _load(config: TrainConfig) -> tuple[Any, Any]:
-    if config.projector == "none":
-        return vanilla_student(config.student, dtype=torch.float32)
-    return student_from_vanilla(
-        config.student, config.projector, config.stride, dtype=torch.float32
-    )
 
 
 def student_identity(

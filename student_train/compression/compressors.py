@@ -1,11 +1,9 @@
 """Chooses which vision tokens are kept: DART, FastV and Random (EPIC, arXiv 2510.00515).
 
-Promise: a choice is a pure function of one turn of one sample, without padding or other samples:
-positions of its vision tokens in, the kept ones out, ascending. At ratio 0 all are kept. Counts are
+Promise: a choice is a pure function of one turn of one sample. At ratio 0 all are kept. Counts are
 those of the released code, with the ratio read as a decimal (0.9 of 10 keeps 1, where floating
-point would keep 0). Ties go to the earlier position.
-
-To add a compressor, write a keep function and call `register(Compressor(...))`.
+point would keep 0). Ties go to the earlier position. To add a compressor, write a keep function and
+call `register(Compressor(...))`.
 
 Legend: L tokens of the sample at layer K's input, M vision tokens and T instruction tokens of the
 turn, D width of the states, C width of the keys (all heads side by side).

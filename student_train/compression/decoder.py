@@ -1,9 +1,8 @@
 """Finds a model's text decoder, and refuses compression that it cannot carry out.
 
-Promise: the decoder comes from transformers' own `get_decoder`, also in a wrapped model. Refused
-before any forward pass: decoders outside `DECODERS` (the ones that were tried), sliding windows
-(they would count dropped tokens), stages beyond the last layer, and compressors that need keys or
-attention of an attention module that does not expose them.
+Refused before any forward pass: decoders outside `DECODERS` (the ones that were tried), sliding
+windows (they would count dropped tokens), stages beyond the last layer, and compressors that need
+keys or attention of an attention module that does not expose them.
 """
 
 import sys
@@ -60,6 +59,16 @@ def require_compressible(model: nn.Module, settings: CompressionSettings) -> Com
         if stage.layer < num_layers and compressor.needs_attention:
             _require_shown(decoder.layers[stage.layer - 1], stage.layer - 1, compressor)
     return compressor
+
+
+def require_effect(model: nn.Module, settings: CompressionSettings) -> None:
+    """Raise ValueError for a drop after the last layer, which would change no output."""
+    num_layers = len(decoder_of(model).layers)
+    if any(stage.ratio and stage.layer == num_layers for stage in settings.stages):
+        raise ValueError(
+            f"dropping at layer {num_layers} would have no effect: the model has {num_layers} "
+            f"layers and no layer after the last would see the drop; choose 1 to {num_layers - 1}"
+        )
 
 
 def _require_shown(layer: Any, number: int, compressor: Compressor) -> None:

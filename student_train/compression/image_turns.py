@@ -1,9 +1,9 @@
 """Finds the turns of a sample that show images, and the text that may decide what they keep.
 
-Promise (`instruction`): only the user's text of the same turn and the end of its prompt decide, all
-known before the answer. So no label leaks into the choice, training and generation choose alike,
-and a later turn changes nothing for an earlier one. `released` uses all text after the images,
-answers included, as EPIC's code does (but never padding, which EPIC's code also uses).
+`instruction`: only the user's text of the same turn and the end of its prompt decide. So no label
+leaks into the choice, training and generation choose alike, and a later turn changes nothing for an
+earlier one. `released`: all text after the images, answers included, as in EPIC's code (which also
+uses padding; here, padding never counts).
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """Reads states, keys and one row of attention from the layer below a stage, for each sample.
 
 Promise: queries and keys are recorded where the layer's own projections compute them. So any
-attention kernel works (FlashAttention included), no weight is used outside its layer, and nothing
-is computed twice. The row of attention is computed from them as eager kernels would. Only what the
-compressor needs is computed. A sample's inputs contain neither padding nor other samples.
+attention kernel works (FlashAttention included), and nothing is computed twice. The row of
+attention is computed from them as eager kernels would. Inputs hold no padding and no other samples.
 
 Dimensions as in compressors.py; B batch, H heads, G heads of the keys (grouped queries), d width
 of a head.

@@ -1,7 +1,7 @@
 """Selects the tokens of each sample in a batch that go on, turn by turn.
 
-Promise: a turn's choice depends on its own sample alone (`layer_view.py`, `image_turns.py`), not on
-the batch, padding or its row. Text always goes on. One copy from the device per stage.
+Promise: a turn's choice depends on its own sample alone, not on batch, padding or row. Text always
+goes on. One copy from the device per stage.
 """
 
 import torch

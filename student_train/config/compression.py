@@ -1,9 +1,8 @@
 """Settings of compression inside the language model: what is dropped where, by which compressor.
 
-A drop stage drops a share of the vision tokens at the input of one decoder layer. One stage is
-EPIC's setting (arXiv 2510.00515), several are a pyramid such as PyramidDrop's. Settings that no
-model could carry out are refused here; those that a given model cannot, by `decoder.py` before its
-first forward pass. Imports nothing heavy: `emkd --help` reads this.
+One drop stage is EPIC's setting (arXiv 2510.00515), several are a pyramid such as PyramidDrop's.
+Settings that no model could carry out are refused here; those that a given model cannot, by
+`decoder.py` before its first forward pass. Imports nothing heavy.
 """
 
 from collections.abc import Iterable
@@ -20,8 +19,8 @@ class DropStage(StrictRecord):
 
     layer: int
     """Decoder layer, counted from 0, whose input is shortened (EPIC's K). At least 1: the layer
-    below decides which tokens are kept. A value equal to the number of layers means behind the last
-    layer, where nothing is dropped (LCD begins there)."""
+    below decides which tokens are kept. The number of layers means after the last layer, where
+    nothing is dropped (LCD begins there)."""
     ratio: float
     """Share of the vision tokens at this layer's input to drop, 0 <= ratio < 1."""
 
@@ -49,9 +48,9 @@ class CompressionSettings(StrictRecord):
     text: TextSource = "instruction"
     """Text that decides what is kept. `instruction`: the user's text in the turn that shows the
     images, known before the answer. `released`: all text after the images, answers included, as in
-    EPIC's code; then what is kept depends on the labels and differs in generation."""
+    EPIC's code; then the kept tokens depend on the labels and differ in generation."""
     seed: int = 0
-    """Seed of compressors that draw random numbers (random)."""
+    """Seed of the compressor random."""
 
     def __post_init__(self) -> None:
         layers = [stage.layer for stage in self.stages]

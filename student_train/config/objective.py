@@ -16,8 +16,8 @@ MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "hidden_cosine", "hidde
 MatchScope = Literal["view", "global"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 UsedTail = TailPolicy | Literal["blend_template"]
-"""What a policy comes to on a signal: `blend_template` is `blend` with the cache's template of an
-average tail, where there is no sketch of the position's own."""
+"""The policy used for a signal: `blend_template` is `blend` with the cache's template of an average
+tail, where a position has no sketch."""
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 VladText = Literal["all", "instruction", "response"]
 EpicName = Literal[
@@ -48,7 +48,7 @@ class MatchingConfig(StrictRecord):
     over the whole vocabulary. Fewer rows are faster and less exact (docs/method.md)."""
     certify: bool = False
     """Prove which pairs are those of the exact costs. Needs a bound of the costs' error: prob_l1
-    without a sketch, or raw_l1 over the whole vocabulary of a signal that knows it."""
+    without a sketch, or raw_l1 over the whole vocabulary from hidden states."""
 
     def __post_init__(self) -> None:
         if self.num_shared_ids is not None and self.num_shared_ids < 1:
@@ -137,7 +137,7 @@ class ObjectiveConfig(StrictRecord):
             raise ValueError(
                 "match_check_steps compares costs summed at num_shared_ids vocabulary rows with "
                 f"those over all: found {found if self.needs_vision else 'nothing to match'}, "
-                "where nothing is to be checked; set match_check_steps to 0"
+                "so there is nothing to check; set match_check_steps to 0"
             )
 
     @property

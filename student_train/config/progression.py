@@ -1,10 +1,10 @@
 """Settings of progressive compression: how many vision tokens each training step drops.
 
-The schedule (TCD, LCD, ICD) gives layer and ratio of each step, the preset its numbers, the
-compressor chooses the tokens. EPIC's objectives need a progression; any other objective may have
-one: `supervised` with a schedule is EPIC without its consistency term. The preset `fixed` has one
-ratio from first to last step. Refuses settings that no model could carry out; those that a given
-model cannot, `decoder.py` refuses before training. `emkd --help` reads this: no heavy imports.
+The schedule (TCD, LCD, ICD) gives layer and ratio of each step, the preset its numbers, and the
+compressor chooses the tokens. EPIC's objectives need a progression; others may have one:
+`supervised` with a schedule is EPIC without its consistency term. Settings that no model could
+carry out are refused here; those that a given model cannot, by `decoder.py` before training.
+Imports nothing heavy.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class ProgressionConfig(StrictRecord):
             raise ValueError(
                 f"text is {self.text!r}, but the compressor random uses no text; omit it"
             )
-        falling = list(self.icd_layers)
-        if falling and ([*falling, self.layer] != sorted({*falling, self.layer}, reverse=True)):
+        layers = [*self.icd_layers, self.layer]
+        if layers != sorted(set(layers), reverse=True):
             raise ValueError(
                 f"icd_layers is {self.icd_layers}, expected descending layers above {self.layer}"
             )

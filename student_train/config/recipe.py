@@ -1,8 +1,7 @@
-"""Settings of a training run: what shapes the student, and how it is computed.
+"""Settings of a training run: those that decide the weights, and those of the computation.
 
-`TrainRecipe` changes the trained weights and is part of a run's identity: a run resumes with the
-same recipe or not at all. `TrainerSettings` adds what may change between two attempts of one run
-(threads, micro-batches, how often to save). Imports nothing heavy: `emkd --help` reads this.
+A run resumes only with the same `TrainRecipe`. What `TrainerSettings` adds may change between two
+attempts of one run. Imports nothing heavy.
 """
 
 import math
@@ -53,16 +52,17 @@ class TrainRecipe(StrictRecord):
                 f"{found!r}; give both the same, or take objective 'supervised' or 'emkd', which "
                 "go with any"
             )
-        gap = None if self.progression is None else self.progression.gap
+        gap, compressor = None, None
+        if self.progression is not None:
+            gap, compressor = self.progression.gap, self.progression.compressor
         if gap is not None and self.objective.kd_weight == 0:
             raise ValueError(
-                f"gap would have no effect: objective {self.objective.name!r} has no kd term, "
-                "whose teacher it is about; leave it out, or take an epic objective"
+                f"gap would have no effect: objective {self.objective.name!r} has no kd term; "
+                "omit it, or take an epic objective"
             )
-        compressor = None if self.progression is None else self.progression.compressor
         if gap == 0 and compressor in ("dart", "fastv") and not self.objective.kd_from_cache:
             raise ValueError(
-                "gap is 0, so that teacher and student keep the same tokens and kd is 0 at every "
+                "gap is 0, so teacher and student keep the same tokens and kd is 0 at every "
                 "step; give a gap above 0, or take objective 'supervised' with the schedule"
             )
         if self.batch_size < 1:
@@ -79,7 +79,7 @@ class TrainRecipe(StrictRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerSettings(TrainRecipe):
-    """A recipe, its length, and how the work is carried out."""
+    """A recipe, its length, and settings of the computation."""
 
     max_steps: int | None = None
     """Optimizer steps; default: as many as `epochs` need."""
@@ -99,7 +99,7 @@ class TrainerSettings(TrainRecipe):
     grad_norm_steps: int = 50
     """Measure each loss term's gradient norm every N steps; 0 disables it."""
     match_check_steps: int = 0
-    """Every N steps, match one sample again by costs over the whole vocabulary and log how far the
+    """Match one sample again by costs over the whole vocabulary every N steps, and log how far the
     training's matching is from it; 0 disables it."""
 
     def __post_init__(self) -> None:

@@ -7,10 +7,9 @@
     ICD  phases of equal length at descending layers, a whole TCD ramp in each
     all  r_teacher = max(0, r_student - gap(p));  same layer for both
 
-Promise: pure functions of progress and draw, so that a run that resumes at step t continues the
-same draws. Presets: `paper_notes` (what notes on the paper report) and `released_code` (what its
-code computes: TCD only). Refuses progress outside [0, 1], ratios outside [0, 1) and layers that the
-model does not have. `emkd --help` reads this: no heavy imports.
+Pure functions of progress and draw, so that a resumed run continues the same draws. Refuse
+progress outside [0, 1], ratios outside [0, 1) and layers that the model does not have. Imports
+nothing heavy.
 """
 
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ def schedule_preset(
     layer: int = 2,
     icd_layers: tuple[int, ...] = (),
 ) -> Schedule:
-    """Return the schedule of the paper's notes or of its released code, for a decoder's depth.
+    """Return the schedule of notes on the paper or of its released code, for a decoder's depth.
 
     All end at `layer`. ICD's layers before it are `icd_layers`, by default 3/4, 1/2 and 1/4 of the
     depth (the paper's number is not known). ValueError for `released_code` with another schedule

@@ -5,6 +5,7 @@ import torch
 from student_train.config.objective import MatchScope
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import TeacherOutput
 
 
@@ -17,30 +18,31 @@ def check_against_teacher(
     first image. `scope` is the matching's, None without matching: `view` needs the same views in
     the same order, `global` the same images.
     """
-    spans = encoded.spans
+    difference = _difference(encoded.spans, output, scope)
+    if difference is not None:
+        raise SampleError(encoded.source_id, difference)
+
+
+def _difference(spans: TokenSpans, output: TeacherOutput, scope: MatchScope | None) -> str | None:
     if not torch.equal(spans.content_ids, output.content_ids):
-        raise SampleError(encoded.source_id, _first_difference(spans.content_ids, output))
+        return _first_difference(spans.content_ids, output)
     for name in ("is_response", "after_image"):
         if not torch.equal(getattr(spans, name), getattr(output, name)):
-            raise SampleError(
-                encoded.source_id,
-                f"student and teacher have the same text tokens but differ in which of them are "
-                f"{name}; use the teacher's chat template for the student",
+            return (
+                "student and teacher have the same text tokens but differ in which of them are "
+                f"{name}; use the teacher's chat template for the student"
             )
     student = [(view.image, view.view) for view in spans.views]
     teacher = [(view.image, view.view) for view in output.views]
-    if {image for image, _ in student} != {image for image, _ in teacher}:
-        raise SampleError(
-            encoded.source_id,
-            f"the student sees {len({image for image, _ in student})} images, the teacher saw "
-            f"{len({image for image, _ in teacher})}",
-        )
+    seen, shown = ({image for image, _ in side} for side in (student, teacher))
+    if seen != shown:
+        return f"the student sees {len(seen)} images, the teacher saw {len(shown)}"
     if scope == "view" and student != teacher:
-        raise SampleError(
-            encoded.source_id,
+        return (
             f"the student sees the (image, view) pairs {student}, the teacher saw {teacher}; "
-            "use matching scope `global`, or image settings that give equal views",
+            "use matching scope `global`, or image settings that give equal views"
         )
+    return None
 
 
 def _first_difference(student_ids: torch.Tensor, output: TeacherOutput) -> str:

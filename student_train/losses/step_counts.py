@@ -29,20 +29,17 @@ class StepCounts(NamedTuple):
     @classmethod
     def of_spans(cls, spans: Iterable[TokenSpans], text: VladText) -> "StepCounts":
         """Counts of encoded samples; `text` says which tokens VLAD compares."""
-        return _count(
-            (
-                (int(span.is_response.sum()), bool(span.views), span.is_response[span.after_image])
-                for span in spans
-            ),
-            text,
+        samples = (
+            (int(span.is_response.sum()), bool(span.views), span.is_response[span.after_image])
+            for span in spans
         )
+        return _count(samples, text)
 
     @classmethod
     def of_states(cls, states: Iterable[SampleStates], text: VladText) -> "StepCounts":
         """Counts of the same samples after the student's pass."""
-        return _count(
-            ((len(s.response_ids), bool(s.views), s.text_is_response) for s in states), text
-        )
+        samples = ((len(s.response_ids), bool(s.views), s.text_is_response) for s in states)
+        return _count(samples, text)
 
     def of_term(self, name: str) -> int:
         """What the term of that name is a mean over."""
@@ -59,6 +56,4 @@ def _count(samples: Iterable[tuple[int, bool, Bool[Tensor, " X"]]], text: VladTe
         num_tokens += num_response
         num_images += has_image
         num_compared += has_image and has_text
-    return StepCounts(
-        response_tokens=num_tokens, image_samples=num_images, affinity_samples=num_compared
-    )
+    return StepCounts(num_tokens, num_images, num_compared)

@@ -1,8 +1,7 @@
 """Solves one linear assignment problem, and the types of its solution.
 
 Promise: min(N, M) pairs, optimal up to the solver's float64, sorted by row, no row and no column
-twice; N and M may differ either way. No gradient, CPU only. `cost.py` computes costs, `matching.py`
-decides which tokens form one problem.
+twice; N and M may differ either way. No gradient, CPU only.
 """
 
 from dataclasses import dataclass, field
@@ -48,11 +47,6 @@ class Assignment:
     def total_cost(self) -> float:
         """Cost of all pairs."""
         return sum((problem.total_cost for problem in self.problems), 0.0)
-
-    @property
-    def mean_cost(self) -> float:
-        """Cost of the average pair; 0 without pairs."""
-        return self.total_cost / max(1, self.num_pairs)
 
     @property
     def unmatched_students(self) -> Int[Tensor, " U"]:

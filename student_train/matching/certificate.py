@@ -7,11 +7,10 @@ of every such C contains it. Any other assignment moves some rows along cycles: 
 column of the next row, or a free column, which closes the cycle through one node `free`. A row
 keeps its column if each simple cycle through it costs more than 0, counted at C' - E on the columns
 entered and at C' + E on those left. Dual potentials change the cost of no cycle and make single
-moves informative: moves that cannot belong to a cycle of cost 0 or less are removed until no more
-can be, and Floyd and Warshall's algorithm bounds the shortest cycles of the rest.
+moves informative: moves that cannot belong to a cycle of cost 0 or less are removed, and Floyd and
+Warshall's algorithm bounds the shortest cycles of the rest.
 
-Promise: never wrong, ties and float64 rounding included; a pair that is not certified may still be
-right. It does not matter how the assignment was found.
+Promise: never wrong, ties and float64 rounding included; an uncertified pair may still be right.
 """
 
 import numpy as np
@@ -20,21 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from student_train.matching.cost_error import CostError
-
 _Matrix = npt.NDArray[np.float64]
 _FARTHEST = -1e200
 """Floor of distances: sums of two of them do not overflow."""
-
-
-def certify(
-    cost: Float[Tensor, "n m"],
-    error: CostError | None,
-    rows: Int[Tensor, " p"],
-    columns: Int[Tensor, " p"],
-) -> Bool[Tensor, " p"] | None:
-    """Return `prove_pairs` under a bound of the costs' error; None without a bound."""
-    return None if error is None else prove_pairs(cost, error.of(cost), rows, columns)
 
 
 def prove_pairs(

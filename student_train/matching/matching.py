@@ -1,25 +1,20 @@
 """Matches student vision tokens to teacher vision tokens (EM-KD: vision token matching).
 
-The student has fewer vision tokens, so that positions do not correspond. EM-KD compares tokens by
-their logits over the vocabulary and takes the pairs of least total cost,
+    sigma = argmin over injective maps of  sum_j C[j, sigma(j)]
 
-    sigma = argmin over injective maps of  sum_j C[j, sigma(j)].
+Injectivity matters: most student tokens have one of a few teacher tokens nearest (docs/method.md).
+With N < M each student token gets its own teacher token and M - N stay unused; with N > M the
+reverse.
 
-Injectivity matters: most student tokens have one of a few teacher tokens nearest (docs/method.md),
-and only the constraint spreads them. With N < M every student token gets its own teacher token and
-M - N stay unused; with N > M it is the reverse.
-
-`losses/reference.py` (`match`) has the definition: the costs of one view from all its logits, then
-one solver call. This file equals it and adds three things: costs come from the LM head and the
-cached record without N x V or M x V logits (`cost.py`), views of one shape are computed together
-(`problems.py` cuts a batch into them), and threads solve the assignments while the caller goes on.
-Read reference.py, problems.py, cost.py, assignment.py, then this file. top_k_l1_cost.py is the fast
-form of one metric; quality.py measures matchings; cost_error.py and certificate.py belong to the
-option `MatchingConfig.certify` and can be skipped.
+`match` in `losses/reference.py` has the definition. This file equals it and adds three things:
+costs come from the LM head and the cached record without N x V or M x V logits (`cost.py`), views
+of one shape are computed together (`problems.py`), and threads solve the assignments while the
+caller goes on. Read reference.py, problems.py, cost.py, assignment.py, then this file;
+cost_error.py and certificate.py, for the option `MatchingConfig.certify`, can be skipped.
 
 Promise: index pairs, optimal up to the solver's float64, sorted by student token; no gradient;
-independent of thread timing; no knowledge of any loss. Dimensions as in teacher_output.py, B
-problems of n student and m teacher tokens, p = min(n, m).
+independent of thread timing. Dimensions as in teacher_output.py, B problems of n student and m
+teacher tokens, p = min(n, m).
 """
 
 import os
@@ -37,7 +32,7 @@ from torch import Tensor
 from student_train.config.objective import MatchingConfig
 from student_train.head.linear_head import LogitsOf
 from student_train.matching.assignment import Assignment, SolvedProblem, solve_assignment
-from student_train.matching.certificate import certify
+from student_train.matching.certificate import prove_pairs
 from student_train.matching.cost import pair_costs, problems_at_once
 from student_train.matching.cost_error import CostError, cost_errors
 from student_train.matching.problems import Problem, Problems, VisionTokens, find_problems, rows_of
@@ -257,7 +252,12 @@ def _solve(task: _Task) -> _Solution:
         paired_Bp.sum(dim=1, dtype=torch.float64).tolist(),
         separability(task.cost).tolist(),
         hubness(task.cost).tolist(),
-        map(certify, task.cost, task.errors, rows_Bp, columns_Bp),
+        [
+            None if error is None else prove_pairs(cost, error.of(cost), rows, columns)
+            for cost, error, rows, columns in zip(
+                task.cost, task.errors, rows_Bp, columns_Bp, strict=True
+            )
+        ],
         strict=True,
     )
     return _Solution(
