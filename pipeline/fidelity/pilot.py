@@ -103,7 +103,6 @@ class Pilot:
         return self._report(moments.count, spread)
 
     def _read(self) -> list[Sample]:
-        """The pilot's readable samples."""
         readable: list[Sample] = []
         for index in range(min(self.config.pilot, len(self.source))):
             try:

@@ -131,22 +131,18 @@ def _summary(record: TopKRecord) -> dict[str, Any]:
     if record.num_kept is not None:
         counts = sorted(record.num_kept.tolist())
         more = {"k_fewest": counts[0], "k_median": counts[rows // 2]}
+    least: dict[str, Any] = {}
+    if record.log_least is not None:
+        values = sorted(record.log_least.tolist())
+        least = {"least_log_probability": {"median": values[rows // 2], "smallest": values[0]}}
     return {
         "positions": rows,
         "k": kept,
         **more,
         "tail_mass": {"median": round(tails[len(tails) // 2], 5), "largest": round(tails[-1], 5)},
-        **_least(record),
+        **least,
         "first_position_ids": record.ids[0, : record.counts[0]][:8].tolist(),
     }
-
-
-def _least(record: TopKRecord) -> dict[str, Any]:
-    """The smallest log-probabilities, if the record has them."""
-    if record.log_least is None:
-        return {}
-    least = sorted(record.log_least.tolist())
-    return {"least_log_probability": {"median": least[len(least) // 2], "smallest": least[0]}}
 
 
 def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:

@@ -4,10 +4,10 @@
         hidden = final_hidden(model, batch.inputs)          # or model.generate(...)
     compression.layout.columns(row, positions)              # where a sample's tokens now are
 
-Promise: layers from the first stage on get the shorter sequence, with the original positions of its
-tokens (rotary embeddings are gathered, mRoPE included). Each sample keeps its own tokens, text is
-never dropped, padding stays masked. Where nothing is dropped, inputs are unchanged. The model does
-not change: its layers have hooks while the context is open (docs/epic.md says why hooks).
+Layers from the first stage on get the shorter sequence, with the original positions of its tokens
+(rotary embeddings are gathered, mRoPE included). Each sample keeps its own tokens, text is never
+dropped, padding stays masked. Where nothing is dropped, inputs are unchanged. The model does not
+change: its layers have hooks while the context is open (docs/epic.md says why hooks).
 """
 
 from collections.abc import Generator, Mapping
@@ -185,5 +185,4 @@ class Compression:
 
 
 def _gather(values: Float[Tensor, "B L D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    """Gather columns by index, row by row."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))

@@ -1,8 +1,7 @@
 """Calls a function ahead of time in threads, in order and with bounded memory.
 
 Promises: results come in the order of their arguments; an error is raised where its result is due,
-after all earlier results; at most `depth` results, finished or not, wait to be taken, so that
-memory is bounded by `depth` results plus the working memory of `num_threads` calls; leaving the
+after all earlier results; at most `depth` results, finished or not, wait to be taken; leaving the
 iterator ends the threads. Threads help because zstd, xxhash, file access and most of torch and
 numpy release the interpreter lock.
 """

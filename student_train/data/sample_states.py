@@ -1,8 +1,7 @@
 """Gathers the student's final hidden states of each sample, as the losses take them.
 
-Promise: states are gathered by position in the sample, so that padding, its side and vision tokens
-dropped inside the language model do not change which teacher token a state is compared with.
-Refuses a layout that lacks a token that a loss needs. Dimensions as in teacher_output.py.
+States are gathered by position in the sample: padding and dropped vision tokens do not change which
+teacher token a state is compared with. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Sequence

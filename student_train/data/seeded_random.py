@@ -1,9 +1,8 @@
 """Draws random numbers without state: each is a pure function of a seed and some names.
 
-Promise: the same seed and names give the same numbers on every machine and in every version of
-numpy, since only raw Philox words are used (a fixed algorithm, Salmon et al. 2011). So a run that
-resumes repeats the draws of its step, and a sample's draws do not depend on its batch. Refuses
-seeds outside 64 bits.
+The same seed and names give the same numbers on every machine and in every version of numpy: only
+raw Philox words are used (a fixed algorithm, Salmon et al. 2011). So a resumed run repeats the
+draws of its step, and a sample's draws do not depend on its batch.
 """
 
 from hashlib import blake2b

@@ -1,14 +1,10 @@
 """Streams training micro-batches from a sealed cache, resumable at any position.
 
 Promise: the order is a pure function of (cache fingerprint, seed, position), see sample_order.py.
-It is cut into steps of `batch_size` samples, steps into contiguous shares of ranks, shares into
-micro-batches (batch_plan.py), so that world size, micro-batch size and threads do not change which
-samples form a step. The whole state is one integer: the samples consumed by optimizer steps, not
-those read ahead. Only the columns that the objective needs are read.
-
-Refuses, naming the sample: text tokens that differ between student and teacher, and images or views
-that do not correspond. An error in a loader thread is raised where its sample is due. Reaches
-neither transformers nor ray.
+World size, micro-batch size and threads do not change which samples form a step (batch_plan.py).
+The whole state is one integer: the samples consumed by optimizer steps, not those read ahead. Only
+the columns that the objective needs are read. Refuses samples whose tokens, images or views differ
+between student and teacher (same_text.py).
 """
 
 from collections.abc import Callable, Iterator

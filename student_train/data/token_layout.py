@@ -1,9 +1,8 @@
 """Maps each sample's tokens to columns of a padded batch, before and after some were dropped.
 
 Promise: a sample's tokens are adjacent and in order, whatever was dropped. Padding stays on its
-side, or goes left where there was none (so that the last column predicts the next token).
-`positions` says which token of its sample each column holds; losses find labels, vision tokens and
-text by it. Asking for a dropped token is an error.
+side, or goes left where there was none (so that the last column predicts the next token). Asking
+for a dropped token is an error.
 """
 
 from collections.abc import Sequence

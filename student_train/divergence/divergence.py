@@ -9,12 +9,9 @@ The vocabulary splits into a row's kept entries and the tail. The chain rule is 
     KL(q || p) = KL(bucketed)  +  q_tail KL(q | tail || p | tail)        (the others alike)
 
 The first summand merges the tail into one bucket of known mass tau. The second needs the shape of p
-in the tail, which a sketch or a template estimates and a bare top-k record does not have
-(tail_policies.py). Rows of which every logit is known are exact under any policy, also beside rows
-of which it is not.
-
-Promise: gradients reach the student's logits and nothing else; sums run in float32 or wider.
-Dimensions as in teacher_output.py.
+in the tail, which a sketch or a template estimates (tail_policies.py). Rows of which every logit is
+known are exact under any policy. Promise: gradients reach the student's logits alone; sums run in
+float32 or wider. Dimensions as in teacher_output.py.
 """
 
 import math

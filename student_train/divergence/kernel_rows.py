@@ -2,10 +2,9 @@
 
 Cross-entropy and a divergence from a top-k teacher depend on a row of logits z through few numbers:
 z at the label and at the kept entries, log sum exp over the other columns and, with an estimate e
-of the teacher's tail, the tail's mean of z - e. `KernelRows` has these numbers as autograd leaves.
-Divergences compute from them with the functions that serve dense rows. A second pass over the
-logits spreads the leaves' gradients over the columns. `logit_terms.py` decides which terms can be
-read this way. Needs triton (logit_rows_triton.py). Dimensions as in teacher_output.py.
+of the teacher's tail, the tail's mean of z - e. `KernelRows` has these numbers as autograd leaves,
+from which divergences compute as from dense rows. A second pass over the logits spreads the leaves'
+gradients over the columns. Needs triton. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Mapping, Sequence

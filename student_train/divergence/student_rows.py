@@ -1,11 +1,8 @@
 """The student's log-probabilities, as a divergence from a top-k teacher needs them.
 
-These are the kept entries, the mass of the tail, a sum over the tail with an estimate of the
-teacher, and what bounds need: the tail's largest entries, the smallest entry, the tail's entropy.
 `DenseRows` computes every log-probability with torch. `KernelRows` (kernel_rows.py) has what
-kernels found in one pass over the logits.
-Promise: kept entries, mass and sums carry gradients; what bounds need does not. Dimensions as in
-teacher_output.py.
+kernels found in one pass over the logits. Promise: kept entries, mass and sums carry gradients;
+what bounds need does not. Dimensions as in teacher_output.py.
 """
 
 from abc import ABC, abstractmethod

@@ -1,17 +1,15 @@
 """Lower and upper bounds of a divergence when only the top-k teacher logits are known.
 
-A top-k record fixes p on the kept entries and the mass tau outside them. It also caps every entry
-there: none is larger than the smallest kept probability c. Some records have a floor m as well. The
-bounds hold over all tails that this allows, for every divergence sum_v q_v f(p_v / q_v) with f
-convex:
+A top-k record fixes p on the kept entries, the mass tau outside them, and a cap of every entry
+there: the smallest kept probability c. Some records have a floor m as well. The bounds hold over
+all tails that this allows, for every divergence sum_v q_v f(p_v / q_v) with f convex:
 
     lower     p_v = min(c, a q_v), with a such that the sum is tau
     upper     all mass where the student has least: entries of c there, m (or 0) elsewhere
 
 The lower bound is above that of one bucket (p_v = a q_v) wherever the student puts more on one
-entry of the tail than the teacher can. Entries that are not capped share one ratio, so they count
-as one bucket. Promise: both hold whenever the record's own numbers do; no gradient; one pass over
-the vocabulary. Dimensions as in teacher_output.py.
+entry of the tail than the teacher can. No gradient; one pass over the vocabulary. Dimensions as in
+teacher_output.py.
 """
 
 import math

@@ -7,10 +7,8 @@
     renormalise   no tail at all: both sides are restricted to what is kept
 
 Flat tails (tau spread evenly, or the sketch's mean logit everywhere) are not offered: under the
-reverse KL they push a peaked student towards uniform, and a flat one away from its teacher.
-`benchmarks/training/tails.py` measures them and docs/method.md has the figures. A run logs which
-policy its values rest on (`LossTerms.tails`), because values under different policies do not
-compare. Dimensions as in teacher_output.py.
+reverse KL they push a peaked student towards uniform, and a flat one away from its teacher
+(docs/method.md). Dimensions as in teacher_output.py.
 """
 
 from typing import NamedTuple
@@ -38,14 +36,12 @@ class TeacherLogProbs(NamedTuple):
 
 
 def resolve_tail(policy: TailPolicy, signal: Signal, temperature: float = 1.0) -> UsedTail:
-    """The policy that a signal really gets; the only place where a default changes.
+    """The policy used for a signal; the only place where a default changes.
 
     Exact signals are `exact` under any policy. `blend` needs a shape of the tail: the sketch's or
-    the cache's template (`blend_template`). Without either it becomes `bucket`, because a uniform
-    tail would point the gradient of the reverse KL away from the teacher (cosine about -0.9 for a
-    flat student, docs/method.md).
-    ValueError for `exact` on a signal that is not, and for a temperature other than 1 on a record
-    that cannot recompute the mass of its tail.
+    the cache's template (`blend_template`). Without either it becomes `bucket`. ValueError for
+    `exact` on a signal that is not, and for a temperature other than 1 on a record that cannot
+    recompute the mass of its tail.
     """
     if not isinstance(signal, TopKSignal) or signal.exact:
         return "exact"

@@ -5,10 +5,9 @@
     with torch.no_grad():
         teacher_hidden, layout = rerun_from_layer(model, entry, teacher, batch)
 
-EPIC's teacher is the student itself with fewer tokens dropped: the vision tower, the projector and
-the layers below K have the same weights and inputs in both passes. Promise: `rerun_from_layer`
-returns what a second whole pass would (a decoder without dropout; bit-equal on one device), at the
-cost of the layers from K on. Refuses stages below K.
+EPIC's teacher is the student itself with fewer tokens dropped: all below layer K has the same
+weights and inputs in both passes. Promise: `rerun_from_layer` returns what a second whole pass
+would (a decoder without dropout; bit-equal on one device), at the cost of the layers from K on.
 """
 
 from collections.abc import Generator

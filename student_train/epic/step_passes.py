@@ -3,10 +3,9 @@
     student   whole pass, tokens dropped at layer K at the student's ratio         with gradient
     teacher   layers K.. again, at the teacher's ratio (`rerun_from_layer`)        without gradient
 
-One set of weights: the teacher is the student at this step. Promise: the losses get the states of
-two whole passes (a decoder without dropout). Where nothing is dropped both passes are the same and
-there is no second one, unless the model is sharded and other ranks may drop. The recorded input is
-freed on return. Dimensions as in teacher_output.py.
+The teacher is the student at this step. Where nothing is dropped both passes are the same and there
+is no second one, unless the model is sharded and other ranks may drop. Dimensions as in
+teacher_output.py.
 """
 
 from collections.abc import Sequence

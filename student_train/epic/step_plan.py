@@ -5,7 +5,6 @@
 
 Promise: a pure function of (settings, seed, step, number of steps, depth of the decoder). So a run
 that resumes repeats the same plans, and micro-batch size and number of ranks do not matter.
-`require_progression` checks every layer of the schedule before the first step.
 """
 
 from dataclasses import dataclass

@@ -4,10 +4,10 @@
     losses, and G               a few rows at a time; G = d total / d logits replaces the logits
     d hidden = G W,  d W += G^T hidden,  d b += sum of G
 
-Promise: only one chunk's logits exist at any time, with what its losses derive from them. A pass
-with `deferred` gradients leaves d W and d hidden to the backward pass, where d W is added to the
-weight's existing gradient. It saves G for as many rows as fit in a quarter of d W's memory; the
-other rows are computed again. Sums run in float32 or wider. n is the number of rows of a chunk.
+Promise: only one chunk's logits exist at any time. A pass with `deferred` gradients leaves d W and
+d hidden to the backward pass, where d W is added to the weight's existing gradient. It saves G for
+as many rows as fit in a quarter of d W's memory; the other rows are computed again. Sums run in
+float32 or wider. n is the number of rows of a chunk.
 """
 
 import itertools

@@ -1,17 +1,15 @@
 """Fuses the LM head with its losses: final hidden states to values and gradients, in chunks.
 
-Logits are by far the largest tensors of a distillation step: at V = 151,936 a row takes 600 KB, and
-autograd keeps several of each. Here a chunk of rows gets its logits, its losses and at once the
-gradient of the weighted total with respect to these logits. That is reduced to gradients of states
-and head before the next chunk begins (`chunked_pass.py`):
+At V = 151,936 a row of logits takes 600 KB, and autograd keeps several of each. Here a chunk of
+rows gets its logits, its losses and at once the gradient of the weighted total with respect to
+these logits, which becomes gradients of states and head before the next chunk (`chunked_pass.py`):
 
     total = sum over blocks, names and rows of   weights[name][row] * losses.values(...)[name][row]
 
-Promise: only one chunk's logits exist at any time, forward and backward, with what its losses
-derive from them. A weight that already holds a gradient (a later micro-batch of a step) gets its
-own added in place in the backward pass. The weights of rows must be known beforehand; the gradient
-of any other combination of the values costs a second pass over the rows. Refuses second
-derivatives.
+Promise: only one chunk's logits exist at any time, forward and backward. A weight that already
+holds a gradient (a later micro-batch of a step) gets its own added in place in the backward pass.
+The gradient of any other combination of the values costs a second pass over the rows. Refuses
+second derivatives.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,8 @@
 """Adds to the gradient that a weight already holds, inside a backward pass, without a copy.
 
-Autograd expects a gradient to be returned, as large as the weight (at V = 151,936 and D = 3,584:
-2 GiB), and adds it to `weight.grad`. A node that knows all of it may add its parts there itself and
-return `empty_gradient`. Hooks of the parameter still run after it (DistributedDataParallel's,
-optimizers in the backward pass) and find the whole sum.
+Autograd expects a gradient as large as the weight (at V = 151,936 and D = 3,584: 2 GiB), and adds
+it to `weight.grad`. A node that knows all of it may add its parts there itself and return
+`empty_gradient`. Hooks of the parameter still run after it and find the whole sum.
 
 Promise: used only where autograd would add to this same tensor in this same backward pass. Not for
 `torch.autograd.grad`, other `inputs`, hooks that read the gradient itself, or sums that half

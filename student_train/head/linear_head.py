@@ -2,11 +2,11 @@
 
     logits = hidden W^T + b,   soft-capped:  c tanh(logits / c)
 
-A plain linear layer becomes its whole weight and bias. If FSDP2 has sharded it, both are gathered,
-and their gradients are averaged over the ranks as FSDP2 would. Anything else (LoRA, quantised,
-hooked, any other function) stays a function, which `head_loss` calls chunk by chunk. Refuses a
-weight that another sharding (FSDP1, DeepSpeed ZeRO-3) has left incomplete. Dimensions as in
-teacher_output.py, W >= V the student's own vocabulary rows.
+If FSDP2 has sharded the layer, weight and bias are gathered, and their gradients averaged over the
+ranks as FSDP2 would. Anything but a plain linear layer (LoRA, quantised, hooked, any other
+function) stays a function, which `head_loss` calls chunk by chunk. Refuses a weight that another
+sharding (FSDP1, DeepSpeed ZeRO-3) has left incomplete. Dimensions as in teacher_output.py, W >= V
+the student's own vocabulary rows.
 """
 
 from collections.abc import Callable

@@ -2,11 +2,8 @@
 
 Costs read a few thousand vocabulary rows, or all V in chunks. A linear head multiplies only those
 rows: 2 % of the work at 3,072 of 151,936. A head that is a function computes all logits for a chunk
-of tokens, and only the requested columns are kept. Given logits are indexed.
-
-Promise: no gradient; no result is kept between calls, because training changes the head; the head
-runs under the autocast that was set when the object was made. Refuses a head with fewer vocabulary
-rows than the teacher. Dimensions as in teacher_output.py, W >= V the student's rows.
+of tokens, and only the requested columns are kept. No gradient. Refuses a head with fewer
+vocabulary rows than the teacher. Dimensions as in teacher_output.py, W >= V the student's rows.
 """
 
 from collections.abc import Iterator

@@ -5,9 +5,8 @@
     matched = pending.result()         # a Matched for each sample with vision tokens, else None
 
 Promise: no gradient; the student's vision logits exist only for one problem at a time, or for a few
-MiB of small ones; the pairs do not depend on when `result` is called. On a CPU a thread computes
-the costs: do not change states or head before `result`. Logs one warning per metric when a matching
-is nearly arbitrary. Refuses what `matching.py` and `cost.py` refuse. Dimensions as in
+MiB of small ones. On a CPU a thread computes the costs: do not change states or head before
+`result`. Logs one warning per metric when a matching is nearly arbitrary. Dimensions as in
 teacher_output.py.
 """
 

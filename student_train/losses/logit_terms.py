@@ -4,10 +4,9 @@
     rld, vsd     divergence from the teacher's logits at the same row, by default the reverse KL
     kd           always the forward KL (EPIC): from the cache, or from the student itself
 
-A term has a value for each row (`values`) and a linear reduction of these values (`reduce`), some
-kind of mean. So each row's weight is known before any logit is, and head, loss and gradient can be
-computed together. Where the teacher is not fully known, a divergence also returns the parts and
-bounds of its value, row by row. Dimensions as in teacher_output.py.
+A term has a value for each row (`values`) and a linear reduction of these values (`reduce`). So
+each row's weight is known before any logit is, and head, loss and gradient can be computed
+together. Dimensions as in teacher_output.py.
 """
 
 from abc import abstractmethod

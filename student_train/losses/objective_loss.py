@@ -10,9 +10,8 @@ reference.py has the method on one page; the values here equal it where all logi
 
 Means over tokens run over the whole step, means over samples over its samples with an image (VLAD:
 and with text after it to compare): `counts` has these numbers, and the result is this micro-batch's
-share of each mean. `batch_matching.py` finds the pairs, `reductions.py` and
-`logit_terms.py` compare what is paired, and only this file knows both. Refuses states and teacher
-outputs of different texts. Dimensions as in teacher_output.py.
+share of each mean. Refuses states and teacher outputs of different texts. Dimensions as in
+teacher_output.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -49,10 +48,9 @@ class LossTerms:
     """A micro-batch's share of the loss of its step, with its terms.
 
     `total` is the weighted sum. `terms` are unweighted shares of the step's terms, by name, with
-    gradients; only those of positive weight. `tails` names the tail policy that each divergence
-    really used, because values under different policies do not compare. `assignments` has one
-    entry per sample, None where no vision token is left or no term needs any. `diagnostics` are
-    plain numbers to log.
+    gradients; only those of positive weight. `tails` names the tail policy of each divergence;
+    values under different policies do not compare. `assignments` has one entry per sample, None
+    where no vision token is left or no term needs any. `diagnostics` are plain numbers to log.
     """
 
     total: Float[Tensor, ""]
@@ -80,17 +78,15 @@ def distillation_loss(
     `consistency_teacher_states` come from the student's own pass with more vision tokens and
     predict the batch's response tokens in order. They are KD's teacher unless that comes from the
     cache; None where both passes are the same, so that KD is zero. A cached teacher is one that
-    drops `cached_ratio` of its vision tokens, or the next smaller share in the cache.
-    `counts` are those of the whole step, over all micro-batches and ranks; None: these samples are
-    the step.
+    drops `cached_ratio` of its vision tokens, or the next smaller share in the cache. `counts` are
+    those of the whole step, over all micro-batches and ranks; None: these samples are the step.
     `check_matching` adds the quality of one sample's matching to the diagnostics.
 
-    Terms of weight 0 are not computed, and records that only they need are not read. Logits exist a
-    chunk at a time (`head_loss`), for matching those of one sample. Runs on the device and in the
-    dtype of the states (autocast reaches the head only). Put `assets` on that device once
-    (`TeacherAssets.to`).
-    ValueError where a sample's text differs between student and teacher, where a record that an
-    active term needs is missing, and for whatever matching, divergence and head refuse.
+    Terms of weight 0 are not computed, and records that only they need are not read. Runs on the
+    device and in the dtype of the states (autocast reaches the head only); put `assets` on that
+    device once (`TeacherAssets.to`). ValueError where a sample's text differs between
+    student and teacher, where a record that an active term needs is missing, and for whatever
+    matching, divergence and head refuse.
     """
     if not states:
         raise ValueError("a micro-batch needs at least one sample")

@@ -1,10 +1,9 @@
 """Reduces aligned tensors to the terms of EM-KD.
 
-Row i of the student faces row i of the teacher; matching has aligned them. Every reduction is a
-mean, because the paper's weights only make sense with means: a sum over 144 tokens under beta =
-0.25 would drown the supervised loss (docs/method.md). Where `count` is given, the mean is over that
-many in the whole step, and the result is this part's share of it (step_counts.py). A mean over
-nothing is a zero that still has a gradient (of zero). Dimensions as in teacher_output.py.
+Row i of the student faces row i of the teacher. Every reduction is a mean: the paper's weights make
+sense with means only (docs/method.md). `count` is the number that the mean is over in the whole
+step; the result is this part's share of it (step_counts.py). A mean over nothing is a zero that
+still has a gradient (of zero). Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """Checks that a cache can serve an objective, before any model is loaded.
 
-Promise: runs matching and divergences on one made-up token of the cache's tier. So a metric, a tail
-policy or a temperature that needs logits which the cache does not hold is refused before a run, by
-the same error as within it. What depends on the student's width or vocabulary, or on a sample, is
-not checked here.
+Runs matching and divergences on one made-up token of the cache's tier. So a metric, a tail policy
+or a temperature that needs logits which the cache does not hold is refused by the same error as
+within a run. What depends on the student's width or vocabulary, or on a sample, is not checked.
 """
 
 from dataclasses import replace

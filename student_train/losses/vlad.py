@@ -3,11 +3,10 @@
     student   A[b, x, j] = cos(u_x, h_j)          text and matched vision states of sample b
     teacher   T[b, x, j] = A_t[x, sigma(j)]       stored, or from the stored states
 
-Numbers of text tokens X and pairs P differ: the samples of a group are padded with zeros that have
-no weight. Promise: the mean over a sample's entries, then over the samples that have any, however
-they are grouped. A group has at most `MOST_ENTRIES` affinities, padding included, or one sample. No
-gradient reaches the teacher. Refuses a record with neither affinities nor states. Dimensions as in
-teacher_output.py, B samples.
+Samples of a group are padded with zeros that have no weight. Promise: the mean over a sample's
+entries, then over the samples that have any, however they are grouped. No gradient reaches the
+teacher. Refuses a record with neither affinities nor states. Dimensions as in teacher_output.py, B
+samples.
 """
 
 from collections.abc import Iterator, Sequence

@@ -6,12 +6,11 @@
     hidden_cosine  1 - cos(h_s, h_t)        over final hidden states of one width
     hidden_l2      |h_s - h_t|              the same, with their lengths
 
-Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn by a fixed seed (nearly as
-good as all V at a fraction of the work), or at all V, teacher columns decoded block by block. Raw
-logits are refused on a top-k record without a sketch: their matching would be wrong (errors of all
-metrics: docs/method.md). Never held: N x M x V or M x V entries, N x V where logits come from the
-student's head, a gradient. Small problems of one shape are computed together to save call overhead.
-Dimensions as in teacher_output.py, B problems of n student and m teacher tokens: N = B n, M = B m.
+Raw and centred L1 are summed at `num_shared_ids` vocabulary rows, drawn by a fixed seed, or at all
+V. Raw logits are refused on a top-k record without a sketch: their matching would be wrong (errors
+of all metrics: docs/method.md). Never held: N x M x V or M x V entries, N x V where logits come
+from the student's head, a gradient. Dimensions as in teacher_output.py, B problems of n student and
+m teacher tokens: N = B n, M = B m.
 """
 
 from collections.abc import Iterable, Iterator
@@ -194,7 +193,6 @@ def _added(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _state_distances(
     student: Tensor, teacher: Signal, config: MatchingConfig, num_problems: int
 ) -> Tensor:
-    """Cosine or Euclidean distances of final hidden states."""
     assert isinstance(teacher, HiddenSignal)
     own = _apart(at_least_float32(student), num_problems)
     theirs = _apart(teacher.hidden.to(own.dtype), num_problems)
@@ -207,9 +205,7 @@ def _probability_l1(student: StudentLogits, teacher: Signal, num_problems: int) 
     """L1 of probabilities over the whole vocabulary; top-k records without a sketch stay sparse.
 
     Without a sketch the tail is uniform. Its mass tau is exact, so each cost is off by at most
-    2 tau; matches hardly differ for tau below 0.02 (docs/method.md). A uniform tail harms gradients
-    of the reverse KL, but not this distance, where tiny probabilities hardly count. Logits of both
-    sides are computed a few rows at a time.
+    2 tau; matches hardly differ for tau below 0.02 (docs/method.md).
     """
     costs: list[Tensor] = []
     means: list[Tensor] = []

@@ -1,12 +1,9 @@
 """Cuts a micro-batch's vision tokens into assignment problems.
 
-The vision tokens of all samples are concatenated, on each side. A problem is one view of one image
-(`scope=view`: both models cut the image alike) or all views of one image (`scope=global`). Its rows
-are spans of those of the batch.
-
-Promise: problems are in the order of samples and of the student's views. Dropped student tokens are
-in no problem; a view (image) without student tokens gives none. Refuses two sides with different
-views or, for scope=global, different images.
+A problem is one view of one image (`scope=view`: both models cut the image alike) or all views of
+one image (`scope=global`). Its rows are spans of those of the batch. Problems are in the order of
+samples and of the student's views. Dropped student tokens are in no problem; a view (image) without
+student tokens gives none. Refuses two sides with different views or, for scope=global, images.
 """
 
 from bisect import bisect_left

@@ -1,7 +1,6 @@
 """Measures matchings: how arbitrary one is, and how far one is from another's costs.
 
-No number here enters a loss. Promise: detached Python floats (tensors from `separability` and
-`hubness`), computed without gradient; inputs untouched. Dimensions as in teacher_output.py.
+No number here enters a loss or has a gradient. Dimensions as in teacher_output.py.
 """
 
 from collections.abc import Iterable, Sequence

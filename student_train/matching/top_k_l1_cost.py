@@ -6,8 +6,7 @@ All but K entries of a row are one number. With F(c) = sum_v |q_v - c| (ops/l1_t
     C = F(c) + sum over the K kept of ( |q_v - p_v| - |q_v - c| )
 
 No teacher row of V entries is built, and only a few student rows of V probabilities at a time. No
-gradient. Positions may keep different numbers of entries. Dimensions as in teacher_output.py, U
-distinct kept ids, n students at a time.
+gradient. Dimensions as in teacher_output.py, U distinct kept ids, n students at a time.
 """
 
 import torch

@@ -1,9 +1,8 @@
 """LLaVA with a pooling projector, under the model type emkd_avgpool_llava.
 
-Everything but the projector is transformers' own LLaVA, and every parameter keeps its name. The
-model type is ours because a checkpoint of type "llava" would load as the stock class, without
-pooling and without a warning. Importing this module registers both classes with `AutoConfig` and
-`AutoModelForImageTextToText`. The configuration refuses a stride larger than the grid.
+Every parameter keeps its name. The model type is ours because a checkpoint of type "llava" would
+load as the stock class, without pooling and without a warning. Importing this module registers both
+classes with transformers. The configuration refuses a stride larger than the grid.
 """
 
 from typing import no_type_check

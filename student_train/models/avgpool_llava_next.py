@@ -1,10 +1,9 @@
 """LLaVA-NeXT (anyres) with a pooling projector, under the model type emkd_avgpool_llava_next.
 
 Each tile of an image, base view included, is pooled by itself. The pooled tiles are then laid out
-as the image, cropped to its aspect ratio and given one newline embedding per row, as the vanilla
-model does with its larger tiles. The layout is reimplemented because the stock one takes a tile's
-side from the vision tower's patches. Importing this module registers both classes with `AutoConfig`
-and `AutoModelForImageTextToText`. The configuration refuses a stride larger than a tile's grid.
+as the image, cropped to its aspect ratio and given one newline embedding per row, as by the vanilla
+model, whose own layout takes a tile's side from the vision tower's patches. Importing this module
+registers both classes with transformers. The configuration refuses a stride larger than the grid.
 """
 
 from collections.abc import Sequence
@@ -71,8 +70,7 @@ class AvgPoolLlavaNextModel(LlavaNextModel):
 
         `image_features[i]` holds image i's projected tiles, the base view first; `image_sizes` the
         original (height, width). Returns each image's embeddings in the order of its placeholders,
-        and their numbers. Overrides the stock method for the pooled side of a tile. The strategy is
-        not read: it has already been applied.
+        and their numbers. The strategy is not read: it has already been applied.
         """
         side = self.multi_modal_projector.pooled_side(grid_side(self.config))
         vision: Any = self.config.vision_config

@@ -1,12 +1,9 @@
 """Projects many vision features to few language-model inputs.
 
 A compressing projector takes the vision tower's patch features [B, side * side, C] of square images
-(without class token) and returns [B, pooled * pooled, D]. Its `pooled_side` is the only place of
-that arithmetic. Each projector subclasses the family's own without adding or renaming parameters,
-so that the weights of a vanilla checkpoint fit. Refuses features that do not fill a square grid.
-
-Legend of dimensions: B images or tiles, C width of the vision features, D width of the language
-model, side / pooled the grid's side before and after.
+(without class token) and returns [B, pooled * pooled, D]: B images or tiles, C width of the vision
+features, D width of the language model. Each projector subclasses the family's own without adding
+or renaming parameters, so that the weights of a vanilla checkpoint fit.
 """
 
 import math

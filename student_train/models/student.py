@@ -1,11 +1,10 @@
 """Makes a student from a vanilla model, and loads students from disk.
 
-`vanilla_student` loads a model of any family unchanged; its tokens are dropped inside the language
-model (`compression.py`), if at all. `student_from_vanilla` puts a compressing projector between
-vision tower and language model of a LLaVA or LLaVA-NeXT, weights unchanged, and gives the family's
-processor the pooled patch size, so that it emits one placeholder per vision token. Refused before
-training: other families, class tokens that break the grid, processors whose image size, tiles or
-placeholder count differ from the model's. Remote code is never run.
+`vanilla_student` loads a model of any family unchanged. `student_from_vanilla` puts a compressing
+projector into a LLaVA or LLaVA-NeXT, weights unchanged, and gives its processor the pooled patch
+size, so that it emits one placeholder per vision token. Refused before training: other families,
+class tokens that break the grid, processors whose image size, tiles or placeholder count differ
+from the model's. Remote code is never run.
 """
 
 import logging
@@ -104,8 +103,7 @@ def student_from_vanilla(
 def vanilla_student(path: str, dtype: torch.dtype | None = None) -> LoadedStudent:
     """Load a vanilla model as a student with all its vision tokens, class and weights unchanged.
 
-    The trained model loads in transformers without this project. ValueError for families whose
-    vision tokens are unknown, and for students whose projector pools.
+    ValueError for families whose vision tokens are unknown, and for students whose projector pools.
     """
     model_type = load_config(path).model_type
     if any(model_type == family.config_class.model_type for family in FAMILIES):

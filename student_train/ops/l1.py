@@ -2,10 +2,9 @@
 
 `torch.cdist(p=1)` reads both whole rows for each pair and waits for one running sum. Over strips of
 16 columns the sum is a single vector and the rows stay in cache: 2.5 times as fast at V = 151,936
-(benchmarks/matching), and closer to the true sum, because partial sums are added in two levels. On
-GPUs a kernel can do the same by tiles (l1_triton.py). Promise: no tensor of N x M x C entries, no
-gradient, inputs unchanged; a pair's distance depends on no other pair.
-Dimensions as in teacher_output.py, C any number of columns.
+(benchmarks/matching), and closer to the true sum. Promise: no tensor of N x M x C entries, no
+gradient; a pair's distance depends on no other pair. Dimensions as in teacher_output.py, C any
+number of columns.
 """
 
 import torch

@@ -2,12 +2,11 @@
 
     F(c) = sum q - V c + 2 U(c),   U(c) = the sum over q < c of c - q
 
-U needs only the number of probabilities under c and their sum. There are two ways: sort all of them
-once, or, on a CPU and over a large vocabulary, count and sum them in narrow bins, 2 to 5 times as
-fast (docs/method.md). Bins below that of c are exact; the bin of c itself gives bounds. A row for
-which these leave F uncertain by more than one rounding of 1 is sorted after all. So F is exact to
-float32's rounding (float64's for float64), and no row depends on another. Dimensions as in
-teacher_output.py, n rows, M constants, B bins.
+U needs only the number of probabilities under c and their sum: sort all of them once or, on a CPU
+and over a large vocabulary, count and sum them in narrow bins, 2 to 5 times as fast
+(docs/method.md). Bins below that of c are exact; the bin of c itself gives bounds. A row for which
+these leave F uncertain by more than one rounding of 1 is sorted after all. So F is exact to
+float32's rounding (float64's for float64). V vocabulary rows, n rows, M constants, B bins.
 """
 
 import math

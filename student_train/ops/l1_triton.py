@@ -2,11 +2,10 @@
 
 `torch.cdist(p=1)` reads two values from memory for every |a - b| that it adds. A program here keeps
 the sums of 32 x 64 pairs in registers, and each value that it reads serves 32 or 64 of them.
-Columns are cut into spans for separate programs, so that few pairs still fill a GPU.
-Promise: no atomic operation, and one order of addition for every pair, whatever the other pairs,
-the batch or the launch: the same bits always on one kind of GPU. `l1_rounding` counts the
-additions. Half precision is widened in registers. Needs triton; runs on a CPU where
-TRITON_INTERPRET=1 was set before triton was imported, as the tests do.
+Columns are cut into spans for separate programs, so that few pairs still fill a GPU. Promise: no
+atomic operation, and one order of addition for every pair: the same bits always on one kind of GPU.
+Half precision is widened in registers. Needs triton; runs on a CPU where TRITON_INTERPRET=1 was set
+before triton was imported, as the tests do.
 """
 
 from typing import no_type_check

@@ -9,9 +9,8 @@ of which it keeps K:
     gap         the same mean of z - e, with an estimate e of the teacher's log p
     least       the least z of the tail; its largest entries come from maxima of 64 columns
 
-A bucketed divergence and a cross-entropy need no more than these and z at single columns. Promise:
-no atomic operation, so the same bits always on one kind of GPU; sums in float32, whatever the dtype
-of z. Needs triton, like l1_triton.py.
+A bucketed divergence and a cross-entropy need no more than these and z at single columns. No atomic
+operation, so the same bits always on one kind of GPU; sums in float32. Needs triton.
 """
 
 from typing import NamedTuple, no_type_check

@@ -2,9 +2,8 @@
 
 Kernels are off unless the environment variable EMKD_KERNELS=1 switches them on, because no GPU has
 run them yet. They then serve float32, bfloat16 and float16 on NVIDIA GPUs of compute capability 8.0
-or higher where `triton` can be imported (CUDA builds of torch include it). Torch computes
-everything else. Promise: the choice changes no result beyond the rounding that each function
-states; nothing here imports triton. docs/gpu.md says what each kernel moves.
+or higher where `triton` can be imported. The choice changes no result beyond the rounding that each
+function states. Nothing here imports triton. docs/gpu.md says what each kernel moves.
 """
 
 import importlib.util

@@ -6,10 +6,8 @@
                    perhaps a sketch of all others: top_k.py
 
 A signal is `exact` when it knows every logit: the first two always, the third where every position
-keeps V. Exact signals of one teacher agree; those of K = V and `DenseSignal` agree bit for bit. A
-signal refuses questions about logits it does not know. What to assume of them is the caller's
-choice (`divergence.py`, `cost.py`). No gradient flows into a signal. Dimensions as in
-teacher_output.py, N any number of positions.
+keeps V. A signal refuses questions about logits that it does not know. No gradient flows into a
+signal. Dimensions as in teacher_output.py, N any number of positions.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
 """A teacher's signal of its largest logits at each position, perhaps with a sketch of the rest.
 
-Promise: what is kept is exact. The log mass of everything else is known; its shape only as far as a
-sketch or a template estimates it. Any other question is refused. Positions may keep different
-numbers of entries, from one to all V: then K is the largest number, and the rest of a row repeats
-its first entry (TopKRecord). Scattering by ids is safe; sums over entries need `kept_mask`.
-Dimensions as in teacher_output.py, N any number of positions.
+What is kept is exact. The log mass of everything else is known; its shape only as far as a sketch
+or a template estimates it. Positions may keep different numbers of entries, from one to all V: then
+K is the largest number, and the rest of a row repeats its first entry. Scattering by ids is safe;
+sums over entries need `kept_mask`. Dimensions as in teacher_output.py, N any number of positions.
 """
 
 import copy

@@ -5,8 +5,8 @@
     metrics.jsonl       see metrics_log.py
     final/              model, processor and emkd_run.json; complete, by rename
 
-Promise: no run resumes from a half-written checkpoint, and no folder holds two runs: another cache,
-student, recipe or length is refused with the fields that differ.
+No run resumes from a half-written checkpoint, and no folder holds two runs: another cache, student,
+recipe or length is refused with the fields that differ.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
               keeps 1/n of them, of their gradients and of the optimizer's state
     whole     vision tower, projector, norms and biases; gradients averaged once a step
 
-The vision tower is not sharded: a rank whose micro-batch has no image does not run it, and ranks
-gather weights together. Promise: a step changes weights as under DistributedDataParallel, up to
+The vision tower is not sharded: ranks gather weights together, but a rank whose micro-batch has no
+image does not run it. Promise: a step changes weights as under DistributedDataParallel, up to
 rounding; stored files are those of an unsharded run. All ranks must call each function together.
 """
 

@@ -1,9 +1,8 @@
 """Trains a student from start to end, or from where an earlier attempt was killed.
 
-`train_student` runs in a plain process, under torchrun and in a Ray Train worker: rank and world
-size come from the process group, if there is one. A finished run returns at once; a killed one
-continues from its newest complete checkpoint. A folder that holds another run is refused with the
-fields that differ, and is not changed.
+Runs in a plain process, under torchrun and in a Ray Train worker. A finished run returns at once; a
+killed one continues from its newest complete checkpoint. A folder that holds another run is refused
+with the fields that differ, and is not changed.
 """
 
 import dataclasses
@@ -64,10 +63,8 @@ def train_student(
 
     `student` is a digest of its weights and projector, so that a finished run is recognised without
     loading it. `chat_template` is the text of one that replaces the student's own; default: the one
-    that replaced the teacher's when the cache was built, if any.
-
-    `report` is called on every rank with each line of the metrics log, `progress` on
-    rank 0 after each step.
+    that replaced the teacher's when the cache was built, if any. `report` is called on every rank
+    with each line of the metrics log, `progress` on rank 0 after each step.
 
     CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
     differ between student and teacher, ValueError for settings that do not fit together.
@@ -184,9 +181,7 @@ def _refuse_idle_gap(settings: TrainerSettings, reader: CacheReader) -> None:
             f"{found}: the cache's teacher dropped no vision tokens; omit it, or build the cache "
             "with --compressor and --ratios"
         )
-    if (
-        progression.layer > grid.layer
-    ):  # the preset fixed, the only one with a gap, stays at this layer
+    if progression.layer > grid.layer:  # only the preset fixed has a gap; it stays at this layer
         raise ValueError(
             f"{found}: the student drops at layer {progression.layer}, deeper than the cache's "
             f"teacher at layer {grid.layer}, whose grid cannot teach it; omit it, or drop at layer "

@@ -1,12 +1,10 @@
 """Selects which parts of a student are trained."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from student_train.config.recipe import TrainPart
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PART_PREFIXES: dict[TrainPart, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.", "model.visual.", "model.vision_model."),
@@ -26,7 +24,7 @@ _PART_OF: dict[str, TrainPart] = {
 }
 
 
-def set_trainable(model: "PreTrainedModel", parts: Collection[TrainPart]) -> dict[TrainPart, int]:
+def set_trainable(model: nn.Module, parts: Collection[TrainPart]) -> dict[TrainPart, int]:
     """Train the named parts and freeze the others; return each part's number of trained weights.
 
     A head tied to the input embeddings counts once. ValueError for no part, and for models with

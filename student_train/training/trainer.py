@@ -1,11 +1,8 @@
 """Runs the optimizer loop: a transformers.Trainer with our data stream and our loss.
 
-A step's loss: each term is one mean over all micro-batches and ranks of the step (step_counts.py
-says over what). So micro_batch_size and world size change neither which samples form a step nor its
-gradient, rounding aside. No B x L x V logits are computed.
-
-Refuses to skip or re-shard data (the stream decides), a loss that is not finite, and trainable
-weights in half precision.
+Each term is one mean over all micro-batches and ranks of a step (step_counts.py). So
+micro_batch_size and world size change neither which samples form a step nor its gradient, rounding
+aside. Refuses a loss that is not finite, and trainable weights in half precision.
 """
 
 import logging
