@@ -52,13 +52,10 @@ _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
     "vsd_weight": (float, "Weight of vision semantic distillation (beta)."),
     "vlad_weight": (float, "Weight of vision-language affinity distillation (gamma)."),
     "temperature": (float, "Softmax temperature of VSD, RLD and KD."),
-    "divergence": (DivergenceName, "What VSD and RLD measure; EPIC's KD is always forward."),
-    "tail": (
-        TailPolicy,
-        "What the divergences assume of the mass outside a teacher's top-k.",
-    ),
+    "divergence": (DivergenceName, "Divergence of VSD and RLD; EPIC's KD is always forward KL."),
+    "tail": (TailPolicy, "Assumption about the teacher's mass outside its top-k."),
     "blend": (float, "Weight of the tail term under --tail blend."),
-    "vlad_text": (VladText, "Text tokens whose affinity is distilled."),
+    "vlad_text": (VladText, "Text tokens that VLAD compares."),
     "smooth_l1_beta": (float, "Threshold of VLAD's smooth L1."),
 }
 _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
@@ -73,7 +70,7 @@ _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
 }
 
 _VISION = frozenset({"vsd", "vlad"})
-_LOOKED_AT_BY: dict[str, frozenset[str]] = {
+_USED_BY: dict[str, frozenset[str]] = {
     "temperature": frozenset({"rld", "vsd", "kd", "cached kd"}),
     "divergence": frozenset({"rld", "vsd"}),
     "tail": frozenset({"rld", "vsd", "cached kd"}),
@@ -82,7 +79,7 @@ _LOOKED_AT_BY: dict[str, frozenset[str]] = {
     "smooth_l1_beta": frozenset({"vlad"}),
     **dict.fromkeys(_MATCHING_FLAGS, _VISION),
 }
-"""The terms that a flag is about; a weight has its own."""
+"""The terms that use a flag; a weight is used by its own term."""
 
 
 def _field(name: str, kind: Any, default: Any, text: str) -> StructFieldSpec:
@@ -123,8 +120,8 @@ def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> Stru
         "objective",
         ObjectiveName,
         known.name if known else "emkd",
-        "Preset: supervised only, + response logits, EM-KD whole, or EPIC's; epic-cached-* learn "
-        "from the cache's teacher, a variant.",
+        "Preset: supervised, rld (adds response logits), emkd (all terms of EM-KD), or EPIC's; "
+        "epic-cached-* learns from the cached teacher, a variant.",
     )
     fields = [
         _field(flag, kind | Preset, PRESET, text)
@@ -137,11 +134,11 @@ def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> Stru
 
 
 def _refuse_idle(objective: ObjectiveConfig, given: Collection[str]) -> None:
-    """Raise ValueError for flags that no term of the objective looks at."""
+    """Raise ValueError for flags that no term of the objective uses."""
     terms = {term for term in TERMS if getattr(objective, f"{term}_weight") > 0}
     if objective.kd_from_cache:  # of the student's own logits, all are known
         terms = terms - {"kd"} | {"cached kd"}
-    idle = [flag for flag in given if not _LOOKED_AT_BY.get(flag, terms) & terms]
+    idle = [flag for flag in given if not _USED_BY.get(flag, terms) & terms]
     why = f"objective {objective.name!r} has the terms {', '.join(sorted(terms))} alone"
     if not idle and "blend" in given and objective.tail != "blend":
         idle, why = ["blend"], f"tail is {objective.tail}"

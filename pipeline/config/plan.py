@@ -93,9 +93,9 @@ class PlanConfig(StrictRecord):
         if self.pilot:
             self._require_pilot()
         else:
-            refuse_changed(self, "pilot is 0", "source", "image_root", "teacher", "match_metric")
-            refuse_changed(self, "pilot is 0", "batch_size", "device", "attention")
-            refuse_changed(self, "pilot is 0", "chat_template", "append_eos")
+            of_pilot = ("source", "image_root", "teacher", "chat_template", "append_eos")
+            more = ("match_metric", "batch_size", "device", "attention")
+            refuse_changed(self, "pilot is 0", *of_pilot, *more)
 
     def _require_pilot(self) -> None:
         if self.pilot < 2 or self.source is None or self.teacher is None:

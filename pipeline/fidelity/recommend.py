@@ -38,9 +38,8 @@ class TierTail:
 class TierMeasure:
     """One tier on the pilot's samples; sizes are measured, after compression.
 
-    `regret` is the excess of the exact cost under the tier's matching over the exact matching's, as
-    a share of a random matching's excess; `agreement` is the share of equal pairs. Both are None if
-    the tier cannot serve the metric. `tail_p90` is 0 except for top-k records alone.
+    `regret` and `agreement` (tier_loss.py) are None if the tier cannot serve the metric. `tail_p90`
+    is 0 except for top-k records alone.
     """
 
     size: TierSize
@@ -96,10 +95,8 @@ class PilotReport:
 def recommend(measured: Sequence[TierMeasure]) -> Recommendation:
     """The cheapest tier that passes, or `hidden` if that costs little more.
 
-    A tier passes if its regret is at most `MAX_REGRET`, its gradient cosine at least
-    `MIN_GRADIENT_COSINE` and, for top-k records alone, its tail at most `MAX_TAIL`. The passing
-    tier with the fewest bytes in all wins, unless a passing `hidden` tier takes at most
-    `EXACT_IS_WORTH` times as many: that one loses nothing. If none passes, float32 states.
+    `faults` decides what passes. The passing tier with the fewest bytes wins, unless a passing
+    `hidden` tier takes at most `EXACT_IS_WORTH` times as many. If none passes, float32 states.
     """
     ordered = sorted(measured, key=lambda item: item.size.in_all)
     missed = {

@@ -135,7 +135,7 @@ def start_batch_matching(
     Matches nothing if no term of the objective needs it. With `check`, the first sample with an
     image is matched again, by costs over all V: known (diagnostics `match_regret` and
     `match_agreement`), or estimated by a sketch (`match_sketch_...`). ValueError, here or in
-    `result`, where a record cannot serve the metric and for what else matching refuses.
+    `result`, for what matching refuses.
     """
     pending = PendingBatch(samples=[], metric=objective.matching.metric)
     for state, output in zip(states, outputs, strict=True):

@@ -31,9 +31,8 @@ def batch_vlad(
     """VLAD of one or more samples with an image; 0, with a gradient, where none has text.
 
     `count` is the number of samples that the mean is over in the whole step (step_counts.py); by
-    default those here that have text.
-
-    ValueError for a sample that was read with neither part `affinity` nor `hidden`.
+    default those here that have text. ValueError for a sample that was
+    read with neither part `affinity` nor `hidden`.
     """
     means, counts = zip(*(_group_means(each, objective) for each in _groups(matched)), strict=True)
     total = torch.cat(means).sum()

@@ -131,9 +131,9 @@ def match_tokens(
 
     `student_logits` are the logits or the head that computes those that the costs need. The views
     say which rows belong together, in row order. `student_kept`: ascending numbers, among the
-    tokens of the student's views, of those that are left where others were dropped.
-    ValueError where the two sides show different views (for scope=global: images), where the
-    record cannot serve the metric, and where costs are not finite.
+    tokens of the student's views, of those that are left. ValueError where the two sides show
+    different views (for scope=global: images), where the record cannot serve the metric, and where
+    costs are not finite.
     """
     sample = VisionTokens(student_views, teacher_views, student_kept)
     pending = start_matching([sample], student_hidden, student_logits, teacher, config)
@@ -151,9 +151,8 @@ def start_matching(
     """Compute the costs and let threads solve the assignments while the caller goes on.
 
     As `match_tokens` for each sample. `student_hidden`, `teacher` and logits, where given, hold the
-    rows of all samples, one sample after another. Which problems are computed together depends on
-    their sizes alone. Costs leave their device once, without waiting; inputs may be freed or
-    changed on return. Costs that are not finite raise ValueError in `result`.
+    rows of all samples, one sample after another. Inputs may be freed or changed on return. Costs
+    that are not finite raise ValueError in `result`.
     """
     problems = find_problems(samples, config.scope)
     assert sum(problems.num_student) == len(student_hidden)

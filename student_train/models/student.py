@@ -75,9 +75,8 @@ def student_from_vanilla(
 
     `path` is a local folder or hub id of a LLaVA or LLaVA-NeXT checkpoint, or of a student made by
     this function, which is loaded unchanged (its stride must be `stride`). `dtype` defaults to the
-    checkpoint's. Returns the model, in eval mode on the CPU, and its processor. ValueError for
-    other families and for settings under which the processor's placeholders and the model's vision
-    tokens would differ.
+    checkpoint's. The model is in eval mode on the CPU. ValueError for other families and where the
+    processor's placeholders and the model's vision tokens would differ.
     """
     config: Any = load_config(path)
     families = [family for family in FAMILIES if family.projector == projector]

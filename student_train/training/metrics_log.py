@@ -1,7 +1,7 @@
 """Writes a run's metrics.jsonl: one JSON line of means for each logging window.
 
-Promise: a step occurs at most once, whatever was killed and resumed, with the values of an
-uninterrupted run (except `seconds`, which adds up over all attempts).
+A step occurs at most once, whatever was killed and resumed, with the values of an uninterrupted run
+(except `seconds`, which adds up over all attempts).
 """
 
 import json
