@@ -162,8 +162,8 @@ def _faults(tier: Tier, quality: ShardQuality) -> list[str]:
 
 def _tail_p90(tier: Tier, quality: ShardQuality) -> float:
     """The tail mass that the rule uses: that of top-k records alone; 0 for others."""
-    bare = tier.records == "topk" and quality.vision_tail is not None
-    return quality.vision_tail.p90 if bare and quality.vision_tail is not None else 0.0
+    tail = quality.vision_tail if tier.records == "topk" else None
+    return 0.0 if tail is None else tail.p90
 
 
 def _severity(tier: Tier, quality: ShardQuality | None) -> float:

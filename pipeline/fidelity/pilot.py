@@ -209,14 +209,13 @@ class Pilot:
         return found if given is None else given
 
     def _tail(self, top_k: int) -> TierTail:
-        vision_median, vision_p90 = _quantiles(self.tails[top_k, "vision"])
-        response_median, response_p90 = _quantiles(self.tails[top_k, "response"])
+        vision, response = (_quantiles(self.tails[top_k, at]) for at in ("vision", "response"))
         return TierTail(
             top_k=top_k,
-            vision_median=vision_median,
-            vision_p90=vision_p90,
-            response_median=response_median,
-            response_p90=response_p90,
+            vision_median=vision[0],
+            vision_p90=vision[1],
+            response_median=response[0],
+            response_p90=response[1],
         )
 
     def _tier(self, name: str, num_planned: int) -> TierMeasure:

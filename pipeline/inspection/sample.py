@@ -155,24 +155,20 @@ def _vision_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> 
     ]
     count = min(NUM_VISION_SHOWN, len(names))
     rows = torch.arange(count) * len(names) // max(count, 1)
-    if output.vision is not None:
-        top = _top(output.vision, rows)
-    else:
-        top = _from_states(output, "vision", head, rows)
+    states = None if output.hidden is None else output.hidden.vision
     return [
         {"at": names[row], "says": texts_with_shares(tokenizer, ids, shares)}
-        for row, (ids, shares) in zip(rows.tolist(), top, strict=True)
+        for row, (ids, shares) in zip(
+            rows.tolist(), _top(output.vision, states, head, rows), strict=True
+        )
     ]
 
 
 def _response_says(output: TeacherOutput, head: LmHead | None, tokenizer: Any) -> list[Any]:
     """The first response tokens, and what the teacher expected at their positions."""
     labels = output.content_ids[output.is_response][:NUM_RESPONSE_SHOWN]
-    rows = torch.arange(len(labels))
-    if output.response is not None:
-        top = _top(output.response, rows)
-    else:
-        top = _from_states(output, "predicting", head, rows)
+    states = None if output.hidden is None else output.hidden.predicting
+    top = _top(output.response, states, head, torch.arange(len(labels)))
     return [
         {"token": token, "expected": texts_with_shares(tokenizer, ids, shares)}
         for token, (ids, shares) in zip(token_texts(tokenizer, labels), top, strict=True)
@@ -183,15 +179,15 @@ _Top = list[tuple[Int[Tensor, " C"], Float[Tensor, " C"]]]
 """The first ids of each position, and their probabilities."""
 
 
-def _top(record: TopKRecord, rows: Tensor) -> _Top:
+def _top(
+    record: TopKRecord | None, states: Tensor | None, head: LmHead | None, rows: Tensor
+) -> _Top:
+    """Of some positions, from their record, else from their states."""
+    if record is None:
+        assert states is not None
+        assert head is not None
+        record = top_k_from_hidden(states[rows], head, min(NUM_WORDS, head.vocab_size))
+        rows = torch.arange(len(rows))
     shares = (record.logits.float() - record.logsumexp[:, None]).exp()
     counts = record.counts.clamp(max=NUM_WORDS).tolist()
     return [(record.ids[row, : counts[row]], shares[row, : counts[row]]) for row in rows.tolist()]
-
-
-def _from_states(output: TeacherOutput, name: str, head: LmHead | None, rows: Tensor) -> _Top:
-    assert output.hidden is not None
-    assert head is not None
-    states: Tensor = getattr(output.hidden, name)[rows]
-    record = top_k_from_hidden(states, head, min(NUM_WORDS, head.vocab_size))
-    return _top(record, torch.arange(len(rows)))

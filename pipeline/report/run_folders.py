@@ -237,16 +237,13 @@ def _read_compressed(
     return tuple(sorted(found, key=lambda evaluation: repr(evaluation.compression)))
 
 
-def _metrics(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
-
-
 def read_evaluation(place: Path) -> Evaluation:
     """What an evaluation found; ValueError where its files do not agree."""
-    metrics = _metrics(place / "metrics.json")
+    file = place / "metrics.json"
+    try:
+        metrics: dict[str, Any] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:
         raise ValueError(
