@@ -1,8 +1,4 @@
-"""Affinity between text and vision tokens: the one function that both sides of VLAD use.
-
-The teacher's matrix is stored (or recomputed from stored states), the student's is computed while
-it trains; a difference between them must never come from two ways of computing a cosine.
-"""
+"""Computes the affinity between text and vision tokens, for the teacher and for the student."""
 
 import torch
 from jaxtyping import Float
@@ -15,9 +11,8 @@ def cosine_affinity(
 ) -> Float[Tensor, "*B X M"]:
     """Cosine of every text token's last hidden state with every vision token's (EM-KD, VLAD).
 
-    Leading dimensions, of samples that are filled up to one size, are the same on both sides.
-    Computed in float32 (float64 for float64 states); a zero state has affinity 0 with everything.
-    Gradients flow to both arguments.
+    Leading dimensions (padded samples) must be equal. Computed in float32, for float64 states in
+    float64; a zero state has affinity 0 with everything. Gradients flow to both arguments.
     """
     dtype = torch.promote_types(text.dtype, torch.float32)
     unit_text = functional.normalize(text.to(dtype), dim=-1)

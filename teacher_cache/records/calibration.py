@@ -1,9 +1,8 @@
-"""Fits what the top-k records of a cache share, to states of some samples, before any is stored.
+"""Fits the sketch basis and the tail template of a cache to states of some samples.
 
-The sketch's basis (sketch.py) is fitted to vision states; the tail template (tail_template.py) to
-states at vision positions and at response-predicting positions. Memory does not grow with the
-number of states. Equal states in equal batches give equal digests.
-Dimensions as in schema/teacher_output.py.
+The basis is fitted to vision states, the template to states at vision positions and at
+response-predicting positions. Memory does not grow with the number of states. Equal states in equal
+batches give equal digests. Dimensions as in schema/teacher_output.py.
 """
 
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from teacher_cache.schema.options import RecordSettings, holds
 
 
 class Calibration:
-    """Accumulates states, sample by sample, for records of these settings."""
+    """Accumulates the states of samples, for records of these settings."""
 
     def __init__(self, head: LmHead, settings: RecordSettings) -> None:
         self._head = head

@@ -1,11 +1,11 @@
 """Makes a sample's stored records from its final hidden states.
 
-Three tiers, or the last and one of the others at once (`TeacherOutput`): `topk` stores the
-largest logits at vision positions and at the positions that predict the response, and the affinity
-matrix; `topk+sketch` adds a PCA code of the vision states; `hidden` stores the states that enter
-the LM head, and everything else follows from them. A grid stores the response once more for each
-ratio of vision tokens that the teacher drops. Records lie on the CPU. ValueError where the
-teacher's numbers are not finite.
+Tier `topk` stores the largest logits at vision positions and at the positions that predict the
+response, and the affinity matrix. `topk+sketch` adds a PCA code of the vision states. `hidden`
+stores the states that enter the LM head, which determine all other records. A cache holds one tier,
+or `hidden` and one of the others. A grid adds one response record for each ratio of vision tokens
+that the teacher drops. Records lie on the CPU. ValueError where the teacher's numbers are not
+finite.
 """
 
 import dataclasses
@@ -25,11 +25,9 @@ from teacher_cache.schema.teacher_output import (
     AffinityRecord,
     CachedSample,
     HiddenRecord,
-    SketchRecord,
     TeacherOutput,
     TopKRecord,
 )
-from teacher_cache.schema.tensor_record import moved
 
 DTYPES_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes by the names that settings and specs use."""
@@ -46,9 +44,9 @@ def make_output(
 ) -> TeacherOutput:
     """Records of one sample from its final hidden states, which may lie on any device.
 
-    `sketch` is the basis of the `topk+sketch` tier; it lies on the states' device. `owner` is a
-    sample with the same settings that is the same up to its last vision token: its vision record is
-    taken instead of computing it again. `grid` has, by ratio, the states that predict the response.
+    `sketch` is the basis of the `topk+sketch` tier, on the states' device. `owner` is a sample with
+    the same settings and equal input up to the last vision token; its vision record is used again.
+    `grid` maps each ratio to the states that predict the response.
     """
     shown = None if owner is None else owner.output
     vision, text = states[spans.vision], states[spans.vlad_text]
@@ -57,27 +55,29 @@ def make_output(
     if holds(settings.records, "hidden"):
         # int8 is coded from full precision, in columns.py
         dtype = DTYPES_BY_NAME.get(settings.hidden_dtype, states.dtype)
+        known = None if shown is None else shown.hidden
         hidden = HiddenRecord(
-            vision=vision.to("cpu", dtype),
+            vision=vision.to("cpu", dtype) if known is None else known.vision,
             text=text.to("cpu", dtype),
             predicting=predicting.to("cpu", dtype),
         )
-        if shown is not None and shown.hidden is not None:
-            hidden = dataclasses.replace(hidden, vision=shown.hidden.vision)
         if grid is not None:
             hidden_grid = {ratio: at.to("cpu", dtype) for ratio, at in grid.items()}
     if holds(settings.records, "topk"):
-        response = moved(_top_k(predicting, head, settings), "cpu")
+        response = _top_k(predicting, head, settings).to("cpu")
         if grid is not None:
-            response_grid = {
-                ratio: moved(_top_k(at, head, settings), "cpu") for ratio, at in grid.items()
-            }
+            response_grid = {r: _top_k(at, head, settings).to("cpu") for r, at in grid.items()}
         dtype = DTYPES_BY_NAME.get(settings.affinity_dtype, torch.float32)
         affinity = AffinityRecord(cosine=cosine_affinity(text, vision).to("cpu", dtype))
         if shown is not None:
             top, code = shown.vision, shown.sketch
         else:
-            top, code = _vision_record(vision, head, settings, sketch)
+            top = _top_k(vision, head, settings)
+            if holds(settings.records, "sketch"):
+                if sketch is None:
+                    raise ValueError("the topk+sketch tier needs a basis; fit one first")
+                code = encode_sketch(sketch, vision, top).to("cpu")
+            top = top.to("cpu")
     return TeacherOutput(
         views=spans.views,
         content_ids=spans.content_ids,
@@ -92,20 +92,6 @@ def make_output(
         response_grid=response_grid,
         hidden_grid=hidden_grid,
     )
-
-
-def _vision_record(
-    vision: Float[Tensor, "M D"],
-    head: LmHead,
-    settings: RecordSettings,
-    sketch: SketchBasis | None,
-) -> tuple[TopKRecord, SketchRecord | None]:
-    top, code = _top_k(vision, head, settings), None
-    if holds(settings.records, "sketch"):
-        if sketch is None:
-            raise ValueError("the topk+sketch tier needs a basis; fit one first")
-        code = moved(encode_sketch(sketch, vision, top), "cpu")
-    return moved(top, "cpu"), code
 
 
 def _top_k(states: Float[Tensor, "N D"], head: LmHead, settings: RecordSettings) -> TopKRecord:

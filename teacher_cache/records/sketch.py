@@ -1,12 +1,13 @@
 """Encodes vision states as PCA sketches: S int8 codes that approximate all logits of a token.
 
 Top-k records cannot give the L1 distance of raw logits, because nearly all of that sum lies outside
-the top k (docs/method.md). The sketch keeps the hidden state's coordinates along the directions
-with most *logit* energy: with G = W'W = LL', the principal axes Q of the states times L;
-code a = (h - mean) L Q, logits = W mean + bias + a (W inv(L)' Q)'.
-At full rank only rounding is lost: of codes to int8, of directions to float16.
+the top k (docs/method.md). A sketch has the coordinates of a hidden state along the directions that
+change its logits most. With G = W'W = LL' and the principal axes Q of the states times L:
 
-Dimensions as in schema/teacher_output.py. Refuses calibration without states and ranks below 1.
+    code a = (h - mean) L Q        logits = W mean + bias + a (W inv(L)' Q)'
+
+At full rank only rounding is lost: codes to int8, directions to float16. Refuses calibration
+without states and ranks below 1. Dimensions as in schema/teacher_output.py.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class HiddenMoments:
         self._scatter = torch.zeros(width, width, dtype=torch.float64)
 
     def update(self, hidden: Float[Tensor, "N D"]) -> None:
-        """Add states; merging keeps the scatter about the running mean (Chan et al. 1979)."""
+        """Add states; the scatter is about the running mean (Chan et al. 1979)."""
         if not len(hidden):
             return
         states = hidden.detach().to("cpu", torch.float64)
@@ -78,11 +79,11 @@ def fit_basis(hidden: Float[Tensor, "N D"], head: LmHead, rank: int) -> SketchBa
 
 
 def basis_from_moments(moments: HiddenMoments, head: LmHead, rank: int) -> SketchBasis:
-    """Principal axes of the logit covariance, without ever forming a V x V matrix.
+    """Principal axes of the logit covariance, computed without a V x V matrix.
 
-    Everything is computed in float64 on the CPU and stored in float32 (directions in float16);
-    `rank` is capped at the width D. The sign of each axis is fixed, so that equal input gives an
-    equal digest. ValueError without calibration states.
+    Computed in float64 on the CPU; stored in float32, directions in float16. `rank` is capped at
+    the width D. The sign of each axis is fixed, so equal input gives an equal digest. ValueError
+    without calibration states.
     """
     if rank < 1:
         raise ValueError(f"sketch_rank is {rank}, expected at least 1")
@@ -118,8 +119,8 @@ def encode_sketch(
 ) -> SketchRecord:
     """Codes of the states, and the shift that gives the decoded tail its true mass.
 
-    `top_k` is the record of the same positions: log p of vocabulary row v outside the top-k is
-    estimated by `decoded logit[v] + tail_shift`. Where every row is kept the shift is 0.
+    `top_k` is the record of the same positions. `decoded logit[v] + tail_shift` estimates log p of
+    a vocabulary row v outside the top k. Where every row is kept the shift is 0.
     """
     if len(hidden) != len(top_k.ids) or basis.vocab_size != top_k.vocab_size:
         raise ValueError(
@@ -150,7 +151,8 @@ def decode_codes(
 
     Float32, on any device; no checks, so no device sync.
     """
-    directions = basis.directions if ids is None else basis.directions[ids]
-    mean = basis.mean_logits if ids is None else basis.mean_logits[ids]
+    mean, directions = basis.mean_logits, basis.directions
+    if ids is not None:
+        mean, directions = mean[ids], directions[ids]
     values = codes.to(torch.float32) * scale[:, None]
     return torch.addmm(mean, values, directions.to(torch.float32).T)

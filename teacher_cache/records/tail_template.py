@@ -1,15 +1,14 @@
 """Fits the tail template: one shape over all V rows for the mass outside top-k records.
 
-A record knows the mass tau outside its K entries, not its distribution. The template is the mean
-over calibration positions of
+A record has the mass tau outside its K entries, but not how it is distributed. The template is the
+mean over calibration positions of
 
     min(p_v, c, tau) / tau        c the smallest kept probability
 
-the share of entry v in the tail; for a kept entry, the largest share it could have had. So every
-entry has a share, and entries that are often likely have the largest. It is close to the fixed
-shape with the least mean KL(tail || shape); the mean *logit* is worse for flat students
-(docs/method.md). Vision positions and response-predicting positions have separate templates. Sums
-are float64, chunk by chunk, so equal input gives an equal digest.
+For a discarded entry v this is its share of the tail, for a kept entry the largest share that it
+could have had. The result is close to the fixed shape with the least mean KL(tail || shape); the
+mean *logit* is worse for flat students (docs/method.md). Vision positions and response-predicting
+positions have separate templates. Sums are float64, so equal input gives an equal digest.
 Dimensions as in schema/teacher_output.py.
 """
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.records.top_k import top_k_record
-from teacher_cache.schema.teacher_output import TopKRecord
 from teacher_cache.schema.tensor_record import TensorRecord
 
 
@@ -52,17 +50,15 @@ class MeanTail:
         """Add the tails of states; `k`, `top_p` and `min_k` cut as in `top_k_record`."""
         for rows in row_chunks(len(hidden), head.vocab_size):
             logits = head.logits(hidden[rows])
-            self._add(logits, top_k_record(logits, k, top_p, min_k))
-
-    def _add(self, logits: Tensor, record: TopKRecord) -> None:
-        has_tail = record.log_tail.isfinite()
-        normaliser, log_tail = record.logsumexp[has_tail, None], record.log_tail[has_tail, None]
-        log_p = logits[has_tail].to(normaliser.dtype) - normaliser
-        smallest = record.logits[has_tail].amin(dim=1, keepdim=True).to(normaliser.dtype)
-        most = torch.minimum(smallest - normaliser, log_tail)
-        shares = (torch.minimum(log_p, most) - log_tail).exp()
-        self._shares += shares.sum(dim=0, dtype=torch.float64).cpu()
-        self.count += int(has_tail.sum())
+            record = top_k_record(logits, k, top_p, min_k)
+            has_tail = record.log_tail.isfinite()
+            normaliser, log_tail = record.logsumexp[has_tail, None], record.log_tail[has_tail, None]
+            log_p = logits[has_tail].to(normaliser.dtype) - normaliser
+            smallest = record.logits[has_tail].amin(dim=1, keepdim=True).to(normaliser.dtype)
+            most = torch.minimum(smallest - normaliser, log_tail)
+            shares = (torch.minimum(log_p, most) - log_tail).exp()
+            self._shares += shares.sum(dim=0, dtype=torch.float64).cpu()
+            self.count += int(has_tail.sum())
 
     @property
     def log_shares(self) -> Float[Tensor, " V"] | None:

@@ -1,14 +1,11 @@
-"""Top-k records: the largest logits of each position and exactly what was left out.
+"""Makes top-k records: the largest logits of each position, and the mass outside of them.
 
-Promise: entries descend, ties go to the smaller id, and the log of the left-out mass is computed
-from the left-out logits themselves (1 minus the kept mass loses everything when little is left).
-What the least likely entry has, a floor under all that were left out, is rounded down to 16 bits.
-All positions keep k entries, or each as few of its k largest as hold a given probability.
-Work is cut into chunks of rows, so that no logits tensor of more than
-`MAX_LOGITS` entries exists. Refuses k outside 1..V and logits that are not finite.
+Entries descend; ties go to the smaller id. The log of the mass outside is computed from the
+discarded logits themselves, because 1 minus the kept mass is inexact when little is left. The
+smallest log-probability of a position is rounded down to 16 bits. All positions keep k entries, or
+each keeps the fewest of its k largest that hold a given probability. No more than `MAX_LOGITS`
+logits exist at once. Refuses k outside 1..V and logits that are not finite.
 """
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -20,20 +17,14 @@ from teacher_cache.schema.teacher_output import TopKRecord
 
 
 def top_k_from_hidden(
-    hidden: Float[Tensor, "N D"],
-    head: LmHead,
-    k: int,
-    top_p: float | None = None,
-    min_k: int = 1,
+    hidden: Float[Tensor, "N D"], head: LmHead, k: int, top_p: float | None = None, min_k: int = 1
 ) -> TopKRecord:
     """Record of the logits that `head` gives to final hidden states; results stay on the device.
 
     `top_p` and `min_k` as for `top_k_record`.
     """
-    chunks = row_chunks(len(hidden), head.vocab_size)
+    chunks = list(row_chunks(len(hidden), head.vocab_size)) or [slice(0)]
     records = [top_k_record(head.logits(hidden[rows]), k, top_p, min_k) for rows in chunks]
-    if not records:
-        return top_k_record(head.logits(hidden), k, top_p, min_k)
     most = max(record.ids.shape[1] for record in records)
     return TopKRecord(
         ids=torch.cat([_widened(record.ids, most) for record in records]),
@@ -42,7 +33,7 @@ def top_k_from_hidden(
         log_tail=torch.cat([record.log_tail for record in records]),
         vocab_size=head.vocab_size,
         num_kept=None if top_p is None else torch.cat([record.counts for record in records]),
-        log_least=_joined([record.log_least for record in records]),
+        log_least=torch.cat([r.log_least for r in records if r.log_least is not None]),
     )
 
 
@@ -51,9 +42,9 @@ def top_k_record(
 ) -> TopKRecord:
     """Record of raw logits; `ids` int32, `logits` in the dtype given, normalisers in float32.
 
-    With `top_p`, a position keeps the smallest number of its k largest logits, at least `min_k`,
-    whose probabilities add up to `top_p`, or all k; K is then the most that one of them keeps.
-    Float64 logits (of tests) give float64 normalisers.
+    With `top_p`, a position keeps the fewest of its k largest logits whose probabilities sum to
+    `top_p`, at least `min_k`, or all k; K is the largest number kept. Float64 logits (of tests)
+    give float64 normalisers.
     """
     num_rows, vocab_size = logits.shape
     if not 1 <= k <= vocab_size:
@@ -84,11 +75,6 @@ def top_k_record(
         num_kept=num_kept,
         log_least=_rounded_down(wide.amin(dim=1) - logsumexp),
     )
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
 
 
 def _rounded_down(log_probs: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

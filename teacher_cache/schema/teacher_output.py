@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teacher_cache.schema.samples import Sample, ViewGrid
+from teacher_cache.schema.tensor_record import TensorRecord
 
 MAX_VOCAB_SIZE = 2**24
 """Most vocabulary rows of top-k records."""
@@ -32,7 +33,7 @@ def _require_finite(name: str, values: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopKRecord:
+class TopKRecord(TensorRecord):
     """The K largest logits of each position, and their normalisers.
 
     `logits` are raw (temperature 1) in the teacher's dtype, descending, ties by smaller id.
@@ -98,7 +99,7 @@ class TopKRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SketchRecord:
+class SketchRecord(TensorRecord):
     """PCA code of each vision position's hidden state in the head's metric (records/sketch.py).
 
     The logit of vocabulary row v is approximately `mean[v] + scale * codes @ directions[v]`.

@@ -1,7 +1,7 @@
 """Defines what dataclasses of tensors share: names, a content digest, a move to another device."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class TensorRecord:
-    """Base of dataclasses whose fields are tensors, or are such dataclasses; None where absent."""
+    """Base of dataclasses of tensors and of other such records; a field is None where absent."""
 
     __slots__ = ()
 
@@ -35,13 +35,7 @@ class TensorRecord:
 
     def to(self: _T, device: torch.device | str) -> _T:
         """The same record with all its tensors on a device."""
-        return moved(self, device)
-
-
-def moved(record: _T, device: torch.device | str) -> _T:
-    """A copy of a dataclass with its tensors, and those of dataclasses in it, on a device."""
-    whole: Any = record
-    found = {each.name: getattr(record, each.name) for each in fields(whole)}
-    tensors = {name: v.to(device) for name, v in found.items() if isinstance(v, Tensor)}
-    nested = {name: moved(v, device) for name, v in found.items() if is_dataclass(v)}
-    return replace(whole, **tensors, **nested)
+        whole: Any = self
+        found = {each.name: getattr(self, each.name) for each in fields(whole)}
+        there = {n: v.to(device) for n, v in found.items() if isinstance(v, Tensor | TensorRecord)}
+        return replace(whole, **there)

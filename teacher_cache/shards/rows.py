@@ -28,9 +28,9 @@ from teacher_cache.codec.error_bounds import require_within_bounds
 from teacher_cache.codec.frames import decode_frame
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.manifest import CacheSpec
-from teacher_cache.schema.options import holds
+from teacher_cache.schema.options import Piece, holds
 from teacher_cache.schema.samples import Message, Sample, sample_key
-from teacher_cache.schema.teacher_output import CachedSample, TopKRecord
+from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.shard import Shard
 
@@ -68,7 +68,8 @@ def encode_row(cached: CachedSample, spec: CacheSpec) -> EncodedRow:
 
 def _checked_columns(cached: CachedSample, spec: CacheSpec) -> dict[str, Tensor]:
     """The columns of a sample, whose records are of the spec's tier and within its bounds."""
-    _require_tier(cached, spec)
+    for misfit in _misfits(cached.output, spec):
+        raise ValueError(f"sample {cached.sample.key}: {misfit}")
     columns = output_columns(cached.output, spec)
     sample = f"{cached.sample.key} ({cached.sample.source_id})"
     require_within_bounds(sample, cached.output, columns, spec)
@@ -137,12 +138,9 @@ def content_key(key: str) -> str:
 
 def tier_parts(spec: CacheSpec) -> frozenset[Part]:
     """The parts that every row of a cache holds."""
-    parts = set(TIER_PARTS[spec.records])
-    if spec.grid is not None and holds(spec.records, "topk"):
-        parts.add("response_grid")
-    if spec.grid is not None and holds(spec.records, "hidden"):
-        parts.add("hidden_grid")
-    return frozenset(parts)
+    of_grids: dict[Piece, Part] = {"topk": "response_grid", "hidden": "hidden_grid"}
+    grids: set[Part] = {part for piece, part in of_grids.items() if holds(spec.records, piece)}
+    return TIER_PARTS[spec.records] | (grids if spec.grid else set())
 
 
 def require_parts(parts: Collection[Part], spec: CacheSpec) -> None:
@@ -155,38 +153,24 @@ def require_parts(parts: Collection[Part], spec: CacheSpec) -> None:
         )
 
 
-def _require_tier(cached: CachedSample, spec: CacheSpec) -> None:
-    found, wanted = parts_in(cached.output), tier_parts(spec)
+def _misfits(output: TeacherOutput, spec: CacheSpec) -> Iterator[str]:
+    """What differs between the records of an output and those that the spec promises."""
+    found, wanted = parts_in(output), tier_parts(spec)
     if found != wanted:
-        raise ValueError(
-            f"sample {cached.sample.key}: the teacher gave {sorted(found)}, "
-            f"a cache of {spec.records} holds {sorted(wanted)}"
-        )
-    for grid in (cached.output.response_grid, cached.output.hidden_grid):
+        yield f"the teacher gave {sorted(found)}, a cache of {spec.records} holds {sorted(wanted)}"
+    for grid in (output.response_grid, output.hidden_grid):
         if grid is not None and tuple(sorted(grid)) != spec.ratios:
-            raise ValueError(
-                f"sample {cached.sample.key}: the teacher gave ratios {sorted(grid)}, the cache "
-                f"has {spec.ratios}"
-            )
-    for record in top_k_records(cached.output).values():
+            yield f"the teacher gave ratios {sorted(grid)}, the cache has {spec.ratios}"
+    for record in top_k_records(output).values():
         if record.vocab_size != spec.vocab_size:
-            raise ValueError(
-                f"sample {cached.sample.key}: records over {record.vocab_size} vocabulary rows, "
-                f"the cache is over {spec.vocab_size}"
+            yield (
+                f"records over {record.vocab_size} vocabulary rows, the cache is over "
+                f"{spec.vocab_size}"
             )
-        _require_kept(cached.sample.key, record, spec)
-
-
-def _require_kept(key: str, record: TopKRecord, spec: CacheSpec) -> None:
-    if (record.num_kept is None) != (spec.top_p is None):
-        found = "all K" if record.num_kept is None else "different numbers of"
-        raise ValueError(
-            f"sample {key}: positions keep {found} entries, the cache has top_p {spec.top_p}"
-        )
-    if record.num_kept is None or spec.top_k is None or not len(record.num_kept):
-        return
-    if int(record.num_kept.max()) > spec.top_k:
-        raise ValueError(
-            f"sample {key}: a position keeps {int(record.num_kept.max())} entries, the cache has "
-            f"top_k {spec.top_k}"
-        )
+        if (record.num_kept is None) != (spec.top_p is None):
+            kept = "all K" if record.num_kept is None else "different numbers of"
+            yield f"positions keep {kept} entries, the cache has top_p {spec.top_p}"
+        elif record.num_kept is not None and spec.top_k is not None and len(record.num_kept):
+            most = int(record.num_kept.max())
+            if most > spec.top_k:
+                yield f"a position keeps {most} entries, the cache has top_k {spec.top_k}"

@@ -1,4 +1,4 @@
-"""Requires that a teacher's logits are its LM head times its final states."""
+"""Refuses teachers whose logits are not their LM head applied to their final states."""
 
 from typing import Any
 
@@ -25,10 +25,10 @@ def shared_head(model: Any, tokenizer: Any) -> LmHead:
 
 
 def require_plain_head(model: Any, tokenizer: Any) -> None:
-    """Run a few text tokens and refuse a model whose logits are not head(last hidden state).
+    """Run a few text tokens; ValueError unless the logits are head(last hidden state).
 
-    What enters and leaves the head is compared with the backbone's output and the model's logits:
-    to the bit, since a soft-cap hardly moves small logits.
+    Compares the head's input with the backbone's output, and the head's output with the model's
+    logits, to the bit: a soft-cap hardly changes small logits.
     """
     head = model.get_output_embeddings()
     seen: list[tuple[Tensor, Tensor]] = []
@@ -38,16 +38,15 @@ def require_plain_head(model: Any, tokenizer: Any) -> None:
 
     ids = tokenizer("1 2 3", add_special_tokens=False, return_tensors="pt")["input_ids"]
     ids = ids.to(model.device)
-    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     hook = head.register_forward_hook(remember)
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            states = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            logits = model(**inputs).logits
+            hidden = model.model(**inputs).last_hidden_state
     finally:
         hook.remove()
     entered, left = seen[0] if len(seen) == 1 else (torch.zeros(0), torch.zeros(0))
-    hidden = states.last_hidden_state
     if not torch.equal(left.to(logits.dtype), logits) or not torch.equal(entered, hidden):
         raise ValueError(
             f"the logits of {type(model).__name__} are not its LM head applied to the last hidden "

@@ -1,16 +1,13 @@
-"""The teacher's forward pass: samples in, records out. One route for every model family.
+"""Runs the teacher over samples and makes their records, for every model family.
 
-Promise: hidden states come from the backbone after its final norm, logits from the LM head at the
-needed rows only, in eval mode, without gradients and with right padding. The same batch gives the
-same bits; beside other samples a sample's last bits may differ in some families, since kernels
-sum in another order at other sizes, which is why the batch size is part of the cache's spec.
-A sample that cannot be used comes back as a `RejectedSample`; a model whose logits are not
-simply head(hidden) (scaled or soft-capped heads), or a top-k larger than the vocabulary, is
-refused at once.
+Hidden states are the backbone's output after the final norm; logits are computed at the needed rows
+only. The model runs in eval mode, without gradients and with right padding. Equal batches give
+equal bits. In another batch the last bits of a sample may differ, because kernels sum in another
+order; so the batch size is part of the cache's spec. An unusable sample becomes a `RejectedSample`.
+Refuses models whose logits are not head(hidden), and a top k larger than the vocabulary.
 
-The shared vocabulary: heads are padded to round numbers of rows that no token has, by different
-amounts within one model family. Rows are cut to the ids that the tokenizer can emit, so that
-teacher and student normalise over the same support.
+Models of one family pad their LM heads to different numbers of rows. Rows are cut to the ids that
+the tokenizer can emit, so that teacher and student normalise over the same vocabulary.
 """
 
 import dataclasses
@@ -62,21 +59,20 @@ PredictingStates = Mapping[float, Float[Tensor, "R D"]]
 
 
 class GridPasses(Protocol):
-    """Runs a batch once as it is and once more for each ratio of vision tokens that are dropped."""
+    """Runs a batch whole, and once more for each ratio of dropped vision tokens."""
 
     def __call__(
         self, grid: GridSettings, batch: ModelBatch, whole: Callable[[], Tensor]
     ) -> tuple[Float[Tensor, "B L D"], Sequence[PredictingStates]]:
-        """What `whole` gives, the pass over the batch, and each sample's states at every ratio."""
+        """The states that `whole`, the pass over the batch, gives; each sample's at every ratio."""
         ...
 
 
 class Teacher:
-    """A model and its processor, on the model's device, ready to give records.
+    """A model and its processor, on the model's device, ready to make records.
 
     `head` is the LM head cut to the shared vocabulary, `encoder` turns samples into model inputs.
-    `grid_passes` must be set where records of a grid are asked for (build/response_grid.py):
-    what drops tokens inside a model belongs to students.
+    Records of a grid need `grid_passes` (pipeline/build/response_grid.py).
     """
 
     def __init__(
@@ -94,7 +90,7 @@ class Teacher:
         self.grid_passes: GridPasses | None = None
         self._sketch: SketchBasis | None = None
         self.template: TailTemplate | None = None
-        """Template of the tails of top-k records: `calibrate` fits it, or that of a cache."""
+        """The tail template: fitted by `calibrate`, or set to the one a cache stores."""
         require_plain_head(model, processor.tokenizer)
 
     @classmethod
@@ -111,9 +107,8 @@ class Teacher:
     ) -> "Teacher":
         """Load an image-text-to-text model and its processor from a folder or a hub id.
 
-        `dtype` None takes the checkpoint's own, device "auto" takes CUDA where it is available,
-        `text` None today's rules.
-        Code that a checkpoint brings along is not run. ValueError for what cannot be loaded whole.
+        `dtype` None is the checkpoint's own, device "auto" is CUDA where available, `text` None is
+        today's rules. Code in a checkpoint is not run. ValueError for what cannot be loaded whole.
         """
         place = resolve_device(device)
         loaded: Any = load_model(path, None if dtype is None else DTYPES_BY_NAME[dtype], attention)
@@ -146,11 +141,11 @@ class Teacher:
         num_tokens: int | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        """Fit what top-k records share, sketch and template, and keep it (records/calibration.py).
+        """Fit sketch basis and tail template (records/calibration.py) and keep them.
 
-        Takes batches until they have `num_tokens` vision tokens (response tokens if there are no
-        images), or all batches (None). Holds the states of one batch at a time; reports the tokens
-        so far to `progress`. Skips samples that cannot be used: `outputs` names them later.
+        Takes batches until they have `num_tokens` vision tokens (response tokens without images),
+        or all batches (None). Holds the states of one batch at a time; `progress` counts tokens.
+        Skips samples that cannot be used: `outputs` names them later.
         """
         found = Calibration(self.head, settings)
         for samples in batches:
@@ -181,13 +176,11 @@ class Teacher:
         settings: RecordSettings,
         owners: VisionOwners | None = None,
     ) -> list[TeacherOutput | RejectedSample]:
-        """Records of samples, in their order; they go through the model as one batch.
+        """Records of samples, in their order; the samples are one batch.
 
-        Samples that are the same up to their last vision token as one of the `owners` have its
-        vision record; others become owners themselves. None: each has its own.
-
-        ValueError where the settings themselves cannot work: `top_k` beyond the vocabulary, a
-        sketch without a basis, a grid without passes.
+        A sample that equals one of the `owners` up to its last vision token gets that owner's
+        vision record; others become owners. None: each has its own. ValueError for settings that
+        cannot work: `top_k` beyond the vocabulary, a sketch without a basis, a grid without passes.
         """
         self._require(settings)
         items = [self._encode(sample) for sample in samples]
@@ -265,10 +258,7 @@ class Teacher:
     def _states(
         self, encoded: Sequence[EncodedSample], grid: GridSettings | None = None
     ) -> list[tuple[Tensor, PredictingStates | None]]:
-        """States [L, D] of each sample (padding behind), of one forward pass over all of them.
-
-        With a grid also its predicting states at every ratio.
-        """
+        """States [L, D] of each sample, padding last; with a grid, predicting states by ratio."""
         if not encoded:
             return []
         batch = collate(encoded, self.encoder.pad_token_id, "right")
