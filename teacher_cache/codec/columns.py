@@ -2,12 +2,9 @@
 
 A column is one tensor, stored as one frame (frames.py). The spec of a cache fixes its columns
 (`columns_of`); every row has the same ones, empty or not. Columns restore records exactly, unless
-the spec asks for 8-bit numbers (quantize.py; error_bounds.py measures the error). With `top_p` only
-the kept entries are stored. The names of the columns tell a reader which form is stored.
-Layouts are those that benchmarks/cache/codec.py found best; frames name theirs, so readers need no
-table.
-
-Refuses columns that do not fit together, before it allocates what they claim.
+the spec asks for 8-bit numbers (quantize.py). With `top_p` only the kept entries are stored. The
+names of the columns say which form is stored. Layouts are those that benchmarks/cache/codec.py
+found best. Refuses columns that do not fit together, before it allocates what they claim.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -87,25 +84,13 @@ TIER_PARTS: dict[RecordKind, frozenset[Part]] = {
 }
 
 
-_IDS = (PLAIN, DICTIONARY)
 _TRANSFORMS: dict[str, tuple[Transform, ...]] = {
-    "v_ids": _IDS,
-    "r_ids": _IDS,
-    "v_logits": (DELTA_BY_RANK,),
-    "r_logits": (DELTA_BY_RANK,),
-    "v_codes": (DELTA_BY_RANK,),
-    "r_codes": (DELTA_BY_RANK,),
+    **dict.fromkeys(("v_ids", "r_ids"), (PLAIN, DICTIONARY)),
+    **dict.fromkeys(("v_logits", "r_logits", "v_codes", "r_codes"), (DELTA_BY_RANK,)),
     # Bytes have one stream only; codes of a sketch or a state are nearly noise in any order.
-    "s_codes": (PLAIN,),
-    "a_codes": (PLAIN,),
-    "content_flags": (PLAIN,),
+    **dict.fromkeys(("s_codes", "a_codes", "content_flags"), (PLAIN,)),
 }
-
-
-def _transforms(name: str) -> tuple[Transform, ...] | None:
-    """The transforms listed for a column; a grid's columns have those of the response."""
-    return _TRANSFORMS.get(f"r{name[2:]}" if name.startswith(GRID) else name)
-
+"""Candidates by column; a grid's columns have those of the response."""
 
 _SMALL_BYTES = 4096
 """Smaller columns are stored plain: other transforms save nothing and are slower to read."""
@@ -118,8 +103,9 @@ def encode_column(
 
     `counts` has the number of entries per position, where they differ.
     """
+    listed = _TRANSFORMS.get(f"r{name[2:]}" if name.startswith(GRID) else name)
     small = values.numel() * values.dtype.itemsize < _SMALL_BYTES
-    transforms = _transforms(name) or ((PLAIN,) if small else (BYTE_STREAM_SPLIT,))
+    transforms = listed or ((PLAIN,) if small else (BYTE_STREAM_SPLIT,))
     if counts is not None and DELTA_BY_RANK in transforms:
         lengths = lengths_by_rank(counts)
         transforms = (ragged_delta(lengths) if len(lengths) <= MAX_RANKS else BYTE_STREAM_SPLIT,)
@@ -235,27 +221,10 @@ def output_from_columns(
     has = {part: not columns.keys().isdisjoint(names) for part, names in PART_COLUMNS.items()}
     limit = vocab_size if top_k is None else top_k
 
-    def sketch() -> SketchRecord:
-        return SketchRecord(
-            codes=columns["s_codes"], scale=columns["s_scale"], tail_shift=columns["s_shift"]
-        )
-
-    def affinity() -> AffinityRecord:
-        if "a_codes" in columns:
-            return AffinityRecord(
-                cosine=from_scale(columns["a_codes"], columns["a_low"], columns["a_high"])
-            )
-        return AffinityRecord(cosine=columns["a_cosine"])
-
     def states(name: str) -> Tensor:
         values = columns[name]
         quantised = values.dtype == torch.int8
         return from_int8(values, columns[f"{name}_scale"]) if quantised else values
-
-    def hidden() -> HiddenRecord:
-        return HiddenRecord(
-            vision=states("h_vision"), text=states("h_text"), predicting=states("h_predicting")
-        )
 
     def top_k_of(prefix: str) -> TopKRecord:
         return _top_k_from(columns, prefix, vocab_size, limit)
@@ -264,7 +233,20 @@ def output_from_columns(
     beyond = [name for name in columns if name.startswith(GRID[len(ratios) :])]
     if beyond:
         raise ValueError(f"columns {beyond} belong to no ratio: the grid has {len(ratios)}")
-
+    sketch = affinity = hidden = None
+    if has["sketch"]:
+        sketch = SketchRecord(
+            codes=columns["s_codes"], scale=columns["s_scale"], tail_shift=columns["s_shift"]
+        )
+    if "a_codes" in columns:
+        cosine = from_scale(columns["a_codes"], columns["a_low"], columns["a_high"])
+        affinity = AffinityRecord(cosine=cosine)
+    elif has["affinity"]:
+        affinity = AffinityRecord(cosine=columns["a_cosine"])
+    if has["hidden"]:
+        hidden = HiddenRecord(
+            vision=states("h_vision"), text=states("h_text"), predicting=states("h_predicting")
+        )
     return TeacherOutput(
         views=tuple(
             ViewGrid(image=image, view=view, rows=rows, cols=cols)
@@ -274,10 +256,10 @@ def output_from_columns(
         is_response=(flags & _IS_RESPONSE).bool(),
         after_image=(flags & _AFTER_IMAGE).bool(),
         vision=top_k_of("v") if has["vision"] else None,
-        sketch=sketch() if has["sketch"] else None,
-        affinity=affinity() if has["affinity"] else None,
+        sketch=sketch,
+        affinity=affinity,
         response=top_k_of("r") if has["response"] else None,
-        hidden=hidden() if has["hidden"] else None,
+        hidden=hidden,
         response_grid={ratio: top_k_of(prefix) for ratio, prefix in numbered.items()}
         if has["response_grid"]
         else None,
@@ -307,17 +289,16 @@ def _top_k_from(
 ) -> TopKRecord:
     counts = columns.get(f"{prefix}_counts")
 
-    def column(name: str) -> Tensor:
-        return columns[f"{prefix}_{name}"]
-
     def rows(name: str) -> Tensor:
-        return column(name) if counts is None else unflatten(column(name), counts, limit)
+        values = columns[f"{prefix}_{name}"]
+        return values if counts is None else unflatten(values, counts, limit)
 
     if f"{prefix}_codes" in columns:
-        logits = from_scale(rows("codes"), column("low"), column("high"))
+        low, high = columns[f"{prefix}_low"], columns[f"{prefix}_high"]
+        logits = from_scale(rows("codes"), low, high)
     else:
         logits = rows("logits")
-    ids, logsumexp, log_tail = rows("ids"), column("lse"), column("tail")
+    ids, logsumexp, log_tail = rows("ids"), columns[f"{prefix}_lse"], columns[f"{prefix}_tail"]
     log_least = columns.get(f"{prefix}_least")
     numbers = (logsumexp, log_tail, *([] if log_least is None else [log_least]))
     if ids.shape != logits.shape or any(each.shape != ids.shape[:1] for each in numbers):

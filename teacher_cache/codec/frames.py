@@ -7,8 +7,8 @@ A frame is one zstd frame (level 3, content size and checksum in it) over
     then the transformed values, little-endian; docs/format.md describes every byte.
 
 Restores every dtype of `DTYPES` bit for bit, NaN payloads included. Raises `ShardCorruptError` for
-a damaged frame, or one that claims more than it can hold, before it allocates.
-Any number of threads may encode and decode at once; zstd releases the interpreter lock.
+a damaged frame, or one that claims more than it can hold, before it allocates. Several threads may
+encode and decode at once.
 """
 
 import math
@@ -39,7 +39,7 @@ DTYPES: dict[int, torch.dtype] = {
     10: torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ARRAYS = {  # what numpy calls them; it has no bfloat16
+_ARRAYS = {  # numpy has no bfloat16
     dtype: np.dtype("<i2" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch."))
     for dtype in _CODES
 }
@@ -114,13 +114,10 @@ def _compress(parts: Sequence[bytes]) -> bytes:
     """One frame in which each part begins a block, and so has its own statistics."""
     num_bytes = sum(map(len, parts))
     stream = _zstd.compressor.compressobj(size=num_bytes)
-    pieces: list[bytes] = []
-    for part in parts:
-        if part:
-            pieces.append(stream.compress(part))
-            pieces.append(stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-    pieces.append(stream.flush())
-    frame = b"".join(pieces)
+    frame = b""
+    for part in filter(None, parts):
+        frame += stream.compress(part) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    frame += stream.flush()
     if num_bytes > _most_content(frame):
         raise ValueError(
             f"a column of {num_bytes} bytes compresses to {len(frame)}, which readers refuse as "

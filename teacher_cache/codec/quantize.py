@@ -2,8 +2,7 @@
 
 `from_scale` and `from_int8` are plain float32 arithmetic that any reader can repeat exactly
 (docs/format.md); codes are computed from the stored ends and scales. The largest error on a row's
-scale is (high - low) / 510, in a group of channels half its scale. error_bounds.py checks every
-sample against the bounds of the cache's spec.
+scale is (high - low) / 510, in a group of channels half its scale.
 
 Dimensions as in schema/teacher_output.py; C values of any kind per row, G groups of channels.
 """

@@ -1,11 +1,10 @@
 """Flattens rows of different lengths without padding, and restores them.
 
 Only kept entries are stored, rank by rank, longest row first: the first entry of every row, then
-the second of every row that has one, and so on. Similar numbers are then neighbours, and
-transforms.ragged_delta only needs the number of rows that have each rank.
+the second of every row that has one, and so on. Similar numbers are then neighbours.
 
 `unflatten` pads every row to the longest with its first entry, as `TopKRecord` does. It raises
-ValueError for counts that do not fit before it allocates.
+ValueError for counts that do not fit, before it allocates.
 """
 
 import torch

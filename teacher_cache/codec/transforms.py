@@ -1,13 +1,10 @@
 """Rearranges a tensor's bytes so that zstd compresses them better, without loss, for any dtype.
 
 A transform splits the bits of a tensor (unsigned integers of the same width) into blocks of bytes;
-its join gives the bits back. `columns.py` chooses the transforms of each column.
-benchmarks/cache/codec.py prints what each saves. Joins raise `ShardCorruptError` for a payload that
-does not fit the shape, before they allocate; the result is at most 8 times the payload.
-N rows, K kept entries (schema/teacher_output.py).
-
-Joins make few passes over the values, because every epoch of every student pays for them.
-benchmarks/cache/reader.py prints how much that is.
+its join gives the bits back. benchmarks/cache/codec.py prints how many bytes each saves. Joins
+raise `ShardCorruptError` for a payload that does not fit the shape, before they allocate; the
+result is at most 8 times the payload. Joins make few passes over the values, because they run in
+every epoch of every student (benchmarks/cache/reader.py).
 """
 
 import math
@@ -89,7 +86,8 @@ def _join_delta_by_rank(payload: Octets, shape: Shape, width: int) -> Bits:
     steps = _join_byte_streams(payload, shape, width)
     if not len(steps):  # the shape may be too large for an array
         return steps
-    by_rank = torch.from_numpy(_signed(steps).reshape(num_kept, num_rows))
+    signed = steps.view(f"<i{width}")  # torch has no arithmetic on unsigned integers
+    by_rank = torch.from_numpy(signed.reshape(num_kept, num_rows))
     # torch sums over ranks and writes row by row in one pass; numpy takes four times as long.
     keys = torch.cumsum(by_rank.T, dim=1, dtype=by_rank.dtype)
     return _descending(keys.reshape(-1).numpy().view(steps.dtype))
@@ -202,11 +200,6 @@ def _descending(bits: Bits) -> Bits:
 
 def _code_width(num_entries: int) -> int:
     return 1 if num_entries <= 2**8 else 2 if num_entries <= 2**16 else 4
-
-
-def _signed(bits: Bits) -> npt.NDArray[np.signedinteger]:
-    """The same bits for torch, which has no arithmetic on unsigned integers."""
-    return bits.view(f"<i{bits.dtype.itemsize}")
 
 
 def _require_size(payload: Octets, expected: int) -> None:

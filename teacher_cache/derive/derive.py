@@ -1,9 +1,9 @@
 """Writes a new cache from the rows of sealed ones: the steps that all tools of this room share.
 
-Promises: a derived cache is an ordinary cache with plan, commits and seal, so running a tool again
-resumes it and two at once cannot harm each other. Frames are never decoded or encoded again. Files
-that can stay as they are are linked or copied unopened; every other byte is checked while it is
-read. Equal inputs give equal bytes. Input caches are never written to. Refuses unsealed inputs.
+A derived cache is an ordinary cache with plan, commits and seal, so running a tool again resumes
+it, and two at once cannot harm each other. Frames are never decoded. Unchanged files are linked or
+copied unopened; all other bytes are checked while they are read. Equal inputs give equal bytes.
+Input caches are never written to.
 """
 
 import dataclasses

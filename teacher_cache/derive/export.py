@@ -1,7 +1,6 @@
-"""Writes a cache in the other shard format: the same rows, keys, order and identity.
+"""Writes a cache in the other shard format: the same rows, layers, keys, order and identity.
 
-Each file is written frame by frame with its old metadata, so exporting back gives the bytes of the
-original files. Layers of a shard stay layers.
+Frames and metadata are unchanged, so exporting back gives the bytes of the original files.
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
-"""Merges caches: the shards of each input in turn, as they are.
+"""Merges caches: the shards of each input in turn, unchanged.
 
-Promises: files are linked or copied unopened where the format agrees, and translated frame by frame
-where it does not. Refuses caches of different specs, with a table of the fields. Refuses samples
-that are in several caches, unless the first is to be kept: then shards with later occurrences are
-written anew without them.
+Files of the same format are linked or copied unopened; others are translated frame by frame.
+Refuses caches of different specs, with a table of the fields. Refuses samples that are in several
+caches, or keeps the first of each: shards with later ones are then written anew without them.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,13 +97,10 @@ def _input_shards(caches: Sequence[SealedCache], on_duplicate: OnDuplicate) -> l
                 shards.append(_InputShard(cache=cache, commit=commit, kept=kept))
         seen.update(cache.reader.keys)
     if repeated and on_duplicate == "refuse":
+        more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
         raise ValueError(
-            f"{len(repeated)} samples are in several of the caches: {_some(repeated)}; keep the "
-            "first of each with --on-duplicate first, or remove them with emkd subset"
+            f"{len(repeated)} samples are in several of the caches: "
+            f"{', '.join(sorted(repeated)[:10])}{more}; keep the first of each with --on-duplicate "
+            "first, or remove them with emkd subset"
         )
     return shards
-
-
-def _some(keys: Collection[str]) -> str:
-    shown = sorted(keys)[:10]
-    return ", ".join(shown) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")

@@ -52,11 +52,8 @@ class Selection(StrictRecord):
     @property
     def counts_tokens(self) -> bool:
         """Whether rows must be read to choose them."""
-        return any(
-            getattr(self, f"{side}_{what}_tokens") is not None
-            for side in ("min", "max")
-            for what in ("vision", "response")
-        )
+        bounds = [value for name, value in dataclasses.asdict(self).items() if "_tokens" in name]
+        return any(bound is not None for bound in bounds)
 
     def admits(self, num_vision: int, num_response: int) -> bool:
         """Whether a row with these numbers of tokens passes."""

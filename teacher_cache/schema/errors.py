@@ -1,7 +1,7 @@
 """Defines the errors that callers catch. All errors of this repository derive from EmkdError.
 
-What a user can mend (settings, files, samples) is a ValueError too; the command line prints it
-without a traceback.
+Errors that a user can correct (settings, files, samples) are ValueErrors too; the command line
+prints them without a traceback.
 """
 
 

@@ -1,7 +1,7 @@
-"""Computes digests of values that have a stable identity; refuses all others.
+"""Computes digests of values: equal content gives an equal digest in every process.
 
-Equal content gives an equal digest on every machine and in every process, whatever the order of
-mappings. Refuses floats that are not finite and values that are known only by their address.
+The order of mappings does not matter. Refuses floats that are not finite and objects without a
+stable identity.
 """
 
 import dataclasses
@@ -64,8 +64,7 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """64 hex digits over (name, dtype, shape, bytes) of tensors, sorted by name."""
     digest = hashlib.sha256()
     for name, values in sorted(tensors, key=lambda item: item[0]):
-        header = json.dumps([name, str(values.dtype), list(values.shape)])
-        digest.update(header.encode())
+        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
         digest.update(tensor_bytes(values))
     return digest.hexdigest()
 

@@ -7,8 +7,7 @@
 
 `CacheSpec` holds exactly the settings that change the stored numbers. The digest of the spec and
 the keys is the cache's fingerprint. A mismatch is an error that lists field, stored and wanted
-value. The file of a record begins with a checksum of the rest; a damaged, torn or edited file is
-refused. This module knows types and texts, not folders.
+value. The file of a record begins with a checksum of the rest; a damaged or edited file is refused.
 """
 
 import dataclasses
@@ -114,7 +113,7 @@ class CacheSpec(StrictRecord):
 
     @property
     def settings(self) -> RecordSettings:
-        """The settings that the records were made with; those not used have their defaults."""
+        """The settings of the records; unused ones have their defaults."""
         names = {each.name for each in fields(self)} & {*SETTING_PIECES, "records", "grid"}
         if not holds(self.records, "topk"):
             names.remove("least_logits")

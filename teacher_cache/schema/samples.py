@@ -16,7 +16,6 @@ from teacher_cache.schema.strict_json import StrictRecord
 IMAGE_PLACEHOLDER = "<image>"
 """Stands for one image in the text of a message, as in LLaVA's JSON files."""
 
-
 Role = Literal["system", "user", "assistant"]
 
 

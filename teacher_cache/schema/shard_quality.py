@@ -1,8 +1,7 @@
-"""Defines what a shard's records lose of the teacher, as numbers in its commit record.
+"""Defines the losses of a shard's records against the teacher, as its commit record stores them.
 
-Measured while the teacher is loaded (pipeline/fidelity/shard_quality.py), for this shard alone, so
-that readers can add up shards from commit records. Numbers have four digits. The limits for them
-are in pipeline/fidelity/recommend.py. Records with every logit lose nothing and have none of these.
+Measured for each shard alone (pipeline/fidelity/shard_quality.py), rounded to four digits, and
+judged by pipeline/fidelity/recommend.py. Records with every logit lose nothing and have none.
 """
 
 import math
@@ -50,13 +49,9 @@ class TailMass(StrictRecord):
         ascending = log_tails.to(torch.float64).exp().sort().values
         if not len(ascending):
             return None
-        return cls(
-            num_positions=len(ascending),
-            median=quantile(ascending, 0.5),
-            p90=quantile(ascending, 0.9),
-            p99=quantile(ascending, 0.99),
-            max=quantile(ascending, 1.0),
-        )
+        shares = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+        found = {name: quantile(ascending, share) for name, share in shares.items()}
+        return cls(num_positions=len(ascending), **found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Decodes JSON and YAML into frozen dataclasses; names unknown, missing and mistyped fields.
 
-Dataclasses that are read from files inherit from `StrictRecord`. Pydantic checks them. It coerces
-nothing (a "3" is not a 3) and ignores nothing.
+Pydantic checks the fields. It coerces nothing (a "3" is not a 3) and ignores nothing.
 """
 
 import dataclasses
@@ -60,7 +59,7 @@ def _describe(cls: type, problem: Any) -> str:
         near = difflib.get_close_matches(str(location[-1]), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(sorted(names))}"
         return f"  {path}: unknown field; {hint}"
-    if problem["type"] == "missing_keyword_only_argument" or problem["type"] == "missing":
+    if problem["type"] in ("missing_keyword_only_argument", "missing"):
         return f"  {path}: missing"
     found = repr(problem.get("input"))
     return f"  {path}: {problem['msg'].lower()}, found {found[:100]}"

@@ -1,7 +1,6 @@
 """Defines the records of a teacher's output for one sample.
 
-Records are frozen, keyword-only and check themselves: in every record shapes agree and numbers are
-finite.
+Records check themselves: shapes agree and numbers are finite.
 
 Dimensions, in every file:
     B batch, L sequence positions, T text (content) tokens, X text tokens used by VLAD,

@@ -3,9 +3,9 @@
 Columns: key, source_id, messages (JSON), checks (JSON), shared_from: string; shared_row: int32;
 images: list<large_binary>; one large_binary per record column, holding one zstd frame. Only frames
 are compressed and no extension type is used, so pyarrow and zstandard alone can read a shard. One
-batch per row lets the writer stream, keeps the pages of a row together, and leaves the pages of a
-column untouched until it is read. A row that shares a vision record has empty images and vision
-columns; `shared_from` and `shared_row` name the row that stores them.
+batch per row lets the writer stream and the reader touch only the pages of what it reads. A row
+that shares a vision record has empty images and vision columns; `shared_from` and `shared_row` name
+the row that stores them.
 """
 
 import threading
@@ -44,10 +44,8 @@ class ArrowFormat(ShardFormat):
                 texts = (row.key, row.source_id, row.messages, stored.checks, row.shared_from or "")
                 frames = [row.frames.get(name, b"") for name in sorted(columns)]
                 values = [*texts, owner, list(row.images), *frames]
-                arrays = [
-                    pa.array([value], field.type)
-                    for value, field in zip(values, schema, strict=True)
-                ]
+                pairs = zip(values, schema, strict=True)
+                arrays = [pa.array([value], field.type) for value, field in pairs]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
 
     def open(self, path: Path) -> "ArrowShard":

@@ -1,9 +1,9 @@
 """Finds the record batches of an Arrow file and refuses compressed ones; trusts no byte of it.
 
-pyarrow takes the sizes of compressed buffers from the file and unpacks them before the caller can
-check: a few kilobytes may claim all memory. Our shards compress only their frames. So this module
-reads just enough of the flatbuffers (Arrow's File.fbs and Message.fbs) to refuse compression,
-dictionaries, and batches that overlap or lie outside the file.
+pyarrow unpacks compressed buffers, whose sizes the file states, before the caller can check: a few
+kilobytes may claim all memory. Our shards compress only their frames. So this module reads just
+enough of the flatbuffers (Arrow's File.fbs and Message.fbs) to refuse compression, dictionaries,
+and batches that overlap or lie outside the file.
 """
 
 import struct

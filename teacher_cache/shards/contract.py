@@ -6,8 +6,8 @@
         def rows(self):
             return list(encode_rows(my_samples, my_spec))  # at least three, none shares a record
 
-pytest finds the tests in the subclass. Nothing in the product imports this module, and it imports
-no test library. The tests work on encoded rows: a format stores frames and never decodes them.
+pytest finds the tests in the subclass. This module imports no test library, and nothing in the
+product imports it. A format stores frames and never decodes them, so the tests use encoded rows.
 """
 
 import dataclasses
@@ -88,9 +88,7 @@ class ShardContract(ABC):
     def test_a_flipped_bit_is_an_error_or_changes_nothing(self, tmp_path: Path) -> None:
         rows = list(self.rows())
         path = self.write(tmp_path / "shard", rows)
-        intact = path.read_bytes()
-        num_errors = 0
-        draws = random.Random(0)
+        intact, draws, num_errors = path.read_bytes(), random.Random(0), 0
         for _ in range(64):
             data = bytearray(intact)
             data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
@@ -127,12 +125,13 @@ class ShardContract(ABC):
         rows = list(self.rows())
         shard = self.form.open(self.write(tmp_path / "shard", rows))
         with ThreadPoolExecutor(6) as pool:
-            numbers = list(range(len(rows))) * 20
-            found = list(pool.map(lambda number: shard.read(number, rows[0].frames), numbers))
-        assert found == rows * 20
+            found = pool.map(lambda n: shard.read(n, rows[0].frames), [*range(len(rows))] * 20)
+        assert [*found] == rows * 20
 
-    def test_an_empty_shard_is_a_shard(self, tmp_path: Path) -> None:
+    def test_an_empty_shard_is_a_shard_and_is_never_overwritten(self, tmp_path: Path) -> None:
         assert self.form.open(self.write(tmp_path / "shard", [])).keys == ()
+        with _refused(FileExistsError):
+            self.write(tmp_path / "shard", [])
 
     def test_a_row_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         shard = self.form.open(self.write(tmp_path / "shard", self.rows()[:1]))
@@ -153,11 +152,6 @@ class ShardContract(ABC):
         short = dataclasses.replace(row, frames=dict([*row.frames.items()][1:]))
         with _refused(ValueError, row.key):
             self.write(tmp_path / "shard", [short])
-
-    def test_an_existing_file_is_never_overwritten(self, tmp_path: Path) -> None:
-        self.write(tmp_path / "shard", [])
-        with _refused(FileExistsError):
-            self.write(tmp_path / "shard", [])
 
     def _read_again(self, path: Path, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
         """Every row of a file that should have as many; `ShardCorruptError` for another number."""

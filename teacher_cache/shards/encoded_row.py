@@ -78,11 +78,8 @@ class EncodedRow:
     @property
     def vision_sums(self) -> tuple[str, ...]:
         """Sums of the images and of the vision columns: equal in rows that share them."""
-        shared = sorted(VISION_COLUMNS & self.frames.keys())
-        return (
-            *(_sum(image) for image in self.images),
-            *(f"{name} {_sum(self.frames[name])}" for name in shared),
-        )
+        shared = [(name, self.frames[name]) for name in sorted(VISION_COLUMNS & self.frames.keys())]
+        return (*map(_sum, self.images), *(f"{name} {_sum(frame)}" for name, frame in shared))
 
     def _sum(self, images: list[str], columns: dict[str, str]) -> str:
         texts = [self.key, self.source_id, self.shared_from, self.messages]
@@ -95,7 +92,7 @@ def _sum(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRow:
-    """What is in a file of a row: its own pieces, its checks, the number of the row it shares from.
+    """What a file stores of a row; `owner` is the number of the row that it shares from.
 
     A row that shares has neither images nor vision columns here.
     """
@@ -110,10 +107,10 @@ class StoredRow:
 
 
 def stored_rows(rows: Iterable[EncodedRow], columns: Collection[str]) -> Iterator[StoredRow]:
-    """What is to be written of each row, whose owner must have come before it.
+    """What a file stores of each row.
 
-    Raises ValueError for a row with other columns, and for one that does not have its owner's
-    images and vision columns.
+    Raises ValueError for a row with other columns, and for one whose owner does not come before it
+    with equal images and vision columns.
     """
     owners: dict[str, tuple[int, tuple[str, ...]]] = {}
     for number, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """Reads a shard whose columns lie in several files (layers) as one shard.
 
-Promises: a row is the same sample in every layer that is read for it (key, source id, messages and
-owner are compared first); the bytes of each layer pass the checks of that layer; layers without a
-wanted column are not touched. Refuses layers with other numbers of rows or other keys.
+A row is the same sample in every layer that is read for it: key, source id, messages and owner are
+compared. The bytes of each layer pass the checks of that layer. Layers without a wanted column are
+not read. Refuses layers with other numbers of rows or other keys.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ class LayeredShard(Shard):
 
     def __init__(self, layers: Sequence[Shard], columns: Sequence[Collection[str]]) -> None:
         """`columns[n]` are the names of the columns that are read from `layers[n]`."""
-        base = layers[0]
+        base = self._base = layers[0]
         super().__init__(base.path, base.metadata, base.num_rows)
-        self._base = base
         self._further = list(zip(layers[1:], map(frozenset, columns[1:]), strict=True))
         for layer, _ in self._further:
             if layer.num_rows != base.num_rows:

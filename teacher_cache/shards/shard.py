@@ -2,11 +2,11 @@
 
 A row is stored as its pieces plus `checks`, a JSON text with the xxh3 sum of every image and frame,
 and `row`, the sum over key, source id, messages and all those sums. A flipped byte, a frame of
-another row or column, or a lost column raises a `ShardCorruptError` that names file and sample
-before a number is returned. Only what is asked for is read.
+another row or column, or a lost column raises a `ShardCorruptError` that names file and sample.
+Only what is asked for is read.
 
-A row with `shared_from` has the images and vision columns of an earlier row of its file, its owner.
-They are stored there only; the row's `checks` cover them, and `Shard.read` returns the whole row.
+A row with `shared_from` has the images and vision columns of an earlier row of its file, its owner,
+which alone stores them; the row's `checks` cover them, and `Shard.read` returns the whole row.
 An owner that is absent, later, of other content, or that shares itself is refused.
 """
 

@@ -2,9 +2,9 @@
 
 Members of a row, sorted: <key>.<n>.image.<jpg|png|...>, <key>.<column>.zst, <key>.sample.json. The
 first member, __shard__/metadata.json, is skipped by webdataset. A row that shares images and vision
-columns has no such members; its sample.json names the owner. Times, owners and order are fixed, so
-equal rows give equal bytes. Opening reads headers only; payloads are memory-mapped. Refuses members
-of any other name or kind (links, folders, pickles), and never extracts to a path.
+columns has no such members; its sample.json names the owner. Times, owners and order are fixed.
+Opening reads headers only; payloads are memory-mapped. Refuses members of any other name or kind
+(links, folders, pickles), and never extracts to a path.
 """
 
 import json
