@@ -1,8 +1,4 @@
-"""The subcommands that look at sealed caches and tidy them.
-
-verify and inspect read, gc removes leftovers; nothing here loads a heavy library before its command
-is called. Exit codes as of every command (cli.py); 3 is a cache that something is wrong with.
-"""
+"""The subcommands that read sealed caches (verify, inspect) and remove leftovers (gc)."""
 
 import dataclasses
 import json
@@ -19,7 +15,7 @@ from jobs.cli.output import echo, warn
 class Verify:
     """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong.
 
-    With --teacher, then run the teacher again over samples of it and compare, too.
+    With --teacher, also run the teacher again over some samples and compare.
     """
 
     cache: tyro.conf.Positional[str]

@@ -1,7 +1,6 @@
 """The subcommands that make caches from caches: subset, export, merge, extend.
 
-Each leaves an ordinary sealed cache and goes on where it was stopped when it is run again. Nothing
-here loads a heavy library before its command is called. Exit codes as of every command (cli.py).
+Each writes an ordinary sealed cache, and resumes when it is run again.
 """
 
 import dataclasses

@@ -2,10 +2,7 @@
 
 from importlib.util import find_spec
 
-_LIBRARIES = {
-    "demo": ("sklearn", "matplotlib"),
-    "report": ("matplotlib",),
-}
+_LIBRARIES = {"demo": ("sklearn", "matplotlib"), "report": ("matplotlib",)}
 """Extra of pyproject.toml -> the modules that it brings."""
 
 

@@ -86,9 +86,10 @@ def _field(name: str, kind: Any, default: Any, text: str) -> StructFieldSpec:
     return StructFieldSpec(name=name, type=kind, default=default, helptext=text)
 
 
-def _default(info: StructTypeInfo) -> Any:
-    """The record that `--config` gave, or None."""
-    return info.default if dataclasses.is_dataclass(info.default) else None
+def _changed(plain: StructConstructorSpec, name: str, **changes: Any) -> StructConstructorSpec:
+    """The spec with one field changed."""
+    fields = [dataclasses.replace(f, **changes) if f.name == name else f for f in plain.fields]
+    return dataclasses.replace(plain, fields=tuple(fields))
 
 
 def _source_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
@@ -103,7 +104,7 @@ def _source_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructCo
 
 def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> StructConstructorSpec:
     """A preset, and the flags that override it."""
-    known: ObjectiveConfig | None = _default(info)
+    known = info.default if isinstance(info.default, ObjectiveConfig) else None
 
     def build(objective: ObjectiveName, **flags: Any) -> ObjectiveConfig:
         base = known if known is not None and known.name == objective else preset(objective)
@@ -123,13 +124,9 @@ def _objective_spec(info: StructTypeInfo, _plain: StructConstructorSpec) -> Stru
         "Preset: supervised, rld (adds response logits), emkd (all terms of EM-KD), or EPIC's; "
         "epic-cached-* learns from the cached teacher, a variant.",
     )
-    fields = [
-        _field(flag, kind | Preset, PRESET, text)
-        for flag, kind, text in (
-            [(flag, kind, text) for flag, (kind, text) in _OBJECTIVE_FLAGS.items()]
-            + [(flag, kind, text) for flag, (_, kind, text) in _MATCHING_FLAGS.items()]
-        )
-    ]
+    matching = {flag: (kind, text) for flag, (_, kind, text) in _MATCHING_FLAGS.items()}
+    flags = {**_OBJECTIVE_FLAGS, **matching}
+    fields = [_field(flag, kind | Preset, PRESET, text) for flag, (kind, text) in flags.items()]
     return StructConstructorSpec(instantiate=build, fields=(name, *fields))
 
 
@@ -158,13 +155,9 @@ def _training_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> Struct
         resolved = progression.resolve(settings["objective"], known)
         return plain.instantiate(**settings, progression=resolved)
 
-    flags = dataclasses.replace(
-        next(field for field in plain.fields if field.name == "progression"),
-        type=ProgressionFlags,
-        default=ProgressionFlags(),
-    )
-    others = tuple(field for field in plain.fields if field.name != "progression")
-    return StructConstructorSpec(instantiate=build, fields=(*others, flags))
+    spec = _changed(plain, "progression", type=ProgressionFlags, default=ProgressionFlags())
+    last = sorted(spec.fields, key=lambda field: field.name == "progression")
+    return StructConstructorSpec(instantiate=build, fields=tuple(last))
 
 
 def _records_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
@@ -183,11 +176,8 @@ def _records_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructC
     def build(grid: GridFlags, **settings: Any) -> RecordSettings:
         return plain.instantiate(**settings, grid=grid.resolve())
 
-    fields = tuple(
-        _field("grid", GridFlags, given, "") if field.name == "grid" else field
-        for field in plain.fields
-    )
-    return StructConstructorSpec(instantiate=build, fields=fields)
+    spec = _changed(plain, "grid", type=GridFlags, default=given, helptext="")
+    return dataclasses.replace(spec, instantiate=build)
 
 
 def _new_records_spec(_info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
@@ -207,16 +197,9 @@ def _new_records_spec(_info: StructTypeInfo, plain: StructConstructorSpec) -> St
 def _extend_spec(info: StructTypeInfo, plain: StructConstructorSpec) -> StructConstructorSpec:
     """The settings as tyro makes them, with the flags of new records."""
     known: RecordSettings | None = getattr(info.default, "settings", None)
-    values = (
-        {} if known is None else {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
-    )
-    fields = tuple(
-        dataclasses.replace(field, type=NewRecords, default=NewRecords(**values))
-        if field.name == "settings"
-        else field
-        for field in plain.fields
-    )
-    return dataclasses.replace(plain, fields=fields)
+    fields = () if known is None else dataclasses.fields(known)
+    default = NewRecords(**{field.name: getattr(known, field.name) for field in fields})
+    return _changed(plain, "settings", type=NewRecords, default=default)
 
 
 _SPECS = {

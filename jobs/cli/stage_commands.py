@@ -93,7 +93,7 @@ class Build:
     run: RayOptions = RayOptions()
 
     def __call__(self) -> int:
-        """Build, then print seal and quality; 4 if --require-quality is missed."""
+        """Exit code 4 if --require-quality is missed."""
         from jobs.stages.build import run_build
         from pipeline.fidelity.cache_quality import (
             is_unknown,
@@ -116,8 +116,8 @@ class Build:
             warn(warning_text(quality, self.config.out))
         elif is_unknown(seal):
             warn(
-                f"{self.config.out}: nobody has measured what its records lose, and its shards are "
-                "written; a build into a new folder, with --quality-samples, does"
+                f"{self.config.out}: the losses of its records were not measured, and its shards "
+                "are written; build into a new folder with --quality-samples to measure them"
             )
         missed = is_unknown(seal) if quality is None else bool(quality.faults)
         return 4 if missed and self.config.require_quality else 0
@@ -134,8 +134,7 @@ class Train:
         """Train, then print the folder of the student."""
         from jobs.stages.train import run_train
 
-        final = run_train(self.config, self.run)
-        echo(f"student written to {final}")
+        echo(f"student written to {run_train(self.config, self.run)}")
         return 0
 
 
@@ -222,7 +221,7 @@ class Submit:
         return dataclasses.replace(self, payload=command)
 
     def __call__(self) -> int:
-        """Submit the stage; exit code 0 when the job succeeded."""
+        """Exit code 0 if the job succeeded, else 1."""
         from jobs.cluster.paths import config_json
         from jobs.cluster.submit import entrypoint, run_flags, submit
 
@@ -276,24 +275,9 @@ class Demo:
 
 def defaults() -> dict[str, Any]:
     """A command for each name, with its required settings missing."""
-    return {
-        "data": _required(Data),
-        "plan": Plan(),
-        "build": _required(Build),
-        "verify": _required(Verify),
-        "inspect": _required(Inspect),
-        "gc": _required(Gc),
-        "subset": _required(Subset),
-        "export": _required(Export),
-        "merge": _required(Merge),
-        "extend": _required(Extend),
-        "train": _required(Train),
-        "recipe": _required(Recipe),
-        "evaluate": _required(Evaluate),
-        "report": _required(Report),
-        "submit": _required(Submit),
-        "demo": Demo(),
-    }
+    making = (Data, Plan, Build, Verify, Inspect, Gc, Subset, Export, Merge, Extend)
+    using = (Train, Recipe, Evaluate, Report, Submit, Demo)
+    return {kind.__name__.lower(): _required(kind) for kind in (*making, *using)}
 
 
 def _required(cls: Any) -> Any:

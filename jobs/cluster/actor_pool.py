@@ -1,8 +1,8 @@
-"""A Ray session, and a small pool of actors that take numbered work.
+"""Runs numbered work on a small pool of Ray actors, in a Ray session.
 
-Promises: every retry is bounded (Ray's defaults retry a crashing sample for ever). An exception in
-a worker reaches the caller unchanged. Work whose actor died, hangs or cannot be reached goes to a
-new actor. Only work numbers and small records travel through Ray.
+Every retry is bounded (Ray's defaults retry a crashing sample for ever). An exception in a worker
+reaches the caller unchanged. Work whose actor died, hangs or cannot be reached goes to a new actor.
+Only work numbers and small records travel through Ray.
 """
 
 import logging
@@ -65,17 +65,12 @@ def worker_resources(options: RayOptions, device: str) -> dict[str, float]:
     return each
 
 
-def unwrap(error: RayTaskError) -> BaseException:
-    """The exception that the remote code raised."""
-    return error.cause if isinstance(error.cause, BaseException) else error
-
-
 def get(reference: Any) -> Any:
     """`ray.get` that raises the worker's own exception."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        raise unwrap(error) from None
+        raise (error.cause if isinstance(error.cause, BaseException) else error) from None
 
 
 @dataclass(slots=True, kw_only=True)

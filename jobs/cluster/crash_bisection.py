@@ -1,9 +1,8 @@
-"""Finds the samples of a shard that crash the process that handles them, by bisection.
+"""Finds the samples of a shard that crash the worker that handles them, by bisection.
 
-A decoder may crash, or an image may take all memory; a process cannot report its own death.
-
-Promises: the number of crashes is bounded. A sample is named only if a process crashed with that
-sample alone. Knows neither Ray nor teachers: `survives` does the work.
+A sample that crashes its worker (a decoder crashes, an image takes all memory) becomes a rejected
+sample, which the shard's commit record and the seal list. The number of crashes is bounded. A
+sample is named only if a worker crashed with that sample alone.
 """
 
 from collections.abc import Callable

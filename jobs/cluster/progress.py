@@ -1,6 +1,5 @@
-"""Progress bars of commands, on stderr, one after the other."""
+"""Shows the progress of commands on stderr."""
 
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,12 +19,7 @@ class ProgressBars:
     def __enter__(self) -> "ProgressBars":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._close()
 
     def update(self, what: str, done: int, total: int) -> None:

@@ -1,11 +1,8 @@
-"""Workers that write the shards of one cache, for a build or an extension.
+"""Writes the shards of one cache with Ray workers, for a build or an extension.
 
-    plan    the first worker writes the plan, the others read it
-    shards  each is written and committed by the worker that takes its number
-    lost    a shard that has crashed two workers is searched, last of all, for the samples that
-            crash them
-
-Teacher tensors never pass through Ray: a worker returns a shard's commit record (some 100 bytes).
+The first worker writes the plan. Each shard is written and committed by the worker that takes its
+number. A shard that has crashed two workers is searched, at the end, for the samples that crash
+them. A worker returns commit records of some 100 bytes; teacher tensors never pass through Ray.
 """
 
 import logging
@@ -29,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class ShardWorker:
-    """An actor around a `ShardBuilder` that reports its progress while it works.
+    """An actor with a `ShardBuilder`; reports its progress while it works.
 
     `make` runs on first use, since Ray reports an exception of a constructor as the actor's death.
     """
@@ -77,7 +74,10 @@ def write_shards(
     """
     each = worker_resources(options, device)
     first = _actor(make, each)
-    plan: Plan = _wait(first.work.remote("prepare"), first, bars)
+    prepared = first.work.remote("prepare")
+    while not ray.wait([prepared], timeout=0.5)[0]:
+        bars.update(*get(first.status.remote()))
+    plan: Plan = get(prepared)
     _write_missing(cache, plan, ActorPool(lambda: _actor(make, each), first, options), bars)
     return seal_cache(cache)
 
@@ -92,12 +92,6 @@ def _actor(make: Callable[[Progress], Any], resources: Mapping[str, float]) -> A
         max_concurrency=2,
     )
     return actor.remote(make)
-
-
-def _wait(reference: Any, actor: Any, bars: ProgressBars) -> Any:
-    while not ray.wait([reference], timeout=0.5)[0]:
-        bars.update(*get(actor.status.remote()))
-    return get(reference)
 
 
 def _write_missing(cache: Store, plan: Plan, pool: ActorPool, bars: ProgressBars) -> None:

@@ -2,9 +2,8 @@
 
 Trains a vanilla teacher on grids of handwritten digits, runs it once over them (Ray), trains
 students from the cache alone (supervised, + RLD, EM-KD; several seeds, two at a time), evaluates
-them on unseen handwriting, and reports. Each stage is the function that its own command runs, and
-resumes by itself: killed anywhere and run again, the demo ends with the same numbers. The table
-shows the results, also where EM-KD does not win.
+them on unseen handwriting, and reports. Killed anywhere and run again, the demo ends with the same
+numbers. The table shows the results, also where EM-KD does not win.
 """
 
 from collections.abc import Sequence

@@ -2,10 +2,9 @@
 
 Trains a vanilla model that reads rows of handwritten digits, then continues in four ways: with
 EPIC's token-wise progression or with one high ratio throughout, each with and without the
-consistency loss; several seeds. All of them, and the model they started from, are evaluated with
-DART, FastV and Random at several budgets. Each stage resumes by itself: killed anywhere and run
-again, the demo ends with the same numbers. The table shows the results, also where EPIC does not
-win.
+consistency loss; several seeds. All of them, and the vanilla model, are evaluated with DART, FastV
+and Random at several budgets. Killed anywhere and run again, the demo ends with the same numbers.
+The table shows the results, also where EPIC does not win.
 """
 
 import dataclasses

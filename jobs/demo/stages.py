@@ -1,7 +1,7 @@
 """Runs the stages that both demos share, and collects their results.
 
-Each stage is the function that its own command runs. It resumes by itself, and its results and
-progress are read from its files only, so that a demo killed anywhere resumes where it was.
+Each stage is the function that its own command runs. Its results and progress are read from its
+files only, so a demo that was killed anywhere resumes.
 """
 
 import json
@@ -157,10 +157,7 @@ def run_result(config: TrainConfig) -> dict[str, Any]:
 def scored(evaluation: Path) -> dict[str, Any]:
     """Accuracy and number of samples of a finished evaluation."""
     metrics = json.loads((evaluation / METRICS_FILE).read_text())
-    return {
-        "accuracy": metrics["scores"]["word_accuracy"],
-        "num_samples": metrics["num_samples"],
-    }
+    return {"accuracy": metrics["scores"]["word_accuracy"], "num_samples": metrics["num_samples"]}
 
 
 def _run(

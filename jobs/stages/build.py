@@ -1,7 +1,6 @@
-"""`emkd build`: a pool of teacher actors takes shard numbers; each writes and commits its own.
+"""`emkd build` and `emkd extend`: a pool of teacher actors, each of which writes whole shards.
 
-With `--no-ray` the same functions run in a plain loop and write the same bytes. `emkd extend` goes
-the same way: what it adds to a cache, a teacher has to compute.
+With `--no-ray` the same functions run in a plain loop and write the same bytes.
 """
 
 from functools import partial

@@ -22,8 +22,6 @@ def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     with ray_session():
         each = worker_resources(options, config.device)
         task = ray.remote(evaluate).options(
-            num_cpus=each["CPU"],
-            num_gpus=each["GPU"],
-            max_retries=options.max_retries,
+            num_cpus=each["CPU"], num_gpus=each["GPU"], max_retries=options.max_retries
         )
         return get(task.remote(config))

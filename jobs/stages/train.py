@@ -1,8 +1,7 @@
-"""`emkd train`: Ray Train starts the workers, the train stage does everything else.
+"""`emkd train`: the train stage in this process, or in workers that Ray Train starts.
 
-Our loader and our checkpoints run inside; Ray's run folder holds nothing that resuming needs, so
-each attempt gets one of its own and a damaged one can harm nothing. After the loss of a worker
-Ray starts the group again and the stage goes on from its newest complete checkpoint.
+Resuming needs nothing of Ray's run folder, so each attempt gets a new one. After the loss of a
+worker, Ray starts all workers again, and the stage resumes from its newest complete checkpoint.
 """
 
 import threading
@@ -81,12 +80,9 @@ def _progress(run: Path, num_steps: int) -> Generator[None]:
 
 
 def train_in_worker(loop_config: dict[str, str]) -> None:
-    """What each Ray Train worker runs: the stage, with the process group that Ray has set up."""
-    train(decode_json(TrainConfig, loop_config["config"], "train_loop_config"), report=_report)
-
-
-def _report(line: Mapping[str, float]) -> None:
-    ray.train.report(dict(line))
+    """Run the stage in a worker of Ray Train, with the process group that Ray has set up."""
+    config = decode_json(TrainConfig, loop_config["config"], "train_loop_config")
+    train(config, report=lambda line: ray.train.report(dict(line)))
 
 
 def _cause(error: TrainingFailedError) -> BaseException:

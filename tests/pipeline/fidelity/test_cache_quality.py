@@ -155,8 +155,8 @@ def test_a_bad_tier_is_complained_of_and_a_good_one_not(
     off = dataclasses.replace(config, out=str(tmp_path / "off"))
     assert _build(off, "--quality-samples", "0") == 0
     said = capsys.readouterr().err
-    assert "nobody has measured" in said
-    assert "a build into a new folder" in said
+    assert "losses of its records were not measured" in said
+    assert "build into a new folder with --quality-samples" in said
     assert _build(off, "--quality-samples", "0", "--require-quality") == 2
     assert "--require-quality needs" in capsys.readouterr().err
 
