@@ -1,9 +1,8 @@
 """Removes files that killed or losing attempts left in a sealed cache.
 
-Promises: removes only files that emkd named, that the seal does not name, and that are older than a
-grace period: private files, and shard files of attempts that lost. Only this file of a cache's code
-looks at the time; a wrong clock keeps a file too long, or removes that of an attempt that still
-runs but has already lost. Refuses a cache without a seal, where it is not known which files count.
+Removes only private files and shard files that emkd named, that the seal does not name, and that
+are older than a grace period. A wrong clock can only keep a file too long, or remove one of an
+attempt that has already lost. Refuses a cache without a seal: only the seal says which files count.
 """
 
 import re

@@ -1,9 +1,9 @@
 """Reads a sealed cache: any sample, any of its parts, every byte checked before use.
 
-Promises: only the seal says which files count (folders are never listed). Refuses, with the remedy,
-a cache that is incomplete, of another layout, or whose files are not the committed ones. Damage is
-a `ShardCorruptError` that names file and sample, never a wrong number. Several threads can call
-`read`; a reader sent to another process opens its folder again.
+Only the seal says which files count; folders are never listed. Refuses, with the remedy, a cache
+that is incomplete, of another layout, or whose files are not the committed ones. Damage is a
+`ShardCorruptError` that names file and sample. Several threads can call `read`; a reader sent to
+another process opens its folder again.
 """
 
 import threading
@@ -113,8 +113,7 @@ class CacheReader:
             raise IndexError(f"sample {index} of {len(self)}")
         require_parts(parts, self.spec)
         number = shard_of(self._starts, index)
-        shard = self._shard(number)
-        row = index - self._starts[number]
+        shard, row = self._shard(number), index - self._starts[number]
         try:
             return read_sample(shard, row, self.keys[index], parts, self.spec)
         except ShardCorruptError as error:

@@ -1,25 +1,7 @@
-"""Arithmetic of shards: which samples, in which order, for which shard. Reads no files.
-
-A cache's shards are cut from a source's order by `group_shards`, which puts together what may share
-a vision record; a sketch is calibrated in `spread_order`.
-
-The student's order is an endless sequence of epochs, each a permutation of all rows, and a pure
-function of (shard sizes, seed, window): shards are permuted, cut into windows of a few shards, and
-rows are permuted inside each window, so that few shards are touched at a time. Global batch b of
-size G is positions b*G .. (b+1)*G - 1; the last batch of an epoch runs on into the next. A state
-is one integer, the position; the number of workers may change at any batch.
-
-Only raw Philox words are used (a fixed algorithm, Salmon et al. 2011), sorted stably; numpy does
-not promise that `Generator.permutation` stays the same from version to version.
-"""
+"""Computes which samples go to which shard, and in which order. Reads no files."""
 
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
-
-import numpy as np
-import numpy.typing as npt
-
-_Ints = npt.NDArray[np.int64]
 
 
 def group_shards(groups: Sequence[Hashable | None], size: int) -> list[list[int]]:

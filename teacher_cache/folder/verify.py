@@ -2,8 +2,8 @@
 
 Checks, shard by shard: existence and size, SHA-256 of the file, metadata, keys against the plan,
 images and messages against the key, checksum, shape and finiteness of every column; then the
-assets. A problem does not stop the check: the report lists each one. Uses the functions of the
-reader, so a cache that passes can be read. Refuses a cache that is not sealed.
+assets. The report lists every problem. A cache that passes can be read, because the checks are the
+reader's. Refuses a cache that is not sealed.
 """
 
 import os
@@ -48,9 +48,7 @@ class VerifyReport:
 
 
 def verify_cache(
-    location: Location,
-    progress: Progress = no_progress,
-    num_threads: int | None = None,
+    location: Location, progress: Progress = no_progress, num_threads: int | None = None
 ) -> VerifyReport:
     """Check every byte of a sealed cache; `progress` counts samples.
 

@@ -1,10 +1,10 @@
 """Writes a cache: plan, assets, shards, seal. A killed process never leaves a half-written file.
 
 A shard is written to a private file, read back, published under a name made from its content, and
-made to exist by the exclusive creation of commits/<k>.json: the first of several builders wins, and
-the others return its record. SEALED.json is created last. Running a build again resumes it. Equal
-rows give equal bytes; only `seconds` in a commit record differs between builds. Refuses rows that
-are not those of the plan, and a plan that differs from the stored one.
+committed by the exclusive creation of commits/<k>.json: of several builders the first wins, and the
+others return its record. SEALED.json is created last. Running a build again resumes it. Equal rows
+give equal bytes; only `seconds` in a commit record differs. Refuses rows that are not those of the
+plan, and a plan that differs from the stored one.
 """
 
 from collections import Counter
@@ -117,11 +117,7 @@ def write_shard(
 
 
 def write_encoded_shard(
-    cache: Store,
-    plan: Plan,
-    index: int,
-    rows: Iterable[EncodedRow],
-    seconds: float = 0.0,
+    cache: Store, plan: Plan, index: int, rows: Iterable[EncodedRow], seconds: float = 0.0
 ) -> ShardCommit:
     """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()

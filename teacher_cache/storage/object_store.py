@@ -1,10 +1,10 @@
 """Stores files in an object store: S3, Google Cloud Storage, or any other that fsspec can reach.
 
-Promises: an object appears whole or not at all. Of several creators one wins by a conditional PUT,
-which is tried once before it is relied on; a store that ignores the condition is refused.
-Throttling, time-outs and objects that appear late are retried a bounded number of times, then raise
-a clear error. If an answer is lost, the object is read again. Shards are read from local copies,
-named by content and checked (size, SHA-256) when fetched and when a process finds them on disk.
+An object appears whole or not at all. Of several creators one wins by a conditional PUT; a store
+that ignores the condition is refused before it is used. Throttling, time-outs and objects that
+appear late are retried a bounded number of times, then raise an error. If an answer is lost, the
+object is read again. Shards are read from local copies, named by content and checked (size,
+SHA-256) when fetched and when a process finds them on disk.
 
 Access, endpoint and region come from the settings of the library (for S3: AWS_ENDPOINT_URL, ...).
 """
@@ -38,21 +38,13 @@ DOWNLOADS_VARIABLE = "EMKD_DOWNLOADS"
 """Variable with the folder of local copies; default ~/.cache/emkd. It can be emptied any time."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
-# Holds four pieces of 8 MiB in memory; the library's default is ten of 50.
+# Four pieces of 8 MiB in memory; the library's default is ten of 50.
 _TRANSFER = {"s3": {"chunksize": 2**23, "max_concurrency": 4}}
 _TRANSFER["s3a"] = _TRANSFER["s3"]
 
 _HOPELESS = {
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EPERM,
-    errno.EACCES,
-    errno.EROFS,
-    errno.ENAMETOOLONG,
-    errno.EISDIR,
-    errno.ENOTDIR,
+    *(errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EPERM, errno.EACCES, errno.EROFS),
 }
 
 _T = TypeVar("_T")
@@ -219,18 +211,18 @@ class ObjectStore(Store):
 
     def _download(self, name: str, path: Path, *, expected: bool) -> None:
         how = _TRANSFER.get(self._scheme, {})
-        self._call(
-            "fetched",
-            name,
-            lambda files, source: files.get_file(source, str(path), **how),
-            may_be_late=expected,
-        )
+
+        def fetch(files: Any, source: str) -> None:
+            files.get_file(source, str(path), **how)
+
+        self._call("fetched", name, fetch, may_be_late=expected)
 
     def _create(self, name: str, data: bytes) -> bool:
+        def create(files: Any, path: str) -> None:
+            files.pipe_file(path, data, mode="create")
+
         try:
-            self._call(
-                "created", name, lambda files, path: files.pipe_file(path, data, mode="create")
-            )
+            self._call("created", name, create)
         except FileExistsError:
             return False
         return True

@@ -1,10 +1,10 @@
 """Defines a store: a folder of named files on a disk or in an object store, each whole or absent.
 
-Promises: a public name (a shard, a record) never holds half a file, whenever a process is killed;
-of several processes that create one name exclusively, one wins and the others learn that they lost.
-A killed process leaves only private names (leading dot, random token), which readers ignore. No
-locks, no clocks. Stores know bytes only; names are relative, with slashes. Several threads can use
-one store, and it can be sent to other processes.
+A public name (a shard, a record) never holds half a file, whenever a process is killed. Of several
+processes that create one name exclusively, one wins and the others learn that they lost. A killed
+process leaves only private names (leading dot, random token), which readers ignore. No locks, no
+clocks. Names are relative, with slashes. Several threads can use one store, and it can be sent to
+other processes.
 """
 
 from abc import ABC, abstractmethod
