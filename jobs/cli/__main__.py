@@ -8,6 +8,7 @@ libraries when it is called, so that `emkd --help` is quick.
 """
 
 import dataclasses
+import inspect
 import logging
 import os
 import sys
@@ -68,9 +69,11 @@ def parse(arguments: Sequence[str]) -> stage_commands.Command:
             )
         config = read_config(config_class, config_text)
         defaults[name] = dataclasses.replace(defaults[name], config=config)
-    kind = tyro.extras.subcommand_type_from_defaults(
-        defaults, {name: command.__doc__ or "" for name, command in defaults.items()}
-    )
+    described = {name: inspect.cleandoc(type(one).__doc__ or "") for name, one in defaults.items()}
+    first_lines = {name: text.splitlines()[0] for name, text in described.items()}
+    chosen = arguments[0] if arguments else ""
+    texts = first_lines | {name: text for name, text in described.items() if name == chosen}
+    kind = tyro.extras.subcommand_type_from_defaults(defaults, texts)
     with flags.REGISTRY:
         parsed: Any = tyro.cli(
             kind,

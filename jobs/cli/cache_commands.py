@@ -16,6 +16,8 @@ class Verify:
     """Check every byte, key and number of a sealed cache; exit code 3 if anything is wrong.
 
     With --teacher, also run the teacher again over some samples and compare.
+
+    Example: emkd verify cache
     """
 
     cache: tyro.conf.Positional[str]
@@ -66,12 +68,15 @@ class Verify:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Describe a cache, or one of its samples in words and as a picture."""
+    """Describe a cache, or one of its samples in words and as a picture.
+
+    Example: emkd inspect cache --sample 3f2a --tokenizer teacher --picture sample.png
+    """
 
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""
     sample: str | None = None
-    """Key of the sample to show, or the first characters of it."""
+    """The sample to show: its key, the first characters of it, or its id in the source."""
     tokenizer: str | None = None
     """Folder of the teacher, to show a sample's tokens as text instead of ids."""
     picture: Path | None = None
@@ -95,15 +100,16 @@ class Inspect:
             if quality is not None and not self.json:
                 del described["quality"]  # a table says it better
         else:
-            from pipeline.inspection.sample import describe_sample, load_tokenizer
+            from pipeline.inspection.sample import describe_sample, find_sample, load_tokenizer
 
+            key = reader.keys[find_sample(reader, self.sample)]
             path = self.tokenizer
             tokenizer = None if path is None else load_tokenizer(path, reader.spec)
-            described = describe_sample(reader, self.sample, tokenizer)
+            described = describe_sample(reader, key, tokenizer)
             if self.picture is not None:
                 from pipeline.inspection.picture import draw_sample
 
-                described["picture"] = str(draw_sample(reader, self.sample, self.picture))
+                described["picture"] = str(draw_sample(reader, key, self.picture))
         echo(json.dumps(described, indent=1) if self.json else render(described))
         if quality is not None:
             if not self.json:
@@ -114,7 +120,10 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Gc:
-    """Remove the leftover files of killed and losing attempts from a sealed cache."""
+    """Remove the leftover files of killed and losing attempts from a sealed cache.
+
+    Example: emkd gc cache --dry-run
+    """
 
     cache: tyro.conf.Positional[str]
     """Folder, or URL in an object store."""

@@ -22,6 +22,8 @@ class Subset:
     """Write some samples of a sealed cache as a new cache; frames are copied unchanged.
 
     A sample must pass everything that is given; --fraction is drawn of what is left then.
+
+    Example: emkd subset cache --fraction 0.1 --out small
     """
 
     cache: tyro.conf.Positional[str]
@@ -68,6 +70,8 @@ class Export:
     """Write a sealed cache in the other format: the same samples, order and identity.
 
     Exporting back gives the bytes of the files that were exported.
+
+    Example: emkd export cache --format webdataset --out tars
     """
 
     cache: tyro.conf.Positional[str]
@@ -92,6 +96,8 @@ class Merge:
     """Join sealed caches of one teacher and one recipe; files are linked or copied unopened.
 
     One disk holds them once then: a file has a name in both caches.
+
+    Example: emkd merge cache-a cache-b --out both
     """
 
     caches: tyro.conf.Positional[tuple[str, ...]]
@@ -125,6 +131,8 @@ class Extend:
     """Write a new cache: a sealed one, and more samples (--source) or records (--records).
 
     Files of the old cache are linked or copied unopened. Run again to resume.
+
+    Example: emkd extend --cache cache --source more.json --teacher MODEL --out larger
     """
 
     config: ExtendConfig

@@ -23,6 +23,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from jobs.cli.flag_groups import flatten, group_spec, grouped
 from jobs.cli.flag_records import PRESET, GridFlags, NewRecords, Preset, ProgressionFlags
 from pipeline.config.build import SourceConfig
 from pipeline.config.checks import refuse_url_paths
@@ -217,6 +218,9 @@ _SEEN = object()
 @REGISTRY.struct_rule
 def _record_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Every dataclass of ours is parsed into an `Unchecked`."""
+    group = group_spec(info.type)
+    if group is not None:
+        return group
     ours = dataclasses.is_dataclass(info.type) and not info.type.__module__.startswith("tyro.")
     if not ours or _SEEN in info.markers:
         return None
@@ -225,7 +229,8 @@ def _record_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     assert isinstance(spec, StructConstructorSpec)
     if info.type in _SPECS:
         spec = _SPECS[info.type](info, spec)
-    return dataclasses.replace(spec, instantiate=partial(_unchecked, spec.instantiate))
+    unchecked = dataclasses.replace(spec, instantiate=partial(_unchecked, spec.instantiate))
+    return grouped(info.type, unchecked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +242,7 @@ class Unchecked:
 
 
 def _unchecked(make: Callable[..., Any], **values: Any) -> Unchecked:
-    return Unchecked(make, values)
+    return Unchecked(make, flatten(values))
 
 
 def checked(value: Any) -> Any:

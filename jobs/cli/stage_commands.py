@@ -41,7 +41,10 @@ CONFIG_CLASSES: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Make a data set that needs no network: grids of scikit-learn's handwritten digits."""
+    """Make a data set that needs no network: grids of scikit-learn's handwritten digits.
+
+    Example: emkd data digits --out data
+    """
 
     name: tyro.conf.Positional[Literal["digits"]]
     config: DigitsConfig
@@ -60,7 +63,10 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Estimate the size of each tier of a cache; with --pilot, measure size and loss."""
+    """Estimate the size of each tier of a cache; with --pilot, measure size and loss.
+
+    Example: emkd plan --samples 100000 --vision-tokens 576
+    """
 
     config: PlanConfig = PlanConfig()
     json: bool = False
@@ -87,7 +93,10 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Run the teacher once over a source and write a cache; run again to resume."""
+    """Run the teacher once over a source and write a cache; run again to resume.
+
+    Example: emkd build --source train.json --teacher llava-hf/llava-1.5-7b-hf --out cache
+    """
 
     config: BuildConfig
     run: RayOptions = RayOptions()
@@ -125,7 +134,10 @@ class Build:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a student from a sealed cache; no teacher is loaded. Run again to resume."""
+    """Train a student from a sealed cache; no teacher is loaded. Run again to resume.
+
+    Example: emkd train --cache cache --student llava-hf/llava-1.5-7b-hf --out runs/emkd
+    """
 
     config: TrainConfig
     run: RayOptions = RayOptions()
@@ -140,11 +152,16 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Print the papers' settings for `emkd train --config`: EM-KD's two phases, or EPIC's."""
+    """Print the papers' settings for `emkd train --config`: EM-KD's two phases, or EPIC's.
+
+    Example: emkd recipe paper-phase-one --cache cache --student student --out runs/one > one.json
+    """
 
     name: tyro.conf.Positional[RecipeName]
     cache: str
+    """Folder or URL of the sealed cache."""
     student: str
+    """Folder or hub id of the student."""
     out: Path
     seed: int = 0
 
@@ -167,7 +184,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Generate answers and score them; run again to resume."""
+    """Generate answers and score them; run again to resume.
+
+    Example: emkd evaluate --model runs/emkd/final --source heldout.json --out runs/emkd/heldout
+    """
 
     config: EvaluateConfig
     run: RayOptions = RayOptions(ray=False)
@@ -182,7 +202,10 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Compare runs in one self-contained HTML page."""
+    """Compare runs in one self-contained HTML page.
+
+    Example: emkd report runs/emkd runs/supervised --out report.html
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     out: Path = Path("report.html")
@@ -201,7 +224,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """Send a stage to a Ray cluster: emkd submit STAGE --address URL -- FLAGS OF THE STAGE."""
+    """Send a stage to a Ray cluster; the flags of the stage follow `--`.
+
+    Example: emkd submit build --address http://head:8265 -- --source a.json --teacher T --out c
+    """
 
     stage: tyro.conf.Positional[Stage]
     address: str = "http://127.0.0.1:8265"
@@ -243,11 +269,15 @@ class Submit:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Teacher, cache, students, evaluation and report in miniature; run again to resume."""
+    """Teacher, cache, students, evaluation and report in miniature; run again to resume.
+
+    Example: emkd demo --smoke
+    """
 
     out: Path | None = None
     """Default: demo, or demo-epic."""
     seeds: tuple[int, ...] = (0, 1)
+    """One run of each student per seed."""
     epic: bool = False
     """EPIC instead of EM-KD, scored at several budgets of vision tokens."""
     smoke: bool = False

@@ -12,7 +12,9 @@ class RayOptions(StrictRecord):
     ray: bool = True
     """Run under Ray: the cluster of RAY_ADDRESS (set in a submitted job), else an embedded one."""
     num_workers: int = 1
+    """Worker processes."""
     cpus_per_worker: float = 1.0
+    """CPUs that a worker reserves."""
     gpus_per_worker: float | None = None
     """Default: 1 where the cluster has GPUs and the stage may use them, else 0. Ray hides GPUs from
     workers that ask for none."""

@@ -23,7 +23,7 @@ from jobs.cluster.progress import ProgressBars
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER
-from student_train.training.metrics_log import logged_step
+from student_train.training.metrics_log import last_line
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.strict_json import decode_json
 
@@ -34,7 +34,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     config = absolute(config)
     if not options.ray:
         with ProgressBars() as bars:
-            return train(config, progress=bars.update)
+            return train(config, report=bars.metrics, progress=bars.update)
     num_steps = config.training.num_steps(len(CacheReader.open(config.cache)))
     with ray_session(), _progress(config.out, num_steps):
         each = worker_resources(options, config.training.device)
@@ -61,14 +61,17 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
 
 @contextmanager
 def _progress(run: Path, num_steps: int) -> Generator[None]:
-    """Show a bar, while the block runs, from the run's own metrics, which some worker writes."""
+    """Show progress, while the block runs, from the run's own metrics, which some worker writes."""
     ended = threading.Event()
 
     def follow() -> None:
         with ProgressBars() as bars:
-            while not ended.wait(timeout=1.0):
-                bars.update("steps", logged_step(run), num_steps)
-            bars.update("steps", logged_step(run), num_steps)
+            over = False
+            while not over:
+                over = ended.wait(timeout=1.0)
+                line = last_line(run)
+                bars.metrics(line)
+                bars.update("steps", line.get("step", 0), num_steps)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

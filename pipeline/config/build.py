@@ -52,6 +52,7 @@ class BuildConfig(StrictRecord):
     """Append the tokenizer's end-of-sequence token to every assistant turn that the chat template
     does not end, so that students learn to stop."""
     samples_per_shard: int = 256
+    """Samples of one shard, the unit of work, retry and reading."""
     share_vision: bool = True
     """Store samples of one image next to each other, and share the teacher's vision records
     between samples whose prompts are equal up to the last vision token."""

@@ -20,6 +20,7 @@ class PlanConfig(StrictRecord):
     """Samples of the whole cache; default: the paper's 779,000, or with --pilot all of the
     source."""
     images_per_sample: float = 1.0
+    """Mean number of images of a sample."""
     samples_per_image: float | None = None
     """Mean number of samples with the same images and the same prompt before them: they share one
     vision record. Default: 1, or with --pilot as found among its samples."""
@@ -32,9 +33,13 @@ class PlanConfig(StrictRecord):
     response_tokens: int = 64
     """How many of `text_tokens` are responses."""
     vocab_size: int = 32000
+    """Vocabulary of the teacher."""
     hidden_size: int = 4096
+    """Width of the teacher's hidden states."""
     logits_codec: LogitsCodec = "exact"
+    """How top-k logits are stored."""
     affinity_dtype: AffinityDtype = "float16"
+    """How cosines of VLAD are stored."""
     mean_kept: float | None = None
     """Entries that a position keeps on average, for a cache with --top-p."""
     ratios: tuple[float, ...] = ()
@@ -52,8 +57,10 @@ class PlanConfig(StrictRecord):
     """Run the teacher on this many samples from the start of the source, measure what each tier
     would lose, and recommend one; 0: arithmetic alone, no model."""
     source: str | None = None
+    """Source of the pilot's samples."""
     image_root: Path | None = None
     teacher: str | None = None
+    """Teacher of the pilot: folder or hub id."""
     chat_template: Path | None = None
     """File with a chat template that replaces the teacher's own, for --pilot."""
     append_eos: bool = True

@@ -43,6 +43,7 @@ class TrainConfig(StrictRecord):
     student: str
     """A vanilla model, which gets the projector below, or a student that `emkd train` wrote."""
     out: Path
+    """Folder of the run."""
     projector: Literal["avgpool", "none"] = "avgpool"
     """`avgpool` pools the vision tokens (LLaVA, LLaVA-NeXT); `none` leaves a model of any family
     unchanged: a schedule can then drop tokens inside its language model."""
@@ -75,13 +76,18 @@ class EvaluateConfig(StrictRecord):
     """Generate answers for a source and score them against the last assistant turn."""
 
     model: str
+    """Folder of a student (RUN/final), or folder or hub id of any image-text-to-text model."""
     source: SourceConfig
     out: Path
+    """Folder of the evaluation."""
     scores: tuple[ScoreName, ...] = ("exact_match", "word_accuracy")
+    """Scores of an answer; docs/operations.md names the rule of each."""
     batch_size: int = 16
     max_new_tokens: int = 64
+    """Longest answer, in tokens."""
     device: str = "auto"
     dtype: Dtype | None = None
+    """Dtype of the computation; default: the checkpoint's."""
     system_prompt: str | None = None
     chat_template: Path | None = None
     """File with a chat template that replaces the model's own."""
@@ -92,6 +98,7 @@ class EvaluateConfig(StrictRecord):
     """A cache (folder or URL) of the same source, for whose first samples the matching of vision
     tokens is drawn, with the words of both models."""
     num_pictures: int = 4
+    """Samples whose matching is drawn, with `cache`."""
     compressor: str | None = None
     """Drop vision tokens inside the language model, by dart, fastv, random, or a registered
     compressor; default: drop none."""

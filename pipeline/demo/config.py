@@ -16,7 +16,9 @@ class DigitsConfig(StrictRecord):
 
     out: Path
     num_train: int = 4096
+    """Training samples."""
     num_heldout: int = 512
+    """Held-out samples."""
     questions: DigitQuestions = "cells"
     """Eight cells named after the image, or one row named before it (as emkd demo --epic)."""
     seed: int = 0

@@ -25,22 +25,35 @@ NUM_RESPONSE_SHOWN = 8
 NUM_WORDS = 5
 
 
-def find_sample(reader: CacheReader, key: str) -> int:
-    """Index of the sample whose key begins with `key`; ValueError unless exactly one does."""
-    found = [index for index, known in enumerate(reader.keys) if known.startswith(key)]
-    if len(found) != 1:
-        near = [reader.keys[index] for index in found[:5]] or list(reader.keys[:5])
-        raise ValueError(
-            f"{reader.cache}: {len(found)} samples have a key that begins with {key!r}, expected "
-            f"one; {'candidates' if found else 'the first keys are'}: {', '.join(near)}"
-        )
-    return found[0]
+def find_sample(reader: CacheReader, name: str) -> int:
+    """Index of the sample with this key, this source id, or a key that begins so.
+
+    Repeated samples have keys of their own (`KEY`, `KEY-1`, ...). Source ids are looked up last,
+    by reading all samples. ValueError unless exactly one sample is found.
+    """
+    if name in reader.keys:
+        return reader.keys.index(name)
+    found = [index for index, key in enumerate(reader.keys) if name and key.startswith(name)]
+    if not found:
+        ids = (reader.read(index, ()).sample.source_id for index in range(len(reader)))
+        found = [index for index, source_id in enumerate(ids) if source_id == name]
+    if len(found) == 1:
+        return found[0]
+    for rejected in reader.seal.rejected:
+        if not found and name in (rejected.source_id, rejected.key):
+            raise ValueError(f"{reader.cache}: the build rejected {name!r}: {rejected.reason}")
+    near = [reader.keys[index] for index in found[:5]] or list(reader.keys[:5])
+    raise ValueError(
+        f"{reader.cache}: {len(found)} samples have the source id {name!r} or a key that begins "
+        f"so, expected one; {'their keys are' if found else 'the first keys are'}: "
+        f"{', '.join(near)}"
+    )
 
 
 def describe_sample(reader: CacheReader, key: str, tokenizer: Any = None) -> dict[str, Any]:
     """One sample: the conversation, the token grids, and the teacher's outputs.
 
-    `key` may be the beginning of a key. `tokenizer` is that of `load_tokenizer`, or None.
+    `key` as in `find_sample`. `tokenizer` is that of `load_tokenizer`, or None.
     """
     index = find_sample(reader, key)
     cached = reader.read(index, reader.parts)

@@ -88,9 +88,8 @@ def read_conversation(entry: Mapping[str, Any], listed: Sequence[Any]) -> Conver
             f"found {reader.taken} {IMAGE_PLACEHOLDER} placeholders for {len(listed)} images; "
             f"write one {IMAGE_PLACEHOLDER} in the text for each image"
         )
-    if reader.by_index:
-        num_hidden = len(set(range(reader.taken, len(listed))) - reader.by_index)
-        found.unread += ["an image that no part shows"] * num_hidden
+    if reader.by_index and not reader.by_index.issuperset(range(reader.taken, len(listed))):
+        found.unread.append("an image that no part shows")
     return found
 
 

@@ -34,12 +34,17 @@ class TrainRecipe(StrictRecord):
     batch_size: int = 32
     """Samples of one optimizer step, over all workers and accumulation steps."""
     learning_rate: float = 1e-5
+    """Peak of the schedule."""
     min_lr_ratio: float = 0.0
     """The cosine schedule ends at this share of the learning rate."""
     warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
+    """AdamW's weight decay; none for biases and norms."""
     adam_beta2: float = 0.999
+    """AdamW's second beta."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     dtype: TrainDtype = "float32"
     """Dtype of the computation; weights stay float32 (mixed precision) unless it is float32."""
 
@@ -84,18 +89,22 @@ class TrainerSettings(TrainRecipe):
     max_steps: int | None = None
     """Optimizer steps; default: as many as `epochs` need."""
     epochs: float = 1.0
-    micro_batch_size: int = 8
-    """Samples of one forward pass of one worker."""
+    """Passes over the cache."""
+    micro_batch_size: int | None = None
+    """Samples of one forward pass of one worker; default: at most 8, a divisor of its share."""
     shard: ShardName = "none"
     """`fsdp` shards the language model's matrices over the workers (FSDP2): weights, gradients and
     optimizer state. `none` keeps all of them on every worker."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     device: str = "auto"
     """`auto` takes CUDA where it is available."""
     loader_threads: int = 2
     """Threads that read and encode samples ahead; 0 does it between the steps."""
     save_steps: int = 500
+    """Write a checkpoint every N steps."""
     log_steps: int = 10
+    """Write a line of metrics.jsonl every N steps."""
     grad_norm_steps: int = 50
     """Measure each loss term's gradient norm every N steps; 0 disables it."""
     match_check_steps: int = 0
@@ -106,7 +115,7 @@ class TrainerSettings(TrainRecipe):
         # zero-argument super() does not work in a dataclass that slots=True has built anew
         TrainRecipe.__post_init__(self)
         for name in ("micro_batch_size", "save_steps", "log_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
         for name in ("loader_threads", "grad_norm_steps", "match_check_steps"):
             if getattr(self, name) < 0:

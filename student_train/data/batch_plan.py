@@ -4,13 +4,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
+MAX_MICRO_BATCH = 8
+"""Most samples of one forward pass where the user names no micro_batch_size."""
+
+
+def micro_batch(batch_size: int, world_size: int) -> int:
+    """The largest size of at most MAX_MICRO_BATCH that divides a rank's share of a step."""
+    share = batch_size // world_size
+    return next(size for size in range(MAX_MICRO_BATCH, 0, -1) if share % size == 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """`batch_size` samples a step, over all ranks and micro-batches.
 
-    ValueError unless every rank has the same number of full micro-batches in every step. So a
-    step's gradient, the mean over ranks and micro-batches, weighs all samples equally.
+    ValueError unless every rank has the same number of full micro-batches in every step.
     """
 
     batch_size: int
@@ -21,11 +29,16 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} of {self.world_size} workers")
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of {self.world_size} workers; "
+                "choose a batch_size that is"
+            )
         if self.batch_size % (self.micro_batch_size * self.world_size):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size "
                 f"{self.micro_batch_size} x {self.world_size} workers; choose a micro_batch_size "
-                f"that divides {self.batch_size / self.world_size:g}"
+                f"that divides {self.batch_size // self.world_size}"
             )
 
     @property

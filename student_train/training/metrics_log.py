@@ -89,11 +89,16 @@ class MetricsLog:
                 file.write(_line(line))
 
 
-def logged_step(run: Path) -> int:
-    """Return the last step in a run's metrics; 0 before the first line."""
+def last_line(run: Path) -> dict[str, Any]:
+    """Return the last line of a run's metrics; empty before the first."""
     path = run / METRICS_LOG_FILE
     lines = _read_lines(path) if path.exists() else []
-    return int(lines[-1]["step"]) if lines else 0
+    return lines[-1] if lines else {}
+
+
+def logged_step(run: Path) -> int:
+    """Return the last step in a run's metrics; 0 before the first line."""
+    return int(last_line(run).get("step", 0))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
-from student_train.data.batch_plan import BatchPlan
+from student_train.data.batch_plan import BatchPlan, micro_batch
 from student_train.data.stream import TrainingStream, parts_needed
 from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
@@ -81,10 +81,12 @@ def train_student(
     arguments = training_arguments(settings, run, num_steps)
     plan = BatchPlan(
         batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.micro_batch_size
+        or micro_batch(settings.batch_size, arguments.world_size),
         rank=arguments.process_index,
         world_size=arguments.world_size,
     )
+    arguments.per_device_train_batch_size = plan.micro_batch_size
     arguments.gradient_accumulation_steps = plan.accumulation_steps
     if settings.shard == "fsdp" and plan.world_size == 1:
         raise ValueError(

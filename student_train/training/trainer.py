@@ -67,7 +67,6 @@ def training_arguments(settings: TrainerSettings, run: Path, num_steps: int) -> 
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=num_steps,
-        per_device_train_batch_size=settings.micro_batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},

@@ -131,6 +131,7 @@ class RecordSettings(StrictRecord):
     """
 
     records: RecordKind = "topk+sketch"
+    """What is stored of the teacher's outputs."""
     top_k: int = field(default=64, metadata=_TOP_K)
     """Largest logits kept per position; with top_p, the maximum."""
     top_p: float | None = field(default=None, metadata=_TOP_K)
@@ -155,11 +156,13 @@ class RecordSettings(StrictRecord):
     the tail template are fitted; all of them where the source has fewer. With fewer, or with few
     distinct images, the basis lacks directions of other images (docs/method.md)."""
     hidden_dtype: HiddenDtype = field(default="bfloat16", metadata=_HIDDEN)
+    """How hidden states are stored."""
     hidden_group: int | None = field(default=64, metadata=_HIDDEN)
     """Most channels that share a scale where states are int8; None: one scale per token."""
     hidden_max_error: float = field(default=0.02, metadata=_HIDDEN)
     """Largest error of an int8 state, as a share of the state's norm."""
     affinity_dtype: AffinityDtype = field(default="float16", metadata=_TOP_K)
+    """How cosines of VLAD are stored."""
     affinity_max_error: float = field(default=0.002, metadata=_TOP_K)
     """Largest error of an int8 cosine."""
     grid: GridSettings | None = None

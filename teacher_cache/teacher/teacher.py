@@ -159,6 +159,7 @@ class Teacher:
             progress("calibrate", min(done, total), total)
             if num_tokens is not None and found.num_tokens >= num_tokens:
                 break
+        progress("calibrate", found.num_tokens, found.num_tokens)
         self.sketch, self.template = found.sketch(), found.template()
 
     def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:

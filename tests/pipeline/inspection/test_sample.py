@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.inspection.sample import describe_sample, load_tokenizer
+from pipeline.inspection.sample import describe_sample, find_sample, load_tokenizer
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.options import RecordKind, RecordSettings
@@ -115,11 +115,35 @@ def test_the_beginning_of_a_key_is_enough_if_it_names_one_sample(tmp_path: Path)
     reader = _cache(tmp_path)
     keys = reader.keys
     assert describe_sample(reader, keys[3][:12])["key"] == keys[3]
-    with pytest.raises(ValueError, match="4 samples have a key that begins with ''") as caught:
+    with pytest.raises(ValueError, match=r"0 samples have .*first keys are") as caught:
         describe_sample(reader, "")
     assert all(key in str(caught.value) for key in keys)
     with pytest.raises(ValueError, match=f"0 samples have .*first keys are: {keys[0]}"):
         describe_sample(reader, "nothing")
+
+
+def test_source_ids_and_repeated_samples_name_a_sample(tmp_path: Path) -> None:
+    made = [make_cached(number) for number in range(2)]
+    key = made[0].sample.key
+    rows = [
+        replace(made[number], sample=replace(made[number].sample, key=name, source_id=source_id))
+        for number, name, source_id in (
+            (0, key, "first"),
+            (0, f"{key}-1", "second"),
+            (0, f"{key}-2", "same"),
+            (1, made[1].sample.key, "same"),
+        )
+    ]
+    build(tmp_path, [rows])
+    reader = CacheReader.open(tmp_path)
+    for wanted in (key, f"{key}-1", f"{key}-2"):
+        assert reader.keys[find_sample(reader, wanted)] == wanted
+    assert find_sample(reader, "second") == 1
+    with pytest.raises(ValueError, match=r"2 samples have the source id 'same'.*keys are") as found:
+        find_sample(reader, "same")
+    assert f"{key}-2, {made[1].sample.key}" in str(found.value)
+    with pytest.raises(ValueError, match=f"3 samples .*{key}, {key}-1, {key}-2"):
+        find_sample(reader, key[:9])
 
 
 @pytest.mark.parametrize("records", TIERS)

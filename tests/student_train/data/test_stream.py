@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from student_train.config.objective import ObjectiveName, preset
-from student_train.data.batch_plan import BatchPlan
+from student_train.data.batch_plan import BatchPlan, micro_batch
 from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import (
     READ_AHEAD,
@@ -126,6 +126,17 @@ def test_a_foreign_state_is_refused_with_the_field(reader: CacheReader, teacher:
         with pytest.raises(CacheMismatchError, match=f"{field}: stored"):
             stream.seek(replace(stream.state(8), **{field: value}))
     assert stream.position == 0
+
+
+def test_the_default_micro_batch_is_the_largest_that_cuts_a_share_evenly() -> None:
+    found = {(4, 1): 4, (32, 1): 8, (12, 1): 6, (11, 1): 1, (7, 1): 7, (32, 8): 4, (1, 1): 1}
+    assert {(size, ways): micro_batch(size, ways) for size, ways in found} == found
+    for size, ways in product(range(1, 65), range(1, 9)):
+        if size % ways == 0:
+            chosen = micro_batch(size, ways)
+            BatchPlan(batch_size=size, micro_batch_size=chosen, world_size=ways)
+            share = size // ways
+            assert chosen == max(each for each in range(1, 9) if share % each == 0)
 
 
 def test_uneven_micro_batches_and_positions_inside_a_step_are_refused() -> None:

@@ -119,7 +119,7 @@ def test_a_check_of_what_is_whole_already_is_refused() -> None:
         ObjectiveConfig(matching=MatchingConfig(metric="prob_l1")),
         preset("rld"),
     ):
-        with pytest.raises(ValueError, match=r"nothing is to be checked; set match_check_steps"):
+        with pytest.raises(ValueError, match=r"there is nothing to check; set match_check_steps"):
             TrainerSettings(objective=objective, match_check_steps=5)
         TrainerSettings(objective=objective)
     TrainerSettings(objective=preset("emkd"), match_check_steps=5)
