@@ -30,6 +30,7 @@ from pipeline.config.checks import refuse_url_paths
 from pipeline.config.extend import ExtendConfig
 from student_train.config.objective import (
     TERMS,
+    CorrespondenceName,
     DivergenceName,
     MatchMetric,
     MatchScope,
@@ -60,6 +61,14 @@ _OBJECTIVE_FLAGS: dict[str, tuple[Any, str]] = {
     "smooth_l1_beta": (float, "Threshold of VLAD's smooth L1."),
 }
 _MATCHING_FLAGS: dict[str, tuple[str, Any, str]] = {
+    "correspondence": (
+        "correspondence",
+        CorrespondenceName,
+        "How costs become pairs: least total cost (hungarian, the paper's), the same inside a "
+        "token's own window (local), with distances (spatial); greedy, nearest and random are "
+        "controls.",
+    ),
+    "place_weight": ("place_weight", float, "Weight of squared distances, for spatial."),
     "match_metric": ("metric", MatchMetric, "Cost of a pair of vision tokens."),
     "match_scope": ("scope", MatchScope, "One assignment per view or one per image."),
     "match_shared_ids": (

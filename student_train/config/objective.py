@@ -4,6 +4,7 @@ Defaults are EM-KD's where the paper states them and the project's documented ch
 silent (docs/method.md lists them all). Imports nothing heavy: `emkd --help` reads this.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ from teacher_cache.schema.strict_json import StrictRecord
 
 MatchMetric = Literal["raw_l1", "centred_l1", "prob_l1", "hidden_cosine", "hidden_l2"]
 MatchScope = Literal["view", "global"]
+CorrespondenceName = Literal["hungarian", "local", "spatial", "greedy", "nearest", "random"]
 TailPolicy = Literal["exact", "blend", "bucket", "renormalise"]
 UsedTail = TailPolicy | Literal["blend_template"]
 """The policy used for a signal: `blend_template` is `blend` with the cache's template of an average
@@ -38,6 +40,12 @@ _ABSENT_TERMS: dict[str, tuple[str, ...]] = {
 class MatchingConfig(StrictRecord):
     """How student vision tokens are paired with teacher vision tokens."""
 
+    correspondence: CorrespondenceName = "hungarian"
+    """How costs become pairs (student_train/matching/correspondences): `hungarian`, the least total
+    cost, is the paper's; `local` does so inside a token's own window of the view; `spatial` adds
+    squared distances; `greedy`, `nearest` and `random` are controls."""
+    place_weight: float = 0.0
+    """Weight of squared distances against mean costs, for `spatial`."""
     metric: MatchMetric = "raw_l1"
     """Cost of a pair: L1 of raw logits (the paper), of row-centred logits or of probabilities; or,
     of hidden states of equal widths, one minus their cosine or their Euclidean distance."""
@@ -54,6 +62,23 @@ class MatchingConfig(StrictRecord):
         if self.num_shared_ids is not None and self.num_shared_ids < 1:
             raise ValueError(
                 f"num_shared_ids must be >= 1, or None for all, found {self.num_shared_ids}"
+            )
+        if not (self.place_weight >= 0 and math.isfinite(self.place_weight)):
+            raise ValueError(f"place_weight must be >= 0 and finite, found {self.place_weight}")
+        if self.place_weight and self.correspondence != "spatial":
+            raise ValueError(
+                f"place_weight would have no effect: correspondence is {self.correspondence}, "
+                "which weighs no distances; omit it, or take correspondence spatial"
+            )
+        if self.scope == "global" and self.correspondence in ("local", "spatial"):
+            raise ValueError(
+                f"correspondence {self.correspondence} needs the places of tokens, which scope "
+                "global does not know: an image's views may lie anywhere in it; take scope view"
+            )
+        if self.certify and self.correspondence != "hungarian":
+            raise ValueError(
+                "certify proves which pairs of least total cost are those of the exact costs; "
+                f"found correspondence {self.correspondence}; omit it, or take hungarian"
             )
 
     @model_validator(mode="before")
@@ -131,6 +156,11 @@ class ObjectiveConfig(StrictRecord):
     def require_sampled_costs(self) -> None:
         """Raise ValueError unless matching uses a sample of the vocabulary."""
         matching = self.matching
+        if self.needs_vision and matching.correspondence != "hungarian":
+            raise ValueError(
+                "match_check_steps compares assignments of least total cost, found correspondence "
+                f"{matching.correspondence}; set match_check_steps to 0"
+            )
         sampled = matching.metric in ("raw_l1", "centred_l1") and matching.num_shared_ids
         if not self.needs_vision or not sampled:
             found = f"matching by {matching.metric} with num_shared_ids {matching.num_shared_ids}"

@@ -12,6 +12,7 @@ teacher_output.py.
 
 import itertools
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -38,9 +39,16 @@ from student_train.matching.quality import (
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, concatenate
 from teacher_cache.records.assets import TeacherAssets
-from teacher_cache.schema.teacher_output import TeacherOutput
+from teacher_cache.schema.teacher_output import TeacherOutput, TopKRecord
 
 logger = logging.getLogger(__name__)
+
+
+MATCH_DIAGNOSTICS = (
+    *("mean_cost", "separability", "arbitrary", "hubness"),
+    *("distance", "inside", "local", "certified"),
+)
+"""Fields of `AssignmentStats` that are logged, as `match_<name>`."""
 
 
 class Matched(NamedTuple):
@@ -105,7 +113,7 @@ class PendingBatch:
 
     def _describe(self, matching: Matching, started: _Started) -> None:
         stats = assignment_stats(matching.samples)
-        for name in ("mean_cost", "separability", "arbitrary", "hubness", "certified"):
+        for name in MATCH_DIAGNOSTICS:
             if (value := getattr(stats, name)) is not None:
                 self.diagnostics[f"match_{name}"] = value
         if matching.mean_logits is not None:
@@ -150,7 +158,11 @@ def start_batch_matching(
             hidden = torch.cat([state.vision for state, _ in present])
         signals = [vision_signal(output, assets) for _, output in present]
         teacher = concatenate(signals).to(hidden.device)
-        tokens = [VisionTokens(state.views, output.views, state.kept) for state, output in present]
+        is_random = objective.matching.correspondence == "random"
+        tokens = [
+            VisionTokens(state.views, output.views, state.kept, _seed(output) if is_random else 0)
+            for state, output in present
+        ]
         require_comparable(hidden, teacher, objective.matching)
         start = _starter(hidden, head)
         pairs = start(tokens, hidden, head, teacher, objective.matching)
@@ -191,6 +203,15 @@ def _starter(hidden: Tensor, head: LogitsOf) -> Callable[..., Future[PendingMatc
 def _cost_thread() -> ThreadPoolExecutor:
     """A pool apart from the solvers', so that neither waits for the other."""
     return ThreadPoolExecutor(1, thread_name_prefix="matching-costs")
+
+
+def _seed(output: TeacherOutput) -> int:
+    """A number of the sample's image and text, from the teacher's record."""
+    shown = output.hidden.vision if output.hidden is not None else output.vision
+    values = shown.logsumexp if isinstance(shown, TopKRecord) else shown
+    assert values is not None
+    seen = values[:64].cpu().float().numpy().tobytes()
+    return zlib.crc32(seen + output.content_ids.cpu().long().numpy().tobytes())
 
 
 @cache

@@ -23,12 +23,26 @@ class SolvedProblem(NamedTuple):
     hubness: float
     certified: Bool[Tensor, " p"] | None
     """Pairs that are provably those of the exact costs (`MatchingConfig.certify`)."""
+    places: "PairPlaces | None" = None
+    """None for scope=global, where it is not known where tokens lie."""
+
+
+class PairPlaces(NamedTuple):
+    """What the pairs of one problem say of places."""
+
+    mean_distance: float
+    """Between the tokens of a pair, in heights and widths of the view."""
+    inside: float
+    """Share of the pairs whose teacher token is in the student token's window."""
+    local: float
+    """Share of the pairs that the correspondence `local` has too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """Student token `student[i]` is matched to teacher token `teacher[i]`; no token twice.
+    """Student token `student[i]` is matched to teacher token `teacher[i]`.
 
+    No student token occurs twice, and no teacher token but under `nearest`.
     `problems` keeps each solved problem with its costs, for diagnostics.
     """
 
@@ -63,14 +77,19 @@ def solve_assignment(cost: Float[Tensor, "N M"]) -> tuple[Int[Tensor, " P"], Int
     (docs/method.md). ValueError for costs that are NaN or infinite: SciPy would pair some of them.
     """
     matrix = cost.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(
-            f"{int((~torch.isfinite(matrix)).sum())} of {matrix.numel()} matching costs are NaN "
-            "or infinite: the student's vision logits have overflowed; lower the learning rate "
-            "or train in a wider dtype"
-        )
+    require_finite(matrix)
     from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs]
 
     rows, columns = map(torch.from_numpy, linear_sum_assignment(matrix.numpy()))
     order = rows.argsort()
     return rows[order], columns[order]
+
+
+def require_finite(cost: Float[Tensor, "N M"]) -> None:
+    """Raise ValueError for costs that are NaN or infinite."""
+    bad = ~torch.isfinite(cost)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{int(bad.sum())} of {bad.numel()} matching costs are NaN or infinite: the student's "
+            "vision logits have overflowed; lower the learning rate or train in a wider dtype"
+        )

@@ -12,6 +12,9 @@ of one shape are computed together (`problems.py`), and threads solve the assign
 caller goes on. Read reference.py, problems.py, cost.py, assignment.py, then this file;
 cost_error.py and certificate.py, for the option `MatchingConfig.certify`, can be skipped.
 
+`MatchingConfig.correspondence` may replace the assignment by another way to pair tokens
+(`correspondences/`); the default is the paper's.
+
 Promise: index pairs, optimal up to the solver's float64, sorted by student token; no gradient;
 independent of thread timing. Dimensions as in teacher_output.py, B problems of n student and m
 teacher tokens, p = min(n, m).
@@ -31,12 +34,14 @@ from torch import Tensor
 
 from student_train.config.objective import MatchingConfig
 from student_train.head.linear_head import LogitsOf
-from student_train.matching.assignment import Assignment, SolvedProblem, solve_assignment
+from student_train.matching.assignment import Assignment, SolvedProblem
 from student_train.matching.certificate import prove_pairs
+from student_train.matching.correspondences.pairing import PairingProblem
+from student_train.matching.correspondences.table import CORRESPONDENCES
 from student_train.matching.cost import pair_costs, problems_at_once
 from student_train.matching.cost_error import CostError, cost_errors
 from student_train.matching.problems import Problem, Problems, VisionTokens, find_problems, rows_of
-from student_train.matching.quality import hubness, separability
+from student_train.matching.quality import hubness, pair_places, separability
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.schema.samples import ViewGrid
 
@@ -65,6 +70,8 @@ class _Task(NamedTuple):
     errors: Sequence[CostError | None]
     student_rows: Int[Tensor, "B n"]
     teacher_rows: Int[Tensor, "B m"]
+    problems: Sequence[Problem]
+    config: MatchingConfig
 
 
 class _Solution(NamedTuple):
@@ -180,6 +187,8 @@ def start_matching(
             cost_errors(signal, config, cost),
             _numbered(own).view(len(group), -1),
             _numbered(theirs).view(len(group), -1),
+            group,
+            config,
         )
         solutions += [_solvers().submit(_solve, each) for each in _split(task)]
     return PendingMatching(
@@ -217,6 +226,7 @@ def _split(task: _Task) -> Iterator[_Task]:
             errors=task.errors[some],
             student_rows=task.student_rows[some],
             teacher_rows=task.teacher_rows[some],
+            problems=task.problems[some],
         )
 
 
@@ -241,7 +251,12 @@ def _to_host(cost: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def _solve(task: _Task) -> _Solution:
     if task.copied is not None:
         task.copied.synchronize()
-    pairs = [solve_assignment(cost) for cost in task.cost]
+    weight, pair = task.config.place_weight, CORRESPONDENCES[task.config.correspondence]
+    asked = [
+        PairingProblem(cost, problem.geometry, problem.seed, weight)
+        for cost, problem in zip(task.cost, task.problems, strict=True)
+    ]
+    pairs = [pair(each) for each in asked]
     rows_Bp, columns_Bp = (torch.stack(side) for side in zip(*pairs, strict=True))
     paired_Bp = task.cost[torch.arange(len(pairs))[:, None], rows_Bp, columns_Bp]
     fields = zip(
@@ -257,6 +272,7 @@ def _solve(task: _Task) -> _Solution:
                 task.cost, task.errors, rows_Bp, columns_Bp, strict=True
             )
         ],
+        [pair_places(each, *found) for each, found in zip(asked, pairs, strict=True)],
         strict=True,
     )
     return _Solution(

@@ -6,6 +6,7 @@ samples and of the student's views. Dropped student tokens are in no problem; a 
 student tokens gives none. Refuses two sides with different views or, for scope=global, images.
 """
 
+import zlib
 from bisect import bisect_left
 from collections.abc import Sequence, Set
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from student_train.config.objective import MatchScope
+from student_train.matching.geometry import Geometry, view_geometry
 from teacher_cache.schema.samples import ViewGrid
 
 _Spans = dict[tuple[int, ...], list[range]]
@@ -28,6 +30,8 @@ class VisionTokens(NamedTuple):
     teacher_views: Sequence[ViewGrid]
     student_kept: Int[Tensor, " N"] | None = None
     """Ascending numbers of the student's tokens that are left; None: all."""
+    seed: int = 0
+    """A number of the sample, for the correspondence `random`."""
 
 
 class Problem(NamedTuple):
@@ -36,6 +40,10 @@ class Problem(NamedTuple):
     sample: int
     student: list[range]
     teacher: list[range]
+    seed: int = 0
+    """Differs from problem to problem of a sample, and never changes."""
+    geometry: Geometry | None = None
+    """None for scope=global."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,10 +67,21 @@ def find_problems(samples: Sequence[VisionTokens], scope: MatchScope) -> Problem
         student, student_stop = _spans(sample.student_views, scope, student_start)
         teacher, teacher_stop = _spans(sample.teacher_views, scope, teacher_start)
         _require_same(student.keys(), teacher.keys(), scope)
-        if sample.student_kept is not None:
-            student = _only_kept(student, student_start, sample.student_kept.tolist())
-            student_stop = student_start + len(sample.student_kept)
-        found.all.extend(Problem(number, own, teacher[key]) for key, own in student.items())
+        whole, kept = student, sample.student_kept
+        if kept is not None:
+            student = _only_kept(student, student_start, kept.tolist())
+            student_stop = student_start + len(kept)
+        grids = _grids(sample) if scope == "view" else {}
+        for key, own in student.items():
+            geometry = None
+            if scope == "view":
+                geometry = view_geometry(*grids[key])
+                if kept is not None:
+                    start = whole[key][0].start - student_start
+                    inside = (kept >= start) & (kept < start + len(whole[key][0]))
+                    geometry = geometry.of_students(kept[inside] - start)
+            seed = zlib.crc32(repr((sample.seed, key)).encode())
+            found.all.append(Problem(number, own, teacher[key], seed, geometry))
         found.num_student.append(student_stop - student_start)
         found.num_teacher.append(teacher_stop - teacher_start)
         student_start, teacher_start = student_stop, teacher_stop
@@ -88,6 +107,13 @@ def _spans(views: Sequence[ViewGrid], scope: MatchScope, start: int) -> tuple[_S
         spans.setdefault(key, []).append(range(start, stop))
         start = stop
     return spans, start
+
+
+def _grids(sample: VisionTokens) -> dict[tuple[int, ...], tuple[ViewGrid, ViewGrid]]:
+    """The student's and the teacher's grid of each view."""
+    theirs = {(view.image, view.view): view for view in sample.teacher_views}
+    own = {(view.image, view.view): view for view in sample.student_views}
+    return {key: (view, theirs[key]) for key, view in own.items()}
 
 
 def _only_kept(spans: _Spans, start: int, kept: list[int]) -> _Spans:

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from student_train.matching.assignment import Assignment
+from student_train.matching.assignment import Assignment, PairPlaces
+from student_train.matching.correspondences.local import local
+from student_train.matching.correspondences.pairing import PairingProblem
 from student_train.ops.precision import at_least_float32
 
 LEAST_SEPARABILITY = 0.1
@@ -43,6 +45,23 @@ def hubness(cost: Float[Tensor, "*batch N M"]) -> Float[Tensor, "*batch"]:
     return is_nearest.sum(dim=-1, dtype=torch.float64) / cost.shape[-2]
 
 
+@torch.no_grad()
+def pair_places(
+    problem: PairingProblem, rows: Int[Tensor, " p"], columns: Int[Tensor, " p"]
+) -> PairPlaces | None:
+    """What the pairs of one problem say of places; None where it is not known where tokens lie."""
+    if problem.geometry is None or not len(rows):
+        return None
+    own_rows, own_columns = local(problem)
+    partner = torch.full((len(problem.cost),), -1)
+    partner[own_rows] = own_columns
+    return PairPlaces(
+        mean_distance=float(problem.geometry.distance[rows, columns].mean()),
+        inside=float(problem.geometry.inside[rows, columns].double().mean()),
+        local=float((partner[rows] == columns).double().mean()),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssignmentStats:
     """Means over the problems of some matchings.
@@ -52,6 +71,7 @@ class AssignmentStats:
     `arbitrary`: share of problems with separability below `LEAST_SEPARABILITY`.
     Both are of the problems with several tokens on both sides; None where there are none.
     `hubness`: distinct nearest teacher tokens per student token.
+    `distance`, `inside`, `local`: of pairs, see `PairPlaces`; None for scope=global.
     `certified`: share of pairs that are provably those of the exact costs; None unless
     `MatchingConfig.certify`.
     """
@@ -60,6 +80,9 @@ class AssignmentStats:
     separability: float | None
     arbitrary: float | None
     hubness: float
+    distance: float | None = None
+    inside: float | None = None
+    local: float | None = None
     certified: float | None = None
 
 
@@ -70,6 +93,7 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
     # With one token on a side there is no interaction, and nothing is arbitrary.
     several = [problem.separability for problem in problems if min(problem.cost.shape) > 1]
     proven = certified_pairs(assignments)
+    places = [problem.places for problem in problems if problem.places is not None]
     return AssignmentStats(
         mean_cost=sum(problem.total_cost for problem in problems) / max(1, num_pairs),
         separability=_mean(several) if several else None,
@@ -77,6 +101,9 @@ def assignment_stats(assignments: Sequence[Assignment]) -> AssignmentStats:
         if several
         else None,
         hubness=_mean(problem.hubness for problem in problems),
+        distance=_mean(each.mean_distance for each in places) if places else None,
+        inside=_mean(each.inside for each in places) if places else None,
+        local=_mean(each.local for each in places) if places else None,
         certified=None if proven is None or not num_pairs else float(proven.double().mean()),
     )
 

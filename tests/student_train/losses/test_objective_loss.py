@@ -272,6 +272,9 @@ def test_the_log_says_what_the_divergences_rest_on() -> None:
         "match_separability",
         "match_arbitrary",
         "match_hubness",
+        "match_distance",
+        "match_inside",
+        "match_local",
         "student_row_mean_spread",
     }
     sketched_loss = batch.loss(EMKD, "topk+sketch")
