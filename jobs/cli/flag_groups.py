@@ -45,6 +45,7 @@ _GROUPS: dict[type, dict[str, str]] = {
         "computation": "torch_threads",
     },
     TrainerSettings: {
+        "checks": "on_bad_sample",
         "student": "train_parts records",
         "optimization": "batch_size max_steps epochs learning_rate min_lr_ratio warmup_ratio "
         "weight_decay adam_beta2 max_grad_norm seed",

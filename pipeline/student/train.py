@@ -36,8 +36,8 @@ def train(
     """Train the student of `config`, or resume it; returns the final folder.
 
     Raises `IncompleteCacheError` for a cache that is not sealed, `CacheMismatchError` for another
-    cache, tokenizer or run folder than expected, `SampleError` for a sample whose text the
-    student's processor tokenizes differently.
+    cache, tokenizer or run folder than expected, and for samples of the cache that do not fit the
+    student.
     """
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
@@ -63,10 +63,12 @@ def train(
                 config.student, config.projector, config.stride, dtype=torch.float32
             )
         _require_vocabulary(config, processor, reader)
+        return model, processor
+
+    def begin() -> None:
         if os.environ.get("RANK", "0") == "0":
             text = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True, default=str)
             write_atomic(config.out / CONFIG_FILE, f"{text}\n".encode())
-        return model, processor
 
     train_student(
         config.out,
@@ -75,6 +77,7 @@ def train(
         config.training,
         student=student_identity(config.student, config.projector, config.stride, template),
         chat_template=template,
+        begin=begin,
         report=report,
         progress=progress,
     )

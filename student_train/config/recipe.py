@@ -99,6 +99,9 @@ class TrainerSettings(TrainRecipe):
     """Compute activations again in the backward pass: less memory, more time."""
     device: str = "auto"
     """`auto` takes CUDA where it is available."""
+    on_bad_sample: Literal["refuse", "skip"] = "refuse"
+    """refuse: stop before the first step and name the samples of the cache that do not fit the
+    student; skip: leave them out and list them in preflight.json."""
     loader_threads: int = 2
     """Threads that read and encode samples ahead; 0 does it between the steps."""
     save_steps: int = 500

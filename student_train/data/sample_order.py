@@ -1,29 +1,56 @@
-"""Decides the shuffle order of samples: a pure function of shard sizes, seed and window.
+"""Decides the shuffle order of samples: a pure function of shard sizes, seed, window, skipped rows.
 
 Each epoch permutes the shards, cuts them into windows, and permutes the rows inside each window.
+Skipped rows are in no shard: the order is that of a cache without them.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+from teacher_cache.schema.fingerprint import digest_json
+from teacher_cache.schema.strict_json import StrictRecord
+
 _Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedSamples(StrictRecord):
+    """Names a set of samples that are left out: part of the identity of a run."""
+
+    num_samples: int
+    digest: str
+    """Of their keys, in the order of the cache."""
+
+
+def skipped_samples(keys: Sequence[str]) -> SkippedSamples | None:
+    """The record of these keys; None where there are none."""
+    return SkippedSamples(num_samples=len(keys), digest=digest_json(list(keys))) if keys else None
 
 
 class SampleOrder:
     """The endless shuffled order: position -> row, counted over all shards in order."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], seed: int, window: int, skipped: Collection[int] = ()
+    ) -> None:
         if sum(shard_sizes) < 1 or min(shard_sizes) < 0:
             raise ValueError(f"an order needs rows; found shards of {list(shard_sizes)[:10]}")
         if window < 1 or not 0 <= seed < 2**64:
             raise ValueError(f"expected window >= 1, 0 <= seed < 2**64; found {window}, {seed}")
-        self.num_rows = sum(shard_sizes)
-        self._sizes = np.array(shard_sizes, dtype=np.int64)
-        self._starts = [0, *accumulate(shard_sizes)]
+        self._kept: _Ints = np.setdiff1d(
+            np.arange(sum(shard_sizes)), np.array([*skipped], np.int64)
+        )
+        self.num_rows = len(self._kept)
+        if not self.num_rows:
+            raise ValueError(f"an order needs rows; all {sum(shard_sizes)} are skipped")
+        ends = np.searchsorted(self._kept, [0, *accumulate(shard_sizes)])
+        self._sizes: _Ints = np.diff(ends)
+        self._starts: list[int] = ends.tolist()
         self._seed = seed
         self._window = window
         # Caches of the latest epoch's shard order and the latest window's rows, with their keys.
@@ -37,7 +64,7 @@ class SampleOrder:
         epoch, offset = divmod(position, self.num_rows)
         shards, starts = self._shards_of(epoch)
         number = bisect_right(starts, offset) - 1
-        return int(self._rows_of(epoch, number, shards)[offset - starts[number]])
+        return int(self._kept[self._rows_of(epoch, number, shards)[offset - starts[number]]])
 
     def _shards_of(self, epoch: int) -> tuple[_Ints, list[int]]:
         """The order of the shards in an epoch, and the offset where each window begins."""

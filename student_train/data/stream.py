@@ -7,7 +7,7 @@ the columns that the objective needs are read. Refuses samples whose tokens, ima
 between student and teacher (same_text.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +15,7 @@ from student_train.config.objective import MatchScope, ObjectiveConfig
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.prefetch import read_ahead
 from student_train.data.same_text import check_against_teacher
-from student_train.data.sample_order import SampleOrder
+from student_train.data.sample_order import SampleOrder, SkippedSamples, skipped_samples
 from teacher_cache.codec.columns import Part
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
@@ -63,13 +63,15 @@ class StreamState(StrictRecord):
     seed: int
     batch_size: int
     position: int
+    skipped: SkippedSamples | None = None
+    """Samples that are left out; absent in earlier versions, which left out none."""
 
 
 class TrainingStream:
     """Yields micro-batches of one rank without end, from `position` on (`seek` sets it).
 
     `encode` is called from several threads at once unless `num_threads` is 0. `tier` is the tier to
-    learn from, one that the cache holds.
+    learn from, one that the cache holds. `skipped` numbers the samples to leave out.
     """
 
     def __init__(
@@ -83,19 +85,19 @@ class TrainingStream:
         seed: int,
         plan: BatchPlan,
         num_threads: int = 0,
+        skipped: Collection[int] = (),
     ) -> None:
         self.plan = plan
         self.position = 0
         self._reader = reader
         self._encode = encode
         self._parts = parts_needed(objective, tier, has_grid=reader.spec.grid is not None)
-        self._scope: MatchScope | None = (
-            objective.matching.scope if objective.needs_vision else None
-        )
+        self._scope: MatchScope | None = matching_scope(objective)
         self._pad_token_id = pad_token_id
         self._seed = seed
         self._num_threads = num_threads
-        self._order = SampleOrder(reader.shard_sizes, seed, SHUFFLE_WINDOW)
+        self._order = SampleOrder(reader.shard_sizes, seed, SHUFFLE_WINDOW, skipped)
+        self._skipped = skipped_samples([reader.keys[index] for index in sorted(skipped)])
 
     @property
     def grid(self) -> GridSettings | None:
@@ -105,7 +107,7 @@ class TrainingStream:
     @property
     def num_rows(self) -> int:
         """Samples of one epoch."""
-        return len(self._reader)
+        return self._order.num_rows
 
     def state(self, position: int) -> StreamState:
         """Return the state after optimizer steps have used `position` samples, over all ranks."""
@@ -115,6 +117,7 @@ class TrainingStream:
             seed=self._seed,
             batch_size=self.plan.batch_size,
             position=position,
+            skipped=self._skipped,
         )
 
     def seek(self, state: StreamState) -> None:
@@ -139,6 +142,11 @@ class TrainingStream:
         encoded = self._encode(cached.sample)
         check_against_teacher(encoded, cached.output, self._scope)
         return encoded, cached.output
+
+
+def matching_scope(objective: ObjectiveConfig) -> MatchScope | None:
+    """The scope of the matching; None for an objective that matches no vision tokens."""
+    return objective.matching.scope if objective.needs_vision else None
 
 
 def parts_needed(

@@ -2,6 +2,7 @@
 
     emkd_run.json       run identity, created exclusively after the first step
     checkpoint-<step>/  transformers' own files; emkd_checkpoint.json, written last, completes it
+    preflight.json      which samples do not fit the student, see preflight.py
     metrics.jsonl       see metrics_log.py
     final/              model, processor and emkd_run.json; complete, by rename
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from student_train.config.recipe import TrainerSettings, TrainRecipe
+from student_train.data.sample_order import SkippedSamples
 from student_train.data.stream import StreamState
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
@@ -56,6 +58,8 @@ class RunIdentity(StrictRecord):
     loss_means: Literal["micro_batch", "step"] = "micro_batch"
     """What a term is a mean over. Runs begun before this field existed took the mean of the means
     of their micro-batches."""
+    skipped: SkippedSamples | None = None
+    """Samples that do not fit the student and were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,23 +2,27 @@
 
 Runs in a plain process, under torchrun and in a Ray Train worker. A finished run returns at once; a
 killed one continues from its newest complete checkpoint. A folder that holds another run is refused
-with the fields that differ, and is not changed.
+with the fields that differ, and is not changed. Before the first step every sample of the cache is
+checked against the student (preflight.py).
 """
 
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import wait_for_everyone
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan, micro_batch
-from student_train.data.stream import TrainingStream, parts_needed
+from student_train.data.sample_order import skipped_samples
+from student_train.data.stream import TrainingStream, matching_scope, parts_needed
 from student_train.epic.step_plan import require_progression
 from student_train.losses.require_served import require_served
 from student_train.models.forward import output_head
@@ -35,6 +39,13 @@ from student_train.training.checkpoint import (
 )
 from student_train.training.fsdp import shard
 from student_train.training.fsdp_trainer import ShardedTrainer
+from student_train.training.preflight import (
+    Preflight,
+    check_cache,
+    store_preflight,
+    stored_preflight,
+    what_is_compared,
+)
 from student_train.training.trainable import set_trainable
 from student_train.training.trainer import EmkdTrainer, MetricsCallback, training_arguments
 from teacher_cache.folder.reader import CacheReader
@@ -56,6 +67,7 @@ def train_student(
     *,
     student: str,
     chat_template: str | None = None,
+    begin: Callable[[], None] | None = None,
     report: MetricsCallback | None = None,
     progress: Progress = no_progress,
 ) -> FinishedRun:
@@ -63,22 +75,15 @@ def train_student(
 
     `student` is a digest of its weights and projector, so that a finished run is recognised without
     loading it. `chat_template` is the text of one that replaces the student's own; default: the one
-    that replaced the teacher's when the cache was built, if any. `report` is called on every rank
-    with each line of the metrics log, `progress` on rank 0 after each step.
+    that replaced the teacher's when the cache was built, if any. `begin` is called on every rank
+    when all checks have passed. `report` is called on every rank with each line of the metrics log,
+    `progress` on rank 0 during the checks and after each step.
 
-    CacheMismatchError where `run` holds another run, SampleError where a sample's text or images
-    differ between student and teacher, ValueError for settings that do not fit together.
+    CacheMismatchError where `run` holds another run, and where samples do not fit the student
+    (`settings.on_bad_sample` skip leaves them out). ValueError for settings that do not fit
+    together.
     """
-    num_steps = settings.num_steps(len(reader))
-    identity = RunIdentity(
-        cache=reader.fingerprint,
-        teacher=reader.spec.teacher_weights,
-        student=student,
-        num_steps=num_steps,
-        recipe=settings.recipe,
-        loss_means="step",
-    )
-    arguments = training_arguments(settings, run, num_steps)
+    arguments = training_arguments(settings, run, settings.num_steps(len(reader)))
     plan = BatchPlan(
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size
@@ -86,46 +91,68 @@ def train_student(
         rank=arguments.process_index,
         world_size=arguments.world_size,
     )
-    arguments.per_device_train_batch_size = plan.micro_batch_size
-    arguments.gradient_accumulation_steps = plan.accumulation_steps
     if settings.shard == "fsdp" and plan.world_size == 1:
         raise ValueError(
             "shard is fsdp, but there is only one worker; give --num-workers 2 or more, or "
             "--shard none"
         )
+    compared = what_is_compared(reader, student, chat_template, matching_scope(settings.objective))
+    prepare = cache(lambda: _prepare(reader, load, settings, chat_template))
+
+    def check() -> Preflight:
+        prepared = prepare()
+        return check_cache(
+            reader, prepared.model, prepared.encoder, compared, plan, settings, progress
+        )
+
+    preflight = stored_preflight(run, compared)
+    if settings.on_bad_sample == "skip":  # what is skipped is part of the identity
+        preflight = preflight or check()
+        skipped = preflight.skipped(reader)
+    else:
+        skipped = ()
+    num_steps = settings.num_steps(len(reader) - len(skipped))
+    identity = RunIdentity(
+        cache=reader.fingerprint,
+        teacher=reader.spec.teacher_weights,
+        student=student,
+        num_steps=num_steps,
+        recipe=settings.recipe,
+        loss_means="step",
+        skipped=skipped_samples([reader.keys[index] for index in skipped]),
+    )
     require_same_run(run, identity)
     finished = finished_run(run)
     if finished is not None:
         logger.info("%s has already finished", run)
         return finished
     resumed = newest_checkpoint(run, identity)
-    tier = tier_to_learn_from(reader.spec.records, settings.records)
-    assets = _assets(reader, settings.objective, tier)
-    require_served(settings.objective, reader.spec, assets, tier)
-    _refuse_idle_gap(settings, reader)
-
-    model, processor = load()
-    set_trainable(model, settings.train_parts)
-    if "language_model" not in settings.train_parts:
-        _differentiate_text(model)
-    _require_vocabulary(model, reader)
+    assets, model, processor, encoder = prepare()
+    preflight = preflight or check()
+    if plan.rank == 0:
+        store_preflight(run, preflight)
+    if settings.on_bad_sample == "refuse":
+        preflight.require_none(run, reader)
+    elif skipped and plan.rank == 0:
+        logger.warning("%s", preflight.describe_skipped(run))
+    if begin is not None:
+        begin()
+    if skipped:
+        arguments = training_arguments(settings, run, num_steps)
+    arguments.per_device_train_batch_size = plan.micro_batch_size
+    arguments.gradient_accumulation_steps = plan.accumulation_steps
     if settings.progression is not None:
         require_progression(model, settings.progression, num_steps)
-    rules = reader.spec.text
-    if chat_template is not None:
-        rules = dataclasses.replace(rules, template=chat_template)
-    encoder = SampleEncoder(
-        processor, model.config, reader.spec.system_prompt, rules, reader.spec.pictures
-    )
     stream = TrainingStream(
         reader,
         encoder.encode,
         objective=settings.objective,
-        tier=tier,
+        tier=tier_to_learn_from(reader.spec.records, settings.records),
         pad_token_id=encoder.pad_token_id,
         seed=settings.seed,
         plan=plan,
         num_threads=settings.loader_threads,
+        skipped=skipped,
     )
     if resumed is not None:
         stream.seek(resumed.record.stream)
@@ -161,6 +188,39 @@ def train_student(
         publish_final(run, partial, record)
     wait_for_everyone()
     return record
+
+
+class _Prepared(NamedTuple):
+    """What the checks and the training share."""
+
+    assets: TeacherAssets
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    encoder: SampleEncoder
+
+
+def _prepare(
+    reader: CacheReader, load: LoadStudent, settings: TrainerSettings, chat_template: str | None
+) -> _Prepared:
+    """Load the student; ValueError for settings that do not fit it or the cache."""
+    tier = tier_to_learn_from(reader.spec.records, settings.records)
+    assets = _assets(reader, settings.objective, tier)
+    require_served(settings.objective, reader.spec, assets, tier)
+    _refuse_idle_gap(settings, reader)
+    model, processor = load()
+    set_trainable(model, settings.train_parts)
+    if "language_model" not in settings.train_parts:
+        _differentiate_text(model)
+    _require_vocabulary(model, reader)
+    if settings.progression is not None:
+        require_progression(model, settings.progression, settings.num_steps(len(reader)))
+    rules = reader.spec.text
+    if chat_template is not None:
+        rules = dataclasses.replace(rules, template=chat_template)
+    encoder = SampleEncoder(
+        processor, model.config, reader.spec.system_prompt, rules, reader.spec.pictures
+    )
+    return _Prepared(assets, model, processor, encoder)
 
 
 def _assets(reader: CacheReader, objective: ObjectiveConfig, tier: TierName) -> TeacherAssets:

@@ -11,6 +11,7 @@ The rule `convert-rgb` is that of caches that were built before this one: Pillow
 """
 
 import io
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _PQ, _HLG = 16, 18
 """Transfer functions of high dynamic range, as PNG's cICP and AVIF's nclx number them."""
 _AVIF_HEADER = 4096
+_SIZE_IN_HEADER = frozenset({"BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "WEBP"})
+"""Formats whose header has the size of the decoded picture, before it is turned upright."""
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+"""Orientations that exchange width and height."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,22 @@ def read_picture(data: bytes, rule: PictureRule = PICTURE_RULE) -> Image.Image:
     raise ValueError(f"has no faithful 8-bit picture: {refused}")
 
 
+def picture_size(data: bytes, rule: PictureRule = PICTURE_RULE) -> tuple[int, int]:
+    """Width and height of `read_picture(data, rule)`, from the header in the common formats.
+
+    Damage behind the header is not noticed there. ValueError as `read_picture`.
+    """
+    with suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        if image.format in _SIZE_IN_HEADER:
+            width, height = image.size
+            if rule == "convert-rgb":
+                return width, height
+            if _why_unfaithful(image, data) is None:
+                sideways = _named_orientation(image, data) in _SIDEWAYS
+                return (height, width) if sideways else (width, height)
+    return read_picture(data, rule).size
+
+
 def picture_traits(data: bytes) -> PictureTraits:
     """What a file has that needs a conversion; reads its header, and pixels where it must.
 
@@ -76,12 +97,7 @@ def picture_traits(data: bytes) -> PictureTraits:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # A PNG may name its orientation behind the pixels; most name none.
-            marks = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-            if image.format != "PNG" or any(mark in data for mark in marks):
-                turned = _orientation(image) in _TURNS
-            else:
-                turned = False
+            turned = _named_orientation(image, data) in _TURNS
             return PictureTraits(
                 turned=turned, transparent=image.has_transparency_data, deep=_bits(image, data) > 8
             )
@@ -126,6 +142,15 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF of an intact picture: SyntaxError, struct.error, ...
         return 1
+
+
+def _named_orientation(image: Image.Image, data: bytes) -> int:
+    """`_orientation` of a file that is open and not decoded."""
+    # A PNG may name its orientation behind the pixels; most name none.
+    marks = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+    if image.format == "PNG" and not any(mark in data for mark in marks):
+        return 1
+    return _orientation(image)
 
 
 def _bits(image: Image.Image, data: bytes) -> int:

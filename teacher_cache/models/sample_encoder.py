@@ -142,13 +142,25 @@ class SampleEncoder:
             raise SampleError(sample.source_id, str(error)) from error
         return EncodedSample(key=sample.key, source_id=sample.source_id, inputs=inputs, spans=spans)
 
+    def read_picture(self, data: bytes) -> Image.Image:
+        """The picture of an image file; ValueError where there is none."""
+        return read_picture(data, self.pictures)
+
+    def _picture(self, sample: Sample, index: int) -> Image.Image:
+        data = sample.images[index]
+        try:
+            return self.read_picture(data)
+        except ValueError as error:
+            what = f"image {index} ({len(data)} bytes) {error}"
+            raise SampleError(sample.source_id, what) from error
+
     def _process(self, sample: Sample, text: str) -> dict[str, Any]:
         """Run the processor on one sample, with the character maps that `_encode` needs.
 
         Image inputs come as tensors, what belongs to the text as lists: transformers' conversion
         of nested lists costs more than tokenising them.
         """
-        images = [_picture(sample, i, self.pictures) for i in range(len(sample.images))]
+        images = [self._picture(sample, number) for number in range(len(sample.images))]
         tokenizer = self.processor.tokenizer
         opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
         outputs = dict(
@@ -314,15 +326,6 @@ def _cut_added(outputs: dict[str, Any]) -> None:
 def _row(values: Any) -> Int[Tensor, " L"]:
     """The one row of a sequence-long output of the processor, lists within a list."""
     return torch.from_numpy(np.array(values[0], dtype=np.int64))
-
-
-def _picture(sample: Sample, index: int, rule: PictureRule) -> Image.Image:
-    data = sample.images[index]
-    try:
-        return read_picture(data, rule)
-    except ValueError as error:
-        what = f"image {index} ({len(data)} bytes) {error}"
-        raise SampleError(sample.source_id, what) from error
 
 
 def _expanded(position: int, replaced: list[dict[str, Any]]) -> int:
