@@ -113,12 +113,12 @@ def _require_rows(encoded: EncodedSample, limits: StudentLimits) -> None:
     """Raise SampleError for a token that the student has no weights for."""
     spans = encoded.spans
     for ids, num_rows, weights in (
-        (encoded.inputs["input_ids"], limits.num_embeddings, "input embeddings"),
-        (spans.content_ids[spans.is_response], limits.num_rows, "head"),
+        (encoded.inputs["input_ids"], limits.num_embeddings, "input embeddings have"),
+        (spans.content_ids[spans.is_response], limits.num_rows, "head has"),
     ):
         if len(ids) and int(ids.max()) >= num_rows:
             raise SampleError(
                 encoded.source_id,
-                f"it has the token id {int(ids.max())}, but the student's {weights} have "
+                f"it has the token id {int(ids.max())}, but the student's {weights} "
                 f"{num_rows} rows; use the tokenizer that belongs to the model",
             )

@@ -42,6 +42,28 @@ def test_a_position_means_the_same_row_whatever_was_read_before(
     assert [order.index_at(p) for p in positions] == [whole[p] for p in positions]
 
 
+@settings(deadline=None)
+@given(sizes=SIZES, seed=SEEDS, window=st.integers(1, 9), data=st.data())
+def test_the_order_with_skipped_rows_is_that_of_shards_without_them(
+    sizes: list[int], seed: int, window: int, data: st.DataObject
+) -> None:
+    skipped = data.draw(st.sets(st.integers(0, sum(sizes) - 1), max_size=sum(sizes) - 1))
+    rows = list(range(sum(sizes)))
+    shards = [[rows.pop(0) for _ in range(size)] for size in sizes]
+    kept = [[row for row in shard if row not in skipped] for shard in shards]
+    flat = [row for shard in kept for row in shard]
+    plain = SampleOrder([len(shard) for shard in kept], seed, window)
+    order = SampleOrder(sizes, seed, window, skipped)
+    assert order.num_rows == len(flat)
+    positions = range(2 * len(flat))
+    assert [order.index_at(p) for p in positions] == [flat[plain.index_at(p)] for p in positions]
+
+
+def test_skipping_every_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="all 3 are skipped"):
+        SampleOrder([2, 1], 0, 1, {0, 1, 2})
+
+
 def test_the_order_stays_the_same_from_version_to_version() -> None:
     order = SampleOrder([3, 0, 4, 2], seed=7, window=2)
     golden = [8, 7, 1, 2, 0, 6, 5, 4, 3, 7, 8, 0, 4, 6, 5, 2, 1, 3]

@@ -18,6 +18,7 @@ from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import (
     READ_AHEAD,
     StudentBatch,
+    TrainingStream,
     parts_needed,
 )
 from teacher_cache.codec.columns import columns_of
@@ -126,6 +127,31 @@ def test_a_foreign_state_is_refused_with_the_field(reader: CacheReader, teacher:
         with pytest.raises(CacheMismatchError, match=f"{field}: stored"):
             stream.seek(replace(stream.state(8), **{field: value}))
     assert stream.position == 0
+
+
+def test_a_stream_without_some_samples_is_known_by_them(
+    reader: CacheReader, teacher: Teacher
+) -> None:
+    def stream(*skipped: int) -> TrainingStream:
+        plan = BatchPlan(batch_size=4, micro_batch_size=2)
+        return TrainingStream(
+            reader,
+            teacher.encoder.encode,
+            objective=preset("supervised"),
+            tier="topk+sketch",
+            pad_token_id=0,
+            seed=0,
+            plan=plan,
+            skipped=skipped,
+        )
+
+    assert stream(2, 7).num_rows == NUM_SAMPLES - 2
+    epoch = keys(iter(stream(2, 7)), 18)[: NUM_SAMPLES - 2]
+    assert sorted(epoch) == sorted(k for i, k in enumerate(reader.keys) if i not in (2, 7))
+    stream(7, 2).seek(stream(2, 7).state(4))
+    for other in (stream(2), stream(2, 8), stream()):
+        with pytest.raises(CacheMismatchError, match="skipped"):
+            other.seek(stream(2, 7).state(4))
 
 
 def test_the_default_micro_batch_is_the_largest_that_cuts_a_share_evenly() -> None:

@@ -108,7 +108,7 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
         save_steps=100,
     )
     reported: list[Mapping[str, float]] = []
-    steps: list[tuple[int, int]] = []
+    shown: list[tuple[str, int, int]] = []
     train_student(
         run,
         reader,
@@ -116,12 +116,13 @@ def test_threads_reports_and_measurements_do_not_change_the_weights(
         settings,
         student="tiny",
         report=reported.append,
-        progress=lambda _, done, total: steps.append((done, total)),
+        progress=lambda *what: shown.append(what),
     )
     assert [line["step"] for line in reported] == [5, 7]
     regrets = [v for line in reported for k, v in line.items() if k.endswith("_regret")]
     assert regrets == [0.0, 0.0]  # of steps 3 and 6: all of a small vocabulary is compared anyway
-    assert steps == [(step, 7) for step in range(1, 8)]
+    checked = [("preflight", count, 10) for count in range(1, 11)]
+    assert shown == checked + [("steps", step, 7) for step in range(1, 8)]
     mine, theirs = weights(run / "final"), weights(undisturbed / "final")
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -216,10 +217,10 @@ def test_identity_names_everything_that_shapes_the_weights() -> None:
     assert how == {
         "max_steps", "epochs", "micro_batch_size", "shard", "gradient_checkpointing", "device",
         "loader_threads", "save_steps", "log_steps", "grad_norm_steps",
-        "match_check_steps",
+        "match_check_steps", "on_bad_sample",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(RunIdentity)} == {
-        "cache", "teacher", "student", "num_steps", "recipe", "loss_means",
+        "cache", "teacher", "student", "num_steps", "recipe", "loss_means", "skipped",
     }  # fmt: skip
     assert replace(SETTINGS, max_steps=None, epochs=2.5).num_steps(10) == 7
 

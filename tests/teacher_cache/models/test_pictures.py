@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from teacher_cache.models.pictures import PictureTraits, picture_traits, read_picture
+from teacher_cache.models.pictures import (
+    PictureTraits,
+    picture_size,
+    picture_traits,
+    read_picture,
+)
 
 COLOURS = [(200, 10, 30), (0, 90, 250), (7, 8, 9), (255, 255, 0), (1, 128, 64), (90, 80, 70)]
 RGB = np.array(COLOURS, dtype=np.uint8).reshape(2, 3, 3)
@@ -27,6 +32,7 @@ def seen(data: bytes) -> Any:
     picture = read_picture(data)
     assert picture.mode == "RGB"
     assert not picture.info, "metadata could make a processor turn it again"
+    assert picture_size(data) == picture.size
     return np.asarray(picture)
 
 
@@ -180,6 +186,7 @@ def test_every_orientation_is_applied_once(form: str, orientation: int) -> None:
     assert (seen(data) == wanted).all()
     assert wanted.shape[:2] == ((24, 16) if orientation > 4 else (16, 24))
     assert picture_traits(data).turned == (2 <= orientation <= 8)
+    assert picture_size(data, "convert-rgb") == read_picture(data, "convert-rgb").size
     again = ImageOps.exif_transpose(read_picture(data))
     assert (np.asarray(again) == wanted).all()
 
@@ -228,6 +235,8 @@ FRAMES = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
 def test_what_has_no_faithful_picture_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=f"no faithful 8-bit picture: .*{why}.*; save"):
         read_picture(data)
+    with pytest.raises(ValueError, match=f"no faithful 8-bit picture: .*{why}.*; save"):
+        picture_size(data)
     assert read_picture(data, "convert-rgb").mode == "RGB" if "LAB" not in why else True
 
 
@@ -248,3 +257,25 @@ def test_the_earlier_rule_is_pillows_conversion_alone() -> None:
     assert picture_traits(saved(Image.fromarray(RGB))) == PictureTraits()
     with pytest.raises(ValueError, match="cannot be read: UnidentifiedImageError"):
         picture_traits(b"nothing")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM"])
+def test_the_size_of_common_files_is_known_without_decoding_them(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(Image.fromarray(np.zeros((40, 30, 3), dtype=np.uint8)), form)
+
+    def throwing(*_: object) -> None:
+        raise AssertionError("the file was decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", throwing)
+    monkeypatch.setattr("PIL.Image.Image.convert", throwing)
+    assert picture_size(data) == picture_size(data, "convert-rgb") == (30, 40)
+    with pytest.raises(ValueError, match="decoded"):
+        read_picture(data)
+
+
+def test_the_size_of_what_is_no_picture_is_refused_as_the_picture_is() -> None:
+    for data in (b"nothing", b""):
+        with pytest.raises(ValueError, match="cannot be decoded: its format is unknown"):
+            picture_size(data)
