@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -260,7 +260,7 @@ def test_the_check_passes_exactly_what_training_takes(
         change(model, encoder, reader)
         limits = StudentLimits(
             scope=objective.matching.scope,
-            num_embeddings=model.get_input_embeddings().weight.shape[0],
+            num_embeddings=len(cast(torch.Tensor, model.get_input_embeddings().weight)),
             num_rows=output_head(model).get_parameter("weight").shape[0],
         )
         fast = SizeEncoder(encoder)
