@@ -18,14 +18,14 @@ from student_train.config.recipe import TrainerSettings
 REQUIRED = "required"
 
 _GROUPS: dict[type, dict[str, str]] = {
-    SourceConfig: {"source": "image_root limit"},
+    SourceConfig: {"source": "image_root limit max_pixels confine_images"},
     PlanConfig: {
         "counts": "samples images_per_sample samples_per_image vision_tokens views text_tokens "
         "response_tokens vocab_size hidden_size image_bytes",
         "records": "logits_codec affinity_dtype mean_kept ratios",
         "time": "teacher_seconds_per_sample online_teacher_seconds_per_step steps_per_run",
-        "pilot": "pilot source image_root teacher chat_template append_eos match_metric "
-        "batch_size device dtype attention",
+        "pilot": "pilot source image_root max_pixels confine_images teacher chat_template "
+        "append_eos match_metric batch_size device dtype attention",
     },
     BuildConfig: {
         "text": "system_prompt chat_template append_eos",
@@ -34,7 +34,7 @@ _GROUPS: dict[type, dict[str, str]] = {
         "computation": "batch_size device dtype attention torch_threads",
     },
     ExtendConfig: {
-        "source": "source image_root limit samples_per_shard",
+        "source": "source image_root limit max_pixels confine_images samples_per_shard",
         "checks": "on_bad_sample",
         "computation": "device torch_threads",
     },
@@ -78,10 +78,12 @@ _NESTED = {
 _HELP = {
     "attention": "Implementation of the teacher's attention.",
     "batch_size": "Samples of one forward pass.",
+    "confine_images": "Refuse image paths that lead out of the image root (`..`, links, absolute).",
     "device": "`auto` takes CUDA where it is available.",
     "format": "Format of the shards.",
     "image_root": "Folder that image paths are relative to; default: the source's folder.",
     "limit": "Read only this many samples, from the first on.",
+    "max_pixels": "Most pixels of an image; samples with a larger one are refused.",
     "on_bad_sample": "refuse: stop and name the samples; record: leave them out and list them.",
     "out": "What is written: a folder, or the page of a report.",
     "seed": "Seed of everything random.",

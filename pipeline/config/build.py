@@ -5,7 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.checks import URL, Dtype, at_least_one, refuse_idle_choice, refuse_url_paths
+from pipeline.config.checks import (
+    MAX_PIXELS,
+    URL,
+    Dtype,
+    at_least_one,
+    refuse_idle_choice,
+    refuse_url_paths,
+    require_max_pixels,
+)
 from teacher_cache.schema.options import RecordSettings, ShardFormatName
 from teacher_cache.schema.strict_json import StrictRecord
 
@@ -24,9 +32,15 @@ class SourceConfig(StrictRecord):
     """Folder that the image paths of a LLaVA JSON are relative to; default: the file's folder."""
     limit: int | None = None
     """Read only this many samples, from the first on."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of an image; a sample with a larger one is refused before it is decoded."""
+    confine_images: bool = False
+    """Refuse image paths that lead out of the image root, by `..`, a link, or from `/`: for sources
+    that you do not trust."""
 
     def __post_init__(self) -> None:
         refuse_url_paths(self)
+        require_max_pixels(self.max_pixels)
         if re.match(URL, self.path):
             raise ValueError(
                 f"{self.path}: sources are read from files, not from URLs; download it or mount "

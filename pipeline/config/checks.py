@@ -10,12 +10,23 @@ URL = r"[A-Za-z][A-Za-z0-9+.-]+:/"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+MAX_PIXELS = 178_956_970
+"""Most pixels of an image: above it Pillow refuses to decode (512 MiB as RGB)."""
+
 
 def at_least_one(record: object, *names: str) -> None:
     """Raise ValueError for the first of the named counts that is below 1."""
     for name in names:
         if getattr(record, name) < 1:
             raise ValueError(f"{name} must be >= 1, found {getattr(record, name)}")
+
+
+def require_max_pixels(max_pixels: int) -> None:
+    """Raise ValueError for a bound below 1, or above Pillow's own."""
+    if not 1 <= max_pixels <= MAX_PIXELS:
+        raise ValueError(
+            f"max_pixels is {max_pixels}, expected 1 to {MAX_PIXELS}: Pillow decodes no more"
+        )
 
 
 def refuse_url_paths(record: Any) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.checks import refuse_changed
+from pipeline.config.checks import MAX_PIXELS, refuse_changed, require_max_pixels
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.strict_json import StrictRecord
 
@@ -22,6 +22,8 @@ class ExtendConfig(StrictRecord):
     source: str | None = None
     """New samples: those of this source that the cache lacks."""
     image_root: Path | None = None
+    max_pixels: int = MAX_PIXELS
+    confine_images: bool = False
     limit: int | None = None
     samples_per_shard: int | None = None
     """Samples of a new shard; default: as many as the cache's largest shard has."""
@@ -32,6 +34,7 @@ class ExtendConfig(StrictRecord):
     torch_threads: int | None = None
 
     def __post_init__(self) -> None:
+        require_max_pixels(self.max_pixels)
         records = None if self.settings is None else self.settings.records
         if (self.source is None) == (records is None):
             raise ValueError(
@@ -39,7 +42,8 @@ class ExtendConfig(StrictRecord):
                 f"that are there; found source {self.source}, records {records}"
             )
         if self.settings is not None:
-            names = ("image_root", "limit", "samples_per_shard", "on_bad_sample")
-            refuse_changed(self, "records is given", *names)
+            names = ("image_root", "limit", "max_pixels", "confine_images")
+            more = ("samples_per_shard", "on_bad_sample")
+            refuse_changed(self, "records is given", *names, *more)
             if self.settings.grid is not None:
                 raise ValueError("grid would have no effect: emkd extend adds no ratios")

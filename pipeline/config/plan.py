@@ -7,7 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.checks import Dtype, at_least_one, refuse_changed
+from pipeline.config.checks import (
+    MAX_PIXELS,
+    Dtype,
+    at_least_one,
+    refuse_changed,
+    require_max_pixels,
+)
 from teacher_cache.schema.options import AffinityDtype, LogitsCodec, require_ratios
 from teacher_cache.schema.strict_json import StrictRecord
 
@@ -59,6 +65,8 @@ class PlanConfig(StrictRecord):
     source: str | None = None
     """Source of the pilot's samples."""
     image_root: Path | None = None
+    max_pixels: int = MAX_PIXELS
+    confine_images: bool = False
     teacher: str | None = None
     """Teacher of the pilot: folder or hub id."""
     chat_template: Path | None = None
@@ -82,6 +90,7 @@ class PlanConfig(StrictRecord):
                 raise ValueError(f"{field.name} must be >= 0 and finite, found {value}")
         if self.ratios:
             require_ratios(self.ratios)
+        require_max_pixels(self.max_pixels)
         if self.samples is not None:
             at_least_one(self, "samples")
         if self.mean_kept is not None and self.mean_kept < 1:
@@ -100,9 +109,9 @@ class PlanConfig(StrictRecord):
         if self.pilot:
             self._require_pilot()
         else:
-            of_pilot = ("source", "image_root", "teacher", "chat_template", "append_eos")
-            more = ("match_metric", "batch_size", "device", "attention")
-            refuse_changed(self, "pilot is 0", *of_pilot, *more)
+            of_pilot = ("source", "image_root", "max_pixels", "confine_images", "teacher")
+            more = ("chat_template", "append_eos", "match_metric", "batch_size", "device")
+            refuse_changed(self, "pilot is 0", *of_pilot, *more, "attention")
 
     def _require_pilot(self) -> None:
         if self.pilot < 2 or self.source is None or self.teacher is None:

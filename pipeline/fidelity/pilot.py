@@ -21,7 +21,7 @@ from pipeline.fidelity.recommend import PilotReport, TierMeasure, TierTail, reco
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
 from pipeline.fidelity.tier_loss import LossMeter
-from pipeline.sources.source import open_source
+from pipeline.sources.source import open_source, warn_unread
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.models.chat_template import text_rules
@@ -51,7 +51,14 @@ class Pilot:
             raise ValueError("a pilot needs a source and a teacher; give both")
         self.config = config
         self.progress = progress
-        self.source = open_source(SourceConfig(path=config.source, image_root=config.image_root))
+        self.source = open_source(
+            SourceConfig(
+                path=config.source,
+                image_root=config.image_root,
+                max_pixels=config.max_pixels,
+                confine_images=config.confine_images,
+            )
+        )
         self.teacher = Teacher.load(
             config.teacher,
             device=config.device,
@@ -109,6 +116,7 @@ class Pilot:
                 readable.append(self.source[index])
             except SampleError as error:
                 self.rejected.append(str(error))
+        warn_unread(self.source.name, self.source.unread)
         if len(readable) < 2:
             raise ValueError(
                 f"{self.config.source}: a pilot needs 2 usable samples, found {len(readable)} "

@@ -4,9 +4,16 @@ import base64
 import binascii
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from pipeline.config.checks import MAX_PIXELS
+from teacher_cache.schema.regular_file import read_regular
+
+MAX_FILE_BYTES = 2**30
+"""Most bytes of an image file, and of a member of a tar."""
 
 _ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg"),
@@ -22,6 +29,16 @@ _OTHER = re.compile(r"(.*[._-])?(mask|depth|seg|segmentation)s?", re.IGNORECASE)
 _WEIGHTS = re.compile(r"(loss|sample|token)?_?(weight|mask)s?|loss", re.IGNORECASE)
 IMAGE_FIELDS = ("image", "images")
 """The fields that images are read from, one of them in an entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRules:
+    """Which images may be read: `root` is the folder of image paths; None: images are embedded."""
+
+    root: Path | None = None
+    confined: bool = False
+    """Refuse paths that lead out of the root."""
+    max_pixels: int = MAX_PIXELS
 
 
 def listed_images(entry: Mapping[str, Any]) -> list[Any]:
@@ -74,11 +91,11 @@ def _is_media(name: str, value: Any) -> bool:
     return False
 
 
-def read_image(stored: Any, root: Path | None) -> bytes:
+def read_image(stored: Any, rules: ImageRules) -> bytes:
     """The encoded bytes of an image: bytes, a struct with `bytes` or `path`, a data URL, a path.
 
-    Paths are relative to `root`; without one, only embedded images are read. ValueError names what
-    was found and what to do.
+    Paths are relative to the root; without one, only embedded images are read. Pipes, devices and
+    folders are refused unopened. ValueError names what was found and what to do.
     """
     if isinstance(stored, Mapping):
         stored = stored.get("bytes") or stored.get("path") or stored
@@ -105,15 +122,29 @@ def read_image(stored: Any, root: Path | None) -> bytes:
             f"an image is the text {stored[:40]!r} of {len(stored)} characters, expected a path; "
             "write `data:image/png;base64,` in front of base64"
         )
+    root = rules.root
     if root is None:
         raise ValueError(
             f"an image is the path {stored!r}; embed the image files: a struct with `bytes`"
         )
     file = root / stored
     try:
-        return file.read_bytes()
+        if rules.confined:
+            file = _confined(file, root)
+        return read_regular(file, MAX_FILE_BYTES)
     except OSError as error:
         raise ValueError(
             f"image {file} cannot be read ({error.strerror}); `image` is relative to the image "
             f"root {root}: set it if the images are elsewhere"
         ) from error
+
+
+def _confined(file: Path, root: Path) -> Path:
+    """The file, all links followed; ValueError where it lies outside the root."""
+    inside, found = root.resolve(), file.resolve()
+    if not found.is_relative_to(inside):
+        raise ValueError(
+            f"image {file} leads to {found}, outside the image root {inside}; --confine-images "
+            "refuses that: copy the image into the root, or trust the source and omit the flag"
+        )
+    return found

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from pipeline.sources.conversations import build_sample, entry_id
-from pipeline.sources.media import IMAGE_FIELDS, is_media_name
+from pipeline.sources.conversations import build_sample, entry_id, refusing
+from pipeline.sources.media import IMAGE_FIELDS, ImageRules, is_media_name
 from pipeline.sources.turns import LAYOUTS, TURN_FIELDS
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
@@ -29,8 +29,9 @@ ROWS_AT_ONCE = 16
 class ParquetSource:
     """The rows of some .parquet files: files in the order given, rows as in the file."""
 
-    def __init__(self, name: str, files: Sequence[Path]) -> None:
+    def __init__(self, name: str, files: Sequence[Path], rules: ImageRules) -> None:
         self.name = name
+        self._rules = rules
         self.unread = Counter[str]()
         self._groups: list[tuple[Path, int]] = []
         sizes: list[int] = []
@@ -56,13 +57,14 @@ class ParquetSource:
         row_number = index - self._starts[number]
         where = f"{file}, row {row_number} of row group {group}"
         source_id = f"{file.name}:{group}:{row_number}"
-        try:
-            row = self._row(number, row_number)
-        except (OSError, StopIteration, pa.ArrowException) as error:
-            why = f"{where}: cannot be read as Parquet: {error}; copy the file again"
-            raise SampleError(source_id, why) from error
-        source_id = entry_id(row, source_id)
-        return build_sample(where, source_id, row, None, self.unread)
+        with refusing(where, source_id):
+            try:
+                row = self._row(number, row_number)
+            except (OSError, StopIteration, pa.ArrowException) as error:
+                why = f"{where}: cannot be read as Parquet: {error}; copy the file again"
+                raise SampleError(source_id, why) from error
+            source_id = entry_id(row, source_id)
+            return build_sample(where, source_id, row, self._rules, self.unread)
 
     def _row(self, number: int, row: int) -> dict[str, Any]:
         """One row of a row group; reading goes on from the last one, since readers go in order."""

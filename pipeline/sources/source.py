@@ -13,19 +13,21 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from webdataset.shardlists import expand_urls
 
 from pipeline.config.build import SourceConfig
-from pipeline.sources.llava_json import LlavaSource
+from pipeline.sources.llava_json import METADATA_FILE, LlavaSource
+from pipeline.sources.media import ImageRules
 from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.webdataset import TarSource
-from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.errors import SampleError, printable
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.progress import Progress, no_progress
+from teacher_cache.schema.regular_file import require_regular
 from teacher_cache.schema.samples import RejectedSample, Sample
 
 logger = logging.getLogger(__name__)
@@ -118,17 +120,23 @@ def scan(
             key = sample.key + suffix
             found.append(ScannedSample(key=key, index=index, images=images, answers=answers))
         progress("scan", index + 1, len(source))
-    if unread := source.unread - before:
-        counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
-        logger.warning("%s: not read, though it looks like media: %s", source.name, counts)
+    warn_unread(source.name, source.unread - before)
     return found, rejected
+
+
+def warn_unread(name: str, unread: Counter[str]) -> None:
+    """Log what of a source looks like media and was not read, with counts; nothing for nothing."""
+    if unread:
+        counts = ", ".join(f"{field} ({count:,})" for field, count in sorted(unread.items()))
+        text = printable(counts)
+        logger.warning("%s: not read, though it looks like media: %s", name, text)
 
 
 def refuse_samples(name: str, reasons: Sequence[str], remedy: str) -> None:
     """Raise ValueError with the first of these "<sample>: <reason>" lines, if there are any."""
     if not reasons:
         return
-    lines = "".join(f"\n  {line}" for line in reasons[:NUM_LISTED])
+    lines = "".join(f"\n  {printable(line)}" for line in reasons[:NUM_LISTED])
     more = f"\n  ... and {len(reasons) - NUM_LISTED} more" if len(reasons) > NUM_LISTED else ""
     raise ValueError(f"{name}: {len(reasons)} samples cannot be used:{lines}{more}\n{remedy}")
 
@@ -185,8 +193,11 @@ class JoinedSources:
 def _open(config: SourceConfig) -> SampleSource:
     files = source_files(config.path)
     endings = {file.suffix for file in files}
+    rules = ImageRules(max_pixels=config.max_pixels, confined=config.confine_images)
     if endings <= {".json", ".jsonl"}:
-        sources = [LlavaSource(file, config.image_root) for file in files]
+        roots = [config.image_root or file.parent for file in files]
+        of_files = [replace(rules, root=root) for root in roots]
+        sources = [LlavaSource(*each) for each in zip(files, of_files, strict=True)]
         return sources[0] if len(sources) == 1 else JoinedSources(config.path, sources)
     if config.image_root is not None:
         raise ValueError(
@@ -194,9 +205,9 @@ def _open(config: SourceConfig) -> SampleSource:
             "files; omit it"
         )
     if endings == {".tar"}:
-        return TarSource(config.path, files)
+        return TarSource(config.path, files, rules)
     if endings == {".parquet"}:
-        return ParquetSource(config.path, files)
+        return ParquetSource(config.path, files, rules)
     what = ", ".join(sorted(ending or "no ending" for ending in endings))
     raise ValueError(
         f"{config.path}: unknown kind of source: files that end in {what}; expected .json, .jsonl, "
@@ -207,7 +218,8 @@ def _open(config: SourceConfig) -> SampleSource:
 def source_files(path: str) -> list[Path]:
     """The files of a path, which may be a folder, a glob or a brace pattern, in order.
 
-    A folder stands for its .parquet files, for those of its folder `data`, or for its .tar files.
+    A folder stands for its .parquet files, for those of its folder `data`, for its .tar files, or
+    for its metadata.jsonl.
     ValueError where there is no such file.
     """
     files: list[Path] = []
@@ -220,11 +232,16 @@ def source_files(path: str) -> list[Path]:
     if missing or not files:
         found = missing[0] if missing else path
         raise ValueError(f"{found}: no such file or folder; check the path")
+    for file in files:
+        try:
+            require_regular(file)
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
     return files
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    patterns = ("*.parquet", "data/*.parquet", "*.tar")
+    patterns = ("*.parquet", "data/*.parquet", "*.tar", METADATA_FILE)
     held = {p: files for p in patterns if (files := sorted(folder.glob(p)))}
     if len(held) > 1:
         raise ValueError(
@@ -232,7 +249,7 @@ def _folder_files(folder: Path) -> list[Path]:
         )
     if not held:
         raise ValueError(
-            f"{folder}: found no .parquet and no .tar file in the folder; check the path, or name "
-            "a .json file in it"
+            f"{folder}: found no .parquet, no .tar and no {METADATA_FILE} in the folder; check the "
+            "path, or name a .json file in it"
         )
     return next(iter(held.values()))

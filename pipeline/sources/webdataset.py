@@ -5,7 +5,8 @@ touch a path; nothing is unpickled. As in WebDataset, members belong together wh
 up to the first dot of the file name: `key.json` holds the turns, or `key.txt` a caption; `key.jpg`,
 or `key.0.jpg`, `key.1.png`, ... are the images, ordered by the numbers in their names. Where the
 text has no image marks, `key.mask.png` is no image; it is counted as not read. Refuses a sample
-without a JSON or text member and a file that is no tar.
+without a JSON or text member, with a member twice or stored sparsely, and a file that is no tar or
+whose headers cannot be followed to the end.
 """
 
 import re
@@ -18,10 +19,22 @@ from typing import Any
 
 from webdataset.tariterators import base_plus_ext
 
-from pipeline.sources.conversations import build_sample, entry_id, parse_json, require_object
-from pipeline.sources.media import IMAGE_FIELDS, is_media_file, is_other_member
+from pipeline.sources.conversations import (
+    build_sample,
+    entry_id,
+    parse_json,
+    refusing,
+    require_object,
+)
+from pipeline.sources.media import (
+    IMAGE_FIELDS,
+    MAX_FILE_BYTES,
+    ImageRules,
+    is_media_file,
+    is_other_member,
+)
 from pipeline.sources.turns import LAYOUTS, MARKED_LAYOUTS
-from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.errors import SampleError, describe
 from teacher_cache.schema.samples import Sample
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -33,13 +46,16 @@ class _Entry:
     key: str
     members: dict[str, tuple[int, int]]
     """Extension -> (offset, number of bytes)."""
+    refused: list[str]
+    """What keeps the sample from being read."""
 
 
 class TarSource:
     """The samples of some tars, in that order."""
 
-    def __init__(self, name: str, tars: Sequence[Path]) -> None:
+    def __init__(self, name: str, tars: Sequence[Path], rules: ImageRules) -> None:
         self.name = name
+        self._rules = rules
         self.unread = Counter[str]()
         self._entries = [entry for tar in tars for entry in _index(tar)]
 
@@ -49,6 +65,12 @@ class TarSource:
     def __getitem__(self, index: int) -> Sample:
         entry = self._entries[index]
         where = f"{entry.tar}, member {entry.key}"
+        with refusing(where, entry.key):
+            return self._sample(entry, where)
+
+    def _sample(self, entry: _Entry, where: str) -> Sample:
+        if entry.refused:
+            raise ValueError("; ".join(entry.refused))
         fields = self._fields(entry, where)
         has_marks = any(fields.get(name) is not None for name in MARKED_LAYOUTS)
         names = sorted((n for n in entry.members if _is_image(n, has_marks)), key=_natural)
@@ -57,7 +79,7 @@ class TarSource:
             fields = {name: value for name, value in fields.items() if name not in IMAGE_FIELDS}
         others = [n for n in entry.members if n not in names and is_media_file(f".{n}")]
         source_id = entry_id(fields, entry.key)
-        return build_sample(where, source_id, fields, None, self.unread, images, others)
+        return build_sample(where, source_id, fields, self._rules, self.unread, images, others)
 
     def _fields(self, entry: _Entry, where: str) -> dict[str, Any]:
         """What the JSON member says; the text member is a caption if that has no turns."""
@@ -77,26 +99,35 @@ class TarSource:
 
 def _index(tar: Path) -> list[_Entry]:
     """List the samples of one tar from its headers; raises ValueError for any other file."""
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    entries: dict[str, _Entry] = {}
+    last = "its first member"
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
+                if member.size < 0:  # the header behind it would be looked for in front of it
+                    raise ValueError(f"member {member.name} has {member.size} bytes")
+                last = f"the member behind {member.name}"
                 key, extension = base_plus_ext(member.name)
                 if not member.isreg() or key is None or extension is None:
                     continue
-                members = groups.setdefault(key, {})
-                if extension.lower() in members:
-                    raise ValueError(f"{tar}: member {member.name} is there twice")
-                members[extension.lower()] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+                entry = entries.setdefault(key, _Entry(tar=tar, key=key, members={}, refused=[]))
+                if extension.lower() in entry.members:
+                    entry.refused.append(f"member {member.name} is there twice")
+                if member.issparse():
+                    entry.refused.append(f"member {member.name} is stored sparsely; pack it anew")
+                entry.members[extension.lower()] = (member.offset_data, member.size)
+    except Exception as error:  # headers raise TarError, ValueError, MemoryError, ...
         raise ValueError(
-            f"{tar}: cannot be read as an uncompressed tar: {error}; check the path"
+            f"{tar}: cannot be read as an uncompressed tar: {last}: {describe(error)}; check the "
+            "path, or copy the file again"
         ) from error
-    return [_Entry(tar=tar, key=key, members=members) for key, members in groups.items()]
+    return list(entries.values())
 
 
 def _read(entry: _Entry, name: str) -> bytes:
     offset, num_bytes = entry.members[name]
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(f"{name} has {num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}")
     with entry.tar.open("rb") as file:
         file.seek(offset)
         data = file.read(num_bytes)

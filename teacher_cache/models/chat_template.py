@@ -29,6 +29,7 @@ from teacher_cache.models.chat_rendering import (
 )
 from teacher_cache.models.control_tokens import ControlTokens
 from teacher_cache.schema.options import TextRules
+from teacher_cache.schema.regular_file import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -203,10 +204,11 @@ def text_rules(append_eos: bool, chat_template: Path | None) -> TextRules:
     if chat_template is None:
         return TextRules(append_eos=append_eos)
     try:
+        require_regular(chat_template)
         template = chat_template.read_text(encoding="utf-8")
         if chat_template.suffix == ".json":
             template = json.loads(template)["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{chat_template} cannot be read as a chat template: {error!r}; give a Jinja file, or "
             "a JSON file with the entry chat_template"

@@ -134,5 +134,15 @@ def test_data_urls_are_the_same_images(
     assert said
 
 
+def test_the_imagefolder_is_read_as_the_page_says(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", PAGE, re.DOTALL)
+    for name in COLOURS:
+        (tmp_path / name).write_bytes(picture(name))
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    samples = list(map(open_source(SourceConfig(path=str(tmp_path))).__getitem__, (0, 1)))
+    assert [sample.images for sample in samples] == [(picture("a.png"),), (picture("b.png"),)]
+    assert [sample.messages[1].text for sample in samples] == ["A red square.", "blue"]
+
+
 def test_the_page_has_all_layouts() -> None:
     assert len(EXAMPLES) >= 12

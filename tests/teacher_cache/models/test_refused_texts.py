@@ -1,10 +1,13 @@
 """Texts that template and tokenizer would misread are refused; content that looks alike is not."""
 
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES
@@ -112,3 +115,10 @@ def test_letters_that_a_tokenizer_does_not_know_are_refused() -> None:
     ):
         with pytest.raises(SampleError, match=r"has \d characters or words.*not know \(<unk>\)"):
             model.encode(sample)
+
+
+@pytest.mark.parametrize("name", ["template.jinja", "template.json"])
+def test_a_template_that_is_no_regular_file_is_refused_unopened(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a chat template.*named pipe"):
+        text_rules(append_eos=True, chat_template=tmp_path / name)
