@@ -54,6 +54,7 @@ _GROUPS: dict[type, dict[str, str]] = {
     },
     EvaluateConfig: {
         "answers": "scores max_new_tokens",
+        "checks": "on_bad_sample",
         "text": "system_prompt chat_template append_eos",
         "dropping": "compressor compress_layer ratio stages compress_text compress_seed",
         "pictures": "cache num_pictures",

@@ -82,6 +82,9 @@ class EvaluateConfig(StrictRecord):
     """Folder of the evaluation."""
     scores: tuple[ScoreName, ...] = ("exact_match", "word_accuracy")
     """Scores of an answer; docs/operations.md names the rule of each."""
+    on_bad_sample: Literal["refuse", "skip"] = "refuse"
+    """refuse: name all samples that cannot be used, before the first answer; skip: leave them out,
+    list them in skipped.jsonl and count them in metrics.json."""
     batch_size: int = 16
     max_new_tokens: int = 64
     """Longest answer, in tokens."""

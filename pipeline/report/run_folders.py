@@ -22,7 +22,13 @@ from pipeline.student.predictions import (
 )
 from pipeline.student.scores import SCORES
 from student_train.config.compression import CompressionSettings
-from student_train.training.checkpoint import RUN_FILE, FinishedRun, RunIdentity, finished_run
+from student_train.training.checkpoint import (
+    PREFLIGHT_FILE,
+    RUN_FILE,
+    FinishedRun,
+    RunIdentity,
+    finished_run,
+)
 from student_train.training.metrics_log import METRICS_LOG_FILE
 from teacher_cache.folder.layout import SEAL_FILE, read_seal
 from teacher_cache.schema.manifest import Seal
@@ -56,6 +62,8 @@ class Evaluation:
     """Mean vision tokens that reached the last layer."""
     weights: str | None = None
     """Digest of the model's weights."""
+    num_skipped: int = 0
+    """Samples that could not be used and were left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +163,11 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
     if path.exists():
         identity = decode_json(RunIdentity, path.read_bytes(), str(path))
         finished = finished_run(folder)
+        if identity.skipped is not None:
+            missing.append(
+                f"{folder}: was trained without {identity.skipped.num_samples} samples of its "
+                f"cache, which do not fit the student; {PREFLIGHT_FILE} lists them"
+            )
         if finished is None:
             missing.append(
                 f"{folder}: final/ is missing, training has not ended; run emkd train again"
@@ -206,6 +219,11 @@ def _read_evaluation(folder: Path, draws: bool, missing: list[str]) -> Evaluatio
         )
         return None
     evaluation = read_evaluation(place)
+    if evaluation.num_skipped:
+        missing.append(
+            f"{folder}: its evaluation skipped {evaluation.num_skipped} samples; its scores are "
+            f"means over the {evaluation.num_samples} that it answered"
+        )
     if draws and evaluation.pictures is None:
         missing.append(
             f"{folder}: {EVALUATION_FOLDER}/pictures.json is missing; emkd evaluate --cache, with "
@@ -272,4 +290,5 @@ def read_evaluation(place: Path) -> Evaluation:
         num_vision=tokens.get("before"),
         num_kept=tokens.get("kept"),
         weights=metrics.get("weights"),
+        num_skipped=metrics.get("num_skipped", 0),
     )

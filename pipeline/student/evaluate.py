@@ -2,12 +2,13 @@
 
 Answers are greedy and do not depend on where an evaluation was killed: batches are fixed by the
 source's order, and one with a missing answer is generated again as a whole. Vision tokens may be
-dropped inside the language model. Refuses bad samples (lists all of them, scores nothing),
-compression that the model cannot do, and a folder with the answers of another model, source, prompt
-or compression.
+dropped inside the language model. Bad samples are refused before the first answer, or left out and
+counted. Refuses compression that the model cannot do, and a folder with the answers of another
+model, source, prompt or compression.
 
     evaluation.json    what decides the answers, written first
     predictions.jsonl  one answer per line
+    skipped.jsonl      samples that are left out, if any, see unusable.py
     pictures.json      the matching of vision tokens, if a cache was given
     metrics.json       mean scores, also by category, vision tokens, compression, seconds; written
                        last, once every sample is answered
@@ -15,6 +16,7 @@ or compression.
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +38,10 @@ from pipeline.student.predictions import (
     read_predictions,
     score_predictions,
 )
+from pipeline.student.unusable import SKIPPED_FILE, find_unusable, write_skipped
 from student_train.config.compression import CompressionSettings
+from student_train.data.misfits import describe_misfits
+from student_train.data.sample_order import SkippedSamples, skipped_samples
 from student_train.models.student import load_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.chat_template import text_rules
@@ -53,13 +58,18 @@ from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import EARLIER_PICTURE_RULE, EARLIER_TEXT_RULES, PictureRule
 from teacher_cache.schema.progress import Progress, no_progress
-from teacher_cache.schema.samples import Sample
+from teacher_cache.schema.samples import RejectedSample, Sample
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
 
+logger = logging.getLogger(__name__)
+
 IDENTITY_FILE = "evaluation.json"
 METRICS_FILE = "metrics.json"
-_REMEDY = "Fix or remove them; an evaluation never leaves samples out by itself."
+_REMEDY = (
+    "Fix or remove them, or evaluate the others with --on-bad-sample skip, which lists and counts "
+    "those that it leaves out."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +94,16 @@ class EvaluationIdentity(StrictRecord):
     text_version: int = EARLIER_TEXT_RULES.version
     pictures: PictureRule = EARLIER_PICTURE_RULE
     """By which rules messages and images were read; absent in folders of earlier versions."""
+    skipped: SkippedSamples | None = None
+    """Samples that are left out; they are not among `samples`."""
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[str, Any]:
     """Answer every sample of the source and return the metrics, as metrics.json holds them.
 
-    Keeps the answers that exist. Raises ValueError with the list of samples that cannot be used,
-    and CacheMismatchError if `config.out` holds another evaluation.
+    Keeps the answers that exist. Raises ValueError with the list of samples that cannot be used
+    (`config.on_bad_sample` skip leaves them out), and CacheMismatchError if `config.out` holds
+    another evaluation.
     """
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
@@ -99,8 +112,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
         CacheReader.open(config.cache)  # fails here, not after all answers
     source = open_source(config.source)
     scanned, rejected = scan(source, answered=False)
-    keys = [(sample.key, sample.index) for sample in scanned]
-    refuse_samples(source.name, [f"{r.source_id}: {r.reason}" for r in rejected], _REMEDY)
+    if config.on_bad_sample == "refuse":  # before a model is loaded
+        _refuse(source, rejected)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype)
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -108,9 +121,27 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     generator = Generator(
         model, processor, config.system_prompt, config.max_new_tokens, config.compression, rules
     )
+    skipped = [*rejected, *find_unusable(generator.encoder, source, scanned)]
+    if config.on_bad_sample == "refuse":
+        _refuse(source, skipped)
+    left_out = {sample.key for sample in skipped}
+    scanned = [sample for sample in scanned if sample.key not in left_out]
+    if not scanned:
+        _refuse(source, skipped, "No sample is left. Fix them.")
+    keys = [(sample.key, sample.index) for sample in scanned]
     samples = [s.key if s.answers is None else f"{s.key} {s.answers}" for s in scanned]
-    identity = _identity(config, generator, samples)
+    identity = _identity(config, generator, samples, [sample.key for sample in skipped])
     _claim(config.out, identity)
+    write_skipped(config.out, skipped)
+    if skipped:
+        logger.warning(
+            "%d of %d samples of %s cannot be used and are skipped:\n%s\n%s lists all of them",
+            len(skipped),
+            len(skipped) + len(keys),
+            source.name,
+            describe_misfits(skipped),
+            config.out / SKIPPED_FILE,
+        )
     path = config.out / PREDICTIONS_FILE
     drop_torn_line(path)
     known = {prediction.key for prediction in read_predictions(path)}
@@ -174,8 +205,13 @@ def _answer(
     refuse_samples(source.name, bad, _REMEDY)
 
 
+def _refuse(source: SampleSource, bad: Sequence[RejectedSample], remedy: str = _REMEDY) -> None:
+    """Raise ValueError with the list of these samples, if there are any."""
+    refuse_samples(source.name, [f"{each.source_id}: {each.reason}" for each in bad], remedy)
+
+
 def _identity(
-    config: EvaluateConfig, generator: Generator, samples: Sequence[str]
+    config: EvaluateConfig, generator: Generator, samples: Sequence[str], skipped: Sequence[str]
 ) -> EvaluationIdentity:
     model, processor = generator.model, generator.encoder.processor
     return EvaluationIdentity(
@@ -193,6 +229,7 @@ def _identity(
         append_eos=generator.encoder.rules.append_eos,
         text_version=generator.encoder.rules.version,
         pictures=generator.encoder.pictures,
+        skipped=skipped_samples(skipped),
     )
 
 
@@ -213,6 +250,7 @@ def _metrics(
     names = config.scores if known else ()
     values: dict[ScoreName, list[float]] = {n: score_predictions(known, n) for n in names}
     scores = {name: math.fsum(each) / len(known) for name, each in values.items()}
+    num_skipped = 0 if identity.skipped is None else identity.skipped.num_samples
     return {
         "model": config.model,
         "weights": identity.weights,
@@ -220,12 +258,20 @@ def _metrics(
         "samples_digest": identity.samples,
         "num_samples": len(predictions),
         "num_scored": len(known),
+        "num_skipped": num_skipped,
+        **(_note_skipped(num_skipped, len(predictions)) if num_skipped else {}),
         "scores": scores,
         "scores_by_category": _by_category(known, values),
         "compression": identity.compression and dataclasses.asdict(identity.compression),
         "vision_tokens": _vision_tokens(predictions),
         "seconds": math.fsum(prediction.seconds for prediction in predictions),
     }
+
+
+def _note_skipped(num_skipped: int, num_answered: int) -> dict[str, str]:
+    total = num_skipped + num_answered
+    text = f"means over the {num_answered} answered of {total} samples; {SKIPPED_FILE} lists others"
+    return {"scores_are": text}
 
 
 def _reference(sample: Sample) -> str | None:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "emkd_run.json"
 CHECKPOINT_FILE = "emkd_checkpoint.json"
+PREFLIGHT_FILE = "preflight.json"
 FINAL_FOLDER = "final"
 NUM_KEPT = 2
 """Complete checkpoints to keep: one spare, in case the newest is unreadable."""

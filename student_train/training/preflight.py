@@ -25,6 +25,7 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.misfits import StudentLimits, describe_misfits, find_misfits
 from student_train.models.forward import output_head
+from student_train.training.checkpoint import PREFLIGHT_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.size_encoder import SizeEncoder
@@ -36,7 +37,6 @@ from teacher_cache.storage.durable_files import write_atomic
 
 logger = logging.getLogger(__name__)
 
-PREFLIGHT_FILE = "preflight.json"
 VERSION = 1
 """Goes up by one whenever the check finds other misfits."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.cli.__main__ import main
-from student_train.training.preflight import PREFLIGHT_FILE
+from student_train.training.checkpoint import PREFLIGHT_FILE
 from teacher_cache.folder.reader import CacheReader
 from tests.conftest import TinyFolder
 from tests.support.runs import tiny_cache

@@ -17,8 +17,8 @@ from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import StudentBatch
 from student_train.models.forward import output_head
 from student_train.training import run as training_run
-from student_train.training.checkpoint import RUN_FILE, FinishedRun
-from student_train.training.preflight import PREFLIGHT_FILE, Preflight
+from student_train.training.checkpoint import PREFLIGHT_FILE, RUN_FILE, FinishedRun
+from student_train.training.preflight import Preflight
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
