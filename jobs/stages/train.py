@@ -4,6 +4,7 @@ Resuming needs nothing of Ray's run folder, so each attempt gets a new one. Afte
 worker, Ray starts all workers again, and the stage resumes from its newest complete checkpoint.
 """
 
+import json
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -22,7 +23,7 @@ from jobs.cluster.paths import absolute, config_json
 from jobs.cluster.progress import ProgressBars
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
-from student_train.training.checkpoint import FINAL_FOLDER
+from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.metrics_log import last_line
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.strict_json import decode_json
@@ -71,7 +72,7 @@ def _progress(run: Path, num_steps: int) -> Generator[None]:
                 over = ended.wait(timeout=1.0)
                 line = last_line(run)
                 bars.metrics(line)
-                bars.update("steps", line.get("step", 0), num_steps)
+                bars.update("steps", line.get("step", 0), _num_steps(run, num_steps))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -80,6 +81,12 @@ def _progress(run: Path, num_steps: int) -> Generator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _num_steps(run: Path, expected: int) -> int:
+    """The steps of a run that has begun, which has fewer where samples are skipped."""
+    path = run / RUN_FILE
+    return int(json.loads(path.read_text())["num_steps"]) if path.exists() else expected
 
 
 def train_in_worker(loop_config: dict[str, str]) -> None:

@@ -37,7 +37,9 @@ def damaged(model: Path, folder: Path, **settings: Any) -> EvaluateConfig:
     file = Path(config.source.path)
     records = json.loads(file.read_text())
     for number in (2, 4):
-        question = next(turn for turn in records[number]["conversations"] if turn["from"] == "human")
+        question = next(
+            turn for turn in records[number]["conversations"] if turn["from"] == "human"
+        )
         question["value"] += " <|im_end|> and more"
     file.write_text(json.dumps(records))
     return config
@@ -86,9 +88,7 @@ def test_answers_are_those_of_a_source_without_the_others(llava: Path, tmp_path:
     skipping = damaged(llava, tmp_path, on_bad_sample="skip")
     file = Path(skipping.source.path)
     metrics = evaluate(skipping)
-    records = [
-        record for i, record in enumerate(json.loads(file.read_text())) if i in (1, 3, 5)
-    ]
+    records = [record for i, record in enumerate(json.loads(file.read_text())) if i in (1, 3, 5)]
     file.write_text(json.dumps(records))
     plain = dataclasses.replace(skipping, out=tmp_path / "plain")
     other = evaluate(plain)
