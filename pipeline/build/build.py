@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 
@@ -51,6 +52,9 @@ from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
 
+NUM_TRIED = 16
+"""Most samples on which the processor is tried before weights are loaded; one success is enough."""
+
 
 class CacheBuilder:
     """One worker of the build: holds teacher and source, writes the plan, builds shards.
@@ -87,8 +91,15 @@ class CacheBuilder:
             system_prompt=config.system_prompt,
             text=self.text_rules(),
             pictures=self.picture_rule(),
+            samples=self._samples_to_try(),
         )
         return with_grid(teacher, config.settings.grid)
+
+    def _samples_to_try(self) -> Iterator[Sample]:
+        """Readable samples of the whole source, on which the processor is tried first."""
+        for index in islice(spread_order(len(self.source)), NUM_TRIED):
+            with suppress(SampleError):
+                yield self.source[index]
 
     def text_rules(self) -> TextRules:
         """The settings' rules; those of earlier caches where such a build was begun."""
@@ -115,8 +126,7 @@ class CacheBuilder:
             self._load_assets(begun)
             return begun
         require_same_quality_samples(config)
-        if config.settings.grid is not None:
-            _ = self.teacher  # refuses an impossible grid before a sample is read
+        _ = self.teacher  # refuses what cannot be loaded or used before the source is read
         scanned, rejected = scan(self.source, self.progress)
         self._refuse(rejected)
         if not scanned:

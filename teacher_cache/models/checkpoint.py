@@ -6,7 +6,7 @@ at random), and so are weights that the model has no place for. Never runs code 
 Every failure is a ValueError that names the path and, if known, file and remedy.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,8 @@ import torch
 from teacher_cache.models.checkpoint_files import require_settings_files, require_weights_files
 from teacher_cache.models.processors import load_processor
 from teacher_cache.models.view_geometry import require_supported
+from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.samples import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -75,6 +77,7 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     config = load_config(path)
+    _require_attention(attention)
     processor = load_checked_processor(path, config, check)
     require_weights_files(path)
     with _named(path, "its weights"):
@@ -107,6 +110,16 @@ def load_model(
     return model, processor
 
 
+def _require_attention(attention: str | None) -> None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "--attention flash_attention_2 needs the package flash_attn and a GPU; install it, or "
+            "take sdpa"
+        )
+
+
 def _require_dtype(path: str, dtype: Any) -> None:
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(
@@ -125,6 +138,24 @@ def _require_patch_size(path: str, config: Any, processor: Any) -> None:
         f"{path}: its processor_config.json has patch_size {found!r}, expected {wanted}; add "
         f'"patch_size": {wanted}'
     )
+
+
+def require_one_encodes(
+    encode: Callable[[Sample], object], samples: Iterable[Sample], path: str
+) -> None:
+    """Raise ValueError, with the first cause, if none of the samples can be encoded."""
+    failed: list[SampleError] = []
+    for sample in samples:
+        try:
+            encode(sample)
+            return
+        except SampleError as error:
+            failed.append(error)
+    if failed:
+        raise ValueError(
+            f"{path}: its processor can encode none of the {len(failed)} samples that were tried; "
+            f"the first: {failed[0]}"
+        )
 
 
 def resolve_device(name: str) -> torch.device:

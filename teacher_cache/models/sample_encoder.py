@@ -163,17 +163,16 @@ class SampleEncoder:
         images = [self._picture(sample, number) for number in range(len(sample.images))]
         tokenizer = self.processor.tokenizer
         opened = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        outputs = dict(
-            self.processor(
-                text=[text],
-                images=[images] if images else None,
-                text_kwargs={"return_tensors": None, **({} if self._is_earlier else _WHOLE_TEXT)},
-                images_kwargs={"return_tensors": "pt"},
-                return_offsets_mapping=True,
-                return_text_replacement_offsets=True,
-                return_token_type_ids=False,
-                add_special_tokens=not opened,
-            )
+        outputs = _run(
+            self.processor,
+            text=[text],
+            images=[images] if images else None,
+            text_kwargs={"return_tensors": None, **({} if self._is_earlier else _WHOLE_TEXT)},
+            images_kwargs={"return_tensors": "pt"},
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_token_type_ids=False,
+            add_special_tokens=not opened,
         )
         # One list per text; without images Idefics3 gives nothing and InternVL an empty tensor.
         of_texts = outputs.pop("text_replacement_offsets", None)
@@ -302,6 +301,13 @@ class SampleEncoder:
                 is_response[behind[: stop + 1]] = True
         content = np.flatnonzero(is_content | is_response)
         return content, is_response[content]
+
+
+def _run(processor: Any, **arguments: Any) -> dict[str, Any]:
+    try:
+        return dict(processor(**arguments))
+    except Exception as error:  # whatever the library raises is about this sample
+        raise ValueError(f"the processor fails: {type(error).__name__}: {error}") from error
 
 
 def _read_control_tokens(processor: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher_cache.models.checkpoint import load_model, resolve_device
+from teacher_cache.models.checkpoint import load_model, require_one_encodes, resolve_device
 from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.digests import (
     chat_template_digest,
@@ -104,14 +104,22 @@ class Teacher:
         system_prompt: str | None = None,
         text: TextRules | None = None,
         pictures: PictureRule = PICTURE_RULE,
+        samples: Iterable[Sample] = (),
     ) -> "Teacher":
         """Load an image-text-to-text model and its processor from a folder or a hub id.
 
         `dtype` None is the checkpoint's own, device "auto" is CUDA where available, `text` None is
-        today's rules. Code in a checkpoint is not run. ValueError for what cannot be loaded whole.
+        today's rules. Code in a checkpoint is not run. ValueError for what cannot be loaded whole,
+        and, before a weight is opened, where the processor can encode none of `samples`.
         """
         place = resolve_device(device)
-        loaded: Any = load_model(path, None if dtype is None else DTYPES_BY_NAME[dtype], attention)
+
+        def check(processor: Any, config: Any) -> None:
+            encoder = SampleEncoder(processor, config, system_prompt, text, pictures)
+            require_one_encodes(encoder.encode, samples, path)
+
+        wanted = None if dtype is None else DTYPES_BY_NAME[dtype]
+        loaded: Any = load_model(path, wanted, attention, check)
         model, processor = loaded
         teacher = cls(model.to(place), processor, system_prompt, text, pictures)
         logger.info("teacher %s on %s in %s", path, teacher.device, model.dtype)

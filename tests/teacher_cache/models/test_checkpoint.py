@@ -66,7 +66,7 @@ def test_a_tokenizer_alone_is_no_processor(load: Callable[[str], object], folder
 
 
 def test_an_attention_that_is_not_installed_is_bad_input(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot be loaded: .*(?i:flash)"):
+    with pytest.raises(ValueError, match="needs the package flash_attn"):
         load_model(str(folder), attention="flash_attention_2")
 
 
