@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 
@@ -22,6 +21,7 @@ from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
 from pipeline.fidelity.shard_quality import measure_shard
 from pipeline.sources.source import SampleSource, ScannedSample, open_source, refuse_samples, scan
+from pipeline.sources.tried import samples_to_try
 from teacher_cache.folder.layout import (
     read_commit,
     read_plan,
@@ -51,9 +51,6 @@ from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Store
 from teacher_cache.teacher.teacher import Teacher
 from teacher_cache.teacher.vision_sharing import VisionOwners
-
-NUM_TRIED = 16
-"""Most samples on which the processor is tried before weights are loaded; one success is enough."""
 
 
 class CacheBuilder:
@@ -91,15 +88,9 @@ class CacheBuilder:
             system_prompt=config.system_prompt,
             text=self.text_rules(),
             pictures=self.picture_rule(),
-            samples=self._samples_to_try(),
+            samples=samples_to_try(self.source),
         )
         return with_grid(teacher, config.settings.grid)
-
-    def _samples_to_try(self) -> Iterator[Sample]:
-        """Readable samples of the whole source, on which the processor is tried first."""
-        for index in islice(spread_order(len(self.source)), NUM_TRIED):
-            with suppress(SampleError):
-                yield self.source[index]
 
     def text_rules(self) -> TextRules:
         """The settings' rules; those of earlier caches where such a build was begun."""
@@ -239,7 +230,7 @@ class CacheBuilder:
         with_images = [sample for sample in spread if sample.images is not None] or spread
         samples = (self.source[sample.index] for sample in with_images)
         batches = iter(lambda: list(islice(samples, size)), [])
-        self.teacher.calibrate(batches, self.config.settings, wanted, self.progress)
+        self._refuse(self.teacher.calibrate(batches, self.config.settings, wanted, self.progress))
 
     def _load_assets(self, plan: Plan) -> None:
         if self.teacher.sketch is None:

@@ -20,6 +20,8 @@ from pipeline.build.teacher_identity import load_as, require_same_teacher
 from pipeline.config.build import QUALITY_SAMPLES
 from pipeline.config.extend import ExtendConfig
 from pipeline.fidelity.shard_quality import measure_shard
+from pipeline.sources.source import refuse_samples
+from pipeline.sources.tried import positions_to_try
 from teacher_cache.codec.columns import columns_of
 from teacher_cache.derive.derive import adopt_file, begin
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
@@ -65,7 +67,9 @@ class RecordExtender:
     @cached_property
     def teacher(self) -> Teacher:
         """The base's teacher with the sketch basis and template to use, loaded on first use."""
-        teacher = load_as(self.config.teacher, self.base.spec, self.config.device)
+        teacher = load_as(
+            self.config.teacher, self.base.spec, self.config.device, self._samples_to_try()
+        )
         require_same_teacher(self.base.spec, teacher, self.config.teacher)
         self._load_assets(teacher)
         return teacher
@@ -169,6 +173,10 @@ class RecordExtender:
     def _sample(self, key: str) -> Sample:
         return self.base.reader.read(self.base.reader.find(key), ()).sample
 
+    def _samples_to_try(self) -> Iterator[Sample]:
+        for row in positions_to_try(len(self.base.reader)):
+            yield self.base.reader.read(row, ()).sample
+
     def _load_assets(self, teacher: Teacher) -> None:
         """Set basis and template: the base's own, those of an earlier run, or fitted now."""
         held, wanted = self.base.spec.records, self.settings.records
@@ -202,7 +210,14 @@ class RecordExtender:
         if any(commit.num_with_images for commit in self.base.seal.shards):
             samples = (sample for sample in samples if sample.images)
         batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
-        teacher.calibrate(batches, self.settings, self.settings.calibration_tokens, self.progress)
+        rejected = teacher.calibrate(
+            batches, self.settings, self.settings.calibration_tokens, self.progress
+        )
+        refuse_samples(
+            str(self.base.store),
+            [f"{each.source_id}: {each.reason}" for each in rejected],
+            "Remove them with emkd subset first.",
+        )
 
 
 def joined(held: RecordKind, wanted: RecordKind) -> tuple[RecordKind, RecordKind]:

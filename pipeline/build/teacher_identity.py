@@ -5,11 +5,13 @@ identifies the teacher is compared; settings of the stored records are not.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from pipeline.build.response_grid import with_grid
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.manifest import CacheSpec, differences
 from teacher_cache.schema.options import RecordSettings
+from teacher_cache.schema.samples import Sample
 from teacher_cache.teacher.teacher import Teacher
 
 TEACHER_FIELDS = (
@@ -32,8 +34,13 @@ TEACHER_FIELDS = (
 """Fields of a spec that identify the teacher, whatever is recorded of it."""
 
 
-def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
-    """Load the teacher of a folder or hub id as the cache's spec says."""
+def load_as(
+    path: str, spec: CacheSpec, device: str = "auto", samples: Iterable[Sample] = ()
+) -> Teacher:
+    """Load the teacher of a folder or hub id as the cache's spec says.
+
+    ValueError before a weight is opened if the processor can encode none of `samples`.
+    """
     teacher = Teacher.load(
         path,
         device=device,
@@ -42,6 +49,7 @@ def load_as(path: str, spec: CacheSpec, device: str = "auto") -> Teacher:
         system_prompt=spec.system_prompt,
         text=spec.text,
         pictures=spec.pictures,
+        samples=samples,
     )
     return with_grid(teacher, spec.grid)
 

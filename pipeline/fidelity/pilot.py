@@ -22,6 +22,7 @@ from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, c
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
 from pipeline.fidelity.tier_loss import LossMeter
 from pipeline.sources.source import open_source, warn_unread
+from pipeline.sources.tried import samples_to_try
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.models.chat_template import text_rules
@@ -30,7 +31,7 @@ from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import HiddenMoments, SketchBasis, basis_from_moments
 from teacher_cache.records.tail_template import MeanTail, TailTemplate
-from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.errors import SampleError, first_causes
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import RecordKind, RecordSettings
 from teacher_cache.schema.progress import Progress, no_progress
@@ -65,6 +66,7 @@ class Pilot:
             dtype=config.dtype,
             attention=config.attention,
             text=text_rules(config.append_eos, config.chat_template),
+            samples=samples_to_try(self.source),
         )
         self.head = self.teacher.head
         self.vocab_size, self.hidden_size = self.head.weight.shape
@@ -87,7 +89,10 @@ class Pilot:
             moments.update(states[encoded.spans.vision])
             for top_k, tail in tails.items():
                 tail.update(states[encoded.spans.vision], self.head, top_k)
-        self.basis = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
+        try:
+            self.basis = basis_from_moments(moments, self.head, max(SKETCH_RANKS))
+        except ValueError as error:
+            raise ValueError(f"{error}{self._causes()}") from error
         self.teacher.sketch = self.basis
         self.meter = LossMeter(self.head, self.config.match_metric, self.tiers, self.basis)
         self.templates: dict[int | None, TailTemplate] = {
@@ -106,8 +111,12 @@ class Pilot:
             raise ValueError(
                 f"{self.config.source}: none of the samples that the pilot measured has a view of "
                 "more than one vision token; take more samples, or a source with images"
+                f"{self._causes()}"
             )
         return self._report(moments.count, spread)
+
+    def _causes(self) -> str:
+        return first_causes(self.rejected, min(self.config.pilot, len(self.source)))
 
     def _read(self) -> list[Sample]:
         readable: list[Sample] = []

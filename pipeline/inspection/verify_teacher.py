@@ -26,6 +26,7 @@ from pipeline.inspection.compare_outputs import (
     replaced_ids,
     top_k_by_name,
 )
+from pipeline.sources.tried import positions_to_try
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.records.make_records import DTYPES_BY_NAME
@@ -96,7 +97,8 @@ def verify_teacher(
     if num_samples < 1:
         raise ValueError(f"samples is {num_samples}, expected at least 1 to compare")
     spec = reader.spec
-    teacher = load_as(path, spec, device)
+    tried = (reader.read(row, ()).sample for row in positions_to_try(len(reader)))
+    teacher = load_as(path, spec, device, tried)
     other = other_teacher(spec, teacher)
     if other:
         fields = ", ".join(name for name, _, _ in other)

@@ -4,6 +4,8 @@ Errors that a user can correct (settings, files, samples) are ValueErrors too; t
 prints them without a traceback. Texts that come from data are made printable first.
 """
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """The text with control, direction and other invisible characters as escapes (`\\x1b`).
@@ -63,3 +65,10 @@ class SampleError(EmkdError, ValueError):
 
 def _storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def first_causes(reasons: Sequence[str], num_samples: int) -> str:
+    """A sentence that counts unusable samples and quotes the first three; "" without any."""
+    if not reasons:
+        return ""
+    return f". {len(reasons)} of {num_samples} samples cannot be used: " + "; ".join(reasons[:3])

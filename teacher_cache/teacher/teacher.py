@@ -35,7 +35,7 @@ from teacher_cache.records.calibration import Calibration
 from teacher_cache.records.make_records import DTYPES_BY_NAME, make_output
 from teacher_cache.records.sketch import SketchBasis
 from teacher_cache.records.tail_template import TailTemplate
-from teacher_cache.schema.errors import SampleError
+from teacher_cache.schema.errors import SampleError, first_causes
 from teacher_cache.schema.manifest import LAYOUT_VERSION, CacheSpec
 from teacher_cache.schema.options import (
     PICTURE_RULE,
@@ -148,27 +148,43 @@ class Teacher:
         settings: RecordSettings,
         num_tokens: int | None = None,
         progress: Progress = no_progress,
-    ) -> None:
+    ) -> list[RejectedSample]:
         """Fit sketch basis and tail template (records/calibration.py) and keep them.
 
         Takes batches until they have `num_tokens` vision tokens (response tokens without images),
         or all batches (None). Holds the states of one batch at a time; `progress` counts tokens.
-        Skips samples that cannot be used: `outputs` names them later.
+        Returns the samples that cannot be used; ValueError with the first causes if no other one
+        gives what is fitted.
         """
-        found = Calibration(self.head, settings)
+        found, num_samples = Calibration(self.head, settings), 0
+        rejected: list[RejectedSample] = []
         for samples in batches:
+            num_samples += len(samples)
             items = [self._encode(sample) for sample in samples]
+            rejected += [item for item in items if isinstance(item, RejectedSample)]
             encoded = [item for item in items if isinstance(item, EncodedSample)]
-            for sample, (states, _) in zip(encoded, self._states(encoded), strict=True):
-                vision, predicting = states[sample.spans.vision], states[sample.spans.predicting]
+            for item, (states, _) in zip(encoded, self._states(encoded), strict=True):
+                vision, predicting = states[item.spans.vision], states[item.spans.predicting]
                 if bool(vision.isfinite().all()) and bool(predicting.isfinite().all()):
                     found.add(vision, predicting)
+                    continue
+                reason = "the teacher's states: NaN or infinite"
+                rejected.append(
+                    RejectedSample(key=item.key, source_id=item.source_id, reason=reason)
+                )
             done, total = found.num_tokens, num_tokens or found.num_tokens
             progress("calibrate", min(done, total), total)
             if num_tokens is not None and found.num_tokens >= num_tokens:
                 break
         progress("calibrate", found.num_tokens, found.num_tokens)
-        self.sketch, self.template = found.sketch(), found.template()
+        causes = first_causes([f"{r.source_id}: {r.reason}" for r in rejected], num_samples)
+        if causes and not found.num_tokens:
+            raise ValueError(f"calibration found no tokens{causes}")
+        try:
+            self.sketch, self.template = found.sketch(), found.template()
+        except ValueError as error:
+            raise ValueError(f"{error}{causes}") from error
+        return rejected
 
     def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:
         """Last hidden states of a batch, after the final norm; no gradients."""

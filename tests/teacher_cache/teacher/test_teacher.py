@@ -166,8 +166,13 @@ def test_settings_that_cannot_work_are_refused(llava: Teacher, tiny_folder: Tiny
     bare = Teacher.load(str(tiny_folder("llava")), device="cpu")
     with pytest.raises(ValueError, match="calibrate first"):
         bare.outputs([], RecordSettings(records="topk+sketch", top_k=TOP_K))
-    with pytest.raises(ValueError, match="is fitted to vision tokens, found 0"):
+    with pytest.raises(ValueError, match="is fitted to vision tokens, found 0") as error:
         bare.calibrate([[tiny_samples(3)[2], _bad_image()]], SKETCHED)
+    assert "1 of 2 samples cannot be used: bad: image 0 (8 bytes) cannot be decoded" in str(
+        error.value
+    )
+    with pytest.raises(ValueError, match=r"no tokens\. 1 of 1 samples cannot be used: bad: image"):
+        bare.calibrate([[_bad_image()]], RecordSettings(records="topk", top_k=4))
 
 
 def test_a_basis_of_another_teacher_is_refused(llava: Teacher, tiny_folder: TinyFolder) -> None:
@@ -245,7 +250,8 @@ def test_calibration_reads_vision_states_only_and_passes_bad_samples_over(
     llava: Teacher,
 ) -> None:
     samples = tiny_samples(4)
-    llava.calibrate([[samples[0], _bad_image()], samples[2:], []], SKETCHED)
+    rejected = llava.calibrate([[samples[0], _bad_image()], samples[2:], []], SKETCHED)
+    assert [each.source_id for each in rejected] == ["bad"]
     basis = llava.sketch
     assert basis is not None
     encoded: list[EncodedSample] = [llava.encoder.encode(samples[index]) for index in (0, 3)]
