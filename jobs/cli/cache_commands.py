@@ -38,6 +38,10 @@ class Verify:
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.folder.verify import verify_cache
 
+        if self.teacher is not None:
+            from pipeline.inspection.verify_teacher import require_processor
+
+            require_processor(self.teacher)  # before every byte of the cache is read
         with ProgressBars() as bars:
             report = verify_cache(self.cache, bars.update, self.workers)
             problems, plain = list(report.problems), dataclasses.asdict(report)

@@ -29,6 +29,7 @@ from pipeline.inspection.compare_outputs import (
 from pipeline.sources.tried import positions_to_try
 from teacher_cache.folder.layout import require_plan
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.models.checkpoint import load_checked_processor, load_config
 from teacher_cache.records.make_records import DTYPES_BY_NAME
 from teacher_cache.schema.manifest import CacheSpec
 from teacher_cache.schema.options import RecordSettings
@@ -78,6 +79,11 @@ class _Sums:
     control: dict[str, Spread] = field(default_factory=dict)
     ids: tuple[int, int] = (0, 0)
     problems: list[str] = field(default_factory=list)
+
+
+def require_processor(path: str) -> None:
+    """Raise ValueError for a teacher without a usable config or processor; opens no weights."""
+    load_checked_processor(path, load_config(path))
 
 
 def verify_teacher(

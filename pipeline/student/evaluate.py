@@ -28,6 +28,7 @@ import torch
 
 from pipeline.config.stages import EvaluateConfig, ScoreName
 from pipeline.sources.source import SampleSource, open_source, refuse_samples, scan
+from pipeline.sources.tried import samples_to_try
 from pipeline.student.generation import Generator
 from pipeline.student.matching_pictures import PICTURES_FILE, draw_pictures
 from pipeline.student.predictions import (
@@ -45,7 +46,7 @@ from student_train.data.sample_order import SkippedSamples, skipped_samples
 from student_train.models.student import load_student
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.chat_template import text_rules
-from teacher_cache.models.checkpoint import resolve_device
+from teacher_cache.models.checkpoint import require_one_encodes, resolve_device
 from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.digests import (
     chat_template_digest,
@@ -53,6 +54,7 @@ from teacher_cache.models.digests import (
     tokenizer_digest,
     weights_digest,
 )
+from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
@@ -111,13 +113,18 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     if config.cache is not None:
         CacheReader.open(config.cache)  # fails here, not after all answers
     source = open_source(config.source)
-    scanned, rejected = scan(source, answered=False)
-    if config.on_bad_sample == "refuse":  # before a model is loaded
-        _refuse(source, rejected)
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    model, processor = load_student(config.model, dtype)
-    model.to(device)  # pyright: ignore[reportArgumentType]
     rules = text_rules(config.append_eos, config.chat_template)
+
+    def check(processor: Any, model_config: Any) -> None:
+        encoder = SampleEncoder(processor, model_config, config.system_prompt, rules)
+        require_one_encodes(encoder.encode_prompt, samples_to_try(source), config.model)
+
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    model, processor = load_student(config.model, dtype, check)
+    scanned, rejected = scan(source, answered=False)
+    if config.on_bad_sample == "refuse":
+        _refuse(source, rejected)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     generator = Generator(
         model, processor, config.system_prompt, config.max_new_tokens, config.compression, rules
     )

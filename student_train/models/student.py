@@ -24,7 +24,7 @@ from student_train.models.avgpool_llava_next import (
     AvgPoolLlavaNextForConditionalGeneration,
 )
 from student_train.models.projectors import grid_side, pooled_side
-from teacher_cache.models.checkpoint import load_config, load_model
+from teacher_cache.models.checkpoint import ProcessorCheck, load_config, load_model
 from teacher_cache.models.view_geometry import require_supported
 
 logger = logging.getLogger(__name__)
@@ -114,14 +114,16 @@ def vanilla_student(path: str, dtype: torch.dtype | None = None) -> LoadedStuden
     return load_student(path, dtype)
 
 
-def load_student(path: str, dtype: torch.dtype | None = None) -> LoadedStudent:
+def load_student(
+    path: str, dtype: torch.dtype | None = None, check: ProcessorCheck | None = None
+) -> LoadedStudent:
     """Load any image-text-to-text model with its processor, students and vanilla models alike.
 
     `dtype` defaults to the checkpoint's. The model is in eval mode, on the CPU. ValueError where
     weights are missing (transformers would use random ones) and where a student's processor does
-    not fit it.
+    not fit it. `check` gets processor and config before weights are opened.
     """
-    model, processor = load_model(path, dtype)
+    model, processor = load_model(path, dtype, check=check)
     if any(isinstance(model.config, family.config_class) for family in FAMILIES):
         _require_placeholders_match(path, model, processor)
     return model, processor

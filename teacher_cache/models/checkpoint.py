@@ -111,7 +111,7 @@ def load_model(
 
 
 def _require_attention(attention: str | None) -> None:
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError(

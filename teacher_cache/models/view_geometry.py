@@ -86,7 +86,8 @@ def require_supported(model_type: str) -> None:
         raise ValueError(
             f"models of type {model_type!r} are not supported: where their vision tokens lie is "
             f"unknown; supported: {', '.join(sorted(_GEOMETRIES))}. Another family needs one "
-            "function (teacher_cache/models/view_geometry.py, register_geometry)"
+            "function, given to register_geometry in a module of yours: --plugin MODULE "
+            "(docs/families.md)"
         )
 
 
