@@ -13,14 +13,20 @@ from typing import Any
 import torch
 
 from pipeline.config.stages import CONFIG_FILE, TrainConfig
+from pipeline.sources.tried import positions_to_try
 from student_train.models.student import student_from_vanilla, vanilla_student
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
 from student_train.training.run import train_student
 from student_train.training.trainer import MetricsCallback
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.chat_template import text_rules
-from teacher_cache.models.checkpoint import load_config
+from teacher_cache.models.checkpoint import (
+    load_checked_processor,
+    load_config,
+    require_one_encodes,
+)
 from teacher_cache.models.digests import vocabulary_digest
+from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.progress import Progress, no_progress
@@ -55,6 +61,17 @@ def train(
         )
     template = text_rules(config.append_eos, config.chat_template).template
 
+    def check(processor: Any, student: Any) -> None:
+        _require_vocabulary(config, processor, reader)
+        spec = reader.spec
+        text = spec.text if template is None else dataclasses.replace(spec.text, template=template)
+        encoder = SampleEncoder(processor, student, spec.system_prompt, text, spec.pictures)
+        positions = positions_to_try(len(reader))
+        samples = (reader.read(index, ()).sample for index in positions)
+        require_one_encodes(encoder.encode, samples, config.student)
+
+    load_checked_processor(config.student, load_config(config.student), check)
+
     def load() -> tuple[Any, Any]:
         if config.projector == "none":
             model, processor = vanilla_student(config.student, dtype=torch.float32)
@@ -62,7 +79,6 @@ def train(
             model, processor = student_from_vanilla(
                 config.student, config.projector, config.stride, dtype=torch.float32
             )
-        _require_vocabulary(config, processor, reader)
         return model, processor
 
     def begin() -> None:

@@ -147,11 +147,10 @@ class SampleEncoder:
         return read_picture(data, self.pictures)
 
     def _picture(self, sample: Sample, index: int) -> Image.Image:
-        data = sample.images[index]
         try:
-            return self.read_picture(data)
+            return self.read_picture(sample.images[index])
         except ValueError as error:
-            what = f"image {index} ({len(data)} bytes) {error}"
+            what = f"image {index} ({len(sample.images[index])} bytes) {error}"
             raise SampleError(sample.source_id, what) from error
 
     def _process(self, sample: Sample, text: str) -> dict[str, Any]:
@@ -306,7 +305,7 @@ class SampleEncoder:
 def _run(processor: Any, **arguments: Any) -> dict[str, Any]:
     try:
         return dict(processor(**arguments))
-    except Exception as error:  # whatever the library raises is about this sample
+    except Exception as error:
         raise ValueError(f"the processor fails: {type(error).__name__}: {error}") from error
 
 
