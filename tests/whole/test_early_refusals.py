@@ -13,10 +13,9 @@ from pipeline.config.plan import PlanConfig
 from pipeline.config.stages import EvaluateConfig
 from pipeline.fidelity.pilot import run_pilot
 from pipeline.inspection.verify_teacher import require_processor
-from pipeline.student.evaluate import evaluate
-from student_train.models.student import student_from_vanilla, vanilla_student
 from teacher_cache.schema.options import RecordSettings
 from tests.conftest import TinyFolder
+from tests.support.lazy import evaluate, student_from_vanilla, vanilla_student
 from tests.support.llava_json import write_llava_json
 from tests.support.tiny import tiny_samples
 
