@@ -230,8 +230,9 @@ class Submit:
     """
 
     stage: tyro.conf.Positional[Stage]
-    address: str = "http://127.0.0.1:8265"
-    """The cluster's dashboard (job server)."""
+    address: str | None = None
+    """The cluster's dashboard (job server); default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
+    http://127.0.0.1:8265."""
     working_dir: Path | None = None
     """Folder of code to upload; default: none, emkd is installed on the cluster."""
     driver_cpus: float = 0.0
@@ -247,7 +248,7 @@ class Submit:
         return dataclasses.replace(self, payload=command)
 
     def __call__(self) -> int:
-        """Exit code 0 if the job succeeded, else 1."""
+        """Exit code 0 if the job succeeded, 1 if it failed, 5 if its end could not be learnt."""
         from jobs.cluster.paths import config_json
         from jobs.cluster.submit import entrypoint, run_flags, submit
 
