@@ -94,7 +94,7 @@ _HELP = {
 """Help of flags whose field has no docstring."""
 
 
-class Group:
+class FlagGroup:
     """The type of a group of flags; each group has a subclass, as tyro tells groups by types."""
 
     spec: ClassVar[StructConstructorSpec]
@@ -106,11 +106,11 @@ class Grouped(dict[str, Any]):
 
 def group_spec(kind: object) -> StructConstructorSpec | None:
     """The flags of a group's type; None for other types."""
-    return kind.spec if isinstance(kind, type) and issubclass(kind, Group) else None
+    return kind.spec if isinstance(kind, type) and issubclass(kind, FlagGroup) else None
 
 
 def grouped(record: type, spec: StructConstructorSpec) -> StructConstructorSpec:
-    """The spec with its flags in groups; `flatten` undoes it when the values are there."""
+    """The spec with its flags in groups; `ungrouped` undoes it when the values are there."""
     groups = _GROUPS.get(record, {})
     titles = {name: title for title, names in groups.items() for name in names.split()}
     found: dict[str, list[StructFieldSpec]] = {}
@@ -129,7 +129,7 @@ def grouped(record: type, spec: StructConstructorSpec) -> StructConstructorSpec:
     first: list[StructFieldSpec] = []
     for title in (title for title in (REQUIRED, *groups) if title in found):
         spec_of_group = StructConstructorSpec(Grouped, tuple(found[title]))
-        kind = type("Group", (Group,), {"spec": spec_of_group})
+        kind = type("FlagGroup", (FlagGroup,), {"spec": spec_of_group})
         named = _titled(kind, title)
         first.append(StructFieldSpec(f"group {title}", named, kind(), helptext=lambda: ""))
     return dataclasses.replace(spec, fields=(*first, *others))
@@ -145,7 +145,7 @@ def _titled(kind: Any, title: str) -> Any:
     return Annotated[kind, tyro.conf.arg(name=title, prefix_name=False)]
 
 
-def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def ungrouped(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a record, those of its groups among them."""
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -23,7 +23,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from jobs.cli.flag_groups import flatten, group_spec, grouped
+from jobs.cli.flag_groups import group_spec, grouped, ungrouped
 from jobs.cli.flag_records import PRESET, GridFlags, NewRecords, Preset, ProgressionFlags
 from pipeline.config.build import SourceConfig
 from pipeline.config.checks import refuse_url_paths
@@ -251,7 +251,7 @@ class Unchecked:
 
 
 def _unchecked(make: Callable[..., Any], **values: Any) -> Unchecked:
-    return Unchecked(make, flatten(values))
+    return Unchecked(make, ungrouped(values))
 
 
 def checked(value: Any) -> Any:

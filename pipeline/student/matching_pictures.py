@@ -37,7 +37,7 @@ from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.storage.store import Location
 
 PICTURES_FILE = "pictures.json"
-MAX_PIXELS = 512
+_MAX_SIDE = 512
 PARTS: frozenset[Part] = frozenset({"vision", "sketch", "hidden"})
 """The parts of a cached sample that matching reads, as far as the cache holds them."""
 
@@ -153,7 +153,7 @@ def _teacher_words(signal: Signal) -> tuple[Int[Tensor, " M"], Float[Tensor, " M
 def _png(data: bytes, rule: PictureRule) -> str:
     """The picture that models see as base64 PNG, no side longer than 512 pixels."""
     picture = read_picture(data, rule)
-    scale = min(1.0, MAX_PIXELS / max(picture.size))
+    scale = min(1.0, _MAX_SIDE / max(picture.size))
     if scale < 1:
         width, height = (max(1, math.floor(side * scale)) for side in picture.size)
         picture = picture.resize((width, height))

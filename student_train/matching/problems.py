@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from student_train.config.objective import MatchScope
-from student_train.matching.geometry import Geometry, view_geometry
+from student_train.matching.geometry import TokenPlaces, view_geometry
 from teacher_cache.schema.samples import ViewGrid
 
 _Spans = dict[tuple[int, ...], list[range]]
@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     teacher: list[range]
     seed: int = 0
     """Differs from problem to problem of a sample, and never changes."""
-    geometry: Geometry | None = None
+    geometry: TokenPlaces | None = None
     """None for scope=global."""
 
     @property

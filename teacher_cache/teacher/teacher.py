@@ -176,7 +176,8 @@ class Teacher:
             progress("calibrate", min(done, total), total)
             if num_tokens is not None and found.num_tokens >= num_tokens:
                 break
-        progress("calibrate", found.num_tokens, found.num_tokens)
+        if num_tokens is not None and 0 < found.num_tokens < num_tokens:
+            progress("calibrate", found.num_tokens, found.num_tokens)  # the source had no more
         causes = first_causes([f"{r.source_id}: {r.reason}" for r in rejected], num_samples)
         if causes and not found.num_tokens:
             raise ValueError(f"calibration found no tokens{causes}")

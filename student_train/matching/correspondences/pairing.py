@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from student_train.matching.geometry import Geometry
+from student_train.matching.geometry import TokenPlaces
 
 Pairs = tuple[Int[Tensor, " P"], Int[Tensor, " P"]]
 
@@ -21,13 +21,13 @@ class PairingProblem(NamedTuple):
     """The tokens of one view (or image) of one sample; on the CPU."""
 
     cost: Float[Tensor, "n m"]
-    geometry: Geometry | None = None
+    geometry: TokenPlaces | None = None
     """Where the tokens lie; None for scope=global, whose views may lie anywhere in the image."""
     seed: int = 0
     """A number of the sample and the problem that stays the same for ever."""
     place_weight: float = 0.0
 
-    def places(self) -> Geometry:
+    def places(self) -> TokenPlaces:
         """The geometry; ValueError where there is none."""
         if self.geometry is None:
             raise ValueError(

@@ -16,7 +16,7 @@ from student_train.config.recipe import TrainerSettings
 from student_train.losses.batch_matching import start_batch_matching
 from student_train.matching.correspondences.pairing import PairingProblem
 from student_train.matching.correspondences.table import CORRESPONDENCES
-from student_train.matching.geometry import Geometry, view_geometry
+from student_train.matching.geometry import TokenPlaces, view_geometry
 from student_train.matching.matching import match_tokens
 from student_train.matching.quality import assignment_stats
 from student_train.signals.teacher_signal import DenseSignal
@@ -166,7 +166,7 @@ def test_the_order_of_the_teachers_tokens_changes_no_pair(
     there = asked.places()
     moved = asked._replace(
         cost=asked.cost[:, order],
-        geometry=Geometry(there.distance[:, order], there.inside[:, order]),
+        geometry=TokenPlaces(there.distance[:, order], there.inside[:, order]),
     )
     assert [(j, order[i].item()) for j, i in paired(moved, name)] == paired(asked, name)
 
