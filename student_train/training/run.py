@@ -127,14 +127,15 @@ def train_student(
         logger.info("%s has already finished", run)
         return finished
     resumed = newest_checkpoint(run, identity)
-    assets, model, processor, encoder = prepare()
-    preflight = preflight or check()
+    if preflight is None:
+        preflight = check()
     if plan.rank == 0:
         store_preflight(run, preflight)
     if settings.on_bad_sample == "refuse":
         preflight.require_none(run, reader)
     elif skipped and plan.rank == 0:
         logger.warning("%s", preflight.describe_skipped(run))
+    assets, model, processor, encoder = prepare()
     if begin is not None:
         begin()
     if skipped:

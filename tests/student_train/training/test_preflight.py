@@ -201,12 +201,18 @@ def test_ranks_share_the_check_and_all_know_the_result(
     assert_nearly_same_run(run, skipping, "samples", "loss", rel=1e-4)
 
 
-def test_another_student_is_checked_anew(
+def test_a_refused_student_is_not_loaded_again_and_another_one_is_checked_anew(
     reader: CacheReader, vanilla: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(CacheMismatchError, match="2 of 10"):
         train(run, reader, vanilla)
+
+    def throwing(_folder: Path) -> Any:
+        raise AssertionError("the student was loaded again")
+
+    with pytest.raises(CacheMismatchError, match="2 of 10"):
+        train(run, reader, vanilla, load=throwing)
     train(run, reader, vanilla, chat_template=None)  # the remedy
     assert stored(run).misfits == ()
 
