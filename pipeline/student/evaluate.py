@@ -122,8 +122,6 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model, processor = load_student(config.model, dtype, check)
     scanned, rejected = scan(source, answered=False)
-    if config.on_bad_sample == "refuse":
-        _refuse(source, rejected)
     model.to(device)  # pyright: ignore[reportArgumentType]
     generator = Generator(
         model, processor, config.system_prompt, config.max_new_tokens, config.compression, rules
