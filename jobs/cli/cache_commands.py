@@ -4,11 +4,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from jobs.cli.extras import require_extra
 from jobs.cli.output import echo, warn
+from pipeline.config.plugins import load_plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,15 @@ class Verify:
     """Device of the teacher."""
     json: bool = False
     """Print the report as JSON."""
+    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Module of yours to import first (package.module); repeatable."""
 
     def __call__(self) -> int:
         """Verify, then print the problems."""
         from jobs.cluster.progress import ProgressBars
         from teacher_cache.folder.verify import verify_cache
 
+        plugins = load_plugins(self.plugin)
         if self.teacher is not None:
             from pipeline.inspection.verify_teacher import require_processor
 
@@ -55,6 +60,7 @@ class Verify:
                     self.teacher,
                     num_samples=self.samples,
                     device=self.device,
+                    plugins=plugins,
                     progress=bars.update,
                 )
                 problems += again.problems
@@ -87,9 +93,12 @@ class Inspect:
     """PNG file to draw the sample to: images, view grids and the uncertainty of each token."""
     json: bool = False
     """Print the description as JSON."""
+    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Module of yours to import first (package.module); repeatable."""
 
     def __call__(self) -> int:
         """Print the description; draw the picture."""
+        load_plugins(self.plugin)
         if self.picture is not None:
             require_extra("report")
         from pipeline.fidelity.cache_quality import render_quality, summarise, warning_text

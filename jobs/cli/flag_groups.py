@@ -25,24 +25,24 @@ _GROUPS: dict[type, dict[str, str]] = {
         "records": "logits_codec affinity_dtype mean_kept ratios",
         "time": "teacher_seconds_per_sample online_teacher_seconds_per_step steps_per_run",
         "pilot": "pilot source image_root max_pixels confine_images teacher chat_template "
-        "append_eos match_metric batch_size device dtype attention",
+        "append_eos match_metric batch_size device dtype attention plugin",
     },
     BuildConfig: {
         "text": "system_prompt chat_template append_eos",
         "shards": "format samples_per_shard share_vision",
         "checks": "on_bad_sample quality_samples require_quality",
-        "computation": "batch_size device dtype attention torch_threads",
+        "computation": "batch_size device dtype attention torch_threads plugin",
     },
     ExtendConfig: {
         "source": "source image_root limit max_pixels confine_images samples_per_shard",
         "checks": "on_bad_sample",
-        "computation": "device torch_threads",
+        "computation": "device torch_threads plugin",
     },
     TrainConfig: {
         "student": "projector stride",
         "text": "chat_template append_eos",
         "checks": "expect_cache",
-        "computation": "torch_threads",
+        "computation": "torch_threads plugin",
     },
     TrainerSettings: {
         "checks": "on_bad_sample",
@@ -58,7 +58,7 @@ _GROUPS: dict[type, dict[str, str]] = {
         "text": "system_prompt chat_template append_eos",
         "dropping": "compressor compress_layer ratio stages compress_text compress_seed",
         "pictures": "cache num_pictures",
-        "computation": "batch_size device dtype torch_threads",
+        "computation": "batch_size device dtype torch_threads plugin",
     },
     RayOptions: {
         "Ray": "ray num_workers cpus_per_worker gpus_per_worker max_retries worker_timeout"
@@ -87,6 +87,7 @@ _HELP = {
     "max_pixels": "Most pixels of an image; samples with a larger one are refused.",
     "on_bad_sample": "refuse: stop and name the samples; record: leave them out and list them.",
     "out": "What is written: a folder, or the page of a report.",
+    "plugin": "Module of yours to import first (package.module); repeatable.",
     "seed": "Seed of everything random.",
     "system_prompt": "System message put before every conversation that has none.",
     "torch_threads": "CPU threads of torch; default: torch's own choice.",
@@ -117,6 +118,9 @@ def grouped(record: type, spec: StructConstructorSpec) -> StructConstructorSpec:
     others: list[StructFieldSpec] = []
     for field in spec.fields:
         field = dataclasses.replace(field, helptext=partial(_help, field.name, field.helptext))
+        if field.name == "plugin":
+            repeatable: Any = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+            field = dataclasses.replace(field, type=repeatable)
         required = field.default is tyro.MISSING and not dataclasses.is_dataclass(field.type)
         title = REQUIRED if required else titles.get(field.name)
         if title is not None and groups:

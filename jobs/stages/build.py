@@ -15,6 +15,7 @@ from pipeline.build.extend_records import RecordExtender, extend_records
 from pipeline.build.extend_samples import CacheExtender, extend_samples
 from pipeline.config.build import BuildConfig
 from pipeline.config.extend import ExtendConfig
+from pipeline.config.plugins import load_plugins
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
 from teacher_cache.schema.manifest import Seal
 from teacher_cache.storage.open_store import open_store
@@ -23,6 +24,7 @@ from teacher_cache.storage.open_store import open_store
 def run_build(config: BuildConfig, options: RayOptions) -> Seal:
     """Build, or finish building, the cache of `config`; returns its seal."""
     config = absolute(config)
+    load_plugins(config.plugin)  # here too: a missing one is named before workers start
     seal = finished(config)
     if seal is not None:
         return seal
@@ -37,6 +39,7 @@ def run_build(config: BuildConfig, options: RayOptions) -> Seal:
 def run_extend(config: ExtendConfig, options: RayOptions) -> Seal:
     """Add samples or records to a cache, or go on doing so; returns the seal of the new cache."""
     config = absolute(config)
+    load_plugins(config.plugin)
     by_samples = config.source is not None
     with ProgressBars() as bars:
         if not options.ray:

@@ -8,6 +8,7 @@ from jobs.cluster.actor_pool import get, ray_session, worker_resources
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute
 from jobs.cluster.progress import ProgressBars
+from pipeline.config.plugins import load_plugins
 from pipeline.config.stages import EvaluateConfig
 from pipeline.student.evaluate import evaluate
 
@@ -16,6 +17,7 @@ def run_evaluate(config: EvaluateConfig, options: RayOptions) -> dict[str, Any]:
     """Evaluate and return the metrics, as they are written to metrics.json."""
     options.require_no_timeout("evaluate")
     config = absolute(config)
+    load_plugins(config.plugin)
     if not options.ray:
         with ProgressBars() as bars:
             return evaluate(config, bars.update)

@@ -21,6 +21,7 @@ from jobs.cluster.actor_pool import ray_session, worker_resources
 from jobs.cluster.options import RayOptions
 from jobs.cluster.paths import absolute, config_json
 from jobs.cluster.progress import ProgressBars
+from pipeline.config.plugins import load_plugins
 from pipeline.config.stages import TrainConfig
 from pipeline.student.train import train
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
@@ -33,6 +34,7 @@ def run_train(config: TrainConfig, options: RayOptions) -> Path:
     """Train, or go on training, the student of `config`; returns the folder of the result."""
     options.require_no_timeout("train")
     config = absolute(config)
+    load_plugins(config.plugin)
     if not options.ray:
         with ProgressBars() as bars:
             return train(config, report=bars.metrics, progress=bars.update)

@@ -19,6 +19,7 @@ from pipeline.build.response_grid import require_compressor, with_grid
 from pipeline.build.resume import is_unchanged, keep_settings, require_same_quality_samples
 from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
+from pipeline.config.plugins import load_plugins
 from pipeline.fidelity.shard_quality import measure_shard
 from pipeline.sources.source import SampleSource, ScannedSample, open_source, refuse_samples, scan
 from pipeline.sources.tried import samples_to_try
@@ -62,6 +63,7 @@ class CacheBuilder:
     def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
         self.config = config
         self.progress = progress
+        self.plugins = load_plugins(config.plugin)
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
 
@@ -90,6 +92,7 @@ class CacheBuilder:
             pictures=self.picture_rule(),
             samples=samples_to_try(self.source),
         )
+        teacher.plugins = self.plugins
         return with_grid(teacher, config.settings.grid)
 
     def text_rules(self) -> TextRules:

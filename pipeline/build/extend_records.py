@@ -19,6 +19,7 @@ from pipeline.build.shard_builder import build_all
 from pipeline.build.teacher_identity import load_as, require_same_teacher
 from pipeline.config.build import QUALITY_SAMPLES
 from pipeline.config.extend import ExtendConfig
+from pipeline.config.plugins import load_plugins
 from pipeline.fidelity.shard_quality import measure_shard
 from pipeline.sources.source import refuse_samples
 from pipeline.sources.tried import positions_to_try
@@ -55,6 +56,7 @@ class RecordExtender:
     def __init__(self, config: ExtendConfig, progress: Progress = no_progress) -> None:
         self.config = config
         self.progress = progress
+        self._plugins = load_plugins(config.plugin)
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
         self.base = SealedCache.open(config.cache)
@@ -70,6 +72,7 @@ class RecordExtender:
         teacher = load_as(
             self.config.teacher, self.base.spec, self.config.device, self._samples_to_try()
         )
+        teacher.plugins = self._plugins
         require_same_teacher(self.base.spec, teacher, self.config.teacher)
         self._load_assets(teacher)
         return teacher

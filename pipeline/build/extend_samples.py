@@ -115,4 +115,5 @@ def _build_config(config: ExtendConfig, base: SealedCache) -> BuildConfig:
         device=config.device,
         on_bad_sample=config.on_bad_sample,
         torch_threads=config.torch_threads,
+        plugin=config.plugin,
     )

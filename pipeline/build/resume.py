@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from pipeline.config.build import BuildConfig
+from pipeline.config.plugins import load_plugins
 from teacher_cache.folder.layout import committed
 from teacher_cache.storage.open_store import open_store
 
@@ -51,6 +52,7 @@ def _settings(config: BuildConfig) -> str:
         "teacher": _files(Path(config.teacher)),
         "source": _files(Path(config.source.path)),
         "chat_template": config.chat_template and _files(config.chat_template),
+        "plugins": load_plugins(config.plugin),
     }
     return json.dumps(state, sort_keys=True, indent=1, default=str) + "\n"
 

@@ -30,6 +30,7 @@ TEACHER_FIELDS = (
     "system_prompt",
     "text",
     "pictures",
+    "plugins",
 )
 """Fields of a spec that identify the teacher, whatever is recorded of it."""
 

@@ -85,6 +85,9 @@ class BuildConfig(StrictRecord):
     disables all measurement, that of the mass outside the kept entries too."""
     require_quality: bool = False
     """Exit with code 4 where the records miss their stated quality, or where it is unknown."""
+    plugin: tuple[str, ...] = ()
+    """Modules of yours to import first (`package.module`; repeatable): they register geometries,
+    compressors or classes of transformers. docs/families.md has an example."""
     torch_threads: int | None = None
     """CPU threads of torch in each worker; default: torch's own choice."""
 

@@ -32,6 +32,7 @@ class ExtendConfig(StrictRecord):
     """Further records of the cache's samples, computed from the images that the cache holds."""
     device: str = "auto"
     torch_threads: int | None = None
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_max_pixels(self.max_pixels)

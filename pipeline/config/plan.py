@@ -81,6 +81,7 @@ class PlanConfig(StrictRecord):
     """Dtype of the teacher and so of its logits; default: bfloat16, with --pilot the
     checkpoint's own."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one(self, "vision_tokens", "views", "vocab_size", "hidden_size", "batch_size")
@@ -111,7 +112,7 @@ class PlanConfig(StrictRecord):
         else:
             of_pilot = ("source", "image_root", "max_pixels", "confine_images", "teacher")
             more = ("chat_template", "append_eos", "match_metric", "batch_size", "device")
-            refuse_changed(self, "pilot is 0", *of_pilot, *more, "attention")
+            refuse_changed(self, "pilot is 0", *of_pilot, *more, "attention", "plugin")
 
     def _require_pilot(self) -> None:
         if self.pilot < 2 or self.source is None or self.teacher is None:

@@ -60,6 +60,7 @@ class TrainConfig(StrictRecord):
     training: TrainerSettings = TrainerSettings()
     torch_threads: int | None = None
     """CPU threads of torch; set it where results must repeat to the bit on other machines."""
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         refuse_url_paths(self)
@@ -118,6 +119,7 @@ class EvaluateConfig(StrictRecord):
     compress_seed: int = 0
     """Seed of the compressor random."""
     torch_threads: int | None = None
+    plugin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         refuse_url_paths(self)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config.build import SourceConfig
 from pipeline.config.plan import PlanConfig
+from pipeline.config.plugins import load_plugins
 from pipeline.fidelity.recommend import PilotReport, TierMeasure, TierTail, recommend
 from pipeline.fidelity.sizes import SKETCH_RANKS, Tier, TierSize, asset_bytes, cost, tiers
 from pipeline.fidelity.tier_bytes import TierBytes, shard_structure
@@ -50,6 +51,7 @@ class Pilot:
     def __init__(self, config: PlanConfig, progress: Progress = no_progress) -> None:
         if config.source is None or config.teacher is None:
             raise ValueError("a pilot needs a source and a teacher; give both")
+        load_plugins(config.plugin)
         self.config = config
         self.progress = progress
         self.source = open_source(

@@ -93,9 +93,12 @@ def verify_teacher(
     num_samples: int = 32,
     device: str = "auto",
     seed: int = 0,
+    plugins: tuple[str, ...] = (),
     progress: Progress = no_progress,
 ) -> TeacherReport:
     """Compare `num_samples` stored samples (all, if there are fewer) with the teacher in `path`.
+
+    `plugins` is what `load_plugins` returned.
 
     Raises ValueError if the teacher cannot be loaded or nothing would be compared, and
     `ShardCorruptError` for damaged samples.
@@ -105,6 +108,7 @@ def verify_teacher(
     spec = reader.spec
     tried = (reader.read(row, ()).sample for row in positions_to_try(len(reader)))
     teacher = load_as(path, spec, device, tried)
+    teacher.plugins = plugins
     other = other_teacher(spec, teacher)
     if other:
         fields = ", ".join(name for name, _, _ in other)

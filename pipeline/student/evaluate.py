@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config.plugins import load_plugins
 from pipeline.config.stages import EvaluateConfig, ScoreName
 from pipeline.sources.source import SampleSource, open_source, refuse_samples, scan
 from pipeline.sources.tried import samples_to_try
@@ -98,6 +99,8 @@ class EvaluationIdentity(StrictRecord):
     """By which rules messages and images were read; absent in folders of earlier versions."""
     skipped: SkippedSamples | None = None
     """Samples that are left out; they are not among `samples`."""
+    plugins: tuple[str, ...] = ()
+    """Name and digest of each module that was imported first."""
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     (`config.on_bad_sample` skip leaves them out), and CacheMismatchError if `config.out` holds
     another evaluation.
     """
+    load_plugins(config.plugin)
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
     device = resolve_device(config.device)
@@ -235,6 +239,7 @@ def _identity(
         text_version=generator.encoder.rules.version,
         pictures=generator.encoder.pictures,
         skipped=skipped_samples(skipped),
+        plugins=load_plugins(config.plugin),
     )
 
 

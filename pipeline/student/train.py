@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config.plugins import load_plugins
 from pipeline.config.stages import CONFIG_FILE, TrainConfig
 from pipeline.sources.tried import positions_to_try
 from student_train.models.student import student_from_vanilla, vanilla_student
@@ -45,6 +46,7 @@ def train(
     cache, tokenizer or run folder than expected, and for samples of the cache that do not fit the
     student.
     """
+    plugins = load_plugins(config.plugin)
     if config.torch_threads is not None:
         torch.set_num_threads(config.torch_threads)
     reader = CacheReader.open(config.cache)
@@ -91,7 +93,9 @@ def train(
         reader,
         load,
         config.training,
-        student=student_identity(config.student, config.projector, config.stride, template),
+        student=student_identity(
+            config.student, config.projector, config.stride, template, plugins
+        ),
         chat_template=template,
         begin=begin,
         report=report,
@@ -101,7 +105,11 @@ def train(
 
 
 def student_identity(
-    path: str, projector: str, stride: int, chat_template: str | None = None
+    path: str,
+    projector: str,
+    stride: int,
+    chat_template: str | None = None,
+    plugins: tuple[str, ...] = (),
 ) -> str:
     """A digest of the initial student: its weights and settings on disk, or a hub commit.
 
@@ -114,7 +122,11 @@ def student_identity(
     else:
         config = load_config(path)
         content = {"hub": path, "commit": config._commit_hash}
-    given = {} if chat_template is None else {"chat_template": chat_template}
+    given: dict[str, object] = {}
+    if chat_template is not None:
+        given["chat_template"] = chat_template
+    if plugins:
+        given["plugins"] = plugins
     return digest_json({"begins_as": content, "projector": projector, "stride": stride, **given})
 
 

@@ -105,6 +105,8 @@ class CacheSpec(StrictRecord):
     """How messages became tokens; absent: as in caches written before this field."""
     pictures: PictureRule = field(default=EARLIER_PICTURE_RULE, metadata=ABSENT)
     """How images became pictures; absent: as in caches written before this field."""
+    plugins: tuple[str, ...] = field(default=(), metadata=ABSENT)
+    """Name and digest of each module of the user's that was imported first."""
 
     @property
     def ratios(self) -> tuple[float, ...]:

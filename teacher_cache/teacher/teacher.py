@@ -89,6 +89,8 @@ class Teacher:
         self.head = shared_head(model, processor.tokenizer)
         self.grid_passes: GridPasses | None = None
         self._sketch: SketchBasis | None = None
+        self.plugins: tuple[str, ...] = ()
+        """Name and digest of each module that was imported before the model was loaded."""
         self.template: TailTemplate | None = None
         """The tail template: fitted by `calibrate`, or set to the one a cache stores."""
         require_plain_head(model, processor.tokenizer)
@@ -256,6 +258,7 @@ class Teacher:
             template_digest=self.template.digest if has_top_k and self.template else None,
             text=self.encoder.rules,
             pictures=self.encoder.pictures,
+            plugins=self.plugins,
         )
 
     @cached_property
