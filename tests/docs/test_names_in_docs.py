@@ -17,8 +17,8 @@ from tests.support.paths import DOCS, ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 CODE = ("emkd", "jobs", "pipeline", "student_train", "teacher_cache", "tests", "benchmarks", "docs")
-OTHERS = {"torch", "nn", "transformers", "scipy", "weight", "AWS_PROFILE"}
-OTHERS |= {"AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"}
+AUTO = {"AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"}
+OTHERS = {"torch", "nn", "transformers", "scipy", "weight", "AWS_PROFILE", *AUTO}
 """First parts of names that belong to other libraries."""
 OTHER_FLAGS = {"--no-deps", "--include-dashboard"}
 """Flags of other programs."""
