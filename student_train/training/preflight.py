@@ -29,7 +29,7 @@ from student_train.training.checkpoint import PREFLIGHT_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.size_encoder import SizeEncoder
-from teacher_cache.schema.errors import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from teacher_cache.schema.progress import Progress
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.strict_json import StrictRecord, decode_json
@@ -130,7 +130,10 @@ def check_cache(
     settings: TrainerSettings,
     progress: Progress,
 ) -> Preflight:
-    """Check all samples; every rank calls this and returns the same."""
+    """Check all samples; every rank calls this and returns the same.
+
+    ShardCorruptError for damage, on every rank, so that none waits for another.
+    """
     started = time.monotonic()
     embeddings: Any = model.get_input_embeddings()
     limits = StudentLimits(
@@ -139,16 +142,24 @@ def check_cache(
         num_rows=output_head(model).get_parameter("weight").shape[0],
     )
     first, last = (len(reader) * rank // plan.world_size for rank in (plan.rank, plan.rank + 1))
-    own = find_misfits(
-        reader,
-        range(first, last),
-        SizeEncoder(encoder).encode,
-        encoder.encode,
-        limits,
-        settings.loader_threads,
-        lambda count: progress("preflight", count, last - first),
-    )
+    own: list[tuple[int, RejectedSample]] = []
+    damage: list[str] = []
+    try:
+        own = find_misfits(
+            reader,
+            range(first, last),
+            SizeEncoder(encoder).encode,
+            encoder.encode,
+            limits,
+            settings.loader_threads,
+            lambda count: progress("preflight", count, last - first),
+        )
+    except ShardCorruptError as error:
+        damage = [str(error)]
+    damage = gather_object(damage)
     found: list[tuple[int, RejectedSample]] = gather_object(own)
+    if damage:
+        raise ShardCorruptError(damage[0])
     found.sort(key=lambda each: each[0])
     seconds = time.monotonic() - started
     logger.info("Checked %d samples of the cache in %.1f s", len(reader), seconds)

@@ -1,6 +1,7 @@
 """Promises of preflight.py: every misfit is known before the first step, and none is invented."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,9 +25,10 @@ from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.size_encoder import SizeEncoder
 from teacher_cache.records.assets import TeacherAssets
-from teacher_cache.schema.errors import CacheMismatchError
+from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from teacher_cache.schema.strict_json import decode_json
 from tests.conftest import TinyFolder
+from tests.support.builders import flip
 from tests.support.lazy import student_from_vanilla, student_loss, train_student, vanilla_student
 from tests.support.runs import (
     SETTINGS,
@@ -199,6 +201,22 @@ def test_ranks_share_the_check_and_all_know_the_result(
     on_ranks(2, train, run, reader, vanilla, SKIP)
     assert stored(run) == stored(skipping)
     assert_nearly_same_run(run, skipping, "samples", "loss", rel=1e-4)
+
+
+def train_expecting_damage(run: Path, reader: CacheReader, vanilla: Path, file: str) -> None:
+    with pytest.raises(ShardCorruptError, match=file):
+        train(run, reader, vanilla, chat_template=None)
+    assert not run.exists()
+
+
+def test_damage_that_one_rank_finds_stops_them_all(
+    reader: CacheReader, vanilla: Path, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(reader.cache.url, tmp_path / "cache"))
+    file = reader.seal.shards[-1].files[0].file  # of the second rank
+    flip(cache / file, reader.read(9, ()).sample.images[0])
+    opened = CacheReader.open(cache)
+    on_ranks(2, train_expecting_damage, tmp_path / "run", opened, vanilla, Path(file).name)
 
 
 def test_a_refused_student_is_not_loaded_again_and_another_one_is_checked_anew(
