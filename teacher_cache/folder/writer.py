@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from safetensors.torch import save_file
 
-from teacher_cache.codec.columns import columns_of, output_from_columns
-from teacher_cache.codec.frames import decode_frame
+from teacher_cache.codec.columns import columns_of
 from teacher_cache.folder.layout import (
     HEAD_FILE,
     PLAN_FILE,
@@ -32,6 +31,7 @@ from teacher_cache.folder.layout import (
     shard_metadata,
     shard_name,
 )
+from teacher_cache.folder.row_counts import COUNTS, count_row, counted_rows
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, ShardCorruptError
 from teacher_cache.schema.manifest import (
@@ -45,7 +45,7 @@ from teacher_cache.schema.manifest import (
 )
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.schema.shard_quality import ShardQuality
-from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput
+from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_rows, tier_parts
@@ -91,8 +91,11 @@ def write_assets(cache: Store, assets: TeacherAssets) -> None:
             )
         if asset is not None:
             with cache.attempt(name) as attempt:
+                attempt.touch()
+                mode = attempt.stat().st_mode  # by the umask; safetensors makes private files
                 tensors = asset.tensors().items()
                 save_file({key: t.detach().cpu().contiguous() for key, t in tensors}, attempt)
+                attempt.chmod(mode)
                 cache.publish(attempt, name)
 
 
@@ -111,7 +114,7 @@ def write_shard(
     """
     counts = Counter[str]()
     for row in rows:
-        _count(row.output, row.output.shared_from, counts)
+        count_row(row.output, row.output.shared_from, counts)
     encoded = encode_rows(rows, plan.spec)
     return _write_and_commit(cache, plan, index, encoded, counts, rejected, seconds, quality)
 
@@ -121,7 +124,9 @@ def write_encoded_shard(
 ) -> ShardCommit:
     """Like `write_shard`, for encoded rows, such as those of `read_encoded_rows`."""
     counts = Counter[str]()
-    return _write_and_commit(cache, plan, index, _counted(rows, counts), counts, (), seconds, None)
+    return _write_and_commit(
+        cache, plan, index, counted_rows(rows, counts), counts, (), seconds, None
+    )
 
 
 def _write_and_commit(
@@ -140,12 +145,7 @@ def _write_and_commit(
     commit = ShardCommit(
         index=index,
         files=(file,),
-        num_rows=counts["rows"],
-        num_vision_tokens=counts["vision_tokens"],
-        num_response_tokens=counts["response_tokens"],
-        num_with_images=counts["with_images"],
-        num_vision_records=counts["vision_records"],
-        num_stored_vision_tokens=counts["stored_vision_tokens"],
+        **{name: counts[name] for name in COUNTS},
         rejected=tuple(rejected),
         seconds=seconds,
         quality=quality,
@@ -308,24 +308,3 @@ def _in_order(rows: Iterable[EncodedRow], keys: Sequence[str], index: int) -> It
             f"shard {index}: its {number + 1} rows are not the samples of the plan, "
             f"{len(keys)} of which were not rejected"
         )
-
-
-def _counted(rows: Iterable[EncodedRow], counts: Counter[str]) -> Iterator[EncodedRow]:
-    """Pass the rows on and add up the counts of the commit record."""
-    spans = columns_of(())
-    for row in rows:
-        output = output_from_columns({name: decode_frame(row.frames[name]) for name in spans}, 1)
-        _count(output, row.shared_from, counts)
-        yield row
-
-
-def _count(output: TeacherOutput, shared_from: str | None, counts: Counter[str]) -> None:
-    """Add a row to the counts of a commit record."""
-    num_vision = sum(view.num_tokens for view in output.views)
-    counts["rows"] += 1
-    counts["vision_tokens"] += num_vision
-    counts["with_images"] += num_vision > 0
-    if shared_from is None:
-        counts["vision_records"] += num_vision > 0
-        counts["stored_vision_tokens"] += num_vision
-    counts["response_tokens"] += int(output.is_response.sum())

@@ -97,6 +97,19 @@ def _encoded(
 
 def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
     """Decode a row with the columns it was read with; raises `ShardCorruptError`."""
+    return from_columns(row, stored_columns(row), spec)
+
+
+def stored_columns(row: EncodedRow) -> dict[str, Tensor]:
+    """The columns of a row as they are stored; raises `ShardCorruptError`."""
+    try:
+        return {name: decode_frame(frame) for name, frame in row.frames.items()}
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ShardCorruptError(f"sample {row.key}: {error}") from error
+
+
+def from_columns(row: EncodedRow, columns: Mapping[str, Tensor], spec: CacheSpec) -> CachedSample:
+    """The sample of a row with these columns; raises `ShardCorruptError`."""
     try:
         turns = json.loads(row.messages)
         messages = tuple(
@@ -105,7 +118,6 @@ def decode_row(row: EncodedRow, spec: CacheSpec) -> CachedSample:
         if sample_key(row.images, messages) != content_key(row.key):
             raise ShardCorruptError("images and messages are not those that the key names")
         sample = Sample(key=row.key, source_id=row.source_id, images=row.images, messages=messages)
-        columns = {name: decode_frame(frame) for name, frame in row.frames.items()}
         output = output_from_columns(columns, spec.vocab_size, spec.top_k, spec.ratios)
         if row.shared_from is not None:
             output = dataclasses.replace(output, shared_from=row.shared_from)
@@ -124,11 +136,16 @@ def read_sample(
     """
     encoded = shard.read(row, columns_of(parts, spec))
     try:
-        if encoded.key != key:
-            raise ShardCorruptError(f"row {row} holds sample {encoded.key}, the plan has {key}")
+        require_key(encoded, row, key)
         return decode_row(encoded, spec)
     except ShardCorruptError as error:
         raise ShardCorruptError(f"{shard.path}: {error}") from error
+
+
+def require_key(row: EncodedRow, number: int, key: str) -> None:
+    """Raise `ShardCorruptError` unless the row is the sample `key` of the plan."""
+    if row.key != key:
+        raise ShardCorruptError(f"row {number} holds sample {row.key}, the plan has {key}")
 
 
 def content_key(key: str) -> str:

@@ -104,25 +104,12 @@ def _top_k(
     num_kept: int,
     ragged: bool = False,
 ) -> TopKRecord:
-    ids = torch.stack(
-        [torch.randperm(VOCAB_SIZE, generator=generator)[:num_kept] for _ in range(num_rows)]
-        or [torch.zeros(num_kept, dtype=torch.int64)]
-    )[:num_rows].to(torch.int32)
-    tail = _floats(generator, torch.float32, num_rows)
-    logits = _floats(generator, dtype, num_rows, num_kept).sort(1, descending=True).values
-    logsumexp = _floats(generator, torch.float32, num_rows)
+    logits = _floats(generator, dtype, num_rows, VOCAB_SIZE)
     counts = torch.full((num_rows,), num_kept)
     if ragged:
         counts = torch.randint(1, num_kept + 1, (num_rows,), generator=generator)
-        ids, logits = _repeat_first(ids, counts), _repeat_first(logits, counts)
-    return TopKRecord(
-        ids=ids,
-        logits=logits,
-        logsumexp=logsumexp,
-        log_tail=tail.where(counts < VOCAB_SIZE, -torch.inf),
-        vocab_size=VOCAB_SIZE,
-        num_kept=counts if ragged else None,
-    )
+    record = true_record(logits, counts.tolist(), num_kept)
+    return dataclasses.replace(record, num_kept=record.num_kept if ragged else None, log_least=None)
 
 
 def _repeat_first(values: Tensor, counts: Tensor) -> Tensor:
@@ -130,15 +117,18 @@ def _repeat_first(values: Tensor, counts: Tensor) -> Tensor:
     return values.where(torch.arange(values.shape[1]) < counts[:, None], values[:, :1])
 
 
-def true_record(logits: Tensor, counts: Sequence[int]) -> TopKRecord:
-    """The record of `logits` in which row i keeps `counts[i]` entries; K is the largest count."""
+def true_record(logits: Tensor, counts: Sequence[int], width: int | None = None) -> TopKRecord:
+    """The record of `logits` in which row i keeps `counts[i]` entries.
+
+    K is `width`, or else the largest count.
+    """
     order = logits.sort(dim=1, descending=True, stable=True).indices
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logsumexp = wide.logsumexp(dim=1)
     log_tail = torch.empty_like(logsumexp)
     for row, num_kept in enumerate(counts):
         log_tail[row] = wide[row, order[row, num_kept:]].logsumexp(0) - logsumexp[row]
-    ids = order[:, : max(counts, default=1)]
+    ids = order[:, : width or max(counts, default=1)]
     num_kept = torch.tensor(counts, dtype=torch.int64)
     return TopKRecord(
         ids=_repeat_first(ids, num_kept).to(torch.int32),
@@ -161,7 +151,7 @@ def make_output(
     ragged: bool = False,
     ratios: Sequence[float] = (),
 ) -> TeacherOutput:
-    """An output with random numbers for the given grids and number of content tokens.
+    """An output with a made-up teacher's numbers for the given grids and number of content tokens.
 
     `ragged`: positions keep 1..`num_kept` entries, each its own number. `ratios` are those of the
     teacher's grid.
@@ -169,7 +159,8 @@ def make_output(
     generator = torch.Generator().manual_seed(seed)
     num_vision = sum(rows * cols for rows, cols in views)
     is_response = torch.rand(num_text, generator=generator) < 0.5
-    after_image = torch.rand(num_text, generator=generator) < 0.7
+    first_after = int(torch.randint(0, num_text + 1, (), generator=generator))
+    after_image = (torch.arange(num_text) >= first_after) & bool(views)
     num_response, num_after = int(is_response.sum()), int(after_image.sum())
     hidden = vision = sketch = affinity = response = None
     if holds(records, "hidden"):
@@ -180,13 +171,14 @@ def make_output(
         )
     if holds(records, "topk"):
         vision = _top_k(generator, dtype, num_vision, num_kept, ragged)
-        affinity = AffinityRecord(cosine=_floats(generator, dtype, num_after, num_vision))
+        cosine = (_floats(generator, dtype, num_after, num_vision) / 20).clamp(-1, 1)
+        affinity = AffinityRecord(cosine=cosine)
         response = _top_k(generator, dtype, num_response, num_kept, ragged)
     if holds(records, "sketch"):
         codes = torch.randint(-127, 128, (num_vision, RANK), generator=generator)
         sketch = SketchRecord(
             codes=codes.to(torch.int8),
-            scale=_floats(generator, torch.float32, num_vision),
+            scale=_floats(generator, torch.float32, num_vision).abs(),
             tail_shift=_floats(generator, torch.float32, num_vision),
         )
     apart = torch.Generator().manual_seed(seed)  # so that other numbers do not depend on the grid
@@ -216,7 +208,11 @@ def with_least(output: TeacherOutput, seed: int) -> TeacherOutput:
     def floored(record: TopKRecord | None) -> TopKRecord | None:
         if record is None:
             return None
-        least = -30 * torch.rand(len(record.ids), generator=generator).to(torch.float16)
+        below = 30 * torch.rand(len(record.ids), generator=generator)
+        smallest = record.logits.float().amin(dim=1) - record.logsumexp
+        outside = (VOCAB_SIZE - record.counts).log()  # their mean is no less than the least
+        mean = (record.log_tail - outside).where(outside.isfinite(), 0.0)
+        least = (torch.minimum(smallest, mean) - below - 0.1).to(torch.float16)
         least[:1] = -torch.inf
         return dataclasses.replace(record, log_least=least)
 
