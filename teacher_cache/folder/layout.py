@@ -36,6 +36,7 @@ from teacher_cache.schema.manifest import (
     to_json,
 )
 from teacher_cache.schema.options import ShardFormatName
+from teacher_cache.schema.regular_file import require_readable
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.formats import shard_format
@@ -178,6 +179,7 @@ def open_files(plan: Plan, commit: ShardCommit, paths: Sequence[Path]) -> Shard:
     num_keys = len(shard_keys(plan, commit))
     layers: list[Shard] = []
     for file, path in zip(commit.files, paths, strict=True):
+        require_readable(path)
         layer = shard_format(plan.format).open(path)
         _require_identity(layer, file, plan)
         if not layer.num_rows == num_keys == commit.num_rows:
@@ -294,7 +296,10 @@ def _asset(
         return None
     try:
         with cache.fetched(name) as file:
+            require_readable(file)
             asset = build(load_file(file))
+    except PermissionError:
+        raise
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise ShardCorruptError(
             f"{cache.where(name)} cannot be read: {error}; {_ASSET_REMEDY}"

@@ -44,6 +44,7 @@ from teacher_cache.folder.row_counts import count_row, counts_differ
 from teacher_cache.schema.errors import ShardCorruptError, printable
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit
 from teacher_cache.schema.progress import Progress, no_progress
+from teacher_cache.schema.regular_file import require_readable
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER
 from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.rows import from_columns, require_key, stored_columns, tier_parts
@@ -72,8 +73,9 @@ def verify_cache(
 
     Each of `num_threads` threads checks one shard at a time; default: `NUM_THREADS`, at most the
     number of CPUs. The report is in the order of the shards for any number of threads.
-    Raises `IncompleteCacheError` for a cache without a seal and `CacheMismatchError` where seal
-    and plan are of different caches; every other finding is in the report.
+    Raises `IncompleteCacheError` for a cache without a seal, `CacheMismatchError` where seal and
+    plan are of different caches, and PermissionError for a file that may not be read; every other
+    finding is in the report.
     """
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}, expected at least 1")
@@ -108,7 +110,10 @@ def _shard_problems(cache: Store, plan: Plan, commit: ShardCommit) -> Iterator[s
             try:
                 require_shard_file(cache, file)
                 path = stack.enter_context(cache.fetched(file.file))
+                require_readable(path)
                 sha256 = sha256_file(path)
+            except PermissionError:
+                raise  # nobody knows whether it is damaged
             except (ShardCorruptError, OSError) as error:
                 yield str(error)
                 continue

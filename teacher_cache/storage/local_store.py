@@ -5,6 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from teacher_cache.schema.regular_file import saying_who_may_read
 from teacher_cache.storage import durable_files  # tests replace its functions by name
 from teacher_cache.storage.durable_files import (
     create_exclusive,
@@ -43,15 +44,18 @@ class LocalStore(Store):
 
     def read(self, name: str) -> bytes:
         """The bytes of a file; FileNotFoundError where there is none."""
+        path = self.folder / name
         try:
-            return (self.folder / name).read_bytes()
+            with saying_who_may_read(path):
+                return path.read_bytes()
         except NotADirectoryError as error:  # the location is a file
             raise FileNotFoundError(f"{self.folder} is not a folder") from error
 
     def size(self, name: str, *, expected: bool = False) -> int | None:
         """Bytes of a file; None where there is none."""
         path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
+        with saying_who_may_read(path):
+            return path.stat().st_size if path.is_file() else None
 
     def modified(self, name: str) -> float:
         """When a file was last written, in seconds since 1970."""
@@ -60,7 +64,8 @@ class LocalStore(Store):
     def names(self, folder: str) -> list[str]:
         """Names of all files, private ones too, that lie in `folder`, sorted."""
         path = self.folder / folder
-        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+        with saying_who_may_read(path):
+            files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
         return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
