@@ -2,9 +2,9 @@
 
 Exit codes: 0 done; 1 a crash (with its traceback) or a failed job; 2 bad input, named in one
 message; 3 `verify` found problems; 4 `build --require-quality` made a cache below the stated
-quality; 141 whoever read the output is gone. `--config FILE` (JSON or YAML, or inline JSON) gives
-the settings of a stage; flags beside it override them. Each command imports its own heavy
-libraries when it is called, so that `emkd --help` is quick.
+quality; 5 `submit` lost the cluster's dashboard; 141 whoever read the output is gone. `--config
+FILE` (JSON or YAML, or inline JSON) gives the settings of a stage; flags beside it override them.
+Each command imports its own heavy libraries when it is called, so that `emkd --help` is quick.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tyro
 
 from jobs.cli import flags, stage_commands
 from jobs.cli.config_file import read_config
-from jobs.cli.output import echo, warn
+from jobs.cli.output import EscapingFormatter, echo, warn
 from jobs.cli.removed_flags import refuse_removed
 from jobs.cli.stage_commands import Submit
 
@@ -30,7 +30,9 @@ BROKEN_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(EscapingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         echo(f"emkd {version('emkd')}")
@@ -43,11 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("EMKD_DEBUG"):
             raise
-        warn(f"emkd {' '.join(arguments[:1])}: {error}")
+        warn(f"emkd {' '.join(arguments[:1])}: {_said(error)}")
         return 2
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, MemoryError):
+        return str(error)
+    text = f" ({error})" if str(error) else ""
+    return (
+        f"there is not enough memory{text}; use a smaller --batch-size, fewer workers or a machine "
+        "with more. What is finished stays: the same command goes on"
+    )
 
 
 def parse(arguments: Sequence[str]) -> stage_commands.Command:

@@ -7,9 +7,11 @@ give equal bytes; only `seconds` in a commit record differs. Refuses rows that a
 plan, and a plan that differs from the stored one.
 """
 
+import errno
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from teacher_cache.codec.columns import columns_of
@@ -49,7 +51,7 @@ from teacher_cache.schema.teacher_output import CachedSample
 from teacher_cache.shards.encoded_row import EncodedRow
 from teacher_cache.shards.formats import shard_format
 from teacher_cache.shards.rows import encode_rows, tier_parts
-from teacher_cache.storage.durable_files import sha256_file
+from teacher_cache.storage.durable_files import naming_full_disk, sha256_file
 from teacher_cache.storage.store import Store
 
 
@@ -90,11 +92,17 @@ def write_assets(cache: Store, assets: TeacherAssets) -> None:
                 f"{cache.where(name)}: content {found}, the spec says {digest}"
             )
         if asset is not None:
-            with cache.attempt(name) as attempt:
+            with cache.attempt(name) as attempt, naming_full_disk(attempt):
                 attempt.touch()
                 mode = attempt.stat().st_mode  # by the umask; safetensors makes private files
                 tensors = asset.tensors().items()
-                save_file({key: t.detach().cpu().contiguous() for key, t in tensors}, attempt)
+                contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors}
+                try:
+                    save_file(contiguous, attempt)
+                except SafetensorError as error:
+                    if "StorageFull" not in str(error):
+                        raise
+                    raise OSError(errno.ENOSPC, str(error)) from error
                 attempt.chmod(mode)
                 cache.publish(attempt, name)
 
@@ -193,7 +201,8 @@ def publish_rows(
     Raises `ShardCorruptError` unless `keys` are read back.
     """
     form = shard_format(plan.format)
-    with cache.attempt(f"shards/{index:05d}{form.suffix}") as attempt:
+    name = f"shards/{index:05d}{form.suffix}"
+    with cache.attempt(name) as attempt, naming_full_disk(attempt):
         form.write(attempt, rows, columns, metadata)
         shard = form.open(attempt)
         if [shard.read(row, columns).key for row in range(shard.num_rows)] != [*keys]:

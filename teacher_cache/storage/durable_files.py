@@ -1,12 +1,40 @@
 """Writes files on a local disk so that each is whole or absent after a crash."""
 
+import errno
 import hashlib
 import os
 import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 STEPS = ("write_new", "sync_file", "sync_folder", "link", "replace", "remove", "make_one_folder")
 """The functions of this module that change the disk, each in one step; tests make them fail."""
+
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def full_disk(error: OSError, name: object) -> OSError:
+    """The error of a full disk, with the file that did not fit."""
+    assert error.errno is not None
+    return OSError(
+        error.errno,
+        f"{os.strerror(error.errno)}: free some, or move it to a larger disk, and run the same "
+        "command again; what is finished stays",
+        str(name),
+    )
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Generator[None]:
+    """Name the file that did not fit on a full disk, which the system does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise full_disk(error, path) from error
+        raise
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -61,8 +89,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     make_folder(path.parent)
     attempt = private_path(path)
     try:
-        write_durable(attempt, data)
-        publish(attempt, path)
+        with naming_full_disk(path):
+            write_durable(attempt, data)
+            publish(attempt, path)
     finally:
         remove(attempt)
 
@@ -75,7 +104,8 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     make_folder(path.parent)
     attempt = private_path(path)
     try:
-        write_durable(attempt, data)
+        with naming_full_disk(path):
+            write_durable(attempt, data)
         try:
             link(attempt, path)
         except FileExistsError:

@@ -26,7 +26,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from teacher_cache.schema.errors import ShardCorruptError
-from teacher_cache.storage.durable_files import private_path, sha256_file
+from teacher_cache.storage.durable_files import FULL_DISK, full_disk, private_path, sha256_file
 from teacher_cache.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -247,10 +247,17 @@ class ObjectStore(Store):
                 if wait_s is None or not _may_pass(error, may_be_late):
                     if isinstance(error, FileNotFoundError):
                         raise FileNotFoundError(f"{self.where(name)} is not there") from error
-                    kind = type(error) if isinstance(error, PermissionError) else OSError
-                    raise kind(
-                        f"{self.where(name)} could not be {done}: {type(error).__name__}: {error}; "
-                        "run the same command again when the store answers"
+                    said = f"{type(error).__name__}: {error}"
+                    if _is_denied(error):
+                        raise PermissionError(
+                            f"{self.where(name)} could not be {done}, the store denies it "
+                            f"({said}); check the credentials, the endpoint and what they may do"
+                        ) from error
+                    if isinstance(error, OSError) and error.errno in FULL_DISK:
+                        raise full_disk(error, error.filename or self.where(name)) from error
+                    raise OSError(
+                        f"{self.where(name)} could not be {done}: {said}; run the same command "
+                        "again when the store answers"
                     ) from error
                 logger.info("%s: %r; trying again in %g s", self.where(name), error, wait_s)
             time.sleep(wait_s * random.uniform(0.5, 1.0))
@@ -288,9 +295,17 @@ def _looks_first(kind: type) -> bool:
 def _may_pass(error: Exception, may_be_late: bool) -> bool:
     if isinstance(error, FileNotFoundError):
         return may_be_late
-    if isinstance(error, NotImplementedError | PermissionError):
+    if isinstance(error, NotImplementedError) or _is_denied(error):
         return False
     return not (isinstance(error, OSError) and error.errno in _HOPELESS)
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether a store wants other credentials, or has none at all (HTTP 401 and 403)."""
+    response = getattr(error.__cause__ or error, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    named = "Credential" in type(error).__name__ or "Credential" in type(error.__cause__).__name__
+    return isinstance(error, PermissionError) or status in (401, 403) or named
 
 
 def _says_exists(error: Exception) -> bool:

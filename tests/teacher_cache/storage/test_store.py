@@ -6,7 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from teacher_cache.folder import writer
+from teacher_cache.records.lm_head import LmHead
+from teacher_cache.shards.arrow import ArrowFormat
 from teacher_cache.storage import durable_files
 from teacher_cache.storage.durable_files import (
     create_exclusive,
@@ -19,6 +24,8 @@ from teacher_cache.storage.durable_files import (
 )
 from teacher_cache.storage.local_store import LocalStore
 from teacher_cache.storage.open_store import open_store
+from tests.support.builders import build, make_shards
+from tests.support.strategies import VOCAB_SIZE, WIDTH, make_spec
 
 
 def test_exactly_one_of_many_creators_wins_and_its_bytes_stay(tmp_path: Path) -> None:
@@ -119,3 +126,44 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
         LocalStore(tmp_path / "file" / "cache").require_writable()
     LocalStore(tmp_path / "new").require_writable()
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_with_the_file_that_did_not_fit(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, "as the system says it, without a name")
+
+    monkeypatch.setattr(durable_files, "sync_file", full)
+    for write in (write_atomic, create_exclusive):
+        with pytest.raises(OSError, match=r"free some, or .* run the same command again") as caught:
+            write(tmp_path / "file", b"data")
+        assert caught.value.errno == number
+        assert caught.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_and_an_asset_that_do_not_fit_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = LmHead(weight=torch.ones(VOCAB_SIZE, WIDTH))
+    spec = make_spec(head_digest=head.digest)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_in_rust(*_: object) -> None:
+        raise SafetensorError("Error while serializing: IoError(Os { kind: StorageFull })")
+
+    for place, name, fail in (
+        (ArrowFormat, "write", full),
+        (writer, "save_file", full_in_rust),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            with pytest.raises(OSError, match="free some, or move it") as caught:
+                build(tmp_path / "cache", make_shards(1), spec=spec, head=head)
+        assert caught.value.errno == errno.ENOSPC
+        assert ("00000.arrow" if name == "write" else "head.") in str(caught.value.filename)
+    assert build(tmp_path / "cache", make_shards(1), spec=spec, head=head).num_samples == 2
