@@ -176,20 +176,26 @@ class ActorPool:
                 self._idle.append(attempt.actor)
                 yield number, result
 
-    def call(self, method: str, *arguments: Any) -> Any:
+    def call(
+        self,
+        method: str,
+        *arguments: Any,
+        on_poll: Callable[[Sequence[Any]], None] = lambda _: None,
+    ) -> Any:
         """Run one piece of work on one worker; `WorkerLostError` if the worker is lost."""
         if not self._idle and not self._coming:
             self._recruit()
         while not self._idle:
             self._ended({}, lambda _: None)
         attempt = self._start(method, *arguments)
-        while not self._ended({0: attempt}, lambda _: None):
+        while not self._ended({0: attempt}, on_poll):
             pass
         try:
             result = attempt.result(self._options.worker_timeout)
         except WorkerLostError as error:
-            self._note(f"{method}{arguments}", error)
-            raise WorkerLostError(f"{method}{arguments}: its worker was lost, {error}") from error
+            work = f"{method}{_short(arguments)}"
+            self._note(work, error)
+            raise WorkerLostError(f"{work}: its worker was lost, {error}") from error
         self._idle.append(attempt.actor)
         return result
 
@@ -238,3 +244,8 @@ class ActorPool:
     def _note(self, work: str, error: WorkerLostError) -> None:
         self.losses.append(f"{work}: {error}")
         logger.warning("%s: its worker was lost, %s", work, error)
+
+
+def _short(arguments: tuple[Any, ...]) -> str:
+    text = repr(arguments)
+    return text if len(text) <= 80 else f"{text[:80]} ...)"

@@ -10,7 +10,8 @@ class RayOptions(StrictRecord):
     """Where a stage runs, never what it computes."""
 
     ray: bool = True
-    """Run under Ray: the cluster of RAY_ADDRESS (set in a submitted job), else an embedded one."""
+    """Run under Ray: the cluster of RAY_ADDRESS (set in a submitted job), else an embedded one.
+    Without Ray, a sample that crashes or hangs the process ends the stage and is not named."""
     num_workers: int = 1
     """Worker processes."""
     cpus_per_worker: float = 1.0

@@ -1,8 +1,9 @@
 """Writes the shards of one cache with Ray workers, for a build or an extension.
 
-The first worker writes the plan. Each shard is written and committed by the worker that takes its
-number. A shard that has crashed two workers is searched, at the end, for the samples that crash
-them. A worker returns commit records of some 100 bytes; teacher tensors never pass through Ray.
+The first worker writes the plan (planning.py). Each shard is written and committed by the worker
+that takes its number. A shard that has crashed two workers is searched, at the end, for the samples
+that crash them. A worker returns commit records of some 100 bytes; teacher tensors never pass
+through Ray.
 """
 
 import logging
@@ -12,9 +13,10 @@ from typing import Any
 
 import ray
 
-from jobs.cluster.actor_pool import ActorPool, WorkerLostError, get, worker_resources
+from jobs.cluster.actor_pool import ActorPool, WorkerLostError, worker_resources
 from jobs.cluster.crash_bisection import TooManyDeathsError, find_crashing_samples
 from jobs.cluster.options import RayOptions
+from jobs.cluster.planning import plan_cache
 from jobs.cluster.progress import ProgressBars
 from pipeline.build.shard_builder import missing_shards
 from teacher_cache.folder.writer import seal_cache
@@ -47,6 +49,26 @@ class ShardWorker:
         """Write and commit a shard."""
         return self.work("build_shard", index, crashing)
 
+    def prepare(self, unreadable: Sequence[int] = (), crashing: Sequence[int] = ()) -> Any:
+        """Write the plan without these samples of the source."""
+        return self.work("prepare", unreadable, crashing)
+
+    def num_to_read(self) -> int:
+        """How many samples of the source planning reads."""
+        return self.work("num_to_read")
+
+    def read_only(self, positions: Sequence[int]) -> None:
+        """Read some samples of the source."""
+        self.work("read_only", positions)
+
+    def calibration_order(self, unreadable: Sequence[int]) -> Any:
+        """Positions in the order of calibration, and the tokens that it takes."""
+        return self.work("calibration_order", unreadable)
+
+    def run_over(self, positions: Sequence[int]) -> int:
+        """Load the teacher and run it over some samples of the source."""
+        return self.work("run_over", positions)
+
     def probe(self, index: int, start: int, stop: int) -> None:
         """Run the teacher over some samples of a shard."""
         self.work("probe", index, start, stop)
@@ -70,15 +92,12 @@ def write_shards(
 ) -> Seal:
     """Plan a cache, write its missing shards with a pool of workers, and seal it.
 
-    `make` builds a `ShardBuilder` that also has `probe`. Needs a Ray session.
+    `make` builds a `SearchableBuilder`. Needs a Ray session.
     """
     each = worker_resources(options, device)
-    first = _actor(make, each)
-    prepared = first.work.remote("prepare")
-    while not ray.wait([prepared], timeout=0.5)[0]:
-        bars.update(*get(first.status.remote()))
-    plan: Plan = get(prepared)
-    _write_missing(cache, plan, ActorPool(lambda: _actor(make, each), first, options), bars)
+    pool = ActorPool(lambda: _actor(make, each), _actor(make, each), options)
+    plan = plan_cache(pool, options, bars)
+    _write_missing(cache, plan, pool, bars)
     return seal_cache(cache)
 
 

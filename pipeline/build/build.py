@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 
@@ -21,8 +22,14 @@ from pipeline.build.shard_builder import build_all
 from pipeline.config.build import BuildConfig
 from pipeline.config.plugins import load_plugins
 from pipeline.fidelity.shard_quality import measure_shard
+from pipeline.sources.crashing import (
+    CRASHED,
+    WithoutCrashing,
+    crashed_before,
+    source_id_at,
+)
 from pipeline.sources.source import SampleSource, ScannedSample, open_source, refuse_samples, scan
-from pipeline.sources.tried import samples_to_try
+from pipeline.sources.tried import positions_to_try, samples_to_try
 from teacher_cache.folder.layout import (
     read_commit,
     read_plan,
@@ -63,6 +70,7 @@ class CacheBuilder:
     def __init__(self, config: BuildConfig, progress: Progress = no_progress) -> None:
         self.config = config
         self.progress = progress
+        self._tries_samples = True
         self.plugins = load_plugins(config.plugin)
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
@@ -74,8 +82,9 @@ class CacheBuilder:
 
     @cached_property
     def source(self) -> SampleSource:
-        """The samples, opened on first use."""
-        return open_source(self.config.source)
+        """The samples, opened on first use, without those that crashed when a plan was made."""
+        source, crashed = open_source(self.config.source), self._crashed_before()
+        return WithoutCrashing(source, crashed) if crashed else source
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -90,7 +99,7 @@ class CacheBuilder:
             system_prompt=config.system_prompt,
             text=self.text_rules(),
             pictures=self.picture_rule(),
-            samples=samples_to_try(self.source),
+            samples=samples_to_try(self.source) if self._tries_samples else (),
         )
         teacher.plugins = self.plugins
         return with_grid(teacher, config.settings.grid)
@@ -107,11 +116,12 @@ class CacheBuilder:
         begun = read_plan(self.cache)
         return PICTURE_RULE if begun is None else begun.spec.pictures
 
-    def prepare(self) -> Plan:
+    def prepare(self, unreadable: Sequence[int] = (), crashing: Sequence[int] = ()) -> Plan:
         """Write the plan, or check that the existing plan matches the settings.
 
         Reads every sample once (keys are content digests) and calibrates what top-k records share.
-        Skips both if settings, source files and teacher files have not changed.
+        Skips both if settings, source files and teacher files have not changed. Samples that crash
+        their worker when they are read (`unreadable`) or run over (`crashing`) are rejected.
         """
         config, cache = self.config, self.cache
         cache.require_writable()  # fails here, not after hours
@@ -120,6 +130,7 @@ class CacheBuilder:
             self._load_assets(begun)
             return begun
         require_same_quality_samples(config)
+        self._leave_out(unreadable, crashing)
         _ = self.teacher  # refuses what cannot be loaded or used before the source is read
         scanned, rejected = scan(self.source, self.progress)
         self._refuse(rejected)
@@ -224,14 +235,60 @@ class CacheBuilder:
 
     def _crashed(self, key: str, index: int) -> RejectedSample:
         sample = self._sample(key, index)
-        return RejectedSample(key=key, source_id=sample.source_id, reason="killed its worker")
+        return RejectedSample(key=key, source_id=sample.source_id, reason=CRASHED)
 
-    def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
-        """Fit sketch and template to samples spread over the source, with images if any have."""
-        size, wanted = self.config.batch_size, self.config.settings.calibration_tokens
+    def _crashed_before(self) -> dict[int, str]:
+        """Samples of the source that crashed when an earlier plan was made: position -> id."""
+        begun = read_plan(self.cache)
+        return {} if begun is None else crashed_before(begun.rejected)
+
+    def _leave_out(self, unreadable: Sequence[int], crashing: Sequence[int] = ()) -> None:
+        crashed = {index: source_id_at(self.source, index) for index in unreadable}
+        crashed |= {index: self.source[index].source_id for index in crashing}
+        if crashed:
+            self.source = WithoutCrashing(self.source, crashed)
+
+    def num_to_read(self) -> int:
+        """How many samples the source has."""
+        return len(self.source)
+
+    def read_only(self, positions: Sequence[int]) -> None:
+        """Read these samples of the source and keep nothing."""
+        for done, index in enumerate(positions, start=1):
+            with suppress(SampleError):
+                _ = self.source[index]
+            self.progress("search", done, len(positions))
+
+    def calibration_order(self, unreadable: Sequence[int]) -> tuple[list[int], int | None]:
+        """Positions of the samples that planning runs over, in order, and the tokens it takes."""
+        self._leave_out(unreadable)
+        tried = [n for n in positions_to_try(len(self.source)) if n not in unreadable]
+        order = self._order(scan(self.source, self.progress)[0])
+        return list(dict.fromkeys([*tried, *order])), self.config.settings.calibration_tokens
+
+    def run_over(self, positions: Sequence[int]) -> int:
+        """Load the teacher, run it over these samples and keep nothing; returns their tokens."""
+        self._tries_samples = False  # one of them may be the one that crashes
+        teacher, size, num_tokens = self.teacher, self.config.batch_size, 0
+        for start in range(0, len(positions), size):
+            samples: list[Sample] = []
+            for index in positions[start : start + size]:
+                with suppress(SampleError):
+                    samples.append(self.source[index])
+            num_tokens += teacher.run_over(samples)
+            self.progress("search", start + len(samples), len(positions))
+        return num_tokens
+
+    def _order(self, scanned: Sequence[ScannedSample]) -> list[int]:
+        """Positions of the samples of calibration: spread, those with images if any have."""
         spread = [scanned[position] for position in spread_order(len(scanned))]
         with_images = [sample for sample in spread if sample.images is not None] or spread
-        samples = (self.source[sample.index] for sample in with_images)
+        return [sample.index for sample in with_images]
+
+    def _calibrate(self, scanned: Sequence[ScannedSample]) -> None:
+        """Fit sketch and template to samples spread over the source."""
+        size, wanted = self.config.batch_size, self.config.settings.calibration_tokens
+        samples = (self.source[index] for index in self._order(scanned))
         batches = iter(lambda: list(islice(samples, size)), [])
         self._refuse(self.teacher.calibrate(batches, self.config.settings, wanted, self.progress))
 

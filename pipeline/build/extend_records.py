@@ -8,7 +8,7 @@ new. Running it again resumes it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import get_args
@@ -86,8 +86,10 @@ class RecordExtender:
         )
         return dataclasses.replace(self.base.plan, spec=spec)
 
-    def prepare(self) -> Plan:
+    def prepare(self, unreadable: Sequence[int] = (), crashing: Sequence[int] = ()) -> Plan:
         """Write the plan, or check that the existing plan matches the settings."""
+        if crashing:
+            self._refuse_crashing([self.base.reader.keys[row] for row in crashing])
         head = self.teacher.head if holds(self.plan.spec.records, "hidden") else None
         sketch = self.teacher.sketch if self.plan.spec.sketch_digest is not None else None
         template = self.teacher.template if self.plan.spec.template_digest is not None else None
@@ -102,10 +104,8 @@ class RecordExtender:
             return done
         commit = self.base.seal.shards[index]
         if crashing:
-            keys = [self.base.plan.shards[index][position][0] for position in crashing]
-            raise ValueError(
-                f"samples {', '.join(keys)} of {self.base.store} crash the worker that computes "
-                "their new records; remove them with emkd subset first"
+            self._refuse_crashing(
+                [self.base.plan.shards[index][position][0] for position in crashing]
             )
         cached = self._cached(index)
         quality = commit.quality
@@ -124,6 +124,37 @@ class RecordExtender:
         for samples in self._batches(index, start, stop):
             self.teacher.outputs(samples, self._new_settings)
             self.progress(f"probe of shard {index}", start, stop)
+
+    def num_to_read(self) -> int:
+        """None: there is no source."""
+        return 0
+
+    def read_only(self, positions: Sequence[int]) -> None:
+        """Nothing is read: there is no source."""
+
+    def calibration_order(self, unreadable: Sequence[int]) -> tuple[list[int], int | None]:
+        """Rows of the base in the order of calibration, and the tokens that it takes."""
+        tried = positions_to_try(len(self.base.reader))
+        return list(dict.fromkeys([*tried, *self._order()])), self.settings.calibration_tokens
+
+    def run_over(self, positions: Sequence[int]) -> int:
+        """Load the teacher, run it over these rows and keep nothing; returns their tokens."""
+        num_tokens, size = 0, self.base.spec.batch_size
+        samples = self._of_calibration(positions)
+        for batch in iter(lambda: list(islice(samples, size)), []):
+            num_tokens += self._bare_teacher.run_over(batch)
+            self.progress("search", num_tokens, num_tokens + 1)
+        return num_tokens
+
+    @cached_property
+    def _bare_teacher(self) -> Teacher:
+        return load_as(self.config.teacher, self.base.spec, self.config.device)
+
+    def _refuse_crashing(self, keys: Sequence[str]) -> None:
+        raise ValueError(
+            f"samples {', '.join(keys)} of {self.base.store} crash the worker that computes "
+            "their new records; remove them with emkd subset first"
+        )
 
     @property
     def _new_columns(self) -> frozenset[str]:
@@ -204,14 +235,22 @@ class RecordExtender:
         teacher.template = read_template(self.cache, begun.spec)
         return True
 
-    def _calibrate(self, teacher: Teacher) -> None:
-        """Fit basis and template to the samples that a build would have taken, in its batches."""
+    def _order(self) -> Iterator[int]:
+        """Rows of the base in the order in which a build would have calibrated."""
         kept = [pair for commit in self.base.seal.shards for pair in self.base.kept(commit)]
         order = sorted(range(len(kept)), key=lambda row: kept[row][1])
-        spread = (order[position] for position in spread_order(len(order)))
-        samples = (self.base.reader.read(row, ()).sample for row in spread)
+        return (order[position] for position in spread_order(len(order)))
+
+    def _of_calibration(self, rows: Iterable[int]) -> Iterator[Sample]:
+        """The samples of these rows, those with images if the base has any."""
+        samples = (self.base.reader.read(row, ()).sample for row in rows)
         if any(commit.num_with_images for commit in self.base.seal.shards):
-            samples = (sample for sample in samples if sample.images)
+            return (sample for sample in samples if sample.images)
+        return samples
+
+    def _calibrate(self, teacher: Teacher) -> None:
+        """Fit basis and template to the samples that a build would have taken, in its batches."""
+        samples = self._of_calibration(self._order())
         batches = iter(lambda: list(islice(samples, self.base.spec.batch_size)), [])
         rejected = teacher.calibrate(
             batches, self.settings, self.settings.calibration_tokens, self.progress

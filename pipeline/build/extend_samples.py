@@ -14,10 +14,13 @@ from pipeline.build.shard_builder import build_all
 from pipeline.build.teacher_identity import require_same_teacher
 from pipeline.config.build import BuildConfig, SourceConfig
 from pipeline.config.extend import ExtendConfig
+from pipeline.sources.crashing import crashed_before
 from pipeline.sources.source import scan
+from pipeline.sources.tried import positions_to_try
 from teacher_cache.derive.derive import begin
 from teacher_cache.derive.merge import adopt_shard
 from teacher_cache.derive.sealed_cache import SealedCache, open_apart
+from teacher_cache.folder.layout import read_plan
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit, require_equal
 from teacher_cache.schema.options import PictureRule, TextRules
 from teacher_cache.schema.progress import Progress, no_progress
@@ -31,8 +34,9 @@ class CacheExtender(CacheBuilder):
         open_apart(config.out, [self.base])
         super().__init__(_build_config(config, self.base), progress)
 
-    def prepare(self) -> Plan:
+    def prepare(self, unreadable: Sequence[int] = (), crashing: Sequence[int] = ()) -> Plan:
         """Write or check the plan: the base's samples, then the source's new ones."""
+        self._leave_out(unreadable, crashing)
         spec = self._require_same_spec()
         known = {key for commit in self.base.seal.shards for key, _ in self.base.kept(commit)}
         scanned, rejected = scan(self.source, self.progress)
@@ -55,6 +59,16 @@ class CacheExtender(CacheBuilder):
         )
         begin(self.cache, plan, self.base.assets)
         return plan
+
+    def calibration_order(self, unreadable: Sequence[int]) -> tuple[list[int], int | None]:
+        """The samples on which the processor is tried; the base was calibrated."""
+        self._leave_out(unreadable)
+        return [n for n in positions_to_try(len(self.source)) if n not in unreadable], None
+
+    def _crashed_before(self) -> dict[int, str]:
+        begun = read_plan(self.cache)
+        new = () if begun is None else begun.rejected[len(self.base.seal.rejected) :]
+        return crashed_before(new)
 
     def text_rules(self) -> TextRules:
         """The rules of the base."""

@@ -17,12 +17,40 @@ class ShardBuilder(Protocol):
 
     progress: Progress
 
-    def prepare(self) -> Plan:
-        """Write the plan, or check that the existing plan matches the settings."""
+    def prepare(self, unreadable: Sequence[int] = (), crashing: Sequence[int] = ()) -> Plan:
+        """Write the plan, or check that the existing plan matches the settings.
+
+        `unreadable` are positions in the source whose reading crashes a worker, `crashing` those
+        on which the teacher does.
+        """
         ...
 
     def build_shard(self, index: int, crashing: Sequence[int] = ()) -> ShardCommit:
         """Write and commit a shard of the plan; `crashing`: positions that crash their worker."""
+        ...
+
+
+class SearchableBuilder(ShardBuilder, Protocol):
+    """A builder whose samples can be tried apart, to find those that crash their worker."""
+
+    def num_to_read(self) -> int:
+        """How many samples of the source planning reads."""
+        ...
+
+    def read_only(self, positions: Sequence[int]) -> None:
+        """Read these samples of the source and keep nothing."""
+        ...
+
+    def calibration_order(self, unreadable: Sequence[int]) -> tuple[list[int], int | None]:
+        """Positions in the order in which planning runs over samples; the tokens that it takes."""
+        ...
+
+    def run_over(self, positions: Sequence[int]) -> int:
+        """Load the teacher, run it over these samples and keep nothing; returns their tokens."""
+        ...
+
+    def probe(self, index: int, start: int, stop: int) -> None:
+        """Run the teacher over samples start ... stop - 1 of a shard and keep nothing."""
         ...
 
 

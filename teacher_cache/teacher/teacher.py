@@ -189,6 +189,13 @@ class Teacher:
             raise ValueError(f"{error}{causes}") from error
         return rejected
 
+    def run_over(self, samples: Sequence[Sample]) -> int:
+        """Run the model over a batch as calibration does; returns the tokens that it would take."""
+        items = [self._encode(sample) for sample in samples]
+        encoded = [item for item in items if isinstance(item, EncodedSample)]
+        self._states(encoded)
+        return sum(len(item.spans.vision) or len(item.spans.predicting) for item in encoded)
+
     def hidden_states(self, batch: ModelBatch) -> Float[Tensor, "B L D"]:
         """Last hidden states of a batch, after the final norm; no gradients."""
         inputs = {

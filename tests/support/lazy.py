@@ -84,6 +84,7 @@ if TYPE_CHECKING:
 
     from jobs.cluster import actor_pool
     from jobs.cluster.actor_pool import ActorPool, ray_session, worker_resources
+    from jobs.cluster.planning import plan_cache
     from jobs.cluster.submit import entrypoint, run_flags
     from jobs.demo import emkd as emkd_demo
     from jobs.demo import epic as epic_demo
