@@ -7,9 +7,9 @@ found are left to the builder, which rejects or refuses them by name.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from jobs.cluster.actor_pool import ActorPool, WorkerLostError
+from jobs.cluster.actor_pool import WorkerLostError
 from jobs.cluster.crash_bisection import MAX_DEATHS, TooManyDeathsError, find_crashing_samples
 from jobs.cluster.options import RayOptions
 from jobs.cluster.progress import ProgressBars
@@ -21,7 +21,20 @@ NUM_RUN = 64
 """Samples of one window that the teacher runs over."""
 
 
-def plan_cache(pool: ActorPool, options: RayOptions, bars: ProgressBars) -> Plan:
+@runtime_checkable
+class Caller(Protocol):
+    """What planning needs of an `ActorPool`."""
+
+    losses: list[str]
+
+    def call(
+        self, method: str, *arguments: Any, on_poll: Callable[[Sequence[Any]], None] = ...
+    ) -> Any:
+        """Run one piece of work on one worker; `WorkerLostError` if the worker is lost."""
+        ...
+
+
+def plan_cache(pool: Caller, options: RayOptions, bars: ProgressBars) -> Plan:
     """The plan, written by a worker; `WorkerLostError` if no sample explains the crashes."""
 
     def show(states: Sequence[tuple[str, int, int]]) -> None:
@@ -57,13 +70,13 @@ def plan_cache(pool: ActorPool, options: RayOptions, bars: ProgressBars) -> Plan
     return plan
 
 
-def _find_unreadable(pool: ActorPool) -> list[int]:
+def _find_unreadable(pool: Caller) -> list[int]:
     """Positions in the source of samples that crash or hang a worker that reads them."""
     positions = range(pool.call("num_to_read"))
     return _find(positions, NUM_READ, lambda some: _survives(pool, "read_only", some))
 
 
-def _find_crashing(pool: ActorPool, unreadable: Sequence[int]) -> list[int]:
+def _find_crashing(pool: Caller, unreadable: Sequence[int]) -> list[int]:
     """Positions of samples that crash or hang a worker that runs the teacher over them."""
     order, wanted = pool.call("calibration_order", unreadable)
     wanted = None if wanted is None else 2 * wanted  # what is tried first counts otherwise
@@ -99,7 +112,7 @@ def _find(
     return found
 
 
-def _survives(pool: ActorPool, method: str, argument: Any) -> bool:
+def _survives(pool: Caller, method: str, argument: Any) -> bool:
     try:
         pool.call(method, argument)
     except WorkerLostError:

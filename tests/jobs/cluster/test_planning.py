@@ -7,9 +7,11 @@ import pytest
 
 from jobs.cluster.options import RayOptions
 from jobs.cluster.progress import ProgressBars
+from teacher_cache.schema.manifest import Plan
 from tests.support.lazy import actor_pool, plan_cache
 
 NUM_SAMPLES = 200
+PLAN = object.__new__(Plan)
 
 
 class Pool:
@@ -35,12 +37,12 @@ class Pool:
             self.losses.append("lost")
             raise actor_pool.WorkerLostError("it died")
 
-    def prepare(self, unreadable: Sequence[int], crashing: Sequence[int]) -> str:
+    def prepare(self, unreadable: Sequence[int], crashing: Sequence[int]) -> Plan:
         met = self.unreadable - set(unreadable)
         met |= self.deadly.intersection(self.order) - set(crashing)
         self._lose(bool(met) or not self.loads)
         self.planned = [*unreadable], [*crashing]
-        return "plan"
+        return PLAN
 
     def num_to_read(self) -> int:
         return NUM_SAMPLES
@@ -81,9 +83,9 @@ def test_a_teacher_that_cannot_be_loaded_is_no_samples_fault() -> None:
 
 def test_crashes_that_no_sample_explains_end_the_build() -> None:
     class Tired(Pool):
-        def prepare(self, unreadable: Sequence[int], crashing: Sequence[int]) -> str:
+        def prepare(self, unreadable: Sequence[int], crashing: Sequence[int]) -> Plan:
             self._lose(True)
-            return ""
+            return PLAN
 
     with pytest.raises(actor_pool.WorkerLostError, match="no single sample explains it"):
         _planned(Tired())
