@@ -23,16 +23,21 @@ from pipeline.student.predictions import (
 from pipeline.student.scores import SCORES
 from student_train.config.compression import CompressionSettings
 from student_train.training.checkpoint import (
+    FINAL_FOLDER,
     PREFLIGHT_FILE,
     RUN_FILE,
     FinishedRun,
     RunIdentity,
     finished_run,
+    read_identity,
+    require_intact,
 )
-from student_train.training.metrics_log import METRICS_LOG_FILE
+from student_train.training.metrics_log import METRICS_LOG_FILE, read_log
 from teacher_cache.folder.layout import SEAL_FILE, read_seal
+from teacher_cache.schema.checked_json import from_checked_json
+from teacher_cache.schema.errors import DecodeError
 from teacher_cache.schema.manifest import Seal
-from teacher_cache.schema.strict_json import decode_json, decode_mapping
+from teacher_cache.schema.strict_json import decode_mapping
 from teacher_cache.storage.open_store import open_store
 
 EVALUATION_FOLDER = "eval"
@@ -161,18 +166,20 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
     metrics: tuple[dict[str, Any], ...] = ()
     path = folder / RUN_FILE
     if path.exists():
-        identity = decode_json(RunIdentity, path.read_bytes(), str(path))
+        identity = read_identity(folder)
         finished = finished_run(folder)
         if identity.skipped is not None:
             missing.append(
                 f"{folder}: was trained without {identity.skipped.num_samples} samples of its "
                 f"cache, which do not fit the student; {PREFLIGHT_FILE} lists them"
             )
-        if finished is None:
+        if finished is not None:
+            require_intact(folder / FINAL_FOLDER)
+        else:
             missing.append(
                 f"{folder}: final/ is missing, training has not ended; run emkd train again"
             )
-        metrics = _read_metrics(folder, missing)
+        metrics = _read_metrics(folder, finished, missing)
         _find_cache(folder, caches, missing)
     # A vanilla student pairs each token with itself: no matching to draw.
     draws = identity is not None and identity.recipe.progression is None
@@ -187,16 +194,22 @@ def _read_run(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) 
     )
 
 
-def _read_metrics(folder: Path, missing: list[str]) -> tuple[dict[str, Any], ...]:
-    path = folder / METRICS_LOG_FILE
-    if not path.exists():
+def _read_metrics(
+    folder: Path, finished: FinishedRun | None, missing: list[str]
+) -> tuple[dict[str, Any], ...]:
+    if not (folder / METRICS_LOG_FILE).exists():
         missing.append(f"{folder}: {METRICS_LOG_FILE} is missing, no loss curves")
         return ()
-    whole, _, _ = path.read_text().rpartition("\n")  # a kill can tear only the last line
-    lines = tuple(json.loads(line) for line in whole.splitlines())
+    lines, damaged = read_log(folder)
+    expected = None if finished is None else finished.num_lines
+    if damaged or (expected is not None and expected != len(lines)):
+        missing.append(
+            f"{folder}: {METRICS_LOG_FILE} has {len(lines)} whole lines of "
+            f"{len(lines) + damaged if expected is None else expected}; its curves have gaps"
+        )
     if not any(name.startswith("gradient/") for line in lines for name in line):
         missing.append(f"{folder}: no gradient norms were measured; train with grad_norm_steps > 0")
-    return lines
+    return tuple(lines)
 
 
 def _find_cache(folder: Path, caches: dict[str, CacheFolder], missing: list[str]) -> None:
@@ -257,11 +270,7 @@ def _read_compressed(
 
 def read_evaluation(place: Path) -> Evaluation:
     """What an evaluation found; ValueError where its files do not agree."""
-    file = place / "metrics.json"
-    try:
-        metrics: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}; remove it and evaluate again") from None
+    metrics = _read_checked(place / "metrics.json")
     predictions = read_predictions(place / PREDICTIONS_FILE)
     if len(predictions) != metrics["num_samples"]:
         raise ValueError(
@@ -285,10 +294,17 @@ def read_evaluation(place: Path) -> Evaluation:
         scores={name: math.fsum(each.values()) / len(each) for name, each in by_sample.items()},
         by_sample=by_sample,
         predictions={prediction.key: prediction for prediction in predictions},
-        pictures=json.loads(pictures.read_text()) if pictures.exists() else None,
+        pictures=_read_checked(pictures) if pictures.exists() else None,
         compression=settings and decode_mapping(CompressionSettings, settings, str(place)),
         num_vision=tokens.get("before"),
         num_kept=tokens.get("kept"),
         weights=metrics.get("weights"),
         num_skipped=metrics.get("num_skipped", 0),
     )
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    try:
+        return from_checked_json(path.read_bytes(), str(path))
+    except DecodeError as error:
+        raise DecodeError(f"{error}; run emkd evaluate again, which writes it anew") from None

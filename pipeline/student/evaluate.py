@@ -1,10 +1,11 @@
 """Generates answers for a source and scores them: the evaluation stage.
 
 Answers are greedy and do not depend on where an evaluation was killed: batches are fixed by the
-source's order, and one with a missing answer is generated again as a whole. Vision tokens may be
-dropped inside the language model. Bad samples are refused before the first answer, or left out and
-counted. Refuses compression that the model cannot do, and a folder with the answers of another
-model, source, prompt or compression.
+source's order, and one with a missing answer is generated again as a whole. Of two processes on one
+folder the later goes on and the other stops (storage/folder_owner.py). Vision tokens may be dropped
+inside the language model. Bad samples are refused before the first answer, or left out and counted.
+Refuses compression that the model cannot do, and a folder with the answers of another model,
+source, prompt or compression.
 
     evaluation.json    what decides the answers, written first
     predictions.jsonl  one answer per line
@@ -36,15 +37,17 @@ from pipeline.student.predictions import (
     PREDICTIONS_FILE,
     Prediction,
     append_predictions,
-    drop_torn_line,
+    find_predictions,
     read_predictions,
     score_predictions,
+    write_predictions,
 )
 from pipeline.student.unusable import SKIPPED_FILE, find_unusable, write_skipped
 from student_train.config.compression import CompressionSettings
 from student_train.data.misfits import describe_misfits
 from student_train.data.sample_order import SkippedSamples, skipped_samples
 from student_train.models.student import load_student
+from student_train.training.checkpoint import require_intact
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.checkpoint import require_one_encodes, resolve_device
@@ -56,14 +59,16 @@ from teacher_cache.models.digests import (
     weights_digest,
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import EARLIER_PICTURE_RULE, EARLIER_TEXT_RULES, PictureRule
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import RejectedSample, Sample
-from teacher_cache.schema.strict_json import StrictRecord, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_mapping
 from teacher_cache.storage.durable_files import create_exclusive, write_atomic
+from teacher_cache.storage.folder_owner import FolderOwner
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +129,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
         require_one_encodes(encoder.encode_prompt, samples_to_try(source), config.model)
 
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    require_intact(Path(config.model))
     model, processor = load_student(config.model, dtype, check)
     scanned, rejected = scan(source, answered=False)
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -141,6 +147,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     samples = [s.key if s.answers is None else f"{s.key} {s.answers}" for s in scanned]
     identity = _identity(config, generator, samples, [sample.key for sample in skipped])
     _claim(config.out, identity)
+    owner = FolderOwner.take(config.out)
     write_skipped(config.out, skipped)
     if skipped:
         logger.warning(
@@ -152,19 +159,42 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
             config.out / SKIPPED_FILE,
         )
     path = config.out / PREDICTIONS_FILE
-    drop_torn_line(path)
-    known = {prediction.key for prediction in read_predictions(path)}
+    known = _mend(path, [key for key, _ in keys])
     for predictions in _answer(generator, source, keys, known, config.batch_size):
+        owner.require()
         append_predictions(path, predictions)
         known |= {prediction.key for prediction in predictions}
         progress("evaluate", len(known), len(keys))
     if config.cache is not None:
         pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
-        write_atomic(config.out / PICTURES_FILE, (json.dumps(pictures) + "\n").encode())
+        owner.require()
+        write_atomic(config.out / PICTURES_FILE, (to_checked_json(pictures) + "\n").encode())
+    owner.require()
+    lost = {key for key, _ in keys} - _mend(path, [key for key, _ in keys])
+    if lost:  # something else has written to the file meanwhile
+        raise ValueError(f"{path} has lost {len(lost)} answers; run emkd evaluate again")
     metrics = _metrics(config, identity, read_predictions(path))
-    text = json.dumps(metrics, indent=1)
+    text = to_checked_json(metrics, indent=1)
     write_atomic(config.out / METRICS_FILE, f"{text}\n".encode())
-    return json.loads(text)
+    return json.loads(json.dumps(metrics))
+
+
+def _mend(path: Path, keys: Sequence[str]) -> set[str]:
+    """Drop lines that cannot be used, and name them; returns the keys that are answered."""
+    predictions, problems = find_predictions(path)
+    wanted = set(keys)
+    for prediction in predictions:
+        if prediction.key not in wanted:
+            problems.append(
+                f"{path} answers {prediction.source_id}, which the source does not have"
+            )
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    if problems or torn:
+        for problem in problems:
+            logger.warning("%s; it is dropped", problem)
+        predictions = [prediction for prediction in predictions if prediction.key in wanted]
+        write_predictions(path, predictions)
+    return {prediction.key for prediction in predictions}
 
 
 def _answer(
@@ -246,9 +276,10 @@ def _identity(
 def _claim(out: Path, identity: EvaluationIdentity) -> None:
     """Make `out` the folder of this evaluation, or check that it already is."""
     path = out / IDENTITY_FILE
-    text = json.dumps(dataclasses.asdict(identity), sort_keys=True, indent=1) + "\n"
+    text = to_checked_json(dataclasses.asdict(identity), indent=1) + "\n"
     if not create_exclusive(path, text.encode()):
-        stored = decode_json(EvaluationIdentity, path.read_bytes(), str(path))
+        fields = from_checked_json(path.read_bytes(), str(path))
+        stored = decode_mapping(EvaluationIdentity, fields, str(path))
         remedy = "Nothing was changed. Give another --out, or remove the folder"
         require_equal(stored, identity, f"The evaluation in {out}", remedy)
 

@@ -1,19 +1,22 @@
 """Stores the answers of one evaluation: one JSON line for each sample, appended as they come.
 
-Whole lines survive a kill; a torn last line is dropped and its sample answered again. Refuses any
-other line that is not a prediction.
+A line holds a digest of itself (schema/checked_json.py). Whole lines survive a kill. A torn last
+line, a damaged line and a second answer to one sample are dropped when an evaluation goes on, and
+the samples are answered again; whoever only reads is refused instead.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config.stages import ScoreName
 from pipeline.student.scores import SCORES, choice_accuracy
-from teacher_cache.schema.strict_json import StrictRecord, decode_json
+from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
+from teacher_cache.schema.errors import DecodeError
+from teacher_cache.schema.strict_json import StrictRecord, decode_mapping
 from teacher_cache.storage.durable_files import write_atomic
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -45,38 +48,53 @@ class Prediction(StrictRecord):
         return self.references or (() if self.reference is None else (self.reference,))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictionLines(StrictRecord):
-    """All lines of a file, to decode them at once."""
+class FoundPredictions(NamedTuple):
+    """The usable lines of a file, and what is wrong with the others."""
 
-    lines: tuple[Prediction, ...]
+    predictions: list[Prediction]
+    problems: list[str]
+
+
+def find_predictions(path: Path) -> FoundPredictions:
+    """Read a file, which may end in a torn line; nothing without a file."""
+    data = path.read_bytes() if path.exists() else b""
+    found: dict[str, Prediction] = {}
+    problems: list[str] = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        where = f"line {number} of {path}"
+        try:
+            prediction = decode_mapping(Prediction, from_checked_json(line, where), where)
+        except DecodeError as error:
+            problems.append(str(error))
+            continue
+        if found.setdefault(prediction.key, prediction) is not prediction:
+            problems.append(f"{where} answers sample {prediction.source_id} again")
+    return FoundPredictions(list(found.values()), problems)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The predictions of a file, which may end in a torn line; none without a file."""
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    # JSON escapes line breaks inside strings, so splitting at "\n" is exact.
-    lines = whole.split("\n") if whole else []
-    wrapped = f'{{"lines": [{",".join(lines)}]}}'
-    return list(decode_json(PredictionLines, wrapped, str(path)).lines)
+    """The predictions of a file; DecodeError for a damaged line or a sample answered twice."""
+    predictions, problems = find_predictions(path)
+    if problems:
+        raise DecodeError(f"{problems[0]}; run emkd evaluate again, which answers it anew")
+    return predictions
 
 
-def drop_torn_line(path: Path) -> None:
-    """Cut the file after its last whole line, before anything is appended."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        write_atomic(path, data[: data.rfind(b"\n") + 1])
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write all lines anew, whole or not at all."""
+    write_atomic(path, "".join(map(_line, predictions)).encode())
 
 
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Append lines and sync them to disk."""
-    lines = "".join(json.dumps(dataclasses.asdict(p)) + "\n" for p in predictions)
     with path.open("ab") as file:
-        file.write(lines.encode())
+        file.write("".join(map(_line, predictions)).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _line(prediction: Prediction) -> str:
+    return to_checked_json(dataclasses.asdict(prediction)) + "\n"
 
 
 def score_predictions(predictions: Sequence[Prediction], name: ScoreName) -> list[float]:

@@ -16,7 +16,7 @@ from pipeline.config.plugins import load_plugins
 from pipeline.config.stages import CONFIG_FILE, TrainConfig
 from pipeline.sources.tried import positions_to_try
 from student_train.models.student import student_from_vanilla, vanilla_student
-from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE
+from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE, require_intact
 from student_train.training.run import train_student
 from student_train.training.trainer import MetricsCallback
 from teacher_cache.folder.reader import CacheReader
@@ -75,6 +75,7 @@ def train(
     load_checked_processor(config.student, load_config(config.student), check)
 
     def load() -> tuple[Any, Any]:
+        require_intact(Path(config.student))
         if config.projector == "none":
             model, processor = vanilla_student(config.student, dtype=torch.float32)
         else:

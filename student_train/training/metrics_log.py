@@ -1,20 +1,26 @@
 """Writes a run's metrics.jsonl: one JSON line of means for each logging window.
 
-A step occurs at most once, whatever was killed and resumed, with the values of an uninterrupted run
-(except `seconds`, which adds up over all attempts).
+A step occurs at most once, whatever was killed, resumed or raced, with the values of an
+uninterrupted run (except `seconds`, which adds up over all attempts). A line holds a digest of
+itself (checked_json.py); damaged lines are named and left out.
 """
 
-import json
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
+from teacher_cache.schema.errors import DecodeError
 from teacher_cache.storage.durable_files import write_atomic
+from teacher_cache.storage.folder_owner import FolderOwner
+
+logger = logging.getLogger(__name__)
 
 METRICS_LOG_FILE = "metrics.jsonl"
 
@@ -62,20 +68,36 @@ def means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
 class MetricsLog:
     """metrics.jsonl of a run that continues after `step`; drops lines of later, lost steps.
 
-    Only the rank that `writes` touches the file; the others only measure time.
+    Only the rank with an `owner` touches the file; the others only measure time. `expected`: lines
+    up to `step`, as far as the checkpoint knows.
     """
 
-    def __init__(self, run: Path, *, step: int, seconds: float, writes: bool) -> None:
+    def __init__(
+        self,
+        run: Path,
+        *,
+        step: int,
+        seconds: float,
+        owner: FolderOwner | None,
+        expected: int | None = None,
+    ) -> None:
         self._path = run / METRICS_LOG_FILE
-        self._writes = writes
+        self._owner = owner
         self._earlier = seconds
         self._started = time.monotonic()
-        if writes and self._path.exists():
-            lines = _read_lines(self._path)
-            kept = [line for line in lines if line["step"] <= step]
-            write_atomic(self._path, "".join(map(_line, kept)).encode())
-            # Time of lost work counts too.
-            self._earlier = max([seconds, *(line["seconds"] for line in lines)])
+        self.num_lines = 0
+        if owner is None:
+            return
+        found = read_log(run)
+        # Time of lost work counts too.
+        self._earlier = max([seconds, *(line.get("seconds", 0.0) for line in found.lines)])
+        self._rewrite([line for line in found.lines if line["step"] <= step])
+        if found.damaged or (expected is not None and expected != self.num_lines):
+            logger.warning(
+                "%s: %d lines are damaged and %s of %d steps is expected to have %s lines, found "
+                "%d; the run goes on without the others",
+                *(self._path, found.damaged, METRICS_LOG_FILE, step, expected, self.num_lines),
+            )
 
     @property
     def seconds(self) -> float:
@@ -83,16 +105,60 @@ class MetricsLog:
         return self._earlier + time.monotonic() - self._started
 
     def append(self, line: Mapping[str, float]) -> None:
-        """Add one line; it must hold `step` and `seconds`."""
-        if self._writes:
+        """Add one line; it must hold `step` and `seconds`.
+
+        FolderTakenError where another process has taken the run.
+        """
+        if self._owner is not None:
+            self._owner.require()
             with self._path.open("a") as file:
                 file.write(_line(line))
+            self.num_lines += 1
+
+    def settle(self) -> None:
+        """Leave each step once, also where an overtaken process wrote a line at the same time."""
+        if self._owner is not None:
+            self._owner.require()
+            self._rewrite(read_log(self._path.parent).lines)
+
+    def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        each = {line["step"]: line for line in reversed([*lines])}  # the first of equal steps
+        kept = [each[step] for step in sorted(each)]
+        if kept or self._path.exists():
+            write_atomic(self._path, "".join(map(_line, kept)).encode())
+        self.num_lines = len(kept)
+
+
+class FoundLog(NamedTuple):
+    """The whole lines of a metrics.jsonl, and how many others were damaged."""
+
+    lines: list[dict[str, Any]]
+    damaged: int
+
+
+def read_log(run: Path) -> FoundLog:
+    """Read a run's metrics; a torn last line, which a kill leaves, is no damage."""
+    path = run / METRICS_LOG_FILE
+    data = path.read_bytes() if path.exists() else b""
+    found = FoundLog([], 0)
+    for text in data.split(b"\n")[:-1]:
+        try:
+            line = from_checked_json(text, str(path))
+            numbers = all(
+                value is None or isinstance(value, int | float) for value in line.values()
+            )
+            if not numbers or "step" not in line:
+                raise DecodeError(f"{path}: a line has no step, or holds more than numbers")
+        except DecodeError:
+            found = found._replace(damaged=found.damaged + 1)
+        else:
+            found.lines.append(line)
+    return found
 
 
 def last_line(run: Path) -> dict[str, Any]:
     """Return the last line of a run's metrics; empty before the first."""
-    path = run / METRICS_LOG_FILE
-    lines = _read_lines(path) if path.exists() else []
+    lines = read_log(run).lines
     return lines[-1] if lines else {}
 
 
@@ -101,11 +167,9 @@ def logged_step(run: Path) -> int:
     return int(last_line(run).get("step", 0))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    whole, _, _ = path.read_text().rpartition("\n")  # a kill can cut off only the last line
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _line(values: Mapping[str, float]) -> str:
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return json.dumps(finite) + "\n"
+def _line(values: Mapping[str, float | None]) -> str:
+    finite = {
+        name: None if value is None or not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return to_checked_json(finite) + "\n"

@@ -10,7 +10,6 @@ not repeat the check:
 
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -29,10 +28,11 @@ from student_train.training.checkpoint import PREFLIGHT_FILE
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.size_encoder import SizeEncoder
-from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
+from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
+from teacher_cache.schema.errors import CacheMismatchError, DecodeError, ShardCorruptError
 from teacher_cache.schema.progress import Progress
 from teacher_cache.schema.samples import RejectedSample
-from teacher_cache.schema.strict_json import StrictRecord, decode_json
+from teacher_cache.schema.strict_json import StrictRecord, decode_mapping
 from teacher_cache.storage.durable_files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -111,13 +111,18 @@ def stored_preflight(run: Path, compared: Compared) -> Preflight | None:
     path = run / PREFLIGHT_FILE
     if not path.exists():
         return None
-    stored = decode_json(Preflight, path.read_bytes(), str(path))
+    try:
+        fields = from_checked_json(path.read_bytes(), str(path))
+        stored = decode_mapping(Preflight, fields, str(path))
+    except DecodeError as error:
+        logger.warning("%s; the samples are checked again", error)
+        return None
     return stored if stored.compared == compared else None
 
 
 def store_preflight(run: Path, preflight: Preflight) -> None:
     """Write the result into the folder of the run."""
-    text = json.dumps(dataclasses.asdict(preflight), indent=1)
+    text = to_checked_json(dataclasses.asdict(preflight), indent=1)
     write_atomic(run / PREFLIGHT_FILE, f"{text}\n".encode())
 
 

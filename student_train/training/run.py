@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import wait_for_everyone
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
 from student_train.config.objective import ObjectiveConfig
 from student_train.config.recipe import TrainerSettings
@@ -29,12 +29,13 @@ from student_train.models.forward import output_head
 from student_train.models.student import LoadedStudent
 from student_train.training.checkpoint import (
     FINAL_FOLDER,
+    Checkpoint,
     FinishedRun,
     RunIdentity,
+    complete,
     finished_run,
     newest_checkpoint,
     prune_checkpoints,
-    publish_final,
     require_same_run,
 )
 from student_train.training.fsdp import shard
@@ -51,8 +52,11 @@ from student_train.training.trainer import EmkdTrainer, MetricsCallback, trainin
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
+from teacher_cache.schema.errors import EmkdError
 from teacher_cache.schema.options import TierName, tier_to_learn_from
 from teacher_cache.schema.progress import Progress, no_progress
+from teacher_cache.storage.durable_files import sync_folder
+from teacher_cache.storage.folder_owner import FolderOwner
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +130,6 @@ def train_student(
     if finished is not None:
         logger.info("%s has already finished", run)
         return finished
-    resumed = newest_checkpoint(run, identity)
     if preflight is None:
         preflight = check()
     if plan.rank == 0:
@@ -155,12 +158,10 @@ def train_student(
         num_threads=settings.loader_threads,
         skipped=skipped,
     )
+    owner, resumed = _take(run, identity, arguments)
     if resumed is not None:
         stream.seek(resumed.record.stream)
         logger.info("Continuing from step %d of %d", resumed.record.step, num_steps)
-    wait_for_everyone()  # every rank has read before anything is removed
-    if arguments.process_index == 0:
-        prune_checkpoints(run)
     if settings.shard == "fsdp":
         shard(model, arguments.device, getattr(torch, settings.dtype))
     trainer_class = ShardedTrainer if settings.shard == "fsdp" else EmkdTrainer
@@ -172,23 +173,52 @@ def train_student(
         stream=stream,
         assets=assets,
         identity=identity,
+        owner=owner,
         resumed=None if resumed is None else resumed.record,
         report=report,
         progress=progress,
     )
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed.folder))
-    partial = run / f"{FINAL_FOLDER}.partial"
-    trainer.save_student(partial)
+    made = owner.private / FINAL_FOLDER
+    if arguments.process_index == 0:
+        trainer.run_log.settle()
+    trainer.save_student(made)
     record = FinishedRun(
         identity=identity,
         settings=settings,
         num_samples=trainer.num_samples,
         seconds=trainer.run_log.seconds,
+        num_lines=trainer.run_log.num_lines,
     )
     if arguments.process_index == 0:
-        publish_final(run, partial, record)
+        owner.require()
+        complete(made, record)
+        owner.publish(made, FINAL_FOLDER)
+        owner.release()
+        sync_folder(run)
     wait_for_everyone()
-    return record
+    return finished_run(run) or record
+
+
+def _take(
+    run: Path, identity: RunIdentity, arguments: TrainingArguments
+) -> tuple[FolderOwner, Checkpoint | None]:
+    """Make this attempt the folder's owner; rank 0 decides where all ranks go on."""
+    found: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            found = [FolderOwner.take(run).token, newest_checkpoint(run, identity)]
+        except EmkdError as error:  # the other ranks wait for an answer
+            found = [error, None]
+    broadcast_object_list(found)
+    token, resumed = found
+    if isinstance(token, EmkdError):
+        raise token
+    owner = FolderOwner(run, token)
+    if arguments.process_index == 0:
+        prune_checkpoints(run, 0 if resumed is None else resumed.record.step)
+    arguments.output_dir = str(owner.private)
+    return owner, resumed
 
 
 class _Prepared(NamedTuple):

@@ -37,7 +37,7 @@ from student_train.training.checkpoint import (
     CheckpointRecord,
     RunIdentity,
     claim_run,
-    mark_complete,
+    complete,
     prune_checkpoints,
 )
 from student_train.training.gradient_norms import term_gradient_norms
@@ -46,6 +46,7 @@ from student_train.training.student_loss import student_loss
 from teacher_cache.models.checkpoint import load_model
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.progress import Progress, no_progress
+from teacher_cache.storage.folder_owner import FolderOwner
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class EmkdTrainer(Trainer):
         stream: TrainingStream,
         assets: TeacherAssets,
         identity: RunIdentity,
+        owner: FolderOwner,
         resumed: CheckpointRecord | None = None,
         report: MetricsCallback | None = None,
         progress: Progress = no_progress,
@@ -120,10 +122,8 @@ class EmkdTrainer(Trainer):
                 f"trainable weights are {sorted(map(str, dtypes))}; load the student in float32: "
                 "mixed precision (dtype) casts inside the forward pass"
             )
-        self._run = Path(str(arguments.output_dir))
-        flow = _LogAndSaveCallback(
-            settings.save_steps, lambda: claim_run(self._run, identity), progress
-        )
+        self._run, self._owner = owner.folder, owner
+        flow = _LogAndSaveCallback(settings.save_steps, self._claim, progress)
         super().__init__(model=model, args=arguments, callbacks=[flow])
         self.remove_callback(PrinterCallback)
         self.processing_class = processor
@@ -138,7 +138,8 @@ class EmkdTrainer(Trainer):
             self._run,
             step=resumed.step if resumed is not None else 0,
             seconds=resumed.seconds if resumed is not None else 0.0,
-            writes=first,
+            owner=owner if first else None,
+            expected=None if resumed is None else resumed.num_lines,
         )
         self._last_step: int | None = None
 
@@ -251,9 +252,15 @@ class EmkdTrainer(Trainer):
             )
         return merged
 
+    def _claim(self) -> None:
+        self._owner.require()
+        claim_run(self._run, self.identity)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write transformers' files, then, once every rank has written, the completing file."""
+        """Write transformers' files; once every rank has written, rank 0 publishes the folder."""
         window = self._merged_window()
+        if self.is_world_process_zero():
+            self._owner.require()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -264,9 +271,14 @@ class EmkdTrainer(Trainer):
                 stream=self.stream.state(self.num_samples),
                 seconds=self.run_log.seconds,
                 window=window,
+                num_lines=self.run_log.num_lines,
             )
-            mark_complete(self._run / f"checkpoint-{step}", record)
-            prune_checkpoints(self._run)
+            name = f"checkpoint-{step}"
+            made = self._owner.private / name
+            self._owner.require()  # else another process may have removed what was made
+            complete(made, record)
+            self._owner.publish(made, name)
+            prune_checkpoints(self._run, step)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(

@@ -43,6 +43,10 @@ class IncompleteCacheError(EmkdError, ValueError):
     """Raised when a cache has no seal because its build has not finished."""
 
 
+class FolderTakenError(EmkdError, ValueError):
+    """Raised when another process has taken the folder that this one writes to."""
+
+
 class ShardCorruptError(EmkdError, ValueError):
     """Raised when a stored file does not hold what its record says."""
 

@@ -1,6 +1,5 @@
 """Short training runs on tiny models, and what a test asks of their folders."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import Encoder, TrainingStream
 from student_train.training.checkpoint import FinishedRun
+from student_train.training.metrics_log import read_log
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.options import RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher
@@ -93,7 +93,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = read_log(run)
+    assert not found.damaged
+    return found.lines
 
 
 def interrupted(run: Path, whole: Path, step: int) -> Path:

@@ -11,6 +11,7 @@ from pipeline.config.build import SourceConfig
 from pipeline.config.stages import EvaluateConfig
 from pipeline.report.run_folders import read_evaluation
 from pipeline.student.predictions import Prediction, read_predictions, score_predictions
+from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.lazy import evaluate
@@ -35,7 +36,7 @@ def answered(folder: Path, model: Path, entries: list[dict[str, Any]], **setting
 
 
 def metrics(place: Path) -> dict[str, Any]:
-    return json.loads((place / "metrics.json").read_text())
+    return from_checked_json((place / "metrics.json").read_bytes(), "metrics.json")
 
 
 def prediction(answer: str, **fields: Any) -> Prediction:
@@ -147,7 +148,7 @@ def test_answers_by_earlier_rules_are_not_continued(
     """Folders of earlier versions lack the field; their prompts and pictures were others."""
     entry = [{"question": "?", "answer": "x"}]
     place = answered(tmp_path / "set", tiny_folder("llava"), entry)
-    stored = json.loads((place / "evaluation.json").read_text())
+    stored = from_checked_json((place / "evaluation.json").read_bytes(), "evaluation.json")
     del stored[field]
     (place / "evaluation.json").write_text(json.dumps(stored))
     config = EvaluateConfig(

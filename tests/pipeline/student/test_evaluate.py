@@ -17,10 +17,12 @@ from pipeline.student.generation import Generator
 from pipeline.student.predictions import (
     Prediction,
     append_predictions,
-    drop_torn_line,
+    find_predictions,
     read_predictions,
+    write_predictions,
 )
 from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
 from teacher_cache.schema.samples import Sample
 from tests.support.lazy import evaluate, student_from_vanilla
@@ -67,7 +69,7 @@ def test_answers_of_a_batch_are_those_of_one_by_one(
 def test_a_vanilla_model_is_evaluated_too(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     config = evaluation(tiny_folder("llava"), tmp_path, scores=("exact_match", "anls"))
     metrics = evaluate(config)
-    assert metrics == json.loads((config.out / "metrics.json").read_text())
+    assert metrics == from_checked_json((config.out / "metrics.json").read_bytes(), "metrics.json")
     assert metrics["num_samples"] == 7
     assert set(metrics["scores"]) == {"exact_match", "anls"}
     assert metrics["seconds"] > 0
@@ -211,9 +213,14 @@ def test_predictions_survive_any_text_and_a_torn_end(tmp_path: Path) -> None:
         torn = tmp_path / f"torn-{cut}"
         torn.write_bytes(path.read_bytes()[:cut])
         before = read_predictions(torn)
-        drop_torn_line(torn)
+        write_predictions(torn, before)
         append_predictions(torn, found[3:])
         assert read_predictions(torn) == [*before, found[3]]
-    path.write_text('{"key": 1}\n')
-    with pytest.raises(ValueError, match=r"predictions.jsonl is not a valid"):
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"answer", b"answes", 1) + whole.split(b"\n")[1] + b"\n")
+    assert find_predictions(path).predictions == found[1:]
+    assert len(find_predictions(path).problems) == 2
+    with pytest.raises(
+        ValueError, match=r"line 1 of .*predictions.jsonl is damaged.*evaluate again"
+    ):
         read_predictions(path)

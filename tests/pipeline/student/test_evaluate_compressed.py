@@ -13,6 +13,7 @@ from pipeline.config.stages import EvaluateConfig
 from pipeline.student.predictions import read_predictions
 from student_train.compression.compressors import num_kept
 from student_train.config.compression import CompressionSettings, DropStage
+from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError
 from tests.conftest import TinyFolder
 from tests.support.deep import deep_model
@@ -55,7 +56,7 @@ def test_metrics_tell_what_was_dropped(
 ) -> None:
     config = evaluation(model, tmp_path, compressor="fastv", **settings)
     metrics = evaluate(config)
-    assert metrics == json.loads((config.out / "metrics.json").read_text())
+    assert metrics == from_checked_json((config.out / "metrics.json").read_bytes(), "metrics.json")
     assert config.compression is not None
     stages = [dataclasses.asdict(stage) for stage in config.compression.stages]
     assert metrics["compression"]["compressor"] == "fastv"
@@ -100,11 +101,11 @@ def test_folders_of_earlier_versions_are_evaluations_without_compression(
 ) -> None:
     config = evaluation(model, tmp_path)
     metrics = evaluate(config)
-    identity = json.loads((config.out / "evaluation.json").read_text())
+    identity = from_checked_json((config.out / "evaluation.json").read_bytes(), "it")
     assert identity.pop("compression") is None
     (config.out / "evaluation.json").write_text(json.dumps(identity))
     path = config.out / "predictions.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [from_checked_json(line, "it") for line in path.read_text().splitlines()]
     for line in lines:
         del line["num_vision"], line["num_kept"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))

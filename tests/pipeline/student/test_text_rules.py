@@ -14,6 +14,7 @@ from pipeline.config.stages import EvaluateConfig, TrainConfig
 from pipeline.inspection.verify_teacher import verify_teacher
 from pipeline.student.generation import Generator, without_thinking
 from teacher_cache.folder.reader import CacheReader
+from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, RecordSettings, TextRules
 from tests.conftest import TinyFolder
@@ -88,7 +89,8 @@ def test_evaluate_takes_a_template(tmp_path: Path, tiny_folder: TinyFolder, kind
     evaluate(plain)
     evaluate(other)
     first, second = (
-        json.loads((config.out / "evaluation.json").read_text()) for config in (plain, other)
+        from_checked_json((config.out / "evaluation.json").read_bytes(), "it")
+        for config in (plain, other)
     )
     differing = {name for name in first if first[name] != second[name]}
     assert differing == {"chat_template"}
