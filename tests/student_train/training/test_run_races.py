@@ -1,4 +1,4 @@
-"""Two processes on one folder leave the run of one: each step once, equal bits, nothing half-done."""
+"""Two processes on one folder leave the run of one: each step once, equal bits."""
 
 import os
 import random
