@@ -15,7 +15,7 @@ from pipeline.inspection.verify_teacher import verify_teacher
 from pipeline.student.generation import Generator, without_thinking
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.schema.checked_json import from_checked_json
-from teacher_cache.schema.errors import CacheMismatchError, SampleError
+from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, RecordSettings, TextRules
 from tests.conftest import TinyFolder
 from tests.support.extended import extension
@@ -127,7 +127,7 @@ def test_a_student_must_learn_the_ends_that_its_cache_has(
         train(dataclasses.replace(training, append_eos=False))
     other = tmp_path / "other.jinja"
     other.write_text(ONEVISION)
-    with pytest.raises(SampleError, match="chat template of the cache's teacher"):
+    with pytest.raises(CacheMismatchError, match="chat template of the cache's teacher"):
         train(dataclasses.replace(training, chat_template=other))
 
 

@@ -25,8 +25,9 @@ from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.models.size_encoder import SizeEncoder
 from teacher_cache.records.assets import TeacherAssets
+from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
-from teacher_cache.schema.strict_json import decode_json
+from teacher_cache.schema.strict_json import decode_mapping
 from tests.conftest import TinyFolder
 from tests.support.builders import flip
 from tests.support.lazy import student_from_vanilla, student_loss, train_student, vanilla_student
@@ -77,7 +78,8 @@ def train(
 
 
 def stored(run: Path) -> Preflight:
-    return decode_json(Preflight, (run / PREFLIGHT_FILE).read_bytes(), PREFLIGHT_FILE)
+    fields = from_checked_json((run / PREFLIGHT_FILE).read_bytes(), PREFLIGHT_FILE)
+    return decode_mapping(Preflight, fields, PREFLIGHT_FILE)
 
 
 @pytest.fixture(scope="module")
