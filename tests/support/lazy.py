@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from jobs.cluster import actor_pool
     from jobs.cluster.actor_pool import ActorPool, ray_session, worker_resources
     from jobs.cluster.planning import plan_cache
-    from jobs.cluster.submit import entrypoint, run_flags
+    from jobs.cluster.submit import entrypoint, run_flags, submit
     from jobs.demo import emkd as emkd_demo
     from jobs.demo import epic as epic_demo
     from jobs.stages.build import run_build, run_extend
@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         AvgPoolLlavaNextConfig,
         AvgPoolLlavaNextModel,
     )
+    from student_train.models.forward import output_head
     from student_train.models.projectors import (
         AvgPoolLlavaNextProjector,
         AvgPoolLlavaProjector,

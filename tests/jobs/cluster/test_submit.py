@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster import submit as module
-from jobs.cluster.submit import LOST, submit
+from tests.support.lazy import submit
+
+MODULE = "jobs.cluster.submit"
 
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # Ray's own call
 NO_AGENT = "No available agent to submit job, please try again later."
@@ -80,9 +81,9 @@ class JobServer:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_S", 0.02)
-    monkeypatch.setattr(module, "LOST_AFTER_S", 0.2)
-    monkeypatch.setattr(module, "AGENT_WAIT_S", 2.0)
+    monkeypatch.setattr(f"{MODULE}.POLL_S", 0.02)
+    monkeypatch.setattr(f"{MODULE}.LOST_AFTER_S", 0.2)
+    monkeypatch.setattr(f"{MODULE}.AGENT_WAIT_S", 2.0)
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_a_lost_dashboard_has_an_exit_code_and_a_way_to_follow(
     server: JobServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.statuses = ["RUNNING", None]
-    assert send(server.address) == LOST == 5
+    assert send(server.address) == 5
     said = capsys.readouterr().out
     name = server.jobs[0]["submission_id"]
     assert "the job may go on" in said
@@ -160,7 +161,7 @@ def test_an_agent_that_is_not_there_yet_is_waited_for(
     server.refusals = [NO_AGENT] * 3
     assert send(server.address) == 0
     assert len(server.jobs) == 1
-    monkeypatch.setattr(module, "AGENT_WAIT_S", 0.1)
+    monkeypatch.setattr(f"{MODULE}.AGENT_WAIT_S", 0.1)
     server.refusals = [NO_AGENT] * 1000
     with pytest.raises(ValueError, match=r"had no agent to run the job within 0\.1 s"):
         send(server.address)

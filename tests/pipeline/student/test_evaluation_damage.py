@@ -13,12 +13,13 @@ import pytest
 
 from pipeline.config.stages import EvaluateConfig
 from pipeline.report.run_folders import read_evaluation
-from pipeline.student import evaluate as stage
 from pipeline.student.predictions import append_predictions, read_predictions
 from teacher_cache.schema.errors import EmkdError, FolderTakenError
 from teacher_cache.storage.folder_owner import FolderOwner
 from tests.support.lazy import evaluate
 from tests.support.llava_json import evaluation
+
+APPEND = "pipeline.student.evaluate.append_predictions"
 
 TinyFolder = Callable[[str], Path]
 
@@ -115,14 +116,14 @@ def test_an_overtaken_evaluation_stops_and_every_sample_is_answered_once(
         def overtaken(path: Path, predictions: Any, moment: int = moment) -> None:
             append(path, predictions)
             if next(calls) == moment:  # noqa: B023
-                monkeypatch.setattr(stage, "append_predictions", append)
+                monkeypatch.setattr(APPEND, append)
                 evaluate(config)  # noqa: B023
                 append(path, predictions)  # between its check and the other's start
 
-        monkeypatch.setattr(stage, "append_predictions", overtaken)
+        monkeypatch.setattr(APPEND, overtaken)
         with pytest.raises(FolderTakenError, match="writes to this folder since"):
             evaluate(config)
-        monkeypatch.setattr(stage, "append_predictions", append)
+        monkeypatch.setattr(APPEND, append)
         evaluate(config)
         assert _table(place) == wanted
         keys = [prediction.key for prediction in read_predictions(place / "predictions.jsonl")]

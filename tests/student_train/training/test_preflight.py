@@ -16,10 +16,7 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.misfits import StudentLimits, find_misfits
 from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import StudentBatch
-from student_train.models.forward import output_head
-from student_train.training import run as training_run
 from student_train.training.checkpoint import PREFLIGHT_FILE, RUN_FILE, FinishedRun
-from student_train.training.preflight import Preflight
 from teacher_cache.folder.reader import CacheReader
 from teacher_cache.models.collate import collate
 from teacher_cache.models.sample_encoder import SampleEncoder
@@ -30,7 +27,13 @@ from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError
 from teacher_cache.schema.strict_json import decode_mapping
 from tests.conftest import TinyFolder
 from tests.support.builders import flip
-from tests.support.lazy import student_from_vanilla, student_loss, train_student, vanilla_student
+from tests.support.lazy import (
+    output_head,
+    student_from_vanilla,
+    student_loss,
+    train_student,
+    vanilla_student,
+)
 from tests.support.runs import (
     SETTINGS,
     assert_nearly_same_run,
@@ -77,7 +80,9 @@ def train(
     return train_student(run, reader, loaded, settings, student="s", chat_template=chat_template)
 
 
-def stored(run: Path) -> Preflight:
+def stored(run: Path) -> Any:
+    from student_train.training.preflight import Preflight
+
     fields = from_checked_json((run / PREFLIGHT_FILE).read_bytes(), PREFLIGHT_FILE)
     return decode_mapping(Preflight, fields, PREFLIGHT_FILE)
 
@@ -175,7 +180,7 @@ def test_a_run_that_skips_resumes_to_the_same_bits_without_checking_again(
         raise AssertionError("the cache was checked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "check_cache", throwing)
+        patch.setattr("student_train.training.run.check_cache", throwing)
         train(run, reader, vanilla, SKIP)
     assert_same_run(run, skipping)
     other = interrupted(tmp_path / "other", skipping, 3)

@@ -22,25 +22,15 @@ from teacher_cache.folder.verify import verify_cache
 from teacher_cache.folder.writer import write_plan, write_shard
 from teacher_cache.schema.errors import ShardCorruptError
 from teacher_cache.schema.options import ShardFormatName
-from teacher_cache.storage import object_store
 from teacher_cache.storage.local_store import LocalStore
 from teacher_cache.storage.object_store import ObjectStore
 from teacher_cache.storage.open_store import open_store
 from teacher_cache.storage.store import Store
 from tests.support.builders import build, exit_status, forked, make_shards, published
-from tests.support.lazy import s3fs
-from tests.support.s3_server import BUCKET, NOT_FOUND, SLOW_DOWN, S3Server, at_first
+from tests.support.s3_server import NOT_FOUND, SLOW_DOWN, S3Server, at_first
 from tests.support.strategies import assert_same, make_plan
 
 FORMATS: tuple[ShardFormatName, ...] = ("arrow", "webdataset")
-
-
-@pytest.fixture
-def url(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place of its own on the server, and no long waits."""
-    monkeypatch.setattr(object_store, "WAITS_S", (0.01, 0.01))
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 def objects(url: str) -> dict[str, bytes]:
@@ -347,39 +337,3 @@ def test_connections_are_made_when_they_are_needed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(MemoryFileSystem, "__init__", refused)
     assert pickle.loads(pickle.dumps(ObjectStore("memory://a/b/"))).url == "memory://a/b"
-
-
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [
-        ("403 Forbidden", "AccessDenied"),
-        ("403 Forbidden", "InvalidAccessKeyId"),
-        ("403 Forbidden", "SignatureDoesNotMatch"),
-        ("401 Unauthorized", "Unauthorized"),
-    ],
-)
-def test_a_store_that_denies_access_says_so_at_once(
-    status: str, code: str, s3: S3Server, url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    build(url, make_shards(1))
-    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-    s3.requests.clear()
-    s3.faults.append(at_first(1000, (status, body)))
-    with pytest.raises(
-        PermissionError, match=r"SEALED\.json could not be read, the store denies it"
-    ):
-        CacheReader.open(url)
-    assert len(s3.requests) == 1
-    assert main(["verify", url]) == 2
-    assert "check the credentials" in capsys.readouterr().err
-
-
-def test_missing_credentials_are_named(
-    s3: S3Server, url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(PermissionError, match=r"the store denies it .*redential"):
-        CacheReader.open(url)
