@@ -82,7 +82,7 @@ def test_a_spec_stores_the_settings_that_its_records_use(settings: RecordSetting
 def test_a_setting_is_stored_under_the_name_that_caches_have() -> None:
     stored = json.loads(to_json(make_spec(top_p=0.5, min_k=2)))
     assert (stored["top_mass"], stored["top_k_floor"]) == (0.5, 2)
-    later_fields = {"grid", "least_logits", "template_digest", "text", "pictures"}
+    later_fields = {"grid", "least_logits", "template_digest", "text", "pictures", "plugins"}
     python_names = {each.name for each in dataclasses.fields(CacheSpec)}
     assert python_names - stored.keys() - later_fields == {"top_p", "min_k"}
     with pytest.raises(DecodeError, match=r"top_p: unknown field; did you mean 'top_k'\?"):
