@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from student_train.matching.matching import match_tokens
     from student_train.models.student import load_student
     from student_train.training.student_loss import student_loss
+    from teacher_cache.encoding.sample_encoder import SampleEncoder
     from teacher_cache.folder.reader import CacheReader
     from teacher_cache.folder.verify import verify_cache as verify
-    from teacher_cache.models.sample_encoder import SampleEncoder
     from teacher_cache.records.assets import TeacherAssets
     from teacher_cache.schema.options import RecordSettings
     from teacher_cache.schema.samples import Sample
@@ -78,7 +78,7 @@ _HOMES = {
     "RecordSettings": "teacher_cache.schema.options:RecordSettings",
     "ReportConfig": "pipeline.config.stages:ReportConfig",
     "Sample": "teacher_cache.schema.samples:Sample",
-    "SampleEncoder": "teacher_cache.models.sample_encoder:SampleEncoder",
+    "SampleEncoder": "teacher_cache.encoding.sample_encoder:SampleEncoder",
     "SourceConfig": "pipeline.config.build:SourceConfig",
     "TeacherAssets": "teacher_cache.records.assets:TeacherAssets",
     "TeacherOutput": "teacher_cache.schema.teacher_output:TeacherOutput",

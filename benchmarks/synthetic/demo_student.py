@@ -22,7 +22,7 @@ from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.models.student import student_from_vanilla
 from student_train.training.student_loss import student_loss
 from student_train.training.trainable import set_trainable
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.teacher.teacher import Teacher

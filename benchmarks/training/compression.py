@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 
 SIDE, PATCH = 24, 4

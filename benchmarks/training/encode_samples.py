@@ -28,10 +28,10 @@ from pipeline.demo.config import DigitsConfig
 from pipeline.demo.digits import IMAGE_PIXELS, PATCH_PIXELS, write_digits
 from pipeline.demo.model import build_processor, build_tokenizer
 from pipeline.sources.source import open_source
-from teacher_cache.models.chat_rendering import locate, to_turns
-from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.view_geometry import ImageInputs, layout_images
+from teacher_cache.encoding.chat_rendering import locate, to_turns
+from teacher_cache.encoding.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.view_geometry import ImageInputs, layout_images
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, TokenSpans, make_sample
 
 NUM_TURNS = 5

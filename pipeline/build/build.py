@@ -30,6 +30,7 @@ from pipeline.sources.crashing import (
 )
 from pipeline.sources.source import SampleSource, ScannedSample, open_source, refuse_samples, scan
 from pipeline.sources.tried import positions_to_try, samples_to_try
+from teacher_cache.encoding.chat_template import text_rules
 from teacher_cache.folder.layout import (
     read_commit,
     read_plan,
@@ -40,7 +41,6 @@ from teacher_cache.folder.layout import (
 )
 from teacher_cache.folder.shard_plan import group_shards, spread_order
 from teacher_cache.folder.writer import write_assets, write_plan, write_shard
-from teacher_cache.models.chat_template import text_rules
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.manifest import CacheSpec, Plan, Seal, ShardCommit

@@ -15,7 +15,7 @@ from student_train.compression.compressors import find_compressor
 from student_train.compression.decoder import require_compressible, require_effect
 from student_train.config.compression import CompressionSettings
 from student_train.epic.partial_rerun import record_entry, rerun_from_layer
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 from teacher_cache.schema.options import GridSettings
 from teacher_cache.teacher.teacher import PredictingStates, Teacher
 

@@ -28,8 +28,8 @@ from pipeline.config.build import SourceConfig
 from pipeline.demo.digits import GRID_SIDE, load_grids, patch_labels
 from pipeline.demo.model import ASSISTANT, WIDTH, build_model, build_processor, build_tokenizer
 from pipeline.sources.source import open_source
-from teacher_cache.models.chat_rendering import to_turns
-from teacher_cache.models.pictures import read_picture
+from teacher_cache.encoding.chat_rendering import to_turns
+from teacher_cache.encoding.pictures import read_picture
 from teacher_cache.schema.progress import Progress, no_progress
 from teacher_cache.schema.samples import Sample
 

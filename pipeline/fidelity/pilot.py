@@ -26,8 +26,8 @@ from pipeline.sources.source import open_source, warn_unread
 from pipeline.sources.tried import samples_to_try
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
-from teacher_cache.models.chat_template import text_rules
-from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.encoding.chat_template import text_rules
+from teacher_cache.encoding.collate import EncodedSample, collate
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import HiddenMoments, SketchBasis, basis_from_moments

@@ -16,7 +16,7 @@ from pipeline.fidelity.tier_loss import LossMeter
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal
 from teacher_cache.codec.columns import output_columns, output_from_columns
-from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.encoding.collate import EncodedSample, collate
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.records.make_records import make_output
 from teacher_cache.schema.manifest import CacheSpec

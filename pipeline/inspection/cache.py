@@ -21,9 +21,9 @@ from torch import Tensor
 from pipeline.fidelity.cache_quality import summarise
 from pipeline.inspection.compare_outputs import top_k_by_name
 from teacher_cache.codec.columns import PART_COLUMNS, Part
+from teacher_cache.encoding.pictures import PictureTraits, picture_traits
 from teacher_cache.folder.layout import open_shard, require_plan
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.pictures import PictureTraits, picture_traits
 from teacher_cache.schema.shard_quality import quantile
 
 MAX_WORD = 20

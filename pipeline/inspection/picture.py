@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pipeline.inspection.sample import find_sample
 from teacher_cache.codec.columns import Part
+from teacher_cache.encoding.pictures import read_picture
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.pictures import read_picture
 from teacher_cache.records.lm_head import LmHead, row_chunks
 from teacher_cache.schema.options import PictureRule
 from teacher_cache.schema.teacher_output import CachedSample, TeacherOutput

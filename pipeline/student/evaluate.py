@@ -48,17 +48,17 @@ from student_train.data.misfits import describe_misfits
 from student_train.data.sample_order import SkippedSamples, skipped_samples
 from student_train.models.student import load_student
 from student_train.training.checkpoint import require_intact
+from teacher_cache.encoding.chat_template import text_rules
+from teacher_cache.encoding.collate import EncodedSample
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.checkpoint import require_one_encodes, resolve_device
-from teacher_cache.models.collate import EncodedSample
 from teacher_cache.models.digests import (
     chat_template_digest,
     image_processor_digest,
     tokenizer_digest,
     weights_digest,
 )
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.fingerprint import digest_json

@@ -14,8 +14,8 @@ from torch import Tensor
 from student_train.compression.compression import compress
 from student_train.compression.decoder import require_compressible, require_effect
 from student_train.config.compression import CompressionSettings
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.options import TextRules
 
 

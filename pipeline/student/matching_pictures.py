@@ -26,10 +26,10 @@ from student_train.models.forward import final_hidden, output_head
 from student_train.signals.from_cache import vision_signal
 from student_train.signals.teacher_signal import Signal, TopKSignal
 from teacher_cache.codec.columns import Part
+from teacher_cache.encoding.collate import collate
+from teacher_cache.encoding.pictures import read_picture
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import collate
-from teacher_cache.models.pictures import read_picture
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import PictureRule, tier_to_learn_from
 from teacher_cache.schema.samples import ViewGrid

@@ -19,15 +19,15 @@ from student_train.models.student import student_from_vanilla, vanilla_student
 from student_train.training.checkpoint import FINAL_FOLDER, RUN_FILE, require_intact
 from student_train.training.run import train_student
 from student_train.training.trainer import MetricsCallback
+from teacher_cache.encoding.chat_template import text_rules
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.chat_template import text_rules
 from teacher_cache.models.checkpoint import (
     load_checked_processor,
     load_config,
     require_one_encodes,
 )
 from teacher_cache.models.digests import vocabulary_digest
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.schema.fingerprint import digest_json
 from teacher_cache.schema.progress import Progress, no_progress

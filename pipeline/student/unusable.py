@@ -15,8 +15,8 @@ from pathlib import Path
 from pipeline.sources.source import SampleSource, ScannedSample
 from student_train.data.misfits import why_unusable
 from student_train.data.prefetch import read_ahead
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.size_encoder import SizeEncoder
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.size_encoder import SizeEncoder
 from teacher_cache.schema.samples import RejectedSample
 from teacher_cache.storage.durable_files import write_atomic
 

@@ -23,7 +23,7 @@ from student_train.compression.layer_view import AttentionRecorder, LayerView
 from student_train.compression.selection import TokenSelector
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.data.token_layout import TokenLayout, layout_of
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from student_train.config.compression import TextSource
-from teacher_cache.models.collate import EncodedSample
+from teacher_cache.encoding.collate import EncodedSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from student_train.compression.layer_view import LayerView
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.data.seeded_random import random_words
 from student_train.data.token_layout import TokenLayout
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 
 Embeddings = tuple[Float[Tensor, "_ _ d"], Float[Tensor, "_ _ d"]]
 """Cosines and sines of the whole batch as the decoder computes them: per row, or one for all."""

@@ -13,8 +13,8 @@ from student_train.config.objective import MatchScope
 from student_train.data.prefetch import read_ahead
 from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import Encoder
+from teacher_cache.encoding.collate import EncodedSample
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import RejectedSample
 

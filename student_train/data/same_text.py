@@ -3,7 +3,7 @@
 import torch
 
 from student_train.config.objective import MatchScope
-from teacher_cache.models.collate import EncodedSample
+from teacher_cache.encoding.collate import EncodedSample
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import TeacherOutput

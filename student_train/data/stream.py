@@ -17,8 +17,8 @@ from student_train.data.prefetch import read_ahead
 from student_train.data.same_text import check_against_teacher
 from student_train.data.sample_order import SampleOrder, SkippedSamples, skipped_samples
 from teacher_cache.codec.columns import Part
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.schema.manifest import require_equal
 from teacher_cache.schema.options import GridSettings, TierName
 from teacher_cache.schema.samples import Sample

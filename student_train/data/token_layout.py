@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 
 PADDING = -1
 """The position of columns that hold no token."""

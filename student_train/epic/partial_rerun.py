@@ -23,7 +23,7 @@ from student_train.compression.decoder import decoder_of
 from student_train.compression.layer_view import AttentionRecorder
 from student_train.config.compression import CompressionSettings
 from student_train.data.token_layout import TokenLayout
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 
 
 class LayerEntry:

@@ -23,7 +23,7 @@ from student_train.epic.partial_rerun import record_entry, rerun_from_layer
 from student_train.epic.step_plan import StepPlan
 from student_train.models.forward import final_hidden
 from student_train.ops.sharded import is_fsdp_module
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,8 @@ from student_train.models.avgpool_llava_next import (
     AvgPoolLlavaNextForConditionalGeneration,
 )
 from student_train.models.projectors import grid_side, pooled_side
+from teacher_cache.encoding.view_geometry import require_supported
 from teacher_cache.models.checkpoint import ProcessorCheck, load_config, load_model
-from teacher_cache.models.view_geometry import require_supported
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from student_train.data.batch_plan import BatchPlan
 from student_train.data.misfits import StudentLimits, describe_misfits, find_misfits
 from student_train.models.forward import output_head
 from student_train.training.checkpoint import PREFLIGHT_FILE
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.size_encoder import SizeEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.size_encoder import SizeEncoder
 from teacher_cache.schema.checked_json import from_checked_json, to_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, DecodeError, ShardCorruptError
 from teacher_cache.schema.progress import Progress

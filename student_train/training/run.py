@@ -49,8 +49,8 @@ from student_train.training.preflight import (
 )
 from student_train.training.trainable import set_trainable
 from student_train.training.trainer import EmkdTrainer, MetricsCallback, training_arguments
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import EmkdError
 from teacher_cache.schema.options import TierName, tier_to_learn_from

@@ -1,1 +1,1 @@
-"""What transformers gives: checkpoints, chat templates, token positions, view geometry, batches."""
+"""What is loaded with transformers: checkpoints, processors, and their digests."""

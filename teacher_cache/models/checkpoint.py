@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from teacher_cache.encoding.view_geometry import require_supported
 from teacher_cache.models.checkpoint_files import require_settings_files, require_weights_files
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.view_geometry import require_supported
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Sample
 

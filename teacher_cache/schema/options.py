@@ -37,7 +37,7 @@ TextSource = Literal["instruction", "released"]
 images, or all text after the images, answers included (EPIC's released code)."""
 
 PictureRule = Literal["convert-rgb", "upright-on-white"]
-"""How image bytes become the picture that models see: teacher_cache/models/pictures.py."""
+"""How image bytes become the picture that models see: teacher_cache/encoding/pictures.py."""
 
 PICTURE_RULE: PictureRule = "upright-on-white"
 """The rule that new caches are built with."""

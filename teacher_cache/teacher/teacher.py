@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.models.checkpoint import load_model, require_one_encodes, resolve_device
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
 from teacher_cache.models.digests import (
     chat_template_digest,
     config_digest,
@@ -30,7 +31,6 @@ from teacher_cache.models.digests import (
     vocabulary_digest,
     weights_digest,
 )
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.calibration import Calibration
 from teacher_cache.records.make_records import DTYPES_BY_NAME, make_output
 from teacher_cache.records.sketch import SketchBasis

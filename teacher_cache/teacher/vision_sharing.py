@@ -4,13 +4,13 @@ In a causal language model the states at vision tokens depend on the images, the
 tokens before them, not on what follows: two questions about one image have equal states. The
 digest covers the teacher's input, byte by byte, never names. A question before the image, another
 system message or another prompt gives another digest, and so a separate record. Models with other
-attention are refused (models/view_geometry.py).
+attention are refused (encoding/view_geometry.py).
 """
 
 import hashlib
 import json
 
-from teacher_cache.models.collate import EncodedSample
+from teacher_cache.encoding.collate import EncodedSample
 from teacher_cache.schema.samples import Sample
 from teacher_cache.schema.teacher_output import CachedSample
 

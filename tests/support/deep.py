@@ -14,9 +14,9 @@ from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings
 from student_train.data.token_layout import TokenLayout
 from student_train.models.forward import final_hidden
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch, collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.models.checkpoint import load_model
-from teacher_cache.models.collate import EncodedSample, ModelBatch, collate
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid
 from tests.support.lazy import (
     AutoModelForImageTextToText,

@@ -16,8 +16,8 @@ from student_train.data.stream import StudentBatch
 from student_train.epic.step_plan import StepPlan, plan_step
 from student_train.models.forward import final_hidden, output_head
 from student_train.training.checkpoint import FinishedRun
+from teacher_cache.encoding.collate import EncodedSample, ModelBatch
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import EncodedSample, ModelBatch
 from teacher_cache.schema.samples import TokenSpans
 from teacher_cache.schema.teacher_output import TeacherOutput
 from tests.support.deep import NUM_LAYERS, batch_of, deep_model

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from teacher_cache.models.collate import EncodedSample
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.collate import EncodedSample
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.options import TextRules
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.support.published_templates import PUBLISHED, published_processor

@@ -13,11 +13,11 @@ from PIL import Image
 from pipeline.build.build import CacheBuilder, build
 from pipeline.build.teacher_identity import load_as, other_teacher
 from pipeline.inspection.cache import describe_cache
+from teacher_cache.encoding import sample_encoder
+from teacher_cache.encoding.pictures import read_picture
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models import sample_encoder
-from teacher_cache.models.pictures import read_picture
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.manifest import to_json
 from teacher_cache.schema.options import PictureRule
 from teacher_cache.schema.samples import Sample, make_sample

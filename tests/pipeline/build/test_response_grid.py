@@ -16,8 +16,8 @@ from pipeline.build.shard_builder import missing_shards
 from pipeline.config.build import BuildConfig
 from student_train.compression.compression import compress
 from student_train.compression.compressors import COMPRESSORS, Compressor, CompressorInputs
+from teacher_cache.encoding.collate import collate
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import collate
 from teacher_cache.records.top_k import top_k_from_hidden
 from teacher_cache.schema.options import GridSettings, RecordKind, RecordSettings
 from teacher_cache.schema.samples import Sample

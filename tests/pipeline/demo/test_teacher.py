@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.config.build import SourceConfig
 from pipeline.demo.config import DigitsConfig
 from pipeline.sources.source import open_source
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from tests.support.lazy import (
     AutoConfig,
     AutoModelForImageTextToText,

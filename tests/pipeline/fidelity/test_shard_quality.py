@@ -19,7 +19,7 @@ from pipeline.fidelity.tier_loss import proxy_student
 from teacher_cache.derive.export import export_cache
 from teacher_cache.derive.merge import merge_caches
 from teacher_cache.derive.subset import Selection, subset_cache
-from teacher_cache.models.collate import collate
+from teacher_cache.encoding.collate import collate
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.records.make_records import make_output
 from teacher_cache.records.sketch import decode_codes

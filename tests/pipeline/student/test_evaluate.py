@@ -21,7 +21,7 @@ from pipeline.student.predictions import (
     read_predictions,
     write_predictions,
 )
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, IncompleteCacheError, SampleError
 from teacher_cache.schema.samples import Sample

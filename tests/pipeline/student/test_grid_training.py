@@ -15,7 +15,7 @@ from student_train.data.batch_plan import BatchPlan
 from student_train.data.stream import StudentBatch, TrainingStream
 from student_train.epic.step_plan import StepPlan, plan_step
 from student_train.models.forward import final_hidden, output_head
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import GridSettings, RecordSettings, TierName
 from teacher_cache.teacher.teacher import Teacher

@@ -12,7 +12,7 @@ from student_train.compression.compression import compress
 from student_train.compression.decoder import decoder_of
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden
-from teacher_cache.models.collate import EncodedSample
+from teacher_cache.encoding.collate import EncodedSample
 from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
 from tests.support.paths import TinyFolder
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.student.generation import Generator
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
-from teacher_cache.models.collate import ModelBatch, collate
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.collate import ModelBatch, collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from tests.support.deep import at, batch_of, deep_model, encode
 from tests.support.lazy import DynamicCache, StaticCache
 from tests.support.paths import TinyFolder

@@ -11,7 +11,7 @@ from torch.nn import functional
 from student_train.compression.compression import compress
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.models.forward import final_hidden, output_head
-from teacher_cache.models.collate import ModelBatch
+from teacher_cache.encoding.collate import ModelBatch
 from tests.support.deep import at, batch_of, compressed, deep_batch, deep_model, encode
 from tests.support.lazy import (
     AttentionInterface,

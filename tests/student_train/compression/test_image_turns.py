@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from student_train.compression.image_turns import ImageTurn, image_turns
-from teacher_cache.models.collate import EncodedSample
+from teacher_cache.encoding.collate import EncodedSample
 from tests.support.deep import made_up_sample
 
 # <bos> V V u u <ctl> r r | u V V V u <ctl> r r

@@ -18,8 +18,8 @@ from student_train.compression.selection import TokenSelector
 from student_train.config.compression import CompressionSettings, DropStage
 from student_train.data.seeded_random import random_words
 from student_train.data.token_layout import layout_of
-from teacher_cache.models.collate import EncodedSample
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.collate import EncodedSample
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Message, Sample, make_sample
 from tests.support.deep import at, batch_of, compressed, deep_model, encode, made_up_sample
 from tests.support.epic_references import (

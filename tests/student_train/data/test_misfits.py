@@ -15,8 +15,8 @@ from student_train.data.misfits import (
     find_misfits,
     why_unusable,
 )
+from teacher_cache.encoding.collate import EncodedSample
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import RejectedSample, Sample, TokenSpans

@@ -23,8 +23,8 @@ from student_train.data.stream import (
 )
 from teacher_cache.codec.columns import columns_of
 from teacher_cache.codec.frames import decode_frame
+from teacher_cache.encoding.collate import EncodedSample
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import EncodedSample
 from teacher_cache.schema.errors import CacheMismatchError, SampleError
 from teacher_cache.schema.options import RecordSettings
 from teacher_cache.schema.samples import Sample, ViewGrid

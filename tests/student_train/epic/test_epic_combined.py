@@ -14,8 +14,8 @@ from student_train.config.progression import ProgressionConfig
 from student_train.config.recipe import TrainRecipe
 from student_train.data.stream import StudentBatch, parts_needed
 from student_train.models.forward import output_head
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import GridSettings, RecordSettings
 from teacher_cache.teacher.teacher import Teacher

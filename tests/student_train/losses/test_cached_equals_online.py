@@ -23,9 +23,9 @@ from student_train.losses.vlad import padded
 from student_train.matching.matching import match_tokens
 from student_train.models.forward import final_hidden, output_head
 from student_train.signals.teacher_signal import DenseSignal
+from teacher_cache.encoding.collate import ModelBatch, collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import ModelBatch, collate
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.affinity import cosine_affinity
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.options import RecordSettings, ShardFormatName, TierName

@@ -17,10 +17,10 @@ from student_train.data.misfits import StudentLimits, find_misfits
 from student_train.data.same_text import check_against_teacher
 from student_train.data.stream import StudentBatch
 from student_train.training.checkpoint import PREFLIGHT_FILE, RUN_FILE, FinishedRun
+from teacher_cache.encoding.collate import collate
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.size_encoder import SizeEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.collate import collate
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.size_encoder import SizeEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.checked_json import from_checked_json
 from teacher_cache.schema.errors import CacheMismatchError, ShardCorruptError

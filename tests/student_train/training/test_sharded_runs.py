@@ -21,8 +21,8 @@ from student_train.config.recipe import TrainerSettings
 from student_train.data.stream import TrainingStream
 from student_train.training.checkpoint import CHECKPOINT_FILE
 from student_train.training.trainable import set_trainable
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from tests.support.caches import student_loader
 from tests.support.children import finish, kill_once_logged, start_ranks

@@ -18,8 +18,8 @@ from student_train.config.objective import MatchingConfig, ObjectiveConfig, Vlad
 from student_train.losses.objective_loss import LossTerms, distillation_loss
 from student_train.losses.step_counts import StepCounts
 from student_train.training.trainable import set_trainable
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import TokenSpans, ViewGrid
 from tests.support.batches import SHAPES, RandomBatch, random_batch
 from tests.support.caches import student_loader

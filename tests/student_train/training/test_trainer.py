@@ -15,8 +15,8 @@ from student_train.config.objective import ObjectiveConfig, preset
 from student_train.losses.step_counts import StepCounts
 from student_train.training.checkpoint import RunIdentity
 from student_train.training.trainable import set_trainable
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.folder.reader import CacheReader
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.records.assets import TeacherAssets
 from teacher_cache.schema.errors import CacheMismatchError
 from teacher_cache.teacher.teacher import Teacher

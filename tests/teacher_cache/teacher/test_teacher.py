@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.encoding.collate import EncodedSample, collate
 from teacher_cache.models.processors import load_processor
 from teacher_cache.records.lm_head import LmHead
 from teacher_cache.schema.manifest import CacheSpec, to_json

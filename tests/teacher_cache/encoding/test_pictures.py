@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from teacher_cache.models.pictures import (
+from teacher_cache.encoding.pictures import (
     PictureTraits,
     picture_size,
     picture_traits,

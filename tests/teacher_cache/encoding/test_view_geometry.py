@@ -10,9 +10,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.view_geometry import (
+    Block,
+    ImageInputs,
+    layout_images,
+    register_geometry,
+)
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.view_geometry import Block, ImageInputs, layout_images, register_geometry
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder
 from tests.support.lazy import (

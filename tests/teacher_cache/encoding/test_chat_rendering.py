@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from teacher_cache.models.chat_rendering import (
+from teacher_cache.encoding.chat_rendering import (
     Render,
     Skeletons,
     Turn,

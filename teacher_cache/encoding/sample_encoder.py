@@ -18,11 +18,11 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor
 
-from teacher_cache.models.chat_rendering import Rendering, Turn, to_turns
-from teacher_cache.models.chat_template import ChatTemplate
-from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
-from teacher_cache.models.pictures import read_picture
-from teacher_cache.models.view_geometry import ImageInputs, layout_images, require_supported
+from teacher_cache.encoding.chat_rendering import Rendering, Turn, to_turns
+from teacher_cache.encoding.chat_template import ChatTemplate
+from teacher_cache.encoding.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.encoding.pictures import read_picture
+from teacher_cache.encoding.view_geometry import ImageInputs, layout_images, require_supported
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import PICTURE_RULE, PictureRule, TextRules
 from teacher_cache.schema.samples import Sample, TokenSpans, ViewGrid

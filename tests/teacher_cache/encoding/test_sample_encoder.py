@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
-from teacher_cache.models.chat_rendering import to_turns
-from teacher_cache.models.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.encoding.chat_rendering import to_turns
+from teacher_cache.encoding.collate import SEQUENCE_KEYS, EncodedSample
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES, TextRules
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample

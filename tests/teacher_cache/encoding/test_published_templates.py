@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from teacher_cache.models import chat_template
-from teacher_cache.models.control_tokens import ControlTokens
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding import chat_template
+from teacher_cache.encoding.control_tokens import ControlTokens
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES
 from teacher_cache.schema.samples import Message, make_sample

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.models.chat_template import text_rules
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.chat_template import text_rules
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.options import EARLIER_TEXT_RULES
 from teacher_cache.schema.samples import Message, Role, make_sample

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.models.checkpoint import load_model
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import Message, make_sample
 from tests.conftest import TinyFolder

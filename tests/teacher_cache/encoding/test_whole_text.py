@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, normalizers, processors
 
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.sample_encoder import SampleEncoder
 from teacher_cache.schema.samples import Sample
 from tests.conftest import TinyFolder
 from tests.support.lazy import AutoConfig

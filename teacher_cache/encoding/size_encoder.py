@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from teacher_cache.models.pictures import picture_size
-from teacher_cache.models.sample_encoder import SampleEncoder
+from teacher_cache.encoding.pictures import picture_size
+from teacher_cache.encoding.sample_encoder import SampleEncoder
 
 _MOST_SIZES = 2**14
 """Tuples of image sizes that are remembered, about 2 KiB each."""

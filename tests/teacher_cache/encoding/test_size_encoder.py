@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from teacher_cache.encoding.sample_encoder import SampleEncoder
+from teacher_cache.encoding.size_encoder import SizeEncoder
 from teacher_cache.models.checkpoint import load_config
 from teacher_cache.models.processors import load_processor
-from teacher_cache.models.sample_encoder import SampleEncoder
-from teacher_cache.models.size_encoder import SizeEncoder
 from teacher_cache.schema.errors import SampleError
 from teacher_cache.schema.samples import IMAGE_PLACEHOLDER, Message, Sample, make_sample
 from tests.conftest import TinyFolder

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacher_cache.models.collate import EncodedSample, collate
+from teacher_cache.encoding.collate import EncodedSample, collate
 from teacher_cache.schema.samples import TokenSpans
 
 PAD = 9

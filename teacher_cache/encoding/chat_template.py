@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.models.chat_rendering import (
+from teacher_cache.encoding.chat_rendering import (
     Rendering,
     Skeletons,
     Turn,
@@ -27,7 +27,7 @@ from teacher_cache.models.chat_rendering import (
     split_at_markers,
     texts_of,
 )
-from teacher_cache.models.control_tokens import ControlTokens
+from teacher_cache.encoding.control_tokens import ControlTokens
 from teacher_cache.schema.options import TextRules
 from teacher_cache.schema.regular_file import require_regular
 

@@ -1,0 +1,1 @@
+"""Samples to token positions: chat templates, pictures, view geometry, batches."""
