@@ -182,7 +182,8 @@ def train_student(
     made = owner.private / FINAL_FOLDER
     if arguments.process_index == 0:
         trainer.run_log.settle()
-    trainer.save_student(made)
+    with owner.while_owned():
+        trainer.save_student(made)
     record = FinishedRun(
         identity=identity,
         settings=settings,
@@ -191,9 +192,9 @@ def train_student(
         num_lines=trainer.run_log.num_lines,
     )
     if arguments.process_index == 0:
-        owner.require()
-        complete(made, record)
-        owner.publish(made, FINAL_FOLDER)
+        with owner.while_owned():
+            complete(made, record)
+            owner.publish(made, FINAL_FOLDER)
         owner.release()
         sync_folder(run)
     wait_for_everyone()

@@ -259,9 +259,8 @@ class EmkdTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write transformers' files; once every rank has written, rank 0 publishes the folder."""
         window = self._merged_window()
-        if self.is_world_process_zero():
-            self._owner.require()
-        super()._save_checkpoint(model, trial)
+        with self._owner.while_owned():
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             step = self.state.global_step
@@ -275,9 +274,9 @@ class EmkdTrainer(Trainer):
             )
             name = f"checkpoint-{step}"
             made = self._owner.private / name
-            self._owner.require()  # else another process may have removed what was made
-            complete(made, record)
-            self._owner.publish(made, name)
+            with self._owner.while_owned():
+                complete(made, record)
+                self._owner.publish(made, name)
             prune_checkpoints(self._run, step)
         self.accelerator.wait_for_everyone()
 

@@ -10,10 +10,12 @@ import os
 import secrets
 import shutil
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from teacher_cache.schema.errors import FolderTakenError
-from teacher_cache.storage.durable_files import make_folder, write_atomic
+from teacher_cache.storage.durable_files import write_atomic
 
 OWNER_FILE = "owner.json"
 _PRIVATE = ".attempt-"
@@ -43,17 +45,30 @@ class FolderOwner:
         return self.folder / f"{_PRIVATE}{self.token}"
 
     def require(self) -> None:
-        """Raise FolderTakenError, which names the other process, if it has taken the folder."""
+        """Raise FolderTakenError, which names the other process, if it has taken the folder.
+
+        What this process has made in private is removed then.
+        """
         try:
             found = json.loads((self.folder / OWNER_FILE).read_bytes())
             token, other = found["token"], f"process {found['process']} on {found['host']}"
         except (OSError, ValueError, LookupError, TypeError):
             token, other = None, f"a process that left {OWNER_FILE} unreadable"
         if token != self.token:
+            self.release()  # made after the other process had cleaned up
             raise FolderTakenError(
                 f"{self.folder}: {other} writes to this folder since, so this process stops; what "
                 "it has published stays. Let the other end, or stop it and run this command again"
             )
+
+    @contextmanager
+    def while_owned(self) -> Generator[None]:
+        """Turn an error into FolderTakenError where another process has taken the folder."""
+        try:
+            yield
+        except Exception:
+            self.require()
+            raise
 
     def publish(self, made: Path, name: str) -> bool:
         """Rename a private folder to `name`; False, and removed, where another one has that name.
@@ -65,7 +80,6 @@ class FolderOwner:
             os.rename(made, self.folder / name)
         except OSError:
             if not (self.folder / name).is_dir():
-                self.require()  # another process has removed what this one made
                 raise
             shutil.rmtree(made, ignore_errors=True)
             return False
@@ -74,8 +88,3 @@ class FolderOwner:
     def release(self) -> None:
         """Remove the private folder."""
         shutil.rmtree(self.private, ignore_errors=True)
-
-    def make_private(self) -> Path:
-        """The private folder, made where it is missing."""
-        make_folder(self.private)
-        return self.private

@@ -159,6 +159,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
     fields |= {"least_logits": False, "template_digest": None}
     fields |= {"vocab_size": 512, "hidden_size": 64, "batch_size": 8}
     fields |= {"share_vision": True, "text": TextRules(), "pictures": PICTURE_RULE}
+    fields["plugins"] = ()
     if quality is not None:
         fields |= {
             "records": "topk",
@@ -189,7 +190,7 @@ def fake_cache(folder: Path, quality: ShardQuality | None = None) -> Path:
     seal = Seal(
         fingerprint=CACHE,
         plan=CACHE,
-        spec=CacheSpec(**{**fields, "plugins": ()}),
+        spec=CacheSpec(**fields),
         format="arrow",
         source="data/train.json",
         shards=(commit,),

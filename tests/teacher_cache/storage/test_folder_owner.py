@@ -11,8 +11,8 @@ from teacher_cache.storage.folder_owner import OWNER_FILE, FolderOwner
 
 
 def _made(owner: FolderOwner, text: str) -> Path:
-    made = owner.make_private() / "thing"
-    made.mkdir()
+    made = owner.private / "thing"
+    made.mkdir(parents=True)
     (made / "file").write_text(text)
     return made
 
@@ -28,10 +28,26 @@ def test_the_last_process_publishes_and_an_overtaken_one_is_told_by_whom(tmp_pat
         with pytest.raises(FolderTakenError, match="writes to this folder since") as refused:
             act()
         assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
+    late = _made(first, "late")
+    with pytest.raises(FolderTakenError):
+        first.require()
+    assert not late.exists(), "what it makes later it removes itself"
     assert second.publish(_made(second, "second"), "thing")
     assert (folder / "thing" / "file").read_text() == "second"
     second.release()
     assert sorted(path.name for path in folder.iterdir()) == [OWNER_FILE, "thing"]
+
+
+def test_an_error_that_follows_from_being_overtaken_is_said_so(tmp_path: Path) -> None:
+    """The later process removes the private folder while the other writes into it."""
+    first = FolderOwner.take(tmp_path)
+    made = _made(first, "first")
+    FolderOwner.take(tmp_path)
+    with pytest.raises(FolderTakenError, match="writes to this folder since"), first.while_owned():
+        (made / "more").write_text("x")
+    last = FolderOwner.take(tmp_path)
+    with pytest.raises(FileNotFoundError), last.while_owned():
+        (tmp_path / "absent").read_text()
 
 
 def test_what_is_published_is_never_replaced(tmp_path: Path) -> None:
