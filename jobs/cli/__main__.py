@@ -45,20 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (ValueError, OSError, MemoryError) as error:
-        if os.environ.get("EMKD_DEBUG"):
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError) or _is_memory(error)
+        if not expected or os.environ.get("EMKD_DEBUG"):
             raise
         warn(f"emkd {' '.join(arguments[:1])}: {_said(error)}")
         return 2
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out. Torch says so by RuntimeErrors, which are told without torch."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
 def _said(error: Exception) -> str:
-    if not isinstance(error, MemoryError):
+    if not _is_memory(error):
         return str(error)
     text = f" ({error})" if str(error) else ""
     return (
-        f"there is not enough memory{text}; use a smaller --batch-size, fewer workers or a machine "
-        "with more. What is finished stays: the same command goes on"
+        f"there is not enough memory{text}; use a smaller --batch-size (of train: "
+        "--micro-batch-size), fewer workers or a machine with more. What is finished stays: the same command goes on"
     )
 
 

@@ -143,6 +143,9 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
     scanned = [sample for sample in scanned if sample.key not in left_out]
     if not scanned:
         _refuse(source, skipped, "No sample is left. Fix them.")
+    pictures = None
+    if config.cache is not None:  # a cache of another tokenizer is refused here, not at the end
+        pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
     keys = [(sample.key, sample.index) for sample in scanned]
     samples = [s.key if s.answers is None else f"{s.key} {s.answers}" for s in scanned]
     identity = _identity(config, generator, samples, [sample.key for sample in skipped])
@@ -165,11 +168,9 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> dict[s
         append_predictions(path, predictions)
         known |= {prediction.key for prediction in predictions}
         progress("evaluate", len(known), len(keys))
-    if config.cache is not None:
-        pictures = draw_pictures(model, generator.encoder, config.cache, config.num_pictures)
-        owner.require()
-        write_atomic(config.out / PICTURES_FILE, (to_checked_json(pictures) + "\n").encode())
     owner.require()
+    if pictures is not None:
+        write_atomic(config.out / PICTURES_FILE, (to_checked_json(pictures) + "\n").encode())
     lost = {key for key, _ in keys} - _mend(path, [key for key, _ in keys])
     if lost:  # something else has written to the file meanwhile
         raise ValueError(f"{path} has lost {len(lost)} answers; run emkd evaluate again")

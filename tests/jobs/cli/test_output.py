@@ -3,9 +3,12 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.cli import stage_commands
 from jobs.cli.__main__ import main
@@ -59,16 +62,36 @@ def test_names_of_unread_fields_are_escaped_in_the_warning(
     assert r"\x1b[2J (1)" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("text", ["", "Unable to allocate 9 GiB"])
+def _exhaust_torch() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _exhaust(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "text"),
+    [
+        (partial(_exhaust, MemoryError()), ""),
+        (partial(_exhaust, MemoryError("Unable to allocate 9 GiB")), "Unable to allocate 9 GiB"),
+        (partial(_exhaust, torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of memory"),
+        (_exhaust_torch, "can't allocate memory"),
+    ],
+)
 def test_a_lack_of_memory_is_one_message(
-    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    exhaust: Callable[[], None],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(_: object) -> int:
-        raise MemoryError(text)
+        exhaust()
+        return 0
 
     monkeypatch.delenv("EMKD_DEBUG", raising=False)
     monkeypatch.setattr(stage_commands.Plan, "__call__", fail)
     assert main(["plan"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("emkd plan: there is not enough memory")
     assert text in line

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,23 @@ def test_identical_samples_are_all_answered(
         f"{sample.key}-1",
         f"{sample.key}-2",
     ]
+
+
+def test_a_cache_whose_pictures_cannot_be_drawn_is_refused_before_the_first_answer(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    samples = tiny_samples(3)
+    built = small_build(tmp_path, samples, tiny_folder("llava"), settings_of("topk"), 256)
+    build(built)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder("llava"), other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    text["model"]["merges"] = text["model"]["merges"][:-40]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    config = evaluation(other, tmp_path, cache=built.out)
+    with pytest.raises(ValueError, match="text tokens differ from the cached"):
+        evaluate(config)
+    assert not config.out.exists()
 
 
 @pytest.mark.parametrize("records", ["topk", "topk+sketch", "hidden"])
