@@ -65,7 +65,8 @@ def _said(error: Exception) -> str:
     text = f" ({error})" if str(error) else ""
     return (
         f"there is not enough memory{text}; use a smaller --batch-size (of train: "
-        "--micro-batch-size), fewer workers or a machine with more. What is finished stays: the same command goes on"
+        "--micro-batch-size), fewer workers or a machine with more. What is finished stays: the "
+        "same command goes on"
     )
 
 
